@@ -1,0 +1,52 @@
+"""Infini-attention (arXiv 2404.07143): segment-local attention and a compressive memory, mixed by a gate per head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from infini_kernels import SegmentCache, infini_attention, infini_attention_step
+from infini_train.attention.base import Attention, LayerMemory
+from infini_train.config import ModelConfig
+
+
+class InfiniAttention(Attention):
+    """Owns the gate β [H] of the heads that this process holds."""
+
+    uses_memory = True
+
+    def __init__(self, model: ModelConfig, num_heads: int, num_groups: int, context_tokens: int) -> None:
+        super().__init__(model, num_heads, num_groups, context_tokens)
+        self.gate = nn.Parameter(torch.full((num_heads,), float(model.initial_gate)))
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, reset: Tensor, lengths: Tensor, memory: LayerMemory | None
+    ) -> tuple[Tensor, LayerMemory | None]:
+        return infini_attention(
+            q,
+            k,
+            v,
+            self.gate,
+            memory,
+            segment_length=self.model.segment_length,
+            update_rule=self.model.update_rule,
+            rotary=self.rotary(self.model.segment_length, q.device),
+            reset=reset,
+            lengths=lengths,
+            first_segment=self.model.first_segment,
+            eps=self.model.memory_eps,
+        )
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, cache: SegmentCache) -> tuple[Tensor, SegmentCache]:
+        return infini_attention_step(
+            q,
+            k,
+            v,
+            self.gate,
+            cache,
+            segment_length=self.model.segment_length,
+            update_rule=self.model.update_rule,
+            rotary=self.rotary(self.model.segment_length, q.device),
+            first_segment=self.model.first_segment,
+            eps=self.model.memory_eps,
+        )

@@ -1,0 +1,22 @@
+"""The first rival: causal attention inside each segment and nothing across segments."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from infini_kernels import SegmentCache, local_attention, local_attention_step
+from infini_train.attention.base import Attention, LayerMemory
+
+
+class LocalAttention(Attention):
+    """Infini-attention without the memory: a window of one segment."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, reset: Tensor, lengths: Tensor, memory: LayerMemory | None
+    ) -> tuple[Tensor, LayerMemory | None]:
+        rotary = self.rotary(self.model.segment_length, q.device)
+        return local_attention(q, k, v, segment_length=self.model.segment_length, rotary=rotary, lengths=lengths), None
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, cache: SegmentCache) -> tuple[Tensor, SegmentCache]:
+        rotary = self.rotary(self.model.segment_length, q.device)
+        return local_attention_step(q, k, v, cache, segment_length=self.model.segment_length, rotary=rotary)

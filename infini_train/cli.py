@@ -1,0 +1,184 @@
+"""The command line: parse, validate, hand over."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from infini_train.config import RunConfig, validate
+from infini_train.errors import UserError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+USER_ERROR_EXIT_CODE = 2
+COMMANDS = {
+    "prepare": "turn text into a tokenizer and shards",
+    "pretrain": "train, or go on from the newest checkpoint of the run directory",
+    "evaluate": "held-out perplexity by position, with memory and without",
+    "generate": "continue a prompt with streaming inference",
+    "report": "write report.html of a run directory",
+}
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of all commands; its flags are part of the product."""
+    parser = ArgumentParser(prog="infini-train", description="Train Infini-attention language models.", exit_on_error=False)
+    subcommands = parser.add_subcommands(dest="command", metavar="COMMAND")
+    for name, help_text in COMMANDS.items():
+        command = ArgumentParser(description=f"infini-train {name}: {help_text}.", exit_on_error=False)
+        command.add_argument("--config", action="config", help="YAML file of the run; flags after it override its values")
+        if name == "prepare":
+            command.add_argument("--overwrite", action="store_true", help="replace shards that exist")
+        if name in ("evaluate", "generate"):
+            command.add_argument(
+                "--from_checkpoint",
+                type=str | None,
+                default=None,
+                help="folder step_XXXXXXXX; the newest of the run by default",
+            )
+        if name == "generate":
+            command.add_argument("--prompt", type=str | None, default=None, help="text to continue")
+            command.add_argument("--prompt_file", type=str | None, default=None, help="file that holds the text to continue")
+            command.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate at most")
+            command.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+            command.add_argument("--top_k", type=int, default=50, help="sample among the k most likely; 0 takes all")
+            command.add_argument("--sample_seed", type=int, default=0, help="seed of the sampling")
+        if name == "pretrain":
+            command.add_argument(
+                "--check_only",
+                action="store_true",
+                help="check configuration and data for this many processes, then stop",
+            )
+        command.add_class_arguments(RunConfig)
+        subcommands.add_subcommand(name, command, help=help_text)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0; 2 for an error that the user can mend, printed in one line; 85 for a run that stopped early and can go on.
+    """
+    try:
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        handler: Callable[[RunConfig, Namespace], int] = globals()[f"_{arguments.command}"]
+        section = arguments[arguments.command]
+        return handler(_run_config(section), section)
+    except UserError as error:
+        # Under a launcher every process finds the same error; one of them says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"infini-train: error: {error}", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE
+    except KeyboardInterrupt:
+        print("infini-train: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parse(argv: list[str]) -> Namespace:
+    parser = build_parser()
+    if not argv:
+        parser.print_help()
+        raise SystemExit(USER_ERROR_EXIT_CODE)
+    try:
+        arguments = parser.parse_args(argv)
+        return parser.instantiate_classes(arguments)
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def _run_config(section: Namespace) -> RunConfig:
+    fields = RunConfig.__dataclass_fields__
+    return RunConfig(**{name: section[name] for name in fields})
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check(run: RunConfig) -> None:
+    """Everything that can be refused without torch: values, layout, files."""
+    from infini_train.data.dataset import check_dataset
+
+    validate(run, _world_size())
+    check_dataset(run)
+
+
+def _prepare(run: RunConfig, arguments: Namespace) -> int:
+    from infini_train.config import validate_data
+    from infini_train.data.prepare import prepare
+
+    validate_data(run)
+    prepare(run, overwrite=arguments.overwrite)
+    return 0
+
+
+def _pretrain(run: RunConfig, arguments: Namespace) -> int:
+    _check(run)
+    if arguments.check_only:
+        return 0
+    from infini_train import platform
+
+    platform.install()
+    from infini_train.training.loop import pretrain
+
+    return pretrain(run)
+
+
+def _evaluate(run: RunConfig, arguments: Namespace) -> int:
+    return _with_model(run, arguments, lambda commands, run, checkpoint: commands.evaluate(run, checkpoint))
+
+
+def _generate(run: RunConfig, arguments: Namespace) -> int:
+    prompt = arguments.prompt
+    if arguments.prompt_file is not None:
+        try:
+            prompt = Path(arguments.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt_file {arguments.prompt_file} cannot be read: {error}") from error
+    if run.layout.pipeline_parallel_size > 1 and _world_size() > 1:
+        raise UserError(
+            f"layout.pipeline_parallel_size is {run.layout.pipeline_parallel_size}; generate runs in one pipeline stage: "
+            "start it as one process"
+        )
+    return _with_model(
+        run,
+        arguments,
+        lambda commands, run, checkpoint: commands.generate(
+            run,
+            checkpoint,
+            prompt,
+            arguments.max_new_tokens,
+            arguments.temperature,
+            arguments.top_k,
+            arguments.sample_seed,
+        ),
+    )
+
+
+def _with_model(run: RunConfig, arguments: Namespace, action: Callable[[Any, RunConfig, Path], Any]) -> int:
+    from infini_train import platform
+
+    platform.install()
+    from infini_train.evaluation import commands
+
+    run = commands.inference_layout(run, _world_size())
+    _check(run)
+    action(commands, run, commands.find_checkpoint(run, arguments.from_checkpoint))
+    return 0
+
+
+def _report(run: RunConfig, arguments: Namespace) -> int:
+    from infini_train.evaluation.report import write_report
+
+    print(write_report(Path(run.run_dir)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

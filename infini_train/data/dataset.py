@@ -1,0 +1,165 @@
+"""Random access to the tokens of a prepared split, a few bytes at a time; without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from infini_train.config import RunConfig
+from infini_train.data.manifest import REMEDY, SPLITS, TOKENIZER_FILE, SplitFacts, index_file, load_manifest
+from infini_train.errors import UserError
+
+MAX_OPEN_SHARDS = 64
+"""A large corpus has more shards than a process may have open files."""
+
+
+class TokenDataset:
+    """The documents of one split, in the order in which they were written.
+
+    Args:
+        path: folder written by `infini-train prepare`.
+        split: train or held_out.
+
+    Attributes:
+        document_lengths: [num_documents] int64, tokens of each document with its begin and end token.
+        vocab_size: token ids are below it.
+        tokenizer_fingerprint: SHA-256 of the tokenizer that made the tokens.
+
+    Raises:
+        UserError: if dataset.json, the index or a shard is missing, damaged or of another size than recorded.
+    """
+
+    def __init__(self, path: Path, split: str) -> None:
+        self.path = Path(path)
+        self.split = split
+        manifest = load_manifest(self.path)
+        if split not in manifest.splits:
+            raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+        self.vocab_size = manifest.vocab_size
+        self.tokenizer_fingerprint = manifest.tokenizer_fingerprint
+        self._token_type = np.dtype(manifest.token_type)
+        facts = manifest.splits[split]
+        self._files = [self.path / shard.file for shard in facts.shards]
+        _check_shards(self.path, facts)
+        self._shard, self._offset, self.document_lengths = self._load_index(facts)
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_lengths)
+
+    def read(self, document: int, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count - 1 of a document, read from disk without the rest of it.
+
+        Returns:
+            [count] int64.
+
+        Raises:
+            IndexError: if the document does not have these tokens.
+            UserError: if the shard holds something else than tokens there.
+        """
+        if not 0 <= document < self.num_documents:
+            raise IndexError(f"document is {document}; the {self.split} split has {self.num_documents}")
+        length = int(self.document_lengths[document])
+        if start < 0 or count < 0 or start + count > length:
+            raise IndexError(f"tokens {start} to {start + count} of document {document}, which has {length}")
+        shard, width = int(self._shard[document]), self._token_type.itemsize
+        data = _read_fully(self._descriptor(shard), count * width, int(self._offset[document]) + start * width)
+        tokens = np.frombuffer(data, dtype=self._token_type).astype(np.int64)
+        if len(tokens) != count or (count and tokens.max() >= self.vocab_size):
+            raise UserError(f"{self._files[shard]} is damaged in document {document}; {REMEDY}")
+        return tokens
+
+    def close(self) -> None:
+        """Close the shards; a later read opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):
+            self.close()
+
+    def _descriptor(self, shard: int) -> int:
+        """An open file of the shard; the least recently used one is closed when there are too many."""
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        if len(self._open) >= MAX_OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1])
+        try:
+            self._open[shard] = os.open(self._files[shard], os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{self._files[shard]} cannot be opened ({error.strerror}); {REMEDY}") from error
+        return self._open[shard]
+
+    def _load_index(self, facts: SplitFacts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        path = self.path / index_file(self.split)
+        try:
+            with np.load(path) as index:
+                shard, offset, tokens = index["shard"], index["offset"], index["tokens"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is missing or damaged ({error}); {REMEDY}") from error
+        sizes = np.array([entry.bytes for entry in facts.shards])
+        fits = (
+            len(shard) == len(offset) == len(tokens) == facts.documents
+            and int(tokens.sum()) == facts.tokens
+            and shard.max(initial=-1) < len(sizes)
+            and bool((offset + tokens * self._token_type.itemsize <= sizes[shard]).all())
+        )
+        if not fits:
+            raise UserError(f"{path} does not belong to dataset.json; {REMEDY}")
+        return shard, offset, tokens.astype(np.int64)
+
+
+def _read_fully(descriptor: int, size: int, offset: int) -> bytes:
+    """`size` bytes from `offset`, fewer only at the end of the file; one pread may give less than asked."""
+    parts = []
+    while size > 0 and (part := os.pread(descriptor, size, offset)):
+        parts.append(part)
+        size -= len(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
+def _check_shards(folder: Path, facts: SplitFacts) -> None:
+    for shard in facts.shards:
+        path = folder / shard.file
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{path} is missing ({error.strerror}); {REMEDY}") from error
+        if size != shard.bytes:
+            raise UserError(f"{path} has {size} bytes where dataset.json says {shard.bytes}; {REMEDY}")
+
+
+def check_dataset(config: RunConfig) -> None:
+    """Refuse a run whose data folder is missing, damaged or made for another vocabulary.
+
+    Raises:
+        UserError: one line that names the key or file and the remedy.
+    """
+    folder = Path(config.data.path)
+    if not folder.is_dir():
+        raise UserError(
+            f"data.path {folder} does not exist; run `infini-train prepare --config FILE` with this configuration first"
+        )
+    manifest = load_manifest(folder)
+    if manifest.vocab_size != config.data.vocab_size:
+        raise UserError(
+            f"data.vocab_size is {config.data.vocab_size}, but data.path {folder} was prepared with {manifest.vocab_size}; "
+            f"set data.vocab_size to {manifest.vocab_size}, or {REMEDY}"
+        )
+    tokenizer = folder / TOKENIZER_FILE
+    try:
+        fingerprint = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{tokenizer} is missing or unreadable ({error.strerror}); {REMEDY}") from error
+    if fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(f"{tokenizer} is not the tokenizer that made the shards (its fingerprint differs); {REMEDY}")
+    for split in SPLITS:
+        TokenDataset(folder, split)

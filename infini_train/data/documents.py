@@ -1,0 +1,259 @@
+"""Documents, one after another, from files, .jsonl records or a Hugging Face dataset folder; a document is never split."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import zstandard
+
+from infini_train.errors import UserError
+
+PLAIN_SUFFIXES = (".txt", ".md", ".py")
+RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
+HUGGING_FACE_MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
+READ_BYTES = 1 << 20
+
+
+class Document(NamedTuple):
+    """One text and where it came from: a path inside the source, with `:line` or `:row` for records."""
+
+    text: str
+    name: str
+
+
+class DocumentSource:
+    """Iterable over the documents of a source, in a fixed order, holding one document at a time.
+
+    Every iteration starts from the beginning and resets the counters.
+
+    Args:
+        source: the word `stdlib`, a folder, a file, or a folder written by `datasets.Dataset.save_to_disk`.
+        text_key: field that holds the text in .jsonl records and dataset rows.
+        max_text_mb: stop after the document that brings the text to this many megabytes of UTF-8; None reads all.
+
+    Attributes:
+        documents: documents given so far.
+        text_bytes: their size in UTF-8, in bytes.
+        skipped_not_utf8: files and records whose text is not valid UTF-8.
+        skipped_empty: texts without a single character that is not white space.
+
+    Raises:
+        UserError: at construction if the source is missing or of an unknown kind; while iterating if a file or record
+            cannot be read, or if the source holds no document.
+    """
+
+    def __init__(self, source: str, text_key: str = "text", max_text_mb: float | None = None) -> None:
+        self.source = source
+        self.text_key = text_key
+        self.max_text_bytes = None if max_text_mb is None else max_text_mb * 1e6
+        self.is_standard_library = source == "stdlib"
+        self.root = Path(sysconfig.get_paths()["stdlib"]) if self.is_standard_library else Path(source)
+        if not self.root.exists():
+            raise UserError(f"data.source {source} does not exist; give a file, a folder or the word stdlib")
+        self.is_hugging_face = self.root.is_dir() and any((self.root / mark).is_file() for mark in HUGGING_FACE_MARKS)
+        if self.root.is_file() and not _is_text_file(self.root):
+            kinds = ", ".join(PLAIN_SUFFIXES + RECORD_SUFFIXES)
+            raise UserError(f"data.source {source} is a file of unknown kind; its name must end in one of {kinds}")
+        self._reset()
+
+    def _reset(self) -> None:
+        self.documents = 0
+        self.text_bytes = 0
+        self.skipped_not_utf8 = 0
+        self.skipped_empty = 0
+        self._work_done = 0
+
+    @property
+    def fraction_read(self) -> float:
+        """Share of the source that this iteration has read, 0 to 1; an estimate for progress displays."""
+        fraction = self._work_done / max(self._work_total, 1)
+        if self.max_text_bytes is not None:
+            fraction = max(fraction, self.text_bytes / self.max_text_bytes)
+        return min(fraction, 1.0)
+
+    def __iter__(self) -> Iterator[Document]:
+        self._reset()
+        for text, name in self._hugging_face_rows() if self.is_hugging_face else self._files():
+            if not text.strip():
+                self.skipped_empty += 1
+                continue
+            try:
+                size = len(text.encode("utf-8"))
+            except UnicodeEncodeError:  # a lone surrogate, which JSON's \ud800 escapes can spell
+                self.skipped_not_utf8 += 1
+                continue
+            self.documents += 1
+            self.text_bytes += size
+            yield Document(text, name)
+            if self.max_text_bytes is not None and self.text_bytes >= self.max_text_bytes:
+                return
+        if not self.documents:
+            raise UserError(
+                f"data.source {self.source} holds no document: {self.skipped_empty} empty and {self.skipped_not_utf8} "
+                f"not in UTF-8; give text in {', '.join(PLAIN_SUFFIXES + RECORD_SUFFIXES)} files"
+            )
+
+    @cached_property
+    def _work_total(self) -> int:
+        """Bytes of all files, or rows of all dataset splits: the unit of `_work_done`."""
+        if self.is_hugging_face:
+            return sum(len(rows) for rows in self._hugging_face_splits.values())
+        return sum(path.stat().st_size for path in self._paths())
+
+    def _paths(self) -> Iterator[Path]:
+        if self.root.is_file():
+            yield self.root
+            return
+        for folder, folders, files in os.walk(self.root):
+            # os.walk descends into what is left of `folders`, in this order.
+            folders[:] = sorted(name for name in folders if not (self.is_standard_library and name in NOT_STANDARD_LIBRARY))
+            for name in sorted(files):
+                path = Path(folder, name)
+                if path.is_file() and (path.suffix == ".py" if self.is_standard_library else _is_text_file(path)):
+                    yield path
+
+    def _files(self) -> Iterator[tuple[str, str]]:
+        for path in self._paths():
+            before = self._work_done
+            try:
+                if _is_record_file(path):
+                    yield from self._records(path)
+                else:
+                    yield from self._plain(path)
+                self._work_done = before + path.stat().st_size
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error}); repair it or take it out of data.source") from error
+
+    def _name(self, path: Path) -> str:
+        return path.name if path == self.root else path.relative_to(self.root).as_posix()
+
+    def _plain(self, path: Path) -> Iterator[tuple[str, str]]:
+        try:
+            # Decoding bytes keeps \r\n, which text mode would turn into \n; a byte order mark is no text.
+            text = path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError:
+            self.skipped_not_utf8 += 1
+            return
+        yield text, self._name(path)
+
+    def _records(self, path: Path) -> Iterator[tuple[str, str]]:
+        before = self._work_done
+        with open(path, "rb") as file:
+            for number, line in enumerate(_lines(path, file), start=1):
+                self._work_done = before + file.tell()
+                if line.strip():
+                    yield self._record_text(line, f"{path}, line {number}"), f"{self._name(path)}:{number}"
+
+    def _record_text(self, line: bytes, place: str) -> str:
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{place} is not valid JSON ({error}); repair or delete the line") from error
+        return self._field(record, place)
+
+    def _field(self, record: Any, place: str) -> str:
+        if not isinstance(record, dict) or self.text_key not in record:
+            found = ", ".join(sorted(record)) if isinstance(record, dict) else type(record).__name__
+            raise UserError(
+                f"{place} has no field {self.text_key!r} (found: {found}); set data.text_key to the field that holds the text"
+            )
+        text = record[self.text_key]
+        if text is None:
+            return ""
+        if not isinstance(text, str):
+            raise UserError(
+                f"{place}: field {self.text_key!r} holds {type(text).__name__}, not text; set data.text_key to a text field"
+            )
+        return text
+
+    @cached_property
+    def _hugging_face_splits(self) -> dict[str, Any]:
+        try:
+            import datasets
+        except ImportError as error:
+            raise UserError(
+                f"data.source {self.source} is a Hugging Face dataset and the package datasets is not installed; "
+                "install the extra infini-train[hf]"
+            ) from error
+        try:
+            loaded = datasets.load_from_disk(str(self.root))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"data.source {self.source} cannot be opened as a Hugging Face dataset ({reason}); save it again "
+                "with save_to_disk"
+            ) from error
+        splits = {name: loaded[name] for name in sorted(loaded)} if isinstance(loaded, dict) else {"": loaded}
+        for name, rows in splits.items():
+            if self.text_key not in rows.column_names:
+                raise UserError(
+                    f"data.source {self.source} {name} has no column {self.text_key!r} (found: "
+                    f"{', '.join(rows.column_names)}); set data.text_key to the column that holds the text"
+                )
+        # Other columns may hold images or audio, which iterating would decode.
+        return {name: rows.select_columns([self.text_key]) for name, rows in splits.items()}
+
+    def _hugging_face_rows(self) -> Iterator[tuple[str, str]]:
+        for split, rows in self._hugging_face_splits.items():
+            for number, row in enumerate(rows):
+                self._work_done += 1
+                name = f"{split}:{number}" if split else str(number)
+                yield self._field(row, f"{self.source}, row {name}"), name
+
+
+def _is_record_file(path: Path) -> bool:
+    return path.name.lower().endswith(RECORD_SUFFIXES)
+
+
+def _is_text_file(path: Path) -> bool:
+    return path.name.lower().endswith(PLAIN_SUFFIXES + RECORD_SUFFIXES)
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """Lines of a .jsonl file, decompressed as its name says."""
+    name = path.name.lower()
+    if name.endswith(".zst"):
+        yield from _zstandard_lines(path, file)
+    elif name.endswith(".gz"):
+        try:
+            yield from gzip.GzipFile(fileobj=file)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UserError(f"{path} is a damaged gzip file ({error}); copy or compress it again") from error
+    else:
+        yield from file
+
+
+def _zstandard_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """Lines of a file of one or more zstandard frames.
+
+    zstandard's stream_reader ends without a word inside a truncated frame; a decompressobj per frame tells the end of a
+    frame from the end of the file.
+    """
+    # The largest window that the format's --long option makes.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    frame: Any = None
+    rest = b""
+    try:
+        while data := file.read(READ_BYTES):
+            while data:
+                frame = frame or decompressor.decompressobj()
+                *lines, rest = (rest + frame.decompress(data)).split(b"\n")
+                yield from lines
+                data = frame.unused_data if frame.eof else b""
+                if frame.eof:
+                    frame = None
+    except zstandard.ZstdError as error:
+        raise UserError(f"{path} is a damaged zstandard file ({error}); copy or compress it again") from error
+    if frame is not None:
+        raise UserError(f"{path} ends in the middle of a zstandard frame; copy or compress it again")
+    if rest:
+        yield rest

@@ -1,0 +1,97 @@
+"""`dataset.json`: what a prepared data folder holds. Plain JSON and numpy types, so any program can read the shards."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from infini_train.errors import UserError
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "held_out")
+MANIFEST_FILE = "dataset.json"
+TOKENIZER_FILE = "tokenizer.model"
+REMEDY = "run `infini-train prepare --config FILE --overwrite` again"
+
+
+def token_format(vocab_size: int) -> tuple[str, str]:
+    """(numpy type, name of the tar member) that hold ids below vocab_size in the fewest bytes."""
+    return ("<u2", "u16") if vocab_size <= 1 << 16 else ("<u4", "u32")
+
+
+def index_file(split: str) -> str:
+    """Name of a split's index: arrays `shard`, `offset` (bytes into the tar) and `tokens`, one entry per document."""
+    return f"{split}.index.npz"
+
+
+@dataclass
+class Shard:
+    file: str
+    bytes: int
+
+
+@dataclass
+class SplitFacts:
+    """Sizes of one split; tokens include the begin and end token of every document."""
+
+    documents: int
+    tokens: int
+    characters: int
+    shards: list[Shard]
+
+
+@dataclass
+class Manifest:
+    """Contents of `dataset.json`."""
+
+    source: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    token_type: str
+    """numpy type of the token members: <u2 or <u4, little-endian."""
+    token_member: str
+    """Extension of the tar member that holds a document's tokens: u16 or u32."""
+    splits: dict[str, SplitFacts]
+    format_version: int = FORMAT_VERSION
+
+    def save(self, folder: Path) -> None:
+        (folder / MANIFEST_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read `dataset.json`.
+
+    Raises:
+        UserError: if the folder or the file is missing, damaged or of another format version.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise UserError(
+            f"data.path {folder} holds no prepared data ({MANIFEST_FILE} is missing); "
+            "run `infini-train prepare --config FILE` first"
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version = record["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format_version {version}; this program reads {FORMAT_VERSION}: {REMEDY}")
+    try:
+        splits = {
+            name: SplitFacts(**{**record["splits"][name], "shards": [Shard(**s) for s in record["splits"][name]["shards"]]})
+            for name in SPLITS
+        }
+        manifest = Manifest(**{**record, "splits": splits})
+        if (manifest.token_type, manifest.token_member) != token_format(manifest.vocab_size):
+            raise ValueError(f"{manifest.token_type} cannot hold a vocabulary of {manifest.vocab_size}")
+        return manifest
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({type(error).__name__}: {error}); {REMEDY}")

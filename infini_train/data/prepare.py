@@ -1,0 +1,184 @@
+"""The `prepare` command: text becomes a tokenizer, shards and an index, once."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from infini_train.config import RunConfig, validate_data, validate_model
+from infini_train.data.atomic import atomic_folder
+from infini_train.data.dataset import TokenDataset
+from infini_train.data.documents import Document, DocumentSource
+from infini_train.data.manifest import SPLITS, TOKENIZER_FILE, load_manifest
+from infini_train.data.shards import write_shards
+from infini_train.data.tokenizer import Tokenizer, train_tokenizer
+from infini_train.errors import UserError
+
+
+@dataclass
+class SplitSummary:
+    """Sizes of one split; tokens include the begin and end token of every document."""
+
+    documents: int
+    characters: int
+    tokens: int
+    padding_share: float
+    """Share of the slots that padding takes when every document starts at a segment start."""
+
+
+@dataclass
+class PrepareSummary:
+    """What `prepare` made."""
+
+    path: Path
+    vocab_size: int
+    segment_length: int
+    skipped_empty: int
+    skipped_not_utf8: int
+    splits: dict[str, SplitSummary]
+
+    @property
+    def documents(self) -> int:
+        return sum(split.documents for split in self.splits.values())
+
+    @property
+    def characters(self) -> int:
+        return sum(split.characters for split in self.splits.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(split.tokens for split in self.splits.values())
+
+    @property
+    def characters_per_token(self) -> float:
+        return self.characters / self.tokens
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.path}: {self.documents:,} documents, {self.characters:,} characters, {self.tokens:,} tokens, "
+            f"{self.characters_per_token:.2f} characters per token (vocabulary {self.vocab_size:,})"
+        ]
+        for name, split in self.splits.items():
+            lines.append(
+                f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens; segments of {self.segment_length} cost "
+                f"{split.padding_share:.1%} padding"
+            )
+        if self.skipped_empty or self.skipped_not_utf8:
+            lines.append(f"  skipped: {self.skipped_empty} empty, {self.skipped_not_utf8} not in UTF-8")
+        return "\n".join(lines)
+
+
+def prepare(config: RunConfig, overwrite: bool = False) -> PrepareSummary:
+    """Make the folder `data.path`: tokenizer.model, shards, indexes and dataset.json; print what it holds.
+
+    The folder appears when everything is written; a run that fails leaves what was there. Progress goes to stderr, the
+    summary to stdout.
+
+    Args:
+        overwrite: replace a folder that is prepared already.
+
+    Raises:
+        UserError: bad configuration, unreadable source or a disk that cannot be written; one line with the remedy.
+    """
+    validate_model(config)
+    validate_data(config)
+    data, target = config.data, Path(config.data.path)
+    source = DocumentSource(data.source, data.text_key, data.max_text_mb)
+    given = None if data.tokenizer is None else _given_tokenizer(Path(data.tokenizer), data.vocab_size)
+    console = Console(file=sys.stderr)
+    if source.is_standard_library:
+        console.print("Corpus: the source files of Python's standard library (data.source is stdlib)")
+    try:
+        with atomic_folder(target, overwrite) as folder, _progress(console) as progress:
+            model = folder / TOKENIZER_FILE
+            if given is None:
+                texts = (document.text for document in _watched(source, progress, "Training the tokenizer"))
+                train_tokenizer(texts, model, data.vocab_size)
+            else:
+                shutil.copyfile(given.path, model)
+            write_shards(
+                _watched(source, progress, "Writing shards"),
+                Tokenizer(model),
+                folder,
+                source=data.source,
+                held_out_fraction=data.held_out_fraction,
+                shard_size_mb=data.shard_size_mb,
+            )
+    except OSError as error:
+        raise UserError(
+            f"data.path {target} cannot be written ({error.strerror or error}); free space or choose another path"
+        ) from error
+    summary = _summary(target, config.model.segment_length, source)
+    print(summary)
+    return summary
+
+
+def _given_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"data.vocab_size is {vocab_size}, but data.tokenizer {path} has {tokenizer.vocab_size} ids; set "
+            f"data.vocab_size to {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[documents]:,} documents"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield progress
+
+
+def _watched(source: DocumentSource, progress: Progress, description: str) -> Iterator[Document]:
+    """The documents of the source, while a progress line follows them."""
+    task = progress.add_task(description, total=1.0, documents=0)
+    for document in source:
+        progress.update(task, completed=source.fraction_read, documents=source.documents)
+        yield document
+    progress.update(task, completed=1.0)
+
+
+def _summary(folder: Path, segment_length: int, source: DocumentSource) -> PrepareSummary:
+    manifest = load_manifest(folder)
+    splits = {}
+    for split in SPLITS:
+        facts = manifest.splits[split]
+        lengths = TokenDataset(folder, split).document_lengths
+        splits[split] = SplitSummary(facts.documents, facts.characters, facts.tokens, padding_share(lengths, segment_length))
+    return PrepareSummary(
+        path=folder,
+        vocab_size=manifest.vocab_size,
+        segment_length=segment_length,
+        skipped_empty=source.skipped_empty,
+        skipped_not_utf8=source.skipped_not_utf8,
+        splits=splits,
+    )
+
+
+def padding_share(document_lengths: np.ndarray, segment_length: int) -> float:
+    """Share of padding among the slots of a split whose documents start at segment starts.
+
+    Args:
+        document_lengths: [documents] tokens of each; a document of n tokens has n - 1 positions.
+        segment_length: tokens per segment.
+    """
+    positions = document_lengths - 1
+    slots = -(-positions // segment_length) * segment_length
+    return float(1 - positions.sum() / slots.sum())

@@ -1,0 +1,202 @@
+"""Streams: every row of the global batch reads its own documents, one after another.
+
+Shapes: B rows that this reader holds, N segments, S segment_length, T = N S tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from infini_train.data.dataset import TokenDataset
+from infini_train.errors import UserError
+
+
+@dataclass
+class StreamBatch:
+    """The next N segments of every row. A segment holds tokens of one document, then padding (token 0)."""
+
+    tokens: torch.Tensor  # [B, T] int64
+    targets: torch.Tensor  # [B, T] int64, the token after each
+    loss_mask: torch.Tensor  # [B, T] float32, 1 where there is a target
+    lengths: torch.Tensor  # [B, N] int64, valid tokens of each segment, at its start
+    reset: torch.Tensor  # [B, N] bool, a document begins in this segment; also true in a row that has ended
+    segment_index: torch.Tensor  # [B, N] int64, number of the segment within its document
+
+    @property
+    def num_valid(self) -> int:
+        """Positions with a target."""
+        return int(self.lengths.sum())
+
+    @property
+    def num_slots(self) -> int:
+        """Positions, padding included."""
+        return self.tokens.numel()
+
+
+class StreamReader:
+    """Reads some rows of the global batch.
+
+    In epoch e row r of R reads documents `order_e[r::R]`, where order_e is a permutation seeded by (seed, e) of all documents
+    with a target. Over all rows that is every document once an epoch. A row goes on to its next epoch by itself. What a row
+    reads depends on (dataset, r, R, S, seed, shuffle) only, not on which other rows the reader holds.
+
+    A document of n tokens gives n - 1 positions, padded to a multiple of S: documents begin at segment starts, and no
+    target crosses into another document.
+
+    Args:
+        rows: the global row numbers that this reader holds.
+        total_rows: R, rows of the global batch.
+        segment_length: S, in tokens.
+        seed: fixes the order of documents, together with the epoch.
+        shuffle: False reads in the order of the dataset.
+        num_epochs: rows end after so many epochs; None never ends.
+
+    Raises:
+        ValueError: if rows is empty or not inside 0 .. total_rows - 1.
+        UserError: if no document has a target, or if rows would never get a document.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        rows: range,
+        total_rows: int,
+        segment_length: int,
+        seed: int,
+        shuffle: bool = True,
+        num_epochs: int | None = None,
+    ) -> None:
+        if not rows or min(rows) < 0 or max(rows) >= total_rows:
+            raise ValueError(f"rows is {rows}; it must name rows among the {total_rows} of the global batch")
+        if segment_length < 1 or (num_epochs is not None and num_epochs < 1):
+            raise ValueError(f"segment_length {segment_length} and num_epochs {num_epochs} must be positive")
+        if seed < 0:
+            raise UserError(f"training.seed is {seed}; use 0 or a positive number")
+        self.dataset = dataset
+        self.rows = rows
+        self.total_rows = total_rows
+        self.segment_length = segment_length
+        self.seed = seed
+        self.shuffle = shuffle
+        self.num_epochs = num_epochs
+        self._documents = np.flatnonzero(dataset.document_lengths >= 2)
+        if not len(self._documents):
+            raise UserError(f"{dataset.path} ({dataset.split}) holds no document of two tokens; prepare longer documents")
+        if num_epochs is None and len(self._documents) < total_rows:
+            raise UserError(
+                f"training.rows is {total_rows}, but the {dataset.split} split of {dataset.path} has only "
+                f"{len(self._documents)} documents, so some rows would stay empty; set training.rows to at most "
+                f"{len(self._documents)}, or prepare more documents"
+            )
+        self._orders: dict[int, np.ndarray] = {}
+        # Per row: epoch, index in the row's share of that epoch, offset in that document in tokens.
+        self._position = np.zeros((len(rows), 3), dtype=np.int64)
+        for b in range(len(rows)):
+            if not self._share_size(b):  # only with num_epochs: the row has ended before it began
+                self._position[b, 0] = num_epochs or 0
+
+    def next(self, num_segments: int) -> StreamBatch | None:
+        """The next segments of every row, or None once every row has ended."""
+        if num_segments < 1:
+            raise ValueError(f"num_segments is {num_segments}; it must be positive")
+        if all(self._ended(b) for b in range(len(self.rows))):
+            return None
+        B, N, S = len(self.rows), num_segments, self.segment_length
+        tokens = np.zeros((B, N * S), dtype=np.int64)
+        targets = np.zeros((B, N * S), dtype=np.int64)
+        lengths = np.zeros((B, N), dtype=np.int64)
+        reset = np.ones((B, N), dtype=bool)
+        segment_index = np.zeros((B, N), dtype=np.int64)
+        for b in range(B):
+            filled = 0
+            while filled < N and not self._ended(b):
+                document, offset, positions = self._current(b)
+                segments = min(N - filled, -(-(positions - offset) // S))
+                count = min(segments * S, positions - offset)
+                ids = self.dataset.read(document, offset, count + 1)
+                tokens[b, filled * S : filled * S + count] = ids[:-1]
+                targets[b, filled * S : filled * S + count] = ids[1:]
+                place = np.s_[b, filled : filled + segments]
+                lengths[place] = np.minimum(count - S * np.arange(segments), S)
+                segment_index[place] = offset // S + np.arange(segments)
+                reset[place] = segment_index[place] == 0
+                filled += segments
+                self._advance(b, count)
+        loss_mask = np.arange(S) < lengths[:, :, None]  # [B, N, S]
+        return StreamBatch(
+            tokens=torch.from_numpy(tokens),
+            targets=torch.from_numpy(targets),
+            loss_mask=torch.from_numpy(loss_mask.reshape(B, N * S).astype(np.float32)),
+            lengths=torch.from_numpy(lengths),
+            reset=torch.from_numpy(reset),
+            segment_index=torch.from_numpy(segment_index),
+        )
+
+    def state(self) -> torch.Tensor:
+        """Where every row stands: [B, 3] int64 of epoch, index in the row's share, token offset in the document."""
+        return torch.from_numpy(self._position.copy())
+
+    def load_state(self, state: torch.Tensor) -> None:
+        """Go on from `state()` of a reader with the same settings; rows of several readers can be cut and joined.
+
+        Raises:
+            ValueError: if the shape or type is wrong.
+            UserError: if a position does not exist in this dataset.
+        """
+        if tuple(state.shape) != self._position.shape or state.dtype != torch.int64:
+            raise ValueError(f"state is {state.dtype} {list(state.shape)}; it must be torch.int64 {list(self._position.shape)}")
+        before = self._position
+        self._position = state.cpu().numpy().copy()
+        for b, row in enumerate(self.rows):
+            if not self._exists(b):
+                found = self._position[b].tolist()
+                self._position = before
+                raise UserError(
+                    f"row {row} cannot go on at epoch, document, token {found}: {self.dataset.path} ({self.dataset.split}) has "
+                    "no such segment; resume with the data, training.rows and model.segment_length of the run that saved it"
+                )
+
+    def _exists(self, b: int) -> bool:
+        epoch, index, offset = self._position[b].tolist()
+        if self.num_epochs is not None and epoch >= self.num_epochs:
+            return (epoch, index, offset) == (self.num_epochs, 0, 0)
+        if epoch < 0 or not 0 <= index < self._share_size(b):
+            return False
+        return 0 <= offset < self._current(b)[2] and offset % self.segment_length == 0
+
+    def _ended(self, b: int) -> bool:
+        return self.num_epochs is not None and self._position[b, 0] >= self.num_epochs
+
+    def _current(self, b: int) -> tuple[int, int, int]:
+        """(document, offset, number of positions of the document) where the row stands."""
+        epoch, index, offset = self._position[b].tolist()
+        document = int(self._order(epoch)[self.rows[b] + index * self.total_rows])
+        return document, offset, int(self.dataset.document_lengths[document]) - 1
+
+    def _advance(self, b: int, count: int) -> None:
+        _, offset, positions = self._current(b)
+        self._position[b, 2] += count
+        if offset + count == positions:
+            self._position[b, 1:] = self._position[b, 1] + 1, 0
+            if self._position[b, 1] == self._share_size(b):
+                self._position[b] = self._position[b, 0] + 1, 0, 0
+
+    def _share_size(self, b: int) -> int:
+        """Documents of the row in one epoch; the same in every epoch."""
+        return max(0, -(-(len(self._documents) - self.rows[b]) // self.total_rows))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Documents in the order of an epoch."""
+        if not self.shuffle:
+            return self._documents
+        if epoch not in self._orders:
+            # Epochs that no row reads any more make room.
+            reading = set(self._position[:, 0].tolist())
+            self._orders = {e: order for e, order in self._orders.items() if e in reading}
+            # Sorting raw bits: numpy guarantees a bit generator's stream between versions, not that of permutation().
+            bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self._documents))
+            self._orders[epoch] = self._documents[np.argsort(bits, kind="stable")]
+        return self._orders[epoch]

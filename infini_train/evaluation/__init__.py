@@ -1,0 +1,1 @@
+"""Measuring a trained model: perplexity, generation, and the report that shows a run."""

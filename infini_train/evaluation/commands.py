@@ -1,0 +1,192 @@
+"""What `infini-train evaluate` and `infini-train generate` do with a trained run."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from infini_train.config import LayoutConfig, RunConfig
+from infini_train.data.dataset import TokenDataset
+from infini_train.data.tokenizer import Tokenizer
+from infini_train.errors import UserError
+from infini_train.evaluation.generation import StreamingModel, sample_tokens
+from infini_train.evaluation.perplexity import HeldOutLoss, held_out_loss, position_bins, unigram_entropy
+from infini_train.model import build_model, parameter_placements
+from infini_train.parallel.engine import InferenceEngine
+from infini_train.parallel.layout import Layout, initialize_layout
+from infini_train.parallel.pipeline import SegmentPipeline
+from infini_train.training.checkpoint import Checkpointer, list_checkpoints
+
+
+@dataclass
+class Loaded:
+    """A trained model, without an optimizer."""
+
+    run: RunConfig
+    layout: Layout
+    engine: InferenceEngine
+    step: int
+
+
+def inference_layout(run: RunConfig, world_size: int) -> RunConfig:
+    """One process takes the whole model, whatever layout trained it: a checkpoint does not depend on it."""
+    if world_size == 1:
+        return replace(run, layout=LayoutConfig(zero_stage=0))
+    return run
+
+
+def find_checkpoint(run: RunConfig, checkpoint: str | None) -> Path:
+    """The checkpoint that the user named, or the newest of the run.
+
+    Raises:
+        UserError: there is none.
+    """
+    if checkpoint is not None:
+        if not Path(checkpoint).is_dir():
+            raise UserError(
+                f"--from_checkpoint {checkpoint} is not a folder; name a folder step_XXXXXXXX of a run's checkpoints"
+            )
+        return Path(checkpoint)
+    found = list_checkpoints(Path(run.run_dir))
+    if not found:
+        raise UserError(f"run_dir {run.run_dir} holds no checkpoint; run `infini-train pretrain` first")
+    return found[-1]
+
+
+def load_model(run: RunConfig, checkpoint: Path) -> Loaded:
+    """Build the model in the run's layout and read its weights."""
+    layout = initialize_layout(run)
+    module = build_model(run, first_stage=layout.is_first_stage, last_stage=layout.is_last_stage)
+    placements = parameter_placements(module, layout.layer_offset(run.model.num_layers))
+    fingerprint = TokenDataset(Path(run.data.path), "held_out").tokenizer_fingerprint
+    step = Checkpointer(run, layout, placements, fingerprint).load_weights(checkpoint, module)
+    return Loaded(run, layout, InferenceEngine(module), step)
+
+
+def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
+    """Held-out perplexity by position; writes evaluation.json in the run directory and prints a table."""
+    loaded = load_model(run, checkpoint)
+    pipeline = SegmentPipeline(loaded.engine, run, loaded.layout, len(loaded.layout.rows(run.training.rows)))
+    with_memory = _measure(loaded, pipeline, empty_memory=False)
+    emptied = _measure(loaded, pipeline, empty_memory=True) if run.model.attention == "infini" else None
+    entropy = unigram_entropy(TokenDataset(Path(run.data.path), "held_out"))
+    report: dict[str, Any] = {
+        "checkpoint": str(checkpoint),
+        "step": loaded.step,
+        "tokens": int(with_memory.tokens.sum()),
+        "with_memory": _summary(with_memory),
+        "memory_emptied": None if emptied is None else _summary(emptied),
+        "unigram_entropy": entropy,
+        "by_position": _by_position(with_memory, emptied),
+    }
+    if loaded.layout.is_main:
+        (Path(run.run_dir) / "evaluation.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        _print_evaluation(report)
+    return report
+
+
+def _measure(loaded: Loaded, pipeline: SegmentPipeline, *, empty_memory: bool) -> HeldOutLoss:
+    title = "held-out, memory emptied" if empty_memory else "held-out"
+    with Progress(console=Console(stderr=True), disable=not loaded.layout.is_main or not sys.stderr.isatty()) as progress:
+        task = progress.add_task(title, total=None)
+        return held_out_loss(
+            loaded.run,
+            loaded.layout,
+            pipeline,
+            empty_memory=empty_memory,
+            on_batch=lambda count: progress.update(task, completed=count),
+        )
+
+
+def _summary(result: HeldOutLoss) -> dict[str, float]:
+    return {"loss": result.loss, "perplexity": math.exp(result.loss)}
+
+
+def _by_position(with_memory: HeldOutLoss, emptied: HeldOutLoss | None) -> list[dict[str, Any]]:
+    rows = []
+    for first, last in position_bins(with_memory):
+        part = slice(first, last + 1)
+        tokens = with_memory.tokens[part].sum()
+        if tokens == 0:
+            continue
+        rows.append(
+            {
+                "first_segment": first,
+                "last_segment": last,
+                "tokens": int(tokens),
+                "loss": float(with_memory.loss_sum[part].sum() / tokens),
+                "loss_memory_emptied": None if emptied is None else float(emptied.loss_sum[part].sum() / tokens),
+            }
+        )
+    return rows
+
+
+def _print_evaluation(report: dict[str, Any]) -> None:
+    print(f"checkpoint {report['checkpoint']}, {report['tokens']:,} held-out tokens")
+    print(f"{'segment of document':>20}  {'tokens':>10}  {'with memory':>12}  {'emptied':>12}   (perplexity)")
+    for row in report["by_position"]:
+        name = f"{row['first_segment']}-{row['last_segment']}"
+        emptied = row["loss_memory_emptied"]
+        other = "-" if emptied is None else f"{math.exp(emptied):.3f}"
+        print(f"{name:>20}  {row['tokens']:>10,}  {math.exp(row['loss']):>12.3f}  {other:>12}")
+    other = "-" if report["memory_emptied"] is None else f"{report['memory_emptied']['perplexity']:.3f}"
+    print(f"{'all':>20}  {report['tokens']:>10,}  {report['with_memory']['perplexity']:>12.3f}  {other:>12}")
+    loss = report["with_memory"]["loss"]
+    print(f"held-out loss {loss:.4f} nats per token; unigram entropy of the held-out text {report['unigram_entropy']:.4f}")
+
+
+def generate(
+    run: RunConfig, checkpoint: Path, prompt: str | None, max_new_tokens: int, temperature: float, top_k: int, seed: int
+) -> str:
+    """Continue a prompt with streaming inference; writes generation.json in the run directory and prints the text.
+
+    Args:
+        prompt: None takes the first half of the longest held-out document, at most 32 segments of it.
+    """
+    loaded = load_model(run, checkpoint)
+    tokenizer = Tokenizer(Path(run.data.path) / "tokenizer.model")
+    tokens = _default_prompt(run) if prompt is None else [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    model = StreamingModel(loaded.engine.module, run)
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("reading the prompt", total=len(tokens))
+        produced = list(
+            sample_tokens(
+                model,
+                tokens,
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                seed=seed,
+                stop_token=tokenizer.eos_id,
+                on_chunk=lambda position: progress.update(task, completed=position),
+            )
+        )
+    text = tokenizer.decode(produced)
+    if loaded.layout.is_main:
+        shown = tokenizer.decode(tokens)
+        facts = {
+            "prompt": shown,
+            "text": text,
+            "prompt_tokens": len(tokens),
+            "segments": -(-len(tokens) // run.model.segment_length),
+        }
+        (Path(run.run_dir) / "generation.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        print(f"--- the prompt's last lines ({facts['prompt_tokens']} tokens, {facts['segments']} segments) ---")
+        print(shown[-400:], end="")
+        print("\n--- the model goes on ---")
+        print(text)
+    return text
+
+
+def _default_prompt(run: RunConfig) -> list[int]:
+    dataset = TokenDataset(Path(run.data.path), "held_out")
+    longest = int(dataset.document_lengths.argmax())
+    count = min(int(dataset.document_lengths[longest]) // 2, 32 * run.model.segment_length)
+    return dataset.read(longest, 0, max(1, count)).tolist()

@@ -1,0 +1,172 @@
+"""The charts of what Infini-attention adds: memory, gates, and what they are worth by position in the document."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.ticker import MaxNLocator
+
+from infini_train.evaluation import plotting as p
+from infini_train.evaluation.charts import HALF, WIDE, Chart, chart_figure, number, perplexity
+from infini_train.evaluation.records import Records
+
+
+def position_chart(entries: list[dict[str, Any]], has_memory: bool) -> Chart | None:
+    """Perplexity by segment of the document, `entries` as in by_position of evaluation.json."""
+    if not entries:
+        return None
+    labels, tokens = [], []
+    for entry in entries:
+        first, last = entry["first_segment"], entry.get("last_segment")
+        span = f"{first:,}+" if last is None else f"{first:,}" if first == last else f"{first:,}–{last:,}"
+        labels.append(span)
+        tokens.append(entry.get("tokens"))
+    names = [f"segment{'' if label.isdigit() else 's'} {label}" for label in labels]
+    x = np.arange(len(entries), dtype=float)
+    kept = np.array([perplexity(entry["loss"]) for entry in entries])
+    losses_emptied = [entry.get("loss_memory_emptied") for entry in entries]
+    emptied = np.array([np.nan if loss is None else perplexity(loss) for loss in losses_emptied])
+    with chart_figure(WIDE, 3.8) as (figure, axes):
+        p.line(axes, x, emptied, p.EMPTIED, "memory emptied at every segment", marked=True)
+        p.line(axes, x, kept, p.WITH_MEMORY, "with memory" if has_memory else None, marked=True)
+        p.value_axis(axes, "perplexity", log=p.log_if_wide(np.concatenate([kept, emptied])))
+        show = [f"{a}\n{p.compact(n)} tok." if isinstance(n, int) else a for a, n in zip(labels, tokens, strict=True)]
+        every = math.ceil(len(x) / 14)
+        axes.set_xticks(x[::every], show[::every])
+        axes.set_xlabel("segment of the document, counted from 0; below it the held-out tokens measured there")
+        axes.set_xlim(-0.4, len(x) - 0.6)
+        if has_memory:
+            p.legend_above(axes, columns=2)
+        svg = p.svg_of(figure, "positions", "Held-out perplexity by position in the document")
+    far = len(x) - 1
+    caption = f"In {names[far]} perplexity is {number(kept[far])}" + (" with memory" if has_memory else "")
+    if np.isfinite(emptied[far]):
+        change = emptied[far] / kept[far] - 1
+        caption += f" and {number(emptied[far])} with the memory emptied ({change:+.1%})"
+    caption += f", against {number(kept[0])} in {names[0]}" if far else ""
+    if has_memory and entries[0]["first_segment"] == entries[0].get("last_segment") == 0:
+        caption += "; in segment 0 the memory is still empty, so there the two must meet"
+    return Chart("Perplexity by position in the document", svg, caption + ".", wide=True)
+
+
+def gate_map_chart(records: Records) -> Chart | None:
+    found = records.nested("gates", 2)
+    if found is None:
+        return None
+    steps, history = found
+    gates = history[-1]
+    layers, heads = gates.shape
+    colours = LinearSegmentedColormap.from_list("mix", ["#d55e00", "#f4f1ec", "#0072b2"], N=41)
+    with chart_figure(HALF, _gate_height(layers)) as (figure, axes):
+        edges = {"edgecolors": p.SURFACE, "linewidth": 1.5 if layers * heads <= 256 else 0.4}
+        x, y = np.arange(heads + 1) + 0.5, np.arange(layers + 1) + 0.5
+        mesh = axes.pcolormesh(x, y, gates, cmap=colours, vmin=0, vmax=1, **edges)
+        if layers <= 12 and heads <= 8:
+            for (layer, head), value in np.ndenumerate(gates):
+                dark = abs(value - 0.5) > 0.3
+                shade = "#ffffff" if dark else "#1d2430"
+                axes.text(head + 1, layer + 1, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=9)
+        axes.set_xlabel("query head")
+        axes.set_ylabel("layer")
+        axes.grid(False)
+        axes.invert_yaxis()
+        axes.spines["bottom"].set_visible(False)
+        axes.tick_params(length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, steps=[1, 2, 4, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=13, integer=True, steps=[1, 2, 4, 5, 10]))
+        bar = figure.colorbar(mesh, ax=axes, ticks=[0, 0.25, 0.5, 0.75, 1], fraction=0.06, pad=0.03)
+        bar.outline.set_visible(False)
+        if bar.solids is not None:
+            bar.solids.set_edgecolor("face")
+        bar.ax.set_yticklabels(["0 local only", "0.25", "0.5", "0.75", "1 memory only"])
+        svg = p.svg_of(figure, "gate-map", f"Gate of each head at step {steps[-1]:.0f}")
+    layer, head = np.unravel_index(int(np.argmax(gates)), gates.shape)
+    low_layer, low_head = np.unravel_index(int(np.argmin(gates)), gates.shape)
+    caption = (
+        f"At step {steps[-1]:,.0f} layer {layer + 1}, head {head + 1} listens to its memory most "
+        f"({gates.max():.2f}) and layer {low_layer + 1}, head {low_head + 1} least ({gates.min():.2f}); "
+        "at 0.5 local attention and memory count equally."
+    )
+    return Chart("Gates, sigmoid(β), of every head", svg, caption)
+
+
+def _gate_height(layers: int) -> float:
+    """Both gate charts stand side by side."""
+    return min(max(3.4, 1.2 + 0.2 * layers), 5.5)
+
+
+def gate_course_chart(records: Records) -> Chart | None:
+    found = records.nested("gates", 2)
+    if found is None:
+        return None
+    steps, history = found
+    layers, heads = history.shape[1:]
+    each_head = layers * heads <= 64
+    low, high = history.min(axis=(1, 2)), history.max(axis=(1, 2))
+    if not each_head:
+        low, high = np.percentile(history, [10, 90], axis=(1, 2))
+    with chart_figure(HALF, _gate_height(layers)) as (figure, axes):
+        if not each_head:
+            shown = np.unique(np.linspace(0, len(steps) - 1, 250).astype(int))
+            axes.fill_between(steps[shown], low[shown], high[shown], color=p.GRID, linewidth=0)
+        else:
+            limit = p.MAX_POINTS // 4
+            for layer, head in np.ndindex(layers, heads):
+                p.line(axes, steps, history[:, layer, head], p.depth_colour(layer, layers), None, 0.6, limit=limit)
+        _lines_by_layer(axes, steps, history.mean(axis=2))
+        middle, half = (low.min() + high.max()) / 2, max(float(high.max() - low.min()) * 0.55, 0.05)
+        axes.set_ylim(max(middle - half, -0.02), min(middle + half, 1.02))
+        axes.axhline(0.5, color=p.FAINT, linewidth=1, linestyle=(0, (4, 3)))
+        p.value_axis(axes, "sigmoid(β)")
+        p.step_axis(axes, steps)
+        svg = p.svg_of(figure, "gate-course", "Gates over training steps")
+    means = history.mean(axis=(1, 2))
+    caption = (
+        f"{'Thick lines are' if each_head else 'Lines are'} the means of the layers, "
+        f"{'thin ones single heads' if each_head else 'the band holds eight heads in ten'}: over all heads the mean "
+        f"gate went from {means[0]:.3f} to {means[-1]:.3f}, and single heads now lie between {history[-1].min():.3f} and "
+        f"{history[-1].max():.3f}."
+    )
+    return Chart("Gates over training", svg, caption)
+
+
+def _lines_by_layer(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
+    """values [S, layers]; the legend names up to eight layers, or else the first, middle and last."""
+    layers = values.shape[1]
+    named = set(range(layers)) if layers <= 8 else {0, layers // 2, layers - 1}
+    for layer in range(layers):
+        label = f"layer {layer + 1}" if layer in named else None
+        width = 1.8 if layers <= 8 else 1.1
+        limit = max(p.MAX_POINTS // max(layers // 4, 1), 100)
+        p.line(axes, steps, values[:, layer], p.depth_colour(layer, layers), label, width, limit=limit)
+    p.legend_above(axes, columns=4)
+
+
+def memory_charts(records: Records) -> list[Chart]:
+    charts = []
+    kinds = (
+        ("memory_norm", "Size of the memory M", "Frobenius norm of M"),
+        ("memory_z_norm", "Size of its normaliser z", "L2 norm of z"),
+    )
+    for key, name, unit in kinds:
+        found = records.nested(key, 1)
+        if found is None:
+            continue
+        steps, norms = found
+        with chart_figure(HALF, 3.4) as (figure, axes):
+            _lines_by_layer(axes, steps, norms)
+            p.value_axis(axes, unit, log=p.log_if_wide(norms))
+            p.step_axis(axes, steps)
+            svg = p.svg_of(figure, key, f"{name} by layer over training steps")
+        largest = int(np.argmax(norms[-1]))
+        middle = np.median(norms, axis=1)
+        caption = (
+            f"The norm (mean over rows and heads) is largest in layer {largest + 1}, {number(norms[-1, largest])} at "
+            f"step {steps[-1]:,.0f}; the median over layers went from {number(middle[0])} to {number(middle[-1])}."
+        )
+        charts.append(Chart(name, svg, caption))
+    return charts

@@ -1,0 +1,189 @@
+"""What a run left behind, read with mistrust: a killed run ends in half a line, a resumed one repeats steps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infini_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Records:
+    """The lines of metrics.jsonl, one per step in ascending order, and what was odd about the file."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def steps(self) -> np.ndarray:
+        return np.array([row["step"] for row in self.rows], dtype=float)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the run's attention is one with memory."""
+        return any(row.get("gates") for row in self.rows)
+
+    def column(self, name: str) -> np.ndarray:
+        """One number per step, NaN where the step did not record it."""
+        return np.array([_number(row.get(name)) for row in self.rows], dtype=float)
+
+    def finite(self, name: str) -> np.ndarray:
+        """The finite values of a column."""
+        values = self.column(name)
+        return values[np.isfinite(values)]
+
+    def last(self, name: str) -> float | None:
+        """The newest finite value of a column."""
+        values = self.finite(name)
+        return float(values[-1]) if len(values) else None
+
+    def nested(self, name: str, rank: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Values per layer (rank 1) or per layer and head (rank 2).
+
+        Returns:
+            The steps [S] that recorded them and the values [S, layers] or [S, layers, heads]; None where no step did.
+            Steps with a value that is not finite, or whose shape differs from the newest one's, are left out.
+        """
+        found: list[tuple[int, np.ndarray]] = []
+        for row in self.rows:
+            if not row.get(name):
+                continue
+            try:
+                values = np.array(row[name], dtype=float)
+            except (TypeError, ValueError):
+                continue
+            if values.ndim == rank and values.size and np.isfinite(values).all():
+                found.append((row["step"], values))
+        if not found:
+            return None
+        shape = found[-1][1].shape
+        kept = [(step, values) for step, values in found if values.shape == shape]
+        return np.array([step for step, _ in kept], dtype=float), np.stack([values for _, values in kept])
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+
+
+def _plural(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"
+
+
+def read_metrics(path: Path) -> Records:
+    """Read metrics.jsonl.
+
+    Where the step number goes back, the run was resumed from a checkpoint: what it had recorded from that step on
+    belongs to weights that no longer exist and is replaced by the later lines.
+
+    Raises:
+        UserError: if the file does not exist.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} does not exist, so there is nothing to report; run `infini-train pretrain` first") from None
+    by_step: dict[int, dict[str, Any]] = {}
+    unreadable: list[int] = []
+    replaced = 0
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            unreadable.append(number)
+            continue
+        if by_step and row["step"] <= next(reversed(by_step)):
+            abandoned = [step for step in by_step if step >= row["step"]]
+            replaced += len(abandoned)
+            for step in abandoned:
+                del by_step[step]
+        by_step[row["step"]] = row
+    records = Records(list(by_step.values()), _notes_on_lines(lines, unreadable, replaced))
+    losses = records.column("loss")
+    if bad := int(np.sum(~np.isfinite(losses))):
+        records.notes.append(f"The training loss is missing or not finite at {_plural(bad, 'step', 'steps')}.")
+    return records
+
+
+def _notes_on_lines(lines: list[tuple[int, str]], unreadable: list[int], replaced: int) -> list[str]:
+    notes = []
+    if unreadable and unreadable[-1] == lines[-1][0]:
+        notes.append(
+            f"The last line of metrics.jsonl (line {unreadable[-1]}) is incomplete and was left out: "
+            "the run was stopped, or is still running, while it was written."
+        )
+        unreadable = unreadable[:-1]
+    if unreadable:
+        numbers = ", ".join(str(number) for number in unreadable[:5]) + (", …" if len(unreadable) > 5 else "")
+        notes.append(
+            f"{_plural(len(unreadable), 'line', 'lines')} of metrics.jsonl could not be read and "
+            f"{'was' if len(unreadable) == 1 else 'were'} left out (line {numbers})."
+        )
+    if replaced:
+        notes.append(
+            f"{_plural(replaced, 'step was', 'steps were')} recorded and then run again from a checkpoint; "
+            "only the latest record of each step is shown."
+        )
+    return notes
+
+
+def read_json(path: Path, command: str, notes: list[str]) -> dict[str, Any] | None:
+    """An optional JSON object; None where it is absent, and a note as well where it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        return value
+    notes.append(f"{path.name} is not readable JSON and was left out; write it again with `{command}`.")
+    return None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out loss in nats per token, with memory and with memory emptied, wherever it was measured last."""
+
+    loss: float | None = None
+    loss_memory_emptied: float | None = None
+    unigram_entropy: float | None = None
+    source: str = ""
+
+
+def held_out(records: Records, evaluation: dict[str, Any] | None) -> HeldOut:
+    """The numbers of evaluation.json, or of the last evaluation during training where that file is absent."""
+    if evaluation is not None:
+        step = evaluation.get("step")
+        return HeldOut(
+            loss=_finite((evaluation.get("with_memory") or {}).get("loss")),
+            loss_memory_emptied=_finite((evaluation.get("memory_emptied") or {}).get("loss")),
+            unigram_entropy=_finite(evaluation.get("unigram_entropy")),
+            source=f"evaluation of step {step:,}" if isinstance(step, int) else "evaluation.json",
+        )
+    for row in reversed(records.rows):
+        if (loss := _finite(row.get("held_out_loss"))) is not None:
+            emptied = _finite(row.get("held_out_loss_memory_emptied"))
+            return HeldOut(loss, emptied, None, f"evaluation during training, step {row['step']:,}")
+    return HeldOut()
+
+
+def _finite(value: Any) -> float | None:
+    number = _number(value)
+    return number if np.isfinite(number) else None
+
+
+def positions(evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The usable entries of by_position, in the order of the document."""
+    entries = (evaluation or {}).get("by_position") or []
+    usable = [entry for entry in entries if isinstance(entry.get("first_segment"), int)]
+    return sorted(
+        (entry for entry in usable if _finite(entry.get("loss")) is not None), key=lambda entry: entry["first_segment"]
+    )

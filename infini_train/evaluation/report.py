@@ -1,0 +1,260 @@
+"""report.html: one page that shows a run, complete in itself."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infini_train.evaluation import charts, memory_charts, plotting
+from infini_train.evaluation.charts import Chart, number, perplexity
+from infini_train.evaluation.page import page
+from infini_train.evaluation.records import HeldOut, Records, held_out, positions, read_json, read_metrics
+
+LONGEST_PROMPT = 1200
+"""Characters of the prompt that are shown: its end, next to the continuation."""
+LONGEST_TEXT = 6000
+"""Characters of the continuation that are shown."""
+NO_DIFFERENCE = 0.01
+"""Relative difference in perplexity below which the report speaks of no clear difference."""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into a run directory from what the run recorded there.
+
+    Reads metrics.jsonl and, where present, evaluation.json, generation.json and config.yaml (shown as it stands). The
+    page needs no network and no other file.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: if metrics.jsonl does not exist.
+    """
+    records = read_metrics(run_dir / "metrics.jsonl")
+    notes = list(records.notes)
+    evaluation = read_json(run_dir / "evaluation.json", "infini-train evaluate", notes)
+    generation = read_json(run_dir / "generation.json", "infini-train generate", notes)
+    held = held_out(records, evaluation)
+    config_file = run_dir / "config.yaml"
+    config = config_file.read_text(encoding="utf-8", errors="replace") if config_file.exists() else None
+
+    sections = [
+        _cards(records, held),
+        "".join(f'<p class="note">{_text(note)}</p>' for note in notes),
+        *_chart_sections(records, evaluation, held),
+        _sample(generation),
+        _reading(records),
+        _config(config),
+    ]
+    target = run_dir / "report.html"
+    document = page(_text(run_dir.resolve().name), _lead(records, held), "\n".join(part for part in sections if part))
+    target.write_text(document, encoding="utf-8")
+    return target
+
+
+def _text(value: object) -> str:
+    """Escaped for HTML; what no page may hold (control characters, halves of a character) made visible."""
+    return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "�", str(value).replace("\r\n", "\n")))
+
+
+def _lead(records: Records, held: HeldOut) -> str:
+    """The run in plain words."""
+    if not records.rows:
+        return "No step is recorded yet: the run has just been started, or ended before its first step."
+    tokens = records.last("tokens")
+    seen = f" and {plotting.compact(tokens)} tokens" if tokens else ""
+    sentences = [f"Trained for {_steps(records)}{seen}."]
+    if held.loss is not None:
+        known = f"On text that it was not trained on, its perplexity is {number(perplexity(held.loss))}"
+        if held.unigram_entropy is not None:
+            below = held.unigram_entropy - held.loss
+            comparison = "better" if below >= 0 else "worse"
+            known += f"; that is {abs(below):.2f} nats per token {comparison} than knowing token frequencies alone"
+        sentences.append(known + ".")
+    if held.loss is not None and held.loss_memory_emptied is not None:
+        change = perplexity(held.loss_memory_emptied) / perplexity(held.loss) - 1
+        if abs(change) < NO_DIFFERENCE:
+            sentences.append(f"Emptying its memory makes no clear difference ({change:+.2%} perplexity).")
+        elif change > 0:
+            sentences.append(f"Emptying its memory raises perplexity by {change:.1%}: the model relies on it.")
+        else:
+            sentences.append(f"Emptying its memory lowers perplexity by {-change:.1%}: reading it does not help yet.")
+    return _text(" ".join(sentences))
+
+
+def _cards(records: Records, held: HeldOut) -> str:
+    finite = records.finite("loss")
+    cards = []
+    if len(finite):
+        last = finite[-20:]
+        detail = "nats per token"
+        if len(last) > 1:
+            detail += f", mean of the last {len(last)}; the last one {finite[-1]:.3f}"
+        cards.append(("Training loss", f"{last.mean():.3f}", detail, ""))
+    if held.loss is not None:
+        detail = f"loss {held.loss:.3f}; {held.source}"
+        cards.append(
+            (
+                "Held-out perplexity" + (" with memory" if held.loss_memory_emptied is not None else ""),
+                number(perplexity(held.loss)),
+                detail,
+                "with-memory",
+            )
+        )
+    if held.loss_memory_emptied is not None:
+        emptied = number(perplexity(held.loss_memory_emptied))
+        detail = f"loss {held.loss_memory_emptied:.3f}; same weights, same text"
+        cards.append(("The same, memory emptied", emptied, detail, "emptied"))
+    if held.unigram_entropy is not None:
+        detail = "nats per token: the loss of knowing frequencies alone"
+        cards.append(("Unigram entropy", f"{held.unigram_entropy:.3f}", detail, ""))
+    if (tokens := records.last("tokens")) is not None:
+        cards.append(("Tokens seen", plotting.compact(tokens), f"{tokens:,.0f} in {_steps(records)}", ""))
+    if len(rates := records.finite("tokens_per_second")):
+        seconds = records.finite("step_seconds")
+        complete = len(seconds) == records.steps[-1]
+        detail = "tokens per second" + (f"; {_duration(seconds.sum())} in all steps" if complete else "")
+        cards.append(("Median throughput", plotting.compact(float(np.median(rates))), detail, ""))
+    if len(padding := records.finite("padding")):
+        cards.append(("Padding", f"{padding.mean():.1%}", "of the token slots, mean over steps", ""))
+    items = (
+        f'<div class="card {style}"><dt>{_text(name)}</dt><dd class="value">{_text(value)}</dd><dd>{_text(detail)}</dd></div>'
+        for name, value, detail, style in cards
+    )
+    return f'<dl class="cards">{"".join(items)}</dl>' if cards else ""
+
+
+def _steps(records: Records) -> str:
+    count = int(records.steps[-1])
+    return f"{count:,} step{'' if count == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _chart_sections(records: Records, evaluation: dict[str, Any] | None, held: HeldOut) -> list[str]:
+    if not records.rows:
+        return []
+    by_position = memory_charts.position_chart(positions(evaluation), records.has_memory)
+    missing_evaluation = "No evaluation.json with positions: run `infini-train evaluate` to measure them."
+    missing_gates = "This run recorded no gates: its attention has no memory (local or full)."
+    if records.has_memory:
+        missing_gates = "The recorded gates are not finite: the run has diverged."
+    gates = [memory_charts.gate_map_chart(records), memory_charts.gate_course_chart(records)]
+    memory = memory_charts.memory_charts(records)
+    health = [
+        charts.learning_rate_chart(records),
+        charts.gradient_chart(records),
+        charts.rate_chart(records, "tokens_per_second"),
+        charts.rate_chart(records, "mfu"),
+    ]
+    compared = (
+        "Both curves come from the same weights. They were trained with a memory, so the emptied curve shows how much "
+        "the model relies on it, not how well a model without memory would do."
+    )
+    return [
+        _section("Learning", "", [charts.loss_chart(records, held)], "No finite loss is recorded."),
+        _section(
+            "Does the memory help?" if records.has_memory else "Along the document",
+            compared if by_position and records.has_memory else "",
+            [by_position],
+            missing_evaluation,
+        ),
+        _section(
+            "Gates",
+            "Each head mixes what it reads from memory with local attention inside the segment; sigmoid(β) is the "
+            "memory's share."
+            if gates[0]
+            else "",
+            gates,
+            missing_gates,
+        ),
+        _section("Memory", "", [*memory], "This run recorded no finite memory norms.") if records.has_memory else "",
+        _section("Course of training", "", health, "Nothing about the course of training is recorded."),
+    ]
+
+
+def _section(title: str, intro: str, found: list[Chart | None], missing: str) -> str:
+    figures = [chart for chart in found if chart is not None]
+    parts = [f"<h2>{_text(title)}</h2>"]
+    if intro:
+        parts.append(f'<p class="intro">{_text(intro)}</p>')
+    if not figures:
+        parts.append(f'<p class="missing">{_code(missing)}</p>')
+    else:
+        parts.append(f'<div class="charts">{"".join(_figure(chart) for chart in figures)}</div>')
+    return f"<section>{''.join(parts)}</section>"
+
+
+def _code(sentence: str) -> str:
+    """Escaped, with `backticks` turned into code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", _text(sentence))
+
+
+def _figure(chart: Chart) -> str:
+    return (
+        f'<figure class="{"wide" if chart.wide else "half"}"><h3>{_text(chart.title)}</h3>'
+        f'<div class="plot">{chart.svg}</div><figcaption>{_text(chart.caption)}</figcaption></figure>'
+    )
+
+
+def _sample(generation: dict[str, Any] | None) -> str:
+    if generation is None:
+        missing = "No generation.json: run `infini-train generate` to let the model continue a prompt."
+        return f'<section><h2>Sample</h2><p class="missing">{_code(missing)}</p></section>'
+    prompt, text = str(generation.get("prompt") or ""), str(generation.get("text") or "")
+    facts = [
+        f"{count:,} {name}{'' if count == 1 else 's'}"
+        for name, count in (("token", generation.get("prompt_tokens")), ("segment", generation.get("segments")))
+        if isinstance(count, int)
+    ]
+    intro = f"The prompt has {' in '.join(facts)}. " if facts else ""
+    intro += "Grey is the prompt, the marked part is what the model wrote."
+    if len(prompt) > LONGEST_PROMPT:
+        intro += f" Only the last {LONGEST_PROMPT:,} of the prompt's {len(prompt):,} characters are shown."
+        prompt = "…" + prompt[-LONGEST_PROMPT:]
+    if len(text) > LONGEST_TEXT:
+        intro += f" Only the first {LONGEST_TEXT:,} of the continuation's {len(text):,} characters are shown."
+        text = text[:LONGEST_TEXT] + "…"
+    return (
+        f'<section><h2>Sample</h2><p class="intro">{_text(intro)}</p>'
+        f'<pre class="sample"><span class="prompt">{_text(prompt)}</span><ins>{_text(text)}</ins></pre></section>'
+    )
+
+
+def _reading(records: Records) -> str:
+    terms = [
+        ("Perplexity", "exp(loss): among how many equally likely tokens the model is undecided; lower is better."),
+        ("Segment", "tokens that attend to each other exactly; everything earlier reaches a head through its memory."),
+        (
+            "Memory emptied",
+            "same weights, same text, with M and z set to zero at every segment: local attention is all there is.",
+        ),
+        (
+            "Curves",
+            f"at most {plotting.MAX_POINTS:,} points each; of longer ones the extremes of equal stretches are drawn, "
+            "so spikes stay.",
+        ),
+    ]
+    if not records.has_memory:
+        terms = [term for term in terms if term[0] not in ("Segment", "Memory emptied")]
+    items = "".join(f"<dt>{_text(term)}</dt><dd>{_text(meaning)}</dd>" for term, meaning in terms)
+    return f'<section><h2>How to read this page</h2><dl class="terms">{items}</dl></section>'
+
+
+def _config(config: str | None) -> str:
+    if config is None:
+        return '<section><p class="missing">No config.yaml in the run directory.</p></section>'
+    return (
+        "<section><details><summary>Configuration of the run (config.yaml)</summary>"
+        f'<pre class="config">{_text(config)}</pre></details></section>'
+    )

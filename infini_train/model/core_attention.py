@@ -1,0 +1,64 @@
+"""The adapter between Megatron-core's attention layer and an attention variant.
+
+Shapes: T tokens, B rows, H query heads and G key/value heads of this process, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from infini_train.attention import build_attention
+from infini_train.config import RunConfig
+from infini_train.model.micro_batch import MicroBatch
+
+
+class CoreAttention(MegatronModule):
+    """Megatron-core's `core_attention` made of one of our variants.
+
+    The model is built with `position_embedding_type="none"`, so queries and keys arrive unrotated, as the memory needs them.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, run: RunConfig, **_: Any) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        tp = config.tensor_model_parallel_size
+        self.attention = build_attention(
+            run.model,
+            num_heads=run.model.num_attention_heads // tp,
+            num_groups=run.model.num_query_groups // tp,
+            context_tokens=run.micro_batch_tokens,
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        /,
+        *,
+        packed_seq_params: MicroBatch,
+        **_: Any,
+    ) -> Tensor:
+        """query [T, B, H, D], key and value [T, B, G, D] -> [T, B, H × D]."""
+        micro_batch = packed_seq_params
+        q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))
+        if micro_batch.caches is not None:
+            out, micro_batch.caches[self.layer_number] = self.attention.step(q, k, v, micro_batch.caches[self.layer_number])
+        else:
+            assert micro_batch.reset is not None and micro_batch.lengths is not None
+            out, memory = self.attention(
+                q,
+                k,
+                v,
+                reset=micro_batch.reset,
+                lengths=micro_batch.lengths,
+                memory=micro_batch.memory_in.get(self.layer_number),
+            )
+            if memory is not None:
+                micro_batch.memory_out[self.layer_number] = memory
+        return out.transpose(0, 1).flatten(2)

@@ -1,0 +1,105 @@
+"""Builds Megatron-core's GPTModel with RMSNorm, SwiGLU, grouped queries and our core attention."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.nn import functional
+
+from infini_train.config import RunConfig
+from infini_train.model.core_attention import CoreAttention
+from infini_train.model.norm import RMSNorm
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def layer_spec(run: RunConfig) -> ModuleSpec:
+    """One transformer layer: norm, attention, norm, SwiGLU."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=lambda *, config, layer_number, **_: CoreAttention(config, layer_number, run),
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def transformer_config(run: RunConfig) -> TransformerConfig:
+    """Megatron-core's view of the run. Fusions stay off: on a CPU they need a compiler, on CUDA ours come with the kernels."""
+    model, layout = run.model, run.layout
+    dtype = DTYPES[run.training.precision]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size,
+        tensor_model_parallel_size=layout.tensor_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_parallel_size,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        # Weights are drawn by `initialize_parameters`, from their global names, so that no layout changes them.
+        perform_initialization=False,
+        # Memory is our own path through recompute; Megatron's would drop its gradient.
+        recompute_granularity=None,
+    )
+
+
+def build_model(run: RunConfig, *, first_stage: bool, last_stage: bool) -> GPTModel:
+    """The layers of this pipeline stage, on this process's device, with uninitialised weights.
+
+    Megatron-core's process groups must exist. On the first stage the model embeds tokens; on the last it returns the loss per
+    token [B, T] (float32) for given labels, or logits [B, T, V / tp].
+    """
+    layer = layer_spec(run)
+    config = transformer_config(run)
+    stage_layers = run.model.num_layers // run.layout.pipeline_parallel_size
+    block = TransformerBlockSubmodules(layer_specs=[layer] * stage_layers, layer_norm=RMSNorm)
+    model = GPTModel(
+        config,
+        block,
+        vocab_size=run.data.vocab_size,
+        max_sequence_length=run.micro_batch_tokens,
+        pre_process=first_stage,
+        post_process=last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=run.model.tie_embeddings,
+        position_embedding_type="none",
+    )
+    device = torch.cuda.current_device()  # the CPU where there is no CUDA: see infini_train.platform
+    return model.to(device=device, dtype=DTYPES[run.training.precision])

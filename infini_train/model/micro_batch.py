@@ -1,0 +1,35 @@
+"""What travels beside the hidden states: Megatron-core hands this object unchanged to every layer's core attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from infini_train.attention import LayerMemory
+
+Memory = dict[int, LayerMemory]
+"""Memory by global layer number, counted from 1."""
+
+
+@dataclass
+class MicroBatch(PackedSeqParams):
+    """A micro-batch as the layers see it. Memory goes in and comes out here, never as hidden module state.
+
+    It subclasses Megatron-core's per-call attention parameters because that is the argument which `GPTModel` passes through
+    to `core_attention`; `qkv_format` stays "sbhd", so nothing in between interprets it.
+    """
+
+    qkv_format: str = "sbhd"
+    reset: Tensor | None = None
+    """[B, N] bool, True where a document begins in that segment."""
+    lengths: Tensor | None = None
+    """[B, N] valid tokens of each segment."""
+    memory_in: Memory = field(default_factory=dict)
+    """Memory that enters, by layer; a missing layer starts empty."""
+    memory_out: Memory = field(default_factory=dict)
+    """Memory that leaves, by layer; written by the layers."""
+    caches: dict[int, Any] | None = None
+    """Streaming caches by layer. When set, layers run `Attention.step` and leave the new cache here."""

@@ -1,0 +1,111 @@
+"""Every parameter under its global name: where this process's slice lies, and its initial value.
+
+A weight is drawn from a generator seeded by (seed, global name) and then sliced, so the same run starts from the same weights
+in every layout. Checkpoints use the same names and slices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from infini_train.config import ModelConfig
+
+# Dimension that tensor parallelism splits, and into how many blocks that dimension is divided first (SwiGLU's fc1 holds gate
+# and up, each split over the tensor group).
+_SPLITS: dict[str, tuple[int, int]] = {
+    "word_embeddings.weight": (0, 1),
+    "linear_qkv.weight": (0, 1),
+    "linear_proj.weight": (1, 1),
+    "linear_fc1.weight": (0, 2),
+    "linear_fc2.weight": (1, 1),
+    "output_layer.weight": (0, 1),
+    "attention.gate": (0, 1),
+}
+_REPLICATED = ("layernorm.weight",)
+_WRITES_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
+
+
+@dataclass(frozen=True)
+class ParameterPlacement:
+    """Where one parameter of this process lies in the global model."""
+
+    name: str
+    """Global name: layers counted from 0 over all stages."""
+    global_shape: tuple[int, ...]
+    dim: int | None
+    """Dimension split over the tensor group; None if replicated."""
+    blocks: int
+    """Blocks along `dim`, each split by itself."""
+    rank: int
+    size: int
+    """This process's place in the tensor group, and the group's size."""
+
+    def slice(self, full: Tensor) -> Tensor:
+        """This process's part of the global tensor."""
+        if self.dim is None:
+            return full
+        parts = [block.chunk(self.size, dim=self.dim)[self.rank] for block in full.chunk(self.blocks, dim=self.dim)]
+        return torch.cat(parts, dim=self.dim)
+
+
+def _global_name(name: str, layer_offset: int) -> str:
+    return re.sub(r"\blayers\.(\d+)\.", lambda match: f"layers.{int(match[1]) + layer_offset}.", name)
+
+
+def parameter_placements(module: nn.Module, layer_offset: int) -> dict[str, ParameterPlacement]:
+    """Placement of every parameter, by its name in `module`.
+
+    Args:
+        layer_offset: layers on the pipeline stages before this one.
+
+    Raises:
+        KeyError: a parameter whose split is not declared here.
+    """
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    placements = {}
+    for name, parameter in module.named_parameters():
+        shape = list(getattr(parameter, "ds_shape", parameter.shape))
+        split = next((value for suffix, value in _SPLITS.items() if name.endswith(suffix)), None)
+        if split is None and not name.endswith(_REPLICATED):
+            raise KeyError(f"parameter {name} has no declared split over the tensor group")
+        dim, blocks = split if split is not None else (None, 1)
+        if dim is not None:
+            shape[dim] *= size
+        placements[name] = ParameterPlacement(_global_name(name, layer_offset), tuple(shape), dim, blocks, rank, size)
+    return placements
+
+
+def initial_value(placement: ParameterPlacement, model: ModelConfig, seed: int) -> Tensor:
+    """The whole tensor's value at the start, float32 on the CPU."""
+    name = placement.name
+    if name.endswith("layernorm.weight"):
+        return torch.ones(placement.global_shape)
+    if name.endswith("attention.gate"):
+        return torch.full(placement.global_shape, float(model.initial_gate))
+    std = model.init_std
+    if name.endswith(_WRITES_RESIDUAL):
+        std /= math.sqrt(2 * model.num_layers)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.empty(placement.global_shape).normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def initialize_parameters(module: nn.Module, placements: dict[str, ParameterPlacement], model: ModelConfig, seed: int) -> None:
+    """Draw every weight and mark which are split over the tensor group.
+
+    Megatron-core and DeepSpeed read the mark `tensor_model_parallel` to count replicated parameters once in the global
+    gradient norm.
+    """
+    for name, parameter in module.named_parameters():
+        placement = placements[name]
+        parameter.copy_(placement.slice(initial_value(placement, model, seed)))
+        parameter.tensor_model_parallel = placement.dim is not None  # type: ignore[attr-defined]

@@ -1,0 +1,139 @@
+"""The process groups of a run, and who this process is among them."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from infini_train import platform
+from infini_train.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks and sizes of this process. Neighbouring ranks form a tensor group, then data parallel, then pipeline stages."""
+
+    world_size: int
+    rank: int
+    tp_size: int
+    tp_rank: int
+    pp_size: int
+    pp_rank: int
+    dp_size: int
+    dp_rank: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The process that writes metrics and speaks to the user."""
+        return self.rank == 0
+
+    def rows(self, total_rows: int) -> range:
+        """Global rows whose streams this process reads."""
+        share = total_rows // self.dp_size
+        return range(self.dp_rank * share, (self.dp_rank + 1) * share)
+
+    def layer_offset(self, num_layers: int) -> int:
+        """Layers on the stages before this one."""
+        return self.pp_rank * (num_layers // self.pp_size)
+
+
+def initialize_process_group() -> None:
+    """Join the processes that the launcher started, or be the only one."""
+    if dist.is_initialized():
+        return
+    # DeepSpeed insists on it.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if "RANK" not in os.environ:
+        dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(platform.backend(), timeout=timedelta(minutes=30))
+    atexit.register(destroy_process_groups)
+
+
+def initialize_layout(run: RunConfig) -> Layout:
+    """Make Megatron-core's groups for the run's layout, replacing earlier ones."""
+    initialize_process_group()
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=run.layout.tensor_parallel_size,
+        pipeline_model_parallel_size=run.layout.pipeline_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    return Layout(
+        world_size=dist.get_world_size(),
+        rank=dist.get_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+    )
+
+
+def destroy_process_groups() -> None:
+    """Leave every group; safe to call twice."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(values: list[float]) -> list[float]:
+    """Sum of each value over all processes (float64)."""
+    total = torch.tensor(values, dtype=torch.float64, device=platform.device())
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+class ModelParallelUnit:
+    """What DeepSpeed asks of an `mpu`, answered from Megatron-core's groups.
+
+    DeepSpeed's "model parallel" group is tensor × pipeline, with a rank of its own in it; its tensor-parallel rank decides who
+    counts replicated parameters in the gradient norm. It must not have `initialize_sequence_parallel`: DeepSpeed would then
+    ignore the model-parallel group.
+    """
+
+    def get_model_parallel_group(self) -> Any:
+        return parallel_state.get_model_parallel_group()
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.get_model_parallel_group())
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self.get_model_parallel_group())
+
+    def get_tensor_model_parallel_group(self) -> Any:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return parallel_state.get_tensor_model_parallel_world_size()
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    def get_data_parallel_group(self) -> Any:
+        return parallel_state.get_data_parallel_group()
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.get_data_parallel_group())
+
+    def get_data_parallel_world_size(self) -> int:
+        return parallel_state.get_data_parallel_world_size()
+
+    def get_data_parallel_rank(self) -> int:
+        return parallel_state.get_data_parallel_rank()

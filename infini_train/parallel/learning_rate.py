@@ -1,0 +1,28 @@
+"""Learning rate over the steps of a run."""
+
+from __future__ import annotations
+
+import math
+
+from infini_train.config import OptimizerConfig
+
+
+def learning_rate_factor(optimizer: OptimizerConfig, total_steps: int, step: int) -> float:
+    """Learning rate of a step as a share of the peak.
+
+    Linear warm-up over `warmup_steps`, then cosine decay to `final_learning_rate_fraction`; or, for `wsd`, the peak until the
+    last `decay_steps` and a linear decay over them.
+
+    Args:
+        step: 0-based number of the step that is about to be taken.
+    """
+    final = optimizer.final_learning_rate_fraction
+    if step < optimizer.warmup_steps:
+        return (step + 1) / optimizer.warmup_steps
+    if optimizer.schedule == "wsd":
+        remaining = total_steps - step
+        if remaining > optimizer.decay_steps:
+            return 1.0
+        return final + (1.0 - final) * remaining / optimizer.decay_steps
+    progress = (step - optimizer.warmup_steps) / max(1, total_steps - 1 - optimizer.warmup_steps)
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,90 @@
+"""Float32 master weights and Adam moments by parameter, whatever DeepSpeed's stage made of them.
+
+ZeRO keeps them as flat partitions over the data-parallel group. Here they are whole tensors of this process's tensor-parallel
+slice again, so that a checkpoint names them as the model does and another stage or data-parallel size can read them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor
+
+from infini_train.parallel.engine import Engine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _flat_parameters(engine: Engine) -> list[Tensor]:
+    """The tensors that AdamW itself steps."""
+    if engine.run.layout.zero_stage == 3:
+        return list(engine.deepspeed.optimizer.fp32_partitioned_groups_flat)
+    return [parameter for group in engine.adamw.param_groups for parameter in group["params"]]
+
+
+@torch.no_grad()
+def read_optimizer_state(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """By kind ("model", "exp_avg", "exp_avg_sq") and module parameter name: float32 tensors of this process's slice.
+
+    A collective over the data-parallel group.
+    """
+    state: dict[str, dict[str, Tensor]] = {"model": {}, **{moment: {} for moment in MOMENTS}}
+    for name, parameter in engine.module.named_parameters():
+        if engine.run.layout.zero_stage == 0:
+            state["model"][name] = parameter.detach().float().clone()
+            for moment in MOMENTS:
+                state[moment][name] = engine.adamw.state[parameter][moment].clone()
+        else:
+            state["model"][name] = safe_get_full_fp32_param(parameter).clone()
+            for moment in MOMENTS:
+                state[moment][name] = safe_get_full_optimizer_state(parameter, moment).clone()
+    return state
+
+
+@torch.no_grad()
+def write_optimizer_state(engine: Engine, state: dict[str, dict[str, Tensor]], steps_taken: int) -> None:
+    """The inverse of `read_optimizer_state`, for an engine that has not stepped yet.
+
+    Args:
+        steps_taken: optimizer steps that led to this state; Adam's bias correction counts them.
+    """
+    for flat in _flat_parameters(engine):
+        device = flat.device if engine.adamw.defaults["fused"] else torch.device("cpu")
+        engine.adamw.state[flat] = {
+            "step": torch.tensor(float(steps_taken), device=device),
+            **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+        }
+    zero = engine.deepspeed.optimizer
+    if engine.run.layout.zero_stage in (1, 2):
+        zero._lazy_init_hp_params_optimizer_state()
+    for name, parameter in engine.module.named_parameters():
+        if engine.run.layout.zero_stage == 3:
+            _write_zero3(zero, parameter, {kind: tensors[name] for kind, tensors in state.items()})
+            continue
+        parameter.copy_(state["model"][name])
+        for moment in MOMENTS:
+            if engine.run.layout.zero_stage == 0:
+                engine.adamw.state[parameter][moment].copy_(state[moment][name])
+            else:
+                safe_set_full_optimizer_state(parameter, state[moment][name], moment)
+        if engine.run.layout.zero_stage:
+            safe_set_full_fp32_param(parameter, state["model"][name])
+
+
+def _write_zero3(zero: Any, parameter: Any, values: dict[str, Tensor]) -> None:
+    """ZeRO-3 holds a slice of every parameter; DeepSpeed's own setter fails where the last slice is padded."""
+    for kind, value in values.items():
+        key = None if kind == "model" else kind
+        partition, _ = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
+        start = partition.numel() * zero._get_param_partition_rank(parameter)
+        share = value.flatten()[start : start + partition.numel()]
+        partition[: share.numel()].copy_(share)
+        if key is None:
+            parameter.ds_tensor.data[: share.numel()].copy_(share)

@@ -1,0 +1,63 @@
+"""CUDA or CPU, decided once.
+
+Megatron-core asks `torch.cuda.current_device()` for the device of its weights and buffers, and DeepSpeed compiles a
+shared-memory extension when it starts on a CPU. Where there is no CUDA, `install` makes the first mean the CPU and keeps the
+second off; where there is, it changes nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import warnings
+
+import torch
+
+
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: its CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend for this platform."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def install() -> None:
+    """Prepare the platform; call before Megatron-core or DeepSpeed is imported. Safe to call twice."""
+    _quiet_libraries()
+    if has_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed's CPU accelerator looks for NUMA tools when it is not told how many processes a host has.
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Without CUDA the original raises, so no working program on such a machine depends on it.
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+
+    # torch.compile needs a C++ compiler on a CPU; Megatron-core decorates its fusions with it at import.
+    import megatron.core.jit as megatron_jit
+
+    megatron_jit.disable_jit_fuser()
+
+    # By name: the package `deepspeed.comm` has an attribute `torch` that is torch itself.
+    deepspeed_torch = importlib.import_module("deepspeed.comm.torch")
+    # Two minutes of compilation at the first start, and a lock that hangs every later start if it is interrupted.
+    deepspeed_torch.build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def _quiet_libraries() -> None:
+    """Keep start-up chatter of the libraries off the screen; their errors stay."""
+    for pattern in (".*Apex is not installed.*", ".*Transformer Engine.*", ".*full scope is deprecated.*"):
+        warnings.filterwarnings("ignore", message=pattern)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    os.environ.setdefault("TRITON_PRINT_AUTOTUNING", "0")
+    for name in ("DeepSpeed", "deepspeed", "megatron", "torch.distributed.elastic"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,133 @@
+"""The training loop: next windows, schedule, step, metrics, evaluation, checkpoint."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from infini_train.config import RunConfig, save_config
+from infini_train.data.streams import StreamBatch
+from infini_train.evaluation.perplexity import held_out_loss
+from infini_train.parallel.layout import all_reduce_sum
+from infini_train.training.checkpoint import list_checkpoints
+from infini_train.training.flops import peak_flops, training_flops_per_token
+from infini_train.training.metrics import MetricsWriter
+from infini_train.training.progress import TrainingProgress
+from infini_train.training.setup import Parts, build_parts
+from infini_train.training.signals import RESUMABLE_EXIT_CODE, StopRequest
+from infini_train.training.statistics import memory_statistics
+
+
+def pretrain(run: RunConfig) -> int:
+    """Train until `training.steps`, from the newest checkpoint of the run directory if it has one.
+
+    Returns:
+        The exit code: 0 when all steps are done, RESUMABLE_EXIT_CODE when a signal stopped the run after a checkpoint.
+    """
+    with StopRequest() as stop:
+        parts = build_parts(run)
+        state, layout = parts.state, parts.layout
+        if layout.is_main:
+            Path(run.run_dir).mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        resumed_from = _resume(parts)
+        metrics = MetricsWriter(run, state.step, enabled=layout.is_main)
+        with TrainingProgress(run.training.steps, state.step, enabled=layout.is_main) as progress:
+            if resumed_from is not None:
+                progress.say(f"resuming from {resumed_from}")
+            if layout.is_main:
+                save_config(run, Path(run.run_dir) / "config.yaml")
+            stopped = False
+            saved_step = state.step if resumed_from is not None else -1
+            while state.step < run.training.steps and not stopped:
+                record, stopped = train_step(parts, stop)
+                _log(parts, record, metrics, progress)
+                if stopped or state.step % run.checkpoint.every == 0 or state.step == run.training.steps:
+                    parts.checkpointer.save(parts.engine, state)
+                    saved_step = state.step
+            if stopped and state.step < run.training.steps:
+                progress.say(f"stopped after step {saved_step}, which is saved; the same command goes on from there")
+                metrics.close()
+                return RESUMABLE_EXIT_CODE
+            progress.say(f"trained to step {state.step}: {list_checkpoints(Path(run.run_dir))[-1]}")
+        metrics.close()
+    return 0
+
+
+def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
+    """One optimizer step.
+
+    Returns:
+        The step's metrics, and whether any process was asked to stop.
+    """
+    run, layout, state = parts.run, parts.layout, parts.state
+    started = time.perf_counter()
+    batches = [_next(parts) for _ in range(run.micro_batches_per_step)]
+
+    # Each row is counted once: by the first stage's first tensor rank.
+    counts_here = float(layout.is_first_stage and layout.tp_rank == 0)
+    valid = float(sum(int(batch.lengths.sum()) for batch in batches))
+    total_valid, signals = all_reduce_sum([valid * counts_here, float(stop.signal_number is not None)])
+
+    # DeepSpeed averages over the data-parallel group; the loss is a mean over the global batch's tokens.
+    loss_scale = layout.dp_size / total_valid
+    loss_sum, state.memory = parts.pipeline.train_step(batches, state.memory, loss_scale)
+    grad_norm = parts.engine.step(state.step)
+    loss = all_reduce_sum([loss_sum if layout.tp_rank == 0 else 0.0])[0] / total_valid
+
+    state.step += 1
+    state.tokens += int(total_valid)
+    seconds = time.perf_counter() - started
+    rates = parts.engine.learning_rates()
+    record: dict[str, Any] = {
+        "step": state.step,
+        "tokens": state.tokens,
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "lr": rates["matrices"],
+        **({"gate_lr": rates["gates"]} if "gates" in rates else {}),
+        "padding": 1.0 - total_valid / run.tokens_per_step,
+        "step_seconds": seconds,
+        "tokens_per_second": total_valid / seconds,
+    }
+    peak = peak_flops()
+    if peak is not None:
+        flops = training_flops_per_token(run) * record["tokens_per_second"]
+        record["mfu"] = flops / (peak * layout.world_size)
+    return record, signals > 0
+
+
+def _next(parts: Parts) -> StreamBatch:
+    batch = parts.state.reader.next(parts.run.training.segments_per_micro_batch)
+    assert batch is not None, "a training stream has no end"
+    return batch
+
+
+def _log(parts: Parts, record: dict[str, Any], metrics: MetricsWriter, progress: TrainingProgress) -> None:
+    """Write a step's metrics, with an evaluation when one is due; collectives run on all processes alike."""
+    run, step = parts.run, record["step"]
+    last = step == run.training.steps
+    evaluation_due = run.evaluation.every > 0 and (step % run.evaluation.every == 0 or last)
+    if evaluation_due:
+        limit = run.evaluation.micro_batches
+        result = held_out_loss(run, parts.layout, parts.pipeline, limit=limit)
+        record["held_out_loss"] = result.loss
+        if run.model.attention == "infini":
+            emptied = held_out_loss(run, parts.layout, parts.pipeline, limit=limit, empty_memory=True)
+            record["held_out_loss_memory_emptied"] = emptied.loss
+        progress.say(f"step {step}: held-out loss {record['held_out_loss']:.4f} nats per token")
+    if step % run.logging.every == 0 or last or evaluation_due:
+        record.update(memory_statistics(run, parts.layout, parts.engine, parts.state.memory))
+        metrics.write(record)
+    progress.update(step, record)
+
+
+def _resume(parts: Parts) -> Path | None:
+    checkpoints = list_checkpoints(Path(parts.run.run_dir))
+    if not checkpoints:
+        return None
+    parts.checkpointer.load(checkpoints[-1], parts.engine, parts.state)
+    return checkpoints[-1]

@@ -1,0 +1,70 @@
+"""One JSON object a step, to a file and to Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from infini_train.config import RunConfig
+
+
+def truncate_metrics(path: Path, last_step: int) -> None:
+    """Drop records after a checkpoint's step (and a half-written last line): the resumed run writes them again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    replacement = path.with_suffix(".jsonl.new")
+    replacement.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(replacement, path)
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` of the run directory and mirrors numbers to Weights & Biases, on the main process only."""
+
+    def __init__(self, run: RunConfig, first_step: int, enabled: bool) -> None:
+        self._file: TextIO | None = None
+        self._wandb: Any = None
+        if not enabled:
+            return
+        path = Path(run.run_dir) / "metrics.jsonl"
+        truncate_metrics(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+        mode = run.logging.wandb
+        if mode == "auto":
+            mode = "online" if os.environ.get("WANDB_API_KEY") else "off"
+        if mode != "off":
+            # Imported here: it takes a second, and most runs on a laptop do without.
+            import wandb
+
+            self._wandb = wandb.init(
+                project=run.logging.wandb_project,
+                name=Path(run.run_dir).name,
+                dir=run.run_dir,
+                mode="online" if mode == "online" else "offline",
+                config=asdict(run),
+                resume="allow",
+                settings=wandb.Settings(silent=True),
+            )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one step's record; flushed, so that a killed run loses none."""
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({key: value for key, value in record.items() if not isinstance(value, list)}, step=record["step"])
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()

@@ -1,0 +1,51 @@
+"""Builds the parts of a run in the order in which they depend on each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from infini_train.config import RunConfig
+from infini_train.data.dataset import TokenDataset
+from infini_train.data.streams import StreamReader
+from infini_train.model import build_model, initialize_parameters, parameter_placements
+from infini_train.parallel.engine import Engine
+from infini_train.parallel.layout import Layout, initialize_layout
+from infini_train.parallel.pipeline import SegmentPipeline
+from infini_train.training.checkpoint import Checkpointer
+from infini_train.training.state import TrainingState
+
+
+@dataclass
+class Parts:
+    """A run, ready to train or to evaluate."""
+
+    run: RunConfig
+    layout: Layout
+    engine: Engine
+    pipeline: SegmentPipeline
+    checkpointer: Checkpointer
+    state: TrainingState
+
+
+def build_parts(run: RunConfig) -> Parts:
+    """Process groups, model, optimizer, pipeline and streams of a validated configuration."""
+    torch.manual_seed(run.training.seed)
+    layout = initialize_layout(run)
+    dataset = TokenDataset(Path(run.data.path), "train")
+    rows = layout.rows(run.training.rows)
+    reader = StreamReader(dataset, rows, run.training.rows, run.model.segment_length, run.training.seed)
+    module = build_model(run, first_stage=layout.is_first_stage, last_stage=layout.is_last_stage)
+    placements = parameter_placements(module, layout.layer_offset(run.model.num_layers))
+    initialize_parameters(module, placements, run.model, run.training.seed)
+    engine = Engine(module, run, len(rows))
+    return Parts(
+        run=run,
+        layout=layout,
+        engine=engine,
+        pipeline=SegmentPipeline(engine, run, layout, len(rows)),
+        checkpointer=Checkpointer(run, layout, placements, dataset.tokenizer_fingerprint),
+        state=TrainingState(reader),
+    )

@@ -1,0 +1,17 @@
+"""The memory operations of Infini-attention (arXiv 2404.07143) and the plain attentions beside it. Knows only torch."""
+
+from infini_kernels.documents import document_attention
+from infini_kernels.local import local_attention
+from infini_kernels.memory import MemoryState
+from infini_kernels.operation import infini_attention
+from infini_kernels.streaming import SegmentCache, infini_attention_step, local_attention_step
+
+__all__ = [
+    "MemoryState",
+    "SegmentCache",
+    "document_attention",
+    "infini_attention",
+    "infini_attention_step",
+    "local_attention",
+    "local_attention_step",
+]

@@ -1,0 +1,160 @@
+"""Refusals of wrong arguments: each error names the offending thing and what it conflicts with.
+
+Shapes: B batch, T tokens, N segments, H query heads, G key/value heads, D key width, Dv value width.
+"""
+
+import math
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from infini_kernels.memory import MemoryState, memory_dtype
+
+Rotary: TypeAlias = tuple[Tensor, Tensor]  # (cos, sin), each [positions, D/2]
+
+UPDATE_RULES = ("linear", "delta")
+FIRST_SEGMENT_MIXES = ("paper", "local_only")
+
+# The backward pass squares 1 / eps in float32.
+SMALLEST_EPS = 1e-12
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
+
+
+def check_segment_length(segment_length: int) -> None:
+    if segment_length < 1:
+        raise ValueError(f"segment_length is {segment_length}, but a segment has at least 1 token")
+
+
+def check_eps(eps: float) -> None:
+    if not (math.isfinite(eps) and eps >= SMALLEST_EPS):
+        raise ValueError(f"eps is {eps}, but must be finite and at least {SMALLEST_EPS}: float32 holds 1 / eps**2")
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q [B, T, H, D], k [B, T, G, D], v [B, T, G, Dv], H a multiple of G, one floating type, one device."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, but 4 dimensions are needed: batch, tokens, heads, width")
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, but every dimension must be at least 1")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, but attention needs a floating-point type")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} but q is {q.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device} but q is on {q.device}")
+    if k.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f"k has batch and tokens {list(k.shape[:2])} but q has {list(q.shape[:2])}: q {list(q.shape)}, k {list(k.shape)}"
+        )
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"v has batch, tokens and heads {list(v.shape[:3])} but k has {list(k.shape[:3])}: "
+            f"k {list(k.shape)}, v {list(v.shape)}"
+        )
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"k has width {k.shape[3]} but q has width {q.shape[3]}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"k has {k.shape[2]} heads but q has {q.shape[2]}, which is not a multiple")
+
+
+def check_gate(gate: Tensor | None, q: Tensor) -> None:
+    """gate [H]: one scalar β per query head, before the sigmoid."""
+    if gate is None:
+        raise ValueError("gate is None, but mixing memory into q's heads needs one β per head; see local_attention")
+    if list(gate.shape) != [q.shape[2]]:
+        raise ValueError(f"gate has shape {list(gate.shape)} but q has {q.shape[2]} heads: [{q.shape[2]}] is needed")
+    if not gate.is_floating_point():
+        raise ValueError(f"gate is {gate.dtype}, but β is a floating-point number (q is {q.dtype})")
+    if gate.device != q.device:
+        raise ValueError(f"gate is on {gate.device} but q is on {q.device}")
+
+
+def check_memory(memory: MemoryState | None, k: Tensor, v: Tensor) -> None:
+    """M [B, G, D, Dv] and z [B, G, D], in the memory type that goes with k, on k's device."""
+    if memory is None:
+        return
+    batch_size, _, num_groups, key_width = k.shape
+    shapes = {
+        "M": [batch_size, num_groups, key_width, v.shape[3]],
+        "z": [batch_size, num_groups, key_width],
+    }
+    needed = memory_dtype(k.dtype)
+    for name, tensor in (("M", memory.M), ("z", memory.z)):
+        if list(tensor.shape) != shapes[name]:
+            raise ValueError(
+                f"memory.{name} has shape {list(tensor.shape)}, but k {list(k.shape)} and v {list(v.shape)} need {shapes[name]}"
+            )
+        if tensor.dtype != needed:
+            raise ValueError(f"memory.{name} is {tensor.dtype}, but beside k of {k.dtype} it must be {needed}")
+        if tensor.device != k.device:
+            raise ValueError(f"memory.{name} is on {tensor.device} but k is on {k.device}")
+
+
+def check_rotary(rotary: Rotary | None, q: Tensor, positions: int, positions_name: str) -> None:
+    """cos and sin, each [positions, D/2], on q's device."""
+    if rotary is None:
+        return
+    width = q.shape[3]
+    if width % 2:
+        raise ValueError(f"rotary rotates halves, but q has odd width {width}")
+    if len(rotary) != 2:
+        raise ValueError(f"rotary has {len(rotary)} entries, but is a pair (cos, sin)")
+    for name, table in zip(("cos", "sin"), rotary, strict=True):
+        if list(table.shape) != [positions, width // 2]:
+            raise ValueError(
+                f"rotary {name} has shape {list(table.shape)}, but {positions_name} {positions} and width {width} of q "
+                f"need {[positions, width // 2]}"
+            )
+        if not table.is_floating_point():
+            raise ValueError(f"rotary {name} is {table.dtype}, but q of {q.dtype} is rotated by floating-point numbers")
+        if table.device != q.device:
+            raise ValueError(f"rotary {name} is on {table.device} but q is on {q.device}")
+
+
+def check_reset(reset: Tensor | None, batch_size: int, num_segments: int) -> None:
+    """reset [B, N] bool."""
+    if reset is None:
+        return
+    if reset.dtype != torch.bool:
+        raise ValueError(f"reset is {reset.dtype}, but must be torch.bool")
+    if list(reset.shape) != [batch_size, num_segments]:
+        raise ValueError(
+            f"reset has shape {list(reset.shape)}, but {batch_size} rows of {num_segments} segments need "
+            f"{[batch_size, num_segments]}"
+        )
+
+
+def check_lengths(lengths: Tensor | None, batch_size: int, num_tokens: int, segment_length: int) -> None:
+    """lengths [B] in 0 .. T or [B, N] in 0 .. tokens of the segment.
+
+    The range is checked only where reading it does not stall an accelerator's queue: for lengths on the CPU.
+    """
+    if lengths is None:
+        return
+    num_segments = -(-num_tokens // segment_length)
+    if lengths.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"lengths is {lengths.dtype}, but counts tokens: torch.int64 or torch.int32")
+    if list(lengths.shape) not in ([batch_size], [batch_size, num_segments]):
+        raise ValueError(
+            f"lengths has shape {list(lengths.shape)}, but {batch_size} rows of {num_segments} segments need "
+            f"{[batch_size]} or {[batch_size, num_segments]}"
+        )
+    if lengths.device.type != "cpu":
+        return
+    if lengths.dim() == 1:
+        too_long = lengths > num_tokens
+        limit = f"q has {num_tokens} tokens"
+    else:
+        starts = torch.arange(num_segments) * segment_length
+        too_long = lengths > (num_tokens - starts).clamp(max=segment_length)
+        limit = f"segments of segment_length {segment_length} in {num_tokens} tokens of q hold no more"
+    if bool((lengths < 0).any()):
+        raise ValueError(f"lengths holds {int(lengths.min())}, but a number of tokens is at least 0")
+    if bool(too_long.any()):
+        raise ValueError(f"lengths holds {int(lengths[too_long][0])} but {limit}")

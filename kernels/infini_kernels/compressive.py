@@ -1,0 +1,128 @@
+"""Reading, writing and carrying the compressive memory (arXiv 2404.07143, Eq. 3, 4, 8, 9 and 10).
+
+Everything here runs in the memory's own type, float32 (float64 for verification), whatever surrounds it.
+
+Shapes: B batch, N segments, W tokens of a segment in this call, H query heads, G key/value heads, R = H/G, D key width,
+Dv value width.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infini_kernels.memory import MemoryState
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[None]:
+    """Switches off an autocast around memory arithmetic: it would run the matrix products in a half type."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """σ(x) = ELU(x) + 1, in the memory's type."""
+    return F.elu(x.to(dtype)).add_(1)  # in place is safe: ELU's backward keeps its input, not its output
+
+
+class CarriedMemory(NamedTuple):
+    """Memory along N segments: what enters each (None: nothing enters the only one), and what leaves the last."""
+
+    entering: MemoryState | None  # M [B, N, G, D, Dv], z [B, N, G, D]
+    leaving: MemoryState  # M [B, G, D, Dv], z [B, G, D]
+
+
+def carry_memory(
+    sigma_k: Tensor,
+    v: Tensor,
+    memory: MemoryState | None,
+    reset: Tensor | None,
+    update_rule: str,
+    eps: float,
+) -> CarriedMemory:
+    """Walks the memory over the segments: both rules are M_s = T_s M_{s-1} + B_s once z is known (Eq. 8 and 9).
+
+        linear  B_s = σ(K)^T V, T_s = I
+        delta   B_s = σ(K)^T V, T_s = I - σ(K)^T diag(1 / (σ(K) z_{s-1} + ε)) σ(K)
+
+    B_s and T_s come for all segments at once from the keys; only states of D x Dv are walked.
+
+    sigma_k [B, N, W, G, D], zero at padding; v [B, N, W, G, Dv]; memory that enters the first segment, None for zeros;
+    reset [B, N] bool, the memory is zeroed before that segment.
+    """
+    batch_size, num_segments, _, num_groups, key_width = sigma_k.shape
+    sigma_k_t = sigma_k.permute(0, 1, 3, 4, 2)  # [B, N, G, D, W]
+    written = sigma_k_t @ v.permute(0, 1, 3, 2, 4)  # [B, N, G, D, Dv]
+    written_z = sigma_k.sum(dim=2)  # [B, N, G, D]
+
+    if memory is None:
+        if num_segments == 1:
+            return CarriedMemory(None, MemoryState(written[:, 0], written_z[:, 0]))
+        memory = MemoryState.zeros(batch_size, num_groups, key_width, v.shape[-1], device=sigma_k.device, dtype=sigma_k.dtype)
+
+    z, entering_z = memory.z, []
+    for segment, segment_z in enumerate(written_z.unbind(1)):
+        if reset is not None:
+            z = z.masked_fill(reset[:, segment, None, None], 0)
+        entering_z.append(z)
+        z = z + segment_z
+    stacked_z = torch.stack(entering_z, dim=1)  # [B, N, G, D]
+
+    removed = _removal(sigma_k_t, stacked_z, eps).unbind(1) if update_rule == "delta" else None
+    M, entering_M = memory.M, []
+    for segment, segment_M in enumerate(written.unbind(1)):
+        if reset is not None:
+            M = M.masked_fill(reset[:, segment, None, None, None], 0)
+        entering_M.append(M)
+        if removed is not None:
+            segment_M = segment_M - removed[segment] @ M
+        M = M + segment_M
+    return CarriedMemory(MemoryState(torch.stack(entering_M, dim=1), stacked_z), MemoryState(M, z))
+
+
+def _removal(sigma_k_t: Tensor, entering_z: Tensor, eps: float) -> Tensor:
+    """I - T_s of the delta rule: σ(K)^T diag(1 / (σ(K) z_{s-1} + ε)) σ(K), [B, N, G, D, D]."""
+    scale = (entering_z.unsqueeze(-2) @ sigma_k_t + eps).reciprocal()  # [B, N, G, 1, W]
+    return (sigma_k_t * scale) @ sigma_k_t.transpose(-1, -2)
+
+
+def read_and_mix(
+    sigma_q: Tensor,
+    local: Tensor,
+    gate: Tensor,
+    entering: MemoryState | None,
+    first_segment: str,
+    eps: float,
+) -> Tensor:
+    """A = sigmoid(β) σ(Q) M_{s-1} / (σ(Q) z_{s-1} + ε) + (1 - sigmoid(β)) A_dot (Eq. 3 and 10).
+
+    sigma_q [B, N, W, H, D]; local A_dot [B, N, W, H, Dv]; gate [H]; entering M [B, N, G, D, Dv], z [B, N, G, D], or
+    None for an empty memory -> [B, N, W, H, Dv] in the memory's type. With first_segment 'local_only', heads whose
+    memory is empty (z = 0) keep A_dot unscaled.
+    """
+    num_heads = gate.shape[0]
+    share = gate.to(sigma_q.dtype).sigmoid()  # [H]
+    if entering is None:
+        if first_segment == "local_only":
+            share = share * 0  # a product and not a constant: the gate stays in the graph, its gradient is zero
+        return local * (1 - share).unsqueeze(-1)
+
+    num_groups = entering.z.shape[2]
+    heads_per_group = num_heads // num_groups
+    share = share.view(num_groups, heads_per_group, 1)  # [G, R, 1]
+    if first_segment == "local_only":
+        filled = entering.z.ne(0).any(dim=-1)  # [B, N, G]
+        share = share * filled[:, :, None, :, None, None]  # [B, N, 1, G, R, 1]
+
+    width = sigma_q.shape[2]
+    grouped_q = sigma_q.unflatten(3, (num_groups, heads_per_group)).transpose(2, 3).flatten(3, 4)  # [B, N, G, W*R, D]
+    numerator = grouped_q @ entering.M  # [B, N, G, W*R, Dv]
+    scale = (grouped_q @ entering.z.unsqueeze(-1) + eps).reciprocal()  # [B, N, G, W*R, 1]
+    numerator, scale = (x.unflatten(3, (width, heads_per_group)).transpose(2, 3) for x in (numerator, scale))
+    kept = local.unflatten(3, (num_groups, heads_per_group)) * (1 - share)  # [B, N, W, G, R, Dv]
+    # The share goes into the scale, one number per token and head, to save a pass over the values.
+    return torch.addcmul(kept, numerator, scale * share).flatten(3, 4)

@@ -1,0 +1,110 @@
+"""Causal softmax attention inside each segment: the local half of Infini-attention.
+
+Shapes: B batch, T tokens, N segments, W tokens of a segment in this call, H query heads, G key/value heads,
+D key width, Dv value width; X rows of any kind.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infini_kernels.arguments import Rotary, check_heads, check_lengths, check_rotary, check_segment_length
+from infini_kernels.rotary import apply_rotary
+from infini_kernels.segments import SegmentLayout, padding_mask
+
+# The widest head for which FlashAttention has a kernel.
+FLASH_WIDEST_HEAD = 256
+
+
+@functools.cache
+def _flash_attn() -> ModuleType | None:
+    try:
+        return importlib.import_module("flash_attn")
+    except ImportError:
+        return None
+
+
+def flash_attention_for(q: Tensor, v: Tensor) -> ModuleType | None:
+    """The flash_attn module where it is installed and has a kernel for these tensors (last dimension the width)."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    return _flash_attn() if max(q.shape[-1], v.shape[-1]) <= FLASH_WIDEST_HEAD else None
+
+
+def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills the narrower of keys and values up with zeros, which changes neither scores nor kept outputs.
+
+    The fused kernels want one width; without it PyTorch falls back to the full matrix of scores on the CPU.
+    """
+    missing = q.shape[-1] - v.shape[-1]
+    if missing > 0:
+        v = F.pad(v, (0, missing))
+    elif missing < 0:
+        q, k = F.pad(q, (0, -missing)), F.pad(k, (0, -missing))
+    return q, k, v
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(mask(Q K^T) / sqrt(D)) V, row by row, with memory linear in the tokens.
+
+    q [X, T, H, D], k [X, T, G, D], v [X, T, G, Dv] -> [X, T, H, Dv]
+    """
+    scale, value_width = q.shape[-1] ** -0.5, v.shape[-1]
+    q, k, v = equal_widths(q, k, v)
+    flash_attn = flash_attention_for(q, v)
+    if flash_attn is not None:
+        out = flash_attn.flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+    else:
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+        ).transpose(1, 2)
+    return out[..., :value_width]
+
+
+def segment_attention(q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None) -> Tensor:
+    """A_dot of arXiv 2404.07143, Section 2.2, for all segments at once: segments are rows of a larger batch.
+
+    q [B, N, W, H, D], k [B, N, W, G, D], v [B, N, W, G, Dv] -> [B, N, W, H, Dv]; rotary tables of at least W positions.
+    """
+    batch_size, num_segments, width = q.shape[:3]
+    if rotary is not None:
+        cos, sin = rotary[0][:width], rotary[1][:width]
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    out = causal_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))  # [B*N, W, H, Dv]
+    return out.unflatten(0, (batch_size, num_segments))
+
+
+def local_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    segment_length: int,
+    rotary: Rotary | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Segment-local causal softmax attention alone, without any memory.
+
+    q [B, T, H, D], k [B, T, G, D], v [B, T, G, Dv] -> out [B, T, H, Dv] in v's type, zero at padding.
+    rotary, lengths as for `infini_attention`. Raises ValueError for shapes, types or values that do not fit.
+    """
+    check_heads(q, k, v)
+    check_segment_length(segment_length)
+    check_rotary(rotary, q, segment_length, "segment_length")
+    check_lengths(lengths, q.shape[0], q.shape[1], segment_length)
+
+    layout = SegmentLayout.of(q.shape[1], segment_length)
+    padding = padding_mask(lengths, q.shape[1], segment_length, q.device)
+    if padding is not None:
+        q, k, v = (x.masked_fill(padding, 0) for x in (q, k, v))
+    out = layout.unfold(segment_attention(layout.fold(q), layout.fold(k), layout.fold(v), rotary)).to(v.dtype)
+    return out if padding is None else out.masked_fill(padding, 0)

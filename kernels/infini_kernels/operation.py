@@ -1,0 +1,95 @@
+"""The public operation: checks its arguments and hands them to a backend."""
+
+from torch import Tensor
+
+from infini_kernels.arguments import (
+    FIRST_SEGMENT_MIXES,
+    UPDATE_RULES,
+    Rotary,
+    check_choice,
+    check_eps,
+    check_gate,
+    check_heads,
+    check_lengths,
+    check_memory,
+    check_reset,
+    check_rotary,
+    check_segment_length,
+)
+from infini_kernels.memory import MemoryState
+from infini_kernels.reference import infini_attention_reference
+
+BACKENDS = ("auto", "reference", "triton")
+
+
+def infini_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    memory: MemoryState | None = None,
+    *,
+    segment_length: int,
+    update_rule: str = "linear",
+    rotary: Rotary | None = None,
+    reset: Tensor | None = None,
+    lengths: Tensor | None = None,
+    first_segment: str = "paper",
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, MemoryState]:
+    """Local softmax attention mixed with a compressive memory of all earlier segments (arXiv 2404.07143, Eq. 3 to 10).
+
+    Args:
+        q: [B, T, H, D], not rotated. H is a multiple of G. q, k and v share a floating type and a device.
+        k: [B, T, G, D], not rotated.
+        v: [B, T, G, Dv].
+        gate: [H], β before the sigmoid: 1 reads only memory, 0 only the segment.
+        memory: what enters the first segment, M [B, G, D, Dv] and z [B, G, D] in float32 (float64 beside float64
+            queries); None for zeros.
+        segment_length: tokens of a segment. T need not be a multiple: a partial last segment is a segment of its own,
+            and the memory returned holds it.
+        update_rule: 'linear' (Eq. 8) or 'delta' (Eq. 9).
+        rotary: (cos, sin), each [segment_length, D/2], applied to the local part only, halves rotated.
+        reset: [B, ceil(T / segment_length)] bool: memory is zeroed before that segment.
+        lengths: valid tokens, the rest is padding: of each row [B] with padding at its end, or of each segment
+            [B, ceil(T / segment_length)] with padding at the end of each.
+        first_segment: 'paper', or 'local_only' to leave A_dot unscaled where the memory that enters is empty (z = 0).
+        eps: ε of the normaliser.
+        backend: 'auto', 'reference' or 'triton'.
+
+    Returns:
+        out [B, T, H, Dv] in v's type, zero at padding, and the memory after the last segment. Gradients flow through q,
+        k, v, gate and both ends of the memory; those of padding are zero.
+
+    Raises:
+        ValueError: shapes, types or values that do not fit, named together with what they conflict with. Values of
+            `lengths` are checked where it is on the CPU; it and `reset` may be there whatever q's device.
+    """
+    check_choice("backend", backend, BACKENDS)
+    if backend == "triton":
+        raise ValueError("backend is 'triton', which is not available in this build: write 'auto' or 'reference'")
+    check_choice("update_rule", update_rule, UPDATE_RULES)
+    check_choice("first_segment", first_segment, FIRST_SEGMENT_MIXES)
+    check_segment_length(segment_length)
+    check_eps(eps)
+    check_heads(q, k, v)
+    check_gate(gate, q)
+    check_memory(memory, k, v)
+    check_rotary(rotary, q, segment_length, "segment_length")
+    check_reset(reset, q.shape[0], -(-q.shape[1] // segment_length))
+    check_lengths(lengths, q.shape[0], q.shape[1], segment_length)
+    return infini_attention_reference(
+        q,
+        k,
+        v,
+        gate,
+        memory,
+        segment_length=segment_length,
+        update_rule=update_rule,
+        rotary=rotary,
+        reset=reset,
+        lengths=lengths,
+        first_segment=first_segment,
+        eps=eps,
+    )

@@ -1,0 +1,52 @@
+"""Infini-attention in plain PyTorch operations: the specification that faster versions are compared with.
+
+Shapes: B batch, T tokens, N segments, W tokens of a segment in this call, H query heads, G key/value heads,
+D key width, Dv value width.
+"""
+
+from torch import Tensor
+
+from infini_kernels.arguments import Rotary
+from infini_kernels.compressive import carry_memory, feature_map, full_precision, read_and_mix
+from infini_kernels.local import segment_attention
+from infini_kernels.memory import MemoryState, memory_dtype
+from infini_kernels.segments import SegmentLayout, padding_mask
+
+
+def infini_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    memory: MemoryState | None,
+    *,
+    segment_length: int,
+    update_rule: str,
+    rotary: Rotary | None,
+    reset: Tensor | None,
+    lengths: Tensor | None,
+    first_segment: str,
+    eps: float,
+) -> tuple[Tensor, MemoryState]:
+    """`infini_attention` for arguments that have been checked."""
+    dtype = memory_dtype(v.dtype)
+    layout = SegmentLayout.of(q.shape[1], segment_length)
+    padding = padding_mask(lengths, q.shape[1], segment_length, q.device)  # [B, T, 1, 1]
+    if padding is not None:
+        # Zeroed rather than only left out of sums: what stands at padding may be NaN, and 0 * NaN is NaN.
+        q, k, v = (x.masked_fill(padding, 0) for x in (q, k, v))
+    if reset is not None:
+        reset = None if reset.device.type == "cpu" and not bool(reset.any()) else reset.to(q.device)
+
+    local = segment_attention(layout.fold(q), layout.fold(k), layout.fold(v), rotary)  # [B, N, W, H, Dv]
+    with full_precision(q):
+        sigma_k = feature_map(k, dtype)  # [B, T, G, D]
+        if padding is not None:
+            sigma_k = sigma_k.masked_fill(padding, 0)  # σ(0) is 1: a zero key would still be written
+        carried = carry_memory(layout.fold(sigma_k), layout.fold(v.to(dtype)), memory, reset, update_rule, eps)
+        sigma_q = layout.fold(feature_map(q, dtype))  # [B, N, W, H, D]
+        mixed = read_and_mix(sigma_q, local, gate, carried.entering, first_segment, eps)
+    out = layout.unfold(mixed).to(v.dtype)  # [B, T, H, Dv]
+    if padding is not None:
+        out = out.masked_fill(padding, 0)
+    return out, carried.leaving

@@ -1,0 +1,56 @@
+"""How the tokens of a call fall into segments, and which of them are padding.
+
+Shapes: B batch, T tokens, N segments, W tokens that a segment occupies in this call.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class SegmentLayout(NamedTuple):
+    """T tokens as N segments of W. W is the segment length, or T where the call is shorter than one segment."""
+
+    num_tokens: int
+    num_segments: int
+    width: int
+
+    @classmethod
+    def of(cls, num_tokens: int, segment_length: int) -> "SegmentLayout":
+        return cls(num_tokens, -(-num_tokens // segment_length), min(num_tokens, segment_length))
+
+    def fold(self, x: Tensor) -> Tensor:
+        """[B, T, heads, width] -> [B, N, W, heads, width]; a partial last segment is filled up with zeros."""
+        missing = self.num_segments * self.width - self.num_tokens
+        if missing:
+            x = F.pad(x, (0, 0, 0, 0, 0, missing))
+        return x.unflatten(1, (self.num_segments, self.width))
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """[B, N, W, heads, width] -> [B, T, heads, width]"""
+        return x.flatten(1, 2)[:, : self.num_tokens]
+
+
+def lengths_by_segment(lengths: Tensor, num_tokens: int, segment_length: int) -> Tensor:
+    """Valid tokens of each segment [B, N], from those of each row [B] or of each segment [B, N]."""
+    if lengths.dim() == 2:
+        return lengths
+    starts = torch.arange(0, num_tokens, segment_length, device=lengths.device)  # [N]
+    return (lengths.unsqueeze(1) - starts).clamp(0, segment_length)
+
+
+def padding_mask(lengths: Tensor | None, num_tokens: int, segment_length: int, device: torch.device) -> Tensor | None:
+    """True at padding [B, T, 1, 1], or None where there is none.
+
+    None is also the answer for lengths on the CPU that turn out to be full, as nearly all are in training.
+    """
+    if lengths is None:
+        return None
+    lengths = lengths_by_segment(lengths, num_tokens, segment_length)
+    if lengths.device.type == "cpu" and int(lengths.sum()) == lengths.shape[0] * num_tokens:
+        return None
+    position = torch.arange(num_tokens, device=lengths.device)  # [T]
+    padding = position % segment_length >= lengths[:, position // segment_length]
+    return padding.to(device)[:, :, None, None]

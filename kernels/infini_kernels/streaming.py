@@ -1,0 +1,188 @@
+"""Inference over a stream that arrives in chunks: constant memory, whatever the stream's length.
+
+Shapes: B batch, S segment length, t tokens of a chunk, n tokens already held of the current segment, H query heads,
+G key/value heads, D key width, Dv value width.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infini_kernels.arguments import (
+    FIRST_SEGMENT_MIXES,
+    UPDATE_RULES,
+    Rotary,
+    check_choice,
+    check_eps,
+    check_gate,
+    check_heads,
+    check_memory,
+    check_rotary,
+    check_segment_length,
+)
+from infini_kernels.compressive import carry_memory, feature_map, full_precision, read_and_mix
+from infini_kernels.memory import MemoryState, memory_dtype
+from infini_kernels.rotary import apply_rotary
+
+
+@dataclass(frozen=True)
+class SegmentCache:
+    """What one layer keeps of its stream: the memory of finished segments, and the unfinished segment itself.
+
+    A step writes into `keys` and `values` and returns a cache that shares them, so the cache it was given is spent. To
+    continue one stream in several ways, `clone` it first.
+    """
+
+    memory: MemoryState | None  # None where the layer has no memory
+    keys: Tensor  # [B, S, G, D], not rotated; the first `length` are held
+    values: Tensor  # [B, S, G, Dv]
+    length: int = 0
+
+    @classmethod
+    def empty(
+        cls,
+        batch_size: int,
+        segment_length: int,
+        num_query_groups: int,
+        key_width: int,
+        value_width: int,
+        *,
+        with_memory: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "SegmentCache":
+        """The cache with which a stream begins; `dtype` is that of keys and values."""
+        check_segment_length(segment_length)
+        memory = None
+        if with_memory:
+            memory = MemoryState.zeros(
+                batch_size, num_query_groups, key_width, value_width, device=device, dtype=memory_dtype(dtype)
+            )
+        return cls(
+            memory,
+            torch.zeros(batch_size, segment_length, num_query_groups, key_width, device=device, dtype=dtype),
+            torch.zeros(batch_size, segment_length, num_query_groups, value_width, device=device, dtype=dtype),
+        )
+
+    @property
+    def remaining(self) -> int:
+        """Tokens until the current segment ends: the longest chunk that the next step takes."""
+        return self.keys.shape[1] - self.length
+
+    def clone(self) -> "SegmentCache":
+        """A cache of its own storage."""
+        memory = None if self.memory is None else MemoryState(self.memory.M.clone(), self.memory.z.clone())
+        return SegmentCache(memory, self.keys.clone(), self.values.clone(), self.length)
+
+
+@torch.no_grad()
+def infini_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    cache: SegmentCache,
+    *,
+    segment_length: int,
+    update_rule: str = "linear",
+    rotary: Rotary | None = None,
+    first_segment: str = "paper",
+    eps: float = 1e-6,
+) -> tuple[Tensor, SegmentCache]:
+    """The next t tokens of a stream: equal to `infini_attention` on the whole stream. No gradients.
+
+    q [B, t, H, D], k [B, t, G, D], v [B, t, G, Dv], none of them rotated -> out [B, t, H, Dv] in v's type, and the
+    cache after them. The chunk that ends a segment writes it to memory and empties the cache. Other arguments as for
+    `infini_attention`. Raises ValueError for shapes, types or values that do not fit, and for a chunk that crosses the
+    end of the current segment.
+    """
+    check_choice("update_rule", update_rule, UPDATE_RULES)
+    check_choice("first_segment", first_segment, FIRST_SEGMENT_MIXES)
+    check_eps(eps)
+    _check_step(q, k, v, cache, segment_length, rotary)
+    check_gate(gate, q)
+    if cache.memory is None:
+        raise ValueError("cache has no memory, but infini_attention_step reads one; see local_attention_step")
+    check_memory(cache.memory, k, v)
+
+    memory, cache = cache.memory, _append(cache, k, v)
+    local = _chunk_attention(q, cache, rotary)  # [B, t, H, Dv]
+    dtype = memory_dtype(v.dtype)
+    with full_precision(q):
+        sigma_q = feature_map(q, dtype)
+        entering = MemoryState(memory.M.unsqueeze(1), memory.z.unsqueeze(1))
+        mixed = read_and_mix(sigma_q.unsqueeze(1), local.unsqueeze(1), gate, entering, first_segment, eps)
+        if cache.remaining == 0:
+            sigma_k = feature_map(cache.keys, dtype).unsqueeze(1)  # [B, 1, S, G, D]
+            written = carry_memory(sigma_k, cache.values.to(dtype).unsqueeze(1), memory, None, update_rule, eps)
+            cache = replace(cache, memory=written.leaving, length=0)
+    return mixed.squeeze(1).to(v.dtype), cache
+
+
+@torch.no_grad()
+def local_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: SegmentCache,
+    *,
+    segment_length: int,
+    rotary: Rotary | None = None,
+) -> tuple[Tensor, SegmentCache]:
+    """The next t tokens of a stream under `local_attention`; a memory in the cache stays as it is. No gradients.
+
+    Shapes and errors as for `infini_attention_step`.
+    """
+    _check_step(q, k, v, cache, segment_length, rotary)
+    cache = _append(cache, k, v)
+    out = _chunk_attention(q, cache, rotary).to(v.dtype)
+    return out, replace(cache, length=0) if cache.remaining == 0 else cache
+
+
+def _check_step(q: Tensor, k: Tensor, v: Tensor, cache: SegmentCache, segment_length: int, rotary: Rotary | None) -> None:
+    check_heads(q, k, v)
+    check_segment_length(segment_length)
+    check_rotary(rotary, q, segment_length, "segment_length")
+    for name, chunk, held in (("k", k, cache.keys), ("v", v, cache.values)):
+        needed = [chunk.shape[0], segment_length, *chunk.shape[2:]]
+        if list(held.shape) != needed:
+            raise ValueError(
+                f"the cache holds {list(held.shape)}, but {name} {list(chunk.shape)} and segment_length "
+                f"{segment_length} need {needed}"
+            )
+        if held.dtype != chunk.dtype or held.device != chunk.device:
+            raise ValueError(f"the cache holds {held.dtype} on {held.device} but {name} is {chunk.dtype} on {chunk.device}")
+    if q.shape[1] > cache.remaining:
+        raise ValueError(
+            f"q has {q.shape[1]} tokens but {cache.remaining} remain of the current segment "
+            f"({cache.length} of segment_length {segment_length} are held): split the chunk there"
+        )
+
+
+def _append(cache: SegmentCache, k: Tensor, v: Tensor) -> SegmentCache:
+    end = cache.length + k.shape[1]
+    cache.keys[:, cache.length : end] = k
+    cache.values[:, cache.length : end] = v
+    return replace(cache, length=end)
+
+
+def _chunk_attention(q: Tensor, cache: SegmentCache, rotary: Rotary | None) -> Tensor:
+    """Causal attention of the segment's last t tokens over all it holds so far: q [B, t, H, D] -> [B, t, H, Dv]."""
+    end, num_tokens = cache.length, q.shape[1]
+    start = end - num_tokens
+    k, v = cache.keys[:, :end], cache.values[:, :end]  # [B, n + t, G, ...]
+    if rotary is not None:
+        cos, sin = rotary
+        q, k = apply_rotary(q, cos[start:end], sin[start:end]), apply_rotary(k, cos[:end], sin[:end])
+    mask = None
+    if num_tokens > 1:
+        mask = torch.ones(num_tokens, end, dtype=torch.bool, device=q.device).tril(start)  # [t, n + t]
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        enable_gqa=q.shape[2] != k.shape[2],
+    ).transpose(1, 2)

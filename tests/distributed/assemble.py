@@ -1,0 +1,47 @@
+"""Global tensors from the slices that the ranks of a test return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def global_weights(results: list[dict[str, Any]], key: str = "weights") -> dict[str, Tensor]:
+    """Every parameter whole; replicas that should be equal are checked to be."""
+    slices: dict[str, dict[int, Tensor]] = {}
+    splits: dict[str, tuple[int | None, int]] = {}
+    for result in results:
+        for name, (dim, blocks, rank, value) in result[key].items():
+            seen = slices.setdefault(name, {})
+            where = 0 if dim is None else rank
+            if where in seen:
+                torch.testing.assert_close(value, seen[where], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"replicas of {n}: {m}")
+            seen[where] = value
+            splits[name] = (dim, blocks)
+    whole = {}
+    for name, parts in slices.items():
+        dim, blocks = splits[name]
+        if dim is None:
+            whole[name] = parts[0]
+            continue
+        chunks = [parts[rank].chunk(blocks, dim=dim) for rank in sorted(parts)]
+        whole[name] = torch.cat([chunk[block] for block in range(blocks) for chunk in chunks], dim=dim)
+    return whole
+
+
+def global_memory(results: list[dict[str, Any]]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Layer -> (M [rows, G, D, D], z [rows, G, D])."""
+    parts: dict[int, dict[tuple[int, int], tuple[Tensor, Tensor]]] = {}
+    for result in results:
+        for layer, (row, head, matrix, vector) in result["memory"].items():
+            parts.setdefault(layer, {})[row, head] = (matrix, vector)
+    whole = {}
+    for layer, grid in parts.items():
+        rows, heads = max(row for row, _ in grid) + 1, max(head for _, head in grid) + 1
+        whole[layer] = tuple(
+            torch.cat([torch.cat([grid[row, head][part] for head in range(heads)], dim=1) for row in range(rows)])
+            for part in (0, 1)
+        )
+    return whole  # type: ignore[return-value]

@@ -1,0 +1,120 @@
+"""Every layout computes the same run: loss, global gradient norm, every weight and every memory against one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from infini_train.config import LayoutConfig, RunConfig
+from tests.distributed.assemble import global_memory, global_weights
+
+STEPS = 4
+RELATIVE = 1e-5
+
+# (tp, pp, dp, ZeRO stage)
+LAYOUTS = [
+    (1, 1, 1, 0),
+    (1, 1, 1, 2),
+    (1, 1, 1, 3),
+    (2, 1, 1, 1),
+    (2, 1, 1, 2),
+    (1, 2, 1, 0),
+    (1, 2, 1, 1),
+    (1, 1, 2, 0),
+    (1, 1, 2, 1),
+    (1, 1, 2, 2),
+    (1, 1, 2, 3),
+    (2, 2, 1, 1),
+    (2, 2, 1, 0),
+    (1, 2, 2, 0),
+    (1, 2, 2, 1),
+    (2, 1, 2, 1),
+    (2, 1, 2, 2),
+    (1, 4, 1, 1),
+]
+
+
+def with_layout(run: RunConfig, tp: int, pp: int, zero: int) -> RunConfig:
+    return replace(run, layout=LayoutConfig(tensor_parallel_size=tp, pipeline_parallel_size=pp, zero_stage=zero))
+
+
+def assert_same_run(results: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
+    one = reference[0]
+    for result in results:
+        assert result["loss"] == pytest.approx(one["loss"], rel=RELATIVE)
+        assert result["grad_norm"] == pytest.approx(one["grad_norm"], rel=RELATIVE)
+    initial, expected_initial = global_weights(results, "initial"), global_weights(reference, "initial")
+    weights, expected = global_weights(results), global_weights(reference)
+    assert weights.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(initial[name], expected_initial[name]), f"initial {name} depends on the layout"
+        torch.testing.assert_close(weights[name], value, rtol=RELATIVE, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    memory, expected_memory = global_memory(results), global_memory(reference)
+    assert memory.keys() == expected_memory.keys()
+    for layer, states in expected_memory.items():
+        for ours, theirs in zip(memory[layer], states, strict=True):
+            # Entries of M are sums of terms of both signs, so the scale is the largest entry.
+            difference = float((ours - theirs).abs().max() / theirs.abs().max())
+            assert difference < RELATIVE, f"memory of layer {layer} differs by {difference}"
+
+
+@pytest.fixture(scope="module")
+def reference(pool, run_config):
+    """Results of one process (ZeRO-1) by update rule."""
+
+    @cache
+    def compute(rule: str) -> list[dict[str, Any]]:
+        run = replace(run_config, model=replace(run_config.model, update_rule=rule))
+        return pool(1).run("tests.distributed.jobs", "train", run, STEPS)
+
+    return compute
+
+
+def test_clipping_and_resets_are_active(reference, run_config):
+    """The comparison below is worth something only if gradients are clipped and documents end inside windows."""
+    result = reference("linear")[0]
+    assert min(result["grad_norm"]) > run_config.optimizer.clip_grad_norm
+    _, positions = result["positions"]
+    assert positions[:, :2].sum() > 0, "no row has begun a second document"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp{}-pp{}-dp{}-zero{}".format(*layout))
+def test_layout_equals_one_process(layout, pool, reference, run_config):
+    tp, pp, dp, zero = layout
+    # Both update rules meet every kind of parallelism, without the full product.
+    rule = "delta" if (tp + pp + dp + zero) % 2 else "linear"
+    run = with_layout(replace(run_config, model=replace(run_config.model, update_rule=rule)), tp, pp, zero)
+    results = pool(tp * pp * dp).run("tests.distributed.jobs", "train", run, STEPS)
+    assert_same_run(results, reference(rule))
+
+
+@pytest.mark.parametrize("attention", ["local", "full"])
+def test_rivals_train_in_the_same_pipeline(attention, pool, run_config):
+    training = replace(run_config.training, segments_per_micro_batch=2, micro_batches_per_window=2)
+    run = replace(run_config, model=replace(run_config.model, attention=attention), training=training)
+    one = pool(1).run("tests.distributed.jobs", "train", run, STEPS)
+    two = pool(2).run("tests.distributed.jobs", "train", with_layout(run, 1, 2, 1), STEPS)
+    assert_same_run(two, one)
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_window_of_micro_batches_equals_one_large_micro_batch(rule, pool, run_config):
+    """Gradients through the memory between micro-batches are exact: splitting a window does not change a step."""
+    run = replace(run_config, model=replace(run_config.model, update_rule=rule))
+    whole = replace(run.training, segments_per_micro_batch=4, micro_batches_per_window=1)
+    split = pool(1).run("tests.distributed.jobs", "train", run, STEPS)
+    together = pool(1).run("tests.distributed.jobs", "train", replace(run, training=whole), STEPS)
+    assert_same_run(split, together)
+
+
+def test_truncation_matters(pool, run_config):
+    """Half the window gives other gradients, so the test above would notice a memory gradient that is lost."""
+    shorter = replace(run_config.training, micro_batches_per_window=2, windows_per_step=4)
+    one = pool(1).run("tests.distributed.jobs", "train", run_config, 1)[0]
+    two = pool(1).run("tests.distributed.jobs", "train", replace(run_config, training=shorter), 1)[0]
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+    assert one["grad_norm"] != pytest.approx(two["grad_norm"], rel=1e-4)

@@ -1,0 +1,88 @@
+"""Segment-local attention against the oracle, and the hand-over to FlashAttention."""
+
+import pytest
+import torch
+from test_kernels_oracle import oracle
+from torch import Tensor
+
+from infini_kernels import local, local_attention
+
+
+def inputs(tokens: int, heads: int, groups: int, key_width: int, value_width: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = ((heads, key_width), (groups, key_width), (groups, value_width))
+    return [torch.randn(2, tokens, *shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("lengths", [None, (13, 6), ((5, 2, 3), (0, 4, 1))])
+@pytest.mark.parametrize("heads, groups, key_width, value_width", [(4, 2, 4, 4), (6, 1, 4, 7), (2, 2, 6, 3)])
+def test_outputs_and_gradients_agree_with_the_oracle(
+    heads: int, groups: int, key_width: int, value_width: int, lengths: tuple[int, ...] | None
+) -> None:
+    tensors = inputs(13, heads, groups, key_width, value_width)
+    angle = torch.arange(5)[:, None] / 3.0 ** torch.arange(key_width // 2)
+    options = {
+        "segment_length": 5,
+        "rotary": (angle.cos().double(), angle.sin().double()),
+        "lengths": None if lengths is None else torch.tensor(lengths),
+    }
+    gate = torch.full((heads,), -1e4, dtype=torch.float64)  # no memory is read
+    wanted = oracle(*tensors, gate, **options)[0]
+    out = local_attention(*tensors, **options)
+    torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
+    direction = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradients = [torch.autograd.grad((x * direction).sum(), tensors) for x in (out, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_padding_may_hold_nan() -> None:
+    clean = inputs(7, 2, 1, 4, 4)
+    lengths = torch.tensor([[3, 2], [5, 0]])
+    padding = torch.tensor([[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1, 1]], dtype=torch.bool)
+    dirty = [x.detach().clone().masked_fill(padding[:, :, None, None], torch.nan).requires_grad_() for x in clean]
+    results = []
+    for tensors in (clean, dirty):
+        out = local_attention(*tensors, segment_length=5, lengths=lengths)
+        assert not out[padding].any()
+        results.append((out, torch.autograd.grad(out.sum(), tensors)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_half_types_come_back() -> None:
+    tensors = [x.detach().bfloat16() for x in inputs(7, 2, 1, 4, 3)]
+    assert local_attention(*tensors, segment_length=5).dtype == torch.bfloat16
+
+
+class FlashStandIn:
+    """Takes FlashAttention's call and answers it with scaled_dot_product_attention."""
+
+    calls = 0
+
+    def flash_attn_func(self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool) -> Tensor:
+        assert causal and q.shape[-1] == k.shape[-1] == v.shape[-1]
+        self.calls += 1
+        return torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            is_causal=True,
+            scale=softmax_scale,
+            enable_gqa=True,
+        ).transpose(1, 2)
+
+
+@pytest.mark.parametrize("key_width, value_width", [(4, 4), (4, 7), (6, 3)])
+def test_flash_attention_is_called_with_one_width_and_the_true_scale(
+    monkeypatch: pytest.MonkeyPatch, key_width: int, value_width: int
+) -> None:
+    tensors = inputs(13, 4, 2, key_width, value_width)
+    wanted = local_attention(*tensors, segment_length=5)
+    stand_in = FlashStandIn()
+    monkeypatch.setattr(local, "flash_attention_for", lambda q, v: stand_in)
+    torch.testing.assert_close(local_attention(*tensors, segment_length=5), wanted, rtol=1e-12, atol=1e-12)
+    assert stand_in.calls == 1
+
+
+def test_flash_attention_is_left_alone_on_the_cpu() -> None:
+    half = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
+    assert local.flash_attention_for(half, half) is None
