@@ -47,6 +47,8 @@ class Tokenizer:
         self.path = Path(path)
         try:
             model = self.path.read_bytes()
+            if not model:  # SentencePiece takes no bytes for no model, without complaint
+                raise RuntimeError("the file is empty")
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (OSError, RuntimeError) as error:
             raise UserError(
@@ -191,7 +193,7 @@ def _training_error(error: RuntimeError, vocab_size: int) -> UserError:
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return UserError(
             f"data.vocab_size is {vocab_size}, too few for the characters and bytes of this text; set data.vocab_size to "
-            f"more than {found[1]}"
+            f"at least {found[1]}"
         )
     return UserError(f"SentencePiece could not train data.vocab_size {vocab_size} on this data.source: {message}")
 

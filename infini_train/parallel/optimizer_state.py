@@ -22,11 +22,27 @@ from infini_train.parallel.engine import Engine
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _flat_parameters(engine: Engine) -> list[Tensor]:
-    """The tensors that AdamW itself steps."""
+def stepped_tensors(engine: Engine) -> list[Tensor]:
+    """The tensors that AdamW itself steps: parameters, or ZeRO's flat partitions of them."""
     if engine.run.layout.zero_stage == 3:
         return list(engine.deepspeed.optimizer.fp32_partitioned_groups_flat)
     return [parameter for group in engine.adamw.param_groups for parameter in group["params"]]
+
+
+def initialize_moments(engine: Engine) -> None:
+    """Give AdamW the state that its first step would make.
+
+    ZeRO links parameters to the optimizer's state inside the first step, after the first parameter group alone has one; the
+    moments of the other groups would then never be found.
+    """
+    for tensor in stepped_tensors(engine):
+        device = tensor.device if engine.adamw.defaults["fused"] else torch.device("cpu")
+        engine.adamw.state[tensor] = {
+            "step": torch.tensor(0.0, device=device),
+            **{moment: torch.zeros_like(tensor) for moment in MOMENTS},
+        }
+    if engine.run.layout.zero_stage in (1, 2):
+        engine.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 @torch.no_grad()
@@ -50,20 +66,14 @@ def read_optimizer_state(engine: Engine) -> dict[str, dict[str, Tensor]]:
 
 @torch.no_grad()
 def write_optimizer_state(engine: Engine, state: dict[str, dict[str, Tensor]], steps_taken: int) -> None:
-    """The inverse of `read_optimizer_state`, for an engine that has not stepped yet.
+    """The inverse of `read_optimizer_state`.
 
     Args:
         steps_taken: optimizer steps that led to this state; Adam's bias correction counts them.
     """
-    for flat in _flat_parameters(engine):
-        device = flat.device if engine.adamw.defaults["fused"] else torch.device("cpu")
-        engine.adamw.state[flat] = {
-            "step": torch.tensor(float(steps_taken), device=device),
-            **{moment: torch.zeros_like(flat) for moment in MOMENTS},
-        }
+    for tensor in stepped_tensors(engine):
+        engine.adamw.state[tensor]["step"].fill_(steps_taken)
     zero = engine.deepspeed.optimizer
-    if engine.run.layout.zero_stage in (1, 2):
-        zero._lazy_init_hp_params_optimizer_state()
     for name, parameter in engine.module.named_parameters():
         if engine.run.layout.zero_stage == 3:
             _write_zero3(zero, parameter, {kind: tensors[name] for kind, tensors in state.items()})

@@ -13,6 +13,7 @@ from infini_train.data.streams import StreamReader
 from infini_train.model import build_model, initialize_parameters, parameter_placements
 from infini_train.parallel.engine import Engine
 from infini_train.parallel.layout import Layout, initialize_layout
+from infini_train.parallel.optimizer_state import initialize_moments
 from infini_train.parallel.pipeline import SegmentPipeline
 from infini_train.training.checkpoint import Checkpointer
 from infini_train.training.state import TrainingState
@@ -41,6 +42,7 @@ def build_parts(run: RunConfig) -> Parts:
     placements = parameter_placements(module, layout.layer_offset(run.model.num_layers))
     initialize_parameters(module, placements, run.model, run.training.seed)
     engine = Engine(module, run, len(rows))
+    initialize_moments(engine)
     return Parts(
         run=run,
         layout=layout,

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_kernels_oracle import rotate, valid_by_segment
 from torch import Tensor
 
 from infini_kernels import document_attention, documents
+from tests.unit.test_kernels_oracle import rotate, valid_by_segment
 
 SEGMENT = 4
 

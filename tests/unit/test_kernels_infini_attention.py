@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels_oracle import oracle, valid_by_segment
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from infini_kernels import MemoryState, infini_attention, local_attention
+from tests.unit.test_kernels_oracle import oracle, valid_by_segment
 
 NAMES = ("q", "k", "v", "gate", "M", "z")
 

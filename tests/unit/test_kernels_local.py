@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_kernels_oracle import oracle
 from torch import Tensor
 
 from infini_kernels import local, local_attention
+from tests.unit.test_kernels_oracle import oracle
 
 
 def inputs(tokens: int, heads: int, groups: int, key_width: int, value_width: int) -> list[Tensor]:
