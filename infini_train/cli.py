@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +91,20 @@ def _parse(argv: list[str]) -> Namespace:
         arguments = parser.parse_args(argv)
         return parser.instantiate_classes(arguments)
     except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(" ".join(str(error).split()) + _suggestion(str(error))) from error
+
+
+def _suggestion(message: str) -> str:
+    """The known key that is nearest to an unknown one which the parser complains about."""
+    unknown = re.search(r"unrecognized arguments: --(\S+)|does not accept option '([^']+)'", message)
+    if unknown is None:
+        return ""
+    sections = {key: field.default_factory for key, field in RunConfig.__dataclass_fields__.items()}
+    known = [
+        f"{key}.{name}" for key, factory in sections.items() for name in getattr(factory, "__dataclass_fields__", {"": None})
+    ]
+    close = difflib.get_close_matches((unknown[1] or unknown[2]).split("=")[0], [*known, "run_dir"], n=1)
+    return f"; did you mean {close[0]}?" if close else "; `--help` lists the keys"
 
 
 def _run_config(section: Namespace) -> RunConfig:

@@ -289,6 +289,11 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
             f"layout.zero_stage is {layout.zero_stage} with pipeline_parallel_size {pp}: stages 2 and 3 reduce gradients "
             "inside each backward, which is wrong or hangs under a pipeline; use zero_stage 1"
         )
+    if config.training.precision == "bfloat16" and layout.zero_stage != 1:
+        raise UserError(
+            f"layout.zero_stage is {layout.zero_stage} with training.precision bfloat16: only stage 1 accumulates gradients in "
+            "float32 without loss; use zero_stage 1"
+        )
     _divides("layout.tensor_parallel_size", tp, "model.num_attention_heads", model.num_attention_heads)
     _divides("layout.tensor_parallel_size", tp, "model.num_query_groups", model.num_query_groups)
     _divides("layout.tensor_parallel_size", tp, "model.ffn_hidden_size", model.ffn_hidden_size)
@@ -305,8 +310,8 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
         )
     if world_size % (tp * pp):
         raise UserError(
-            f"{world_size} processes cannot hold layout.tensor_parallel_size {tp} × pipeline_parallel_size {pp}; "
-            f"start a multiple of {tp * pp}"
+            f"layout.tensor_parallel_size {tp} × layout.pipeline_parallel_size {pp} does not fit {world_size} process(es); "
+            f"start a multiple of {tp * pp}, for example with launch/local.py {tp * pp}"
         )
     _divides("the data-parallel size", config.data_parallel_size(world_size), "training.rows", config.training.rows)
 

@@ -26,6 +26,7 @@ def atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
             process is writing it.
     """
     # A link to a folder on another disk stays: what is replaced is what it points to.
+    target = target.resolve()
     replaced = target.with_name(target.name + ".replaced")
     if replaced.exists() and not target.exists():
         replaced.rename(target)  # a run was killed between the two renames below

@@ -123,7 +123,8 @@ class SegmentPipeline:
     ) -> tuple[Tensor, Memory, Tensor]:
         """Output of the stage (token losses [B, T] on the last), memory that leaves, and the summed loss of valid tokens."""
         reset = torch.ones_like(batch.reset) if empty_memory else batch.reset
-        micro_batch = MicroBatch(reset=reset.to(self.device), lengths=batch.lengths.to(self.device), memory_in=dict(memory))
+        # Lengths and resets stay on the host: the attention decides there what it can leave out.
+        micro_batch = MicroBatch(reset=reset, lengths=batch.lengths, memory_in=dict(memory))
         if hidden is not None:
             self.engine.module.set_input_tensor(hidden)
         labels = batch.targets.to(self.device) if self.layout.is_last_stage else None

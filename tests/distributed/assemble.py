@@ -17,7 +17,9 @@ def global_weights(results: list[dict[str, Any]], key: str = "weights") -> dict[
             seen = slices.setdefault(name, {})
             where = 0 if dim is None else rank
             if where in seen:
-                torch.testing.assert_close(value, seen[where], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"replicas of {n}: {m}")
+                torch.testing.assert_close(
+                    value, seen[where], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"replicas of {n}: {m}"
+                )
             seen[where] = value
             splits[name] = (dim, blocks)
     whole = {}

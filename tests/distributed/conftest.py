@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.corpus import small_run, write_corpus
 from infini_train.config import RunConfig
 from infini_train.data.prepare import prepare
+from tests.corpus import small_run, write_corpus
 from tests.distributed.processes import ProcessPool
 
 

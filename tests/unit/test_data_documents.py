@@ -46,8 +46,8 @@ def write_source(folder: Path, kind: str) -> Path:
     if kind == "jsonl.gz":
         data = gzip.compress(data)
     elif kind == "jsonl.zst":
-        # Two frames, cut in the middle of a line.
-        data = zstandard.compress(data[:40]) + zstandard.compress(data[40:])
+        # Two frames, cut in the middle of a line; no final newline.
+        data = zstandard.compress(data[:40]) + zstandard.compress(data[40:].rstrip())
     elif kind == "jsonl":
         data = data.replace(b"\n", b"\n\n").rstrip()  # blank lines and no final newline
     path.write_bytes(data)

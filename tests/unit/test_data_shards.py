@@ -178,6 +178,11 @@ def test_open_shards_are_bounded(written: Path, monkeypatch: pytest.MonkeyPatch)
     first = [dataset.read(i, 0, 2).tolist() for i in range(dataset.num_documents)]
     assert len(dataset._open) == 2 < len(dataset._files)
     assert [dataset.read(i, 0, 2).tolist() for i in range(dataset.num_documents)] == first
+    one_of = {int(shard): number for number, shard in enumerate(dataset._shard)}
+    dataset.close()
+    for shard in (0, 1, 0, 2):
+        dataset.read(one_of[shard], 0, 1)
+    assert set(dataset._open) == {0, 2}, "the least recently used shard is closed"
     dataset.close()
     assert dataset.read(0, 0, 2).tolist() == first[0]
 
@@ -190,6 +195,11 @@ def flip(path: Path, place: int) -> None:
 
 def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def shorten_documents(folder: Path) -> None:
+    index = dict(np.load(folder / "train.index.npz"))
+    np.savez(folder / "train.index.npz", **index | {"tokens": index["tokens"] - 1})
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -207,6 +217,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "short shard": (lambda f: (f / "held_out-000000.tar").write_bytes(b"x"), r"held_out-000000\.tar has 1 bytes"),
     "no index": (lambda f: (f / "held_out.index.npz").unlink(), r"held_out\.index\.npz is missing or damaged"),
     "flipped index": (lambda f: flip(f / "train.index.npz", 300), r"train\.index\.npz is missing or damaged"),
+    "shorter documents": (shorten_documents, r"train\.index\.npz does not belong"),
     "other index": (
         lambda f: shutil.copyfile(f / "held_out.index.npz", f / "train.index.npz"),
         r"train\.index\.npz does not belong",

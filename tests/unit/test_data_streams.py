@@ -112,7 +112,7 @@ def test_epochs_differ_in_order_and_rows_drift() -> None:
     assert other != orders[0][: len(other)]
     drifting = reader()
     epochs = set()
-    for _ in range(30):
+    for _ in range(200):
         drifting.next(1)
         epochs.add(len(set(drifting.state()[:, 0].tolist())))
     assert max(epochs) > 1

@@ -16,7 +16,9 @@ from infini_train.data.tokenizer import Tokenizer, train_tokenizer
 from infini_train.errors import UserError
 
 CODE = Path(json.decoder.__file__).read_text(encoding="utf-8")
-PROSE = "".join(f"The memory of segment {i} reads before it writes, and \u2581 is a mark — „ja“ ½.\n\n" for i in range(60))
+PROSE = "".join(
+    f"The memory of segment {i} of 2024 reads before it writes, and \u2581 is a mark — „ja“ ½.\n\n" for i in range(60)
+)
 TRICKY = [
     "",
     "\u2581",

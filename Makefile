@@ -1,0 +1,49 @@
+# Two commands do everything: `make demo` and `make test`. Both make their own .venv first.
+
+# The first of these that is Python 3.11 or 3.12.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+DEMO := configs/tiny.yaml
+
+.PHONY: help setup demo check test format clean
+help:
+	@echo "make demo    train a small model on this machine and write its report (about ten minutes)"
+	@echo "make test    everything that CI runs"
+	@echo "make check   lint, types and unit tests, in under two minutes"
+	@echo "make format  let ruff format the code"
+	@echo "make clean   delete .venv and runs/"
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or 3.12; set PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "setting up .venv with $(PYTHON): about 2 GB of libraries, a few minutes"
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+		echo "make: $(PYTHON) cannot make a virtual environment; install its venv package (on Debian: apt-get install python3-venv)" >&2; exit 2; }
+# DeepSpeed must compile nothing: the machine may have no compiler.
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/infini-train prepare --config $(DEMO) --overwrite
+	$(BIN)/python launch/local.py 2 pretrain --config $(DEMO)
+	$(BIN)/infini-train evaluate --config $(DEMO)
+	$(BIN)/infini-train generate --config $(DEMO)
+	@$(BIN)/infini-train report --config $(DEMO)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=2 $(BIN)/pytest tests/unit
+
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/distributed
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,105 @@
+"""What a configuration refuses: one line that names the key, the value and the remedy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from infini_train.config import LayoutConfig, RunConfig, save_config, validate
+from infini_train.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def changed(section: str, **values: object) -> RunConfig:
+    run = RunConfig()
+    return replace(run, **{section: replace(getattr(run, section), **values)})
+
+
+def test_the_defaults_are_valid():
+    validate(RunConfig(), 1)
+    validate(RunConfig(), 8)
+
+
+@pytest.mark.parametrize(
+    "section,values,processes,words",
+    [
+        ("model", {"num_layers": 0}, 1, "model.num_layers is 0"),
+        ("model", {"num_query_groups": 5}, 1, "model.num_attention_heads is 12, which model.num_query_groups = 5"),
+        ("model", {"head_dim": 63}, 1, "model.head_dim is 63"),
+        ("model", {"segment_length": -1}, 1, "model.segment_length is -1"),
+        ("training", {"micro_batches_per_window": 1}, 1, "raise micro_batches_per_window"),
+        ("training", {"rows": 6}, 4, "training.rows is 6"),
+        ("training", {"precision": "bfloat16"}, 1, None),
+        ("optimizer", {"warmup_steps": 1000}, 1, "optimizer.warmup_steps is 1000"),
+        ("optimizer", {"schedule": "wsd"}, 1, "optimizer.decay_steps is 0"),
+        ("optimizer", {"clip_grad_norm": -1.0}, 1, "use 0 to turn clipping off"),
+        ("checkpoint", {"keep": 1}, 1, "checkpoint.keep is 1"),
+        ("evaluation", {"every": -1}, 1, "evaluation.every is -1"),
+        ("data", {"held_out_fraction": 1.0}, 1, "data.held_out_fraction is 1.0"),
+        ("layout", {"tensor_parallel_size": 8}, 8, "which layout.tensor_parallel_size = 8 does not divide"),
+        ("layout", {"pipeline_parallel_size": 5}, 5, "model.num_layers is 12, which layout.pipeline_parallel_size = 5"),
+        ("layout", {"pipeline_parallel_size": 4}, 6, "start a multiple of 4"),
+        ("layout", {"pipeline_parallel_size": 2, "zero_stage": 2}, 2, "use zero_stage 1"),
+        ("layout", {"pipeline_parallel_size": 2, "zero_stage": 3}, 2, "use zero_stage 1"),
+        ("layout", {"tensor_parallel_size": 2, "zero_stage": 3}, 2, "use zero_stage 2"),
+        ("layout", {"zero_stage": 4}, 1, "layout.zero_stage is 4"),
+    ],
+)
+def test_refusals_name_key_value_and_remedy(section, values, processes, words):
+    run = changed(section, **values)
+    if words is None:
+        validate(run, processes)
+        return
+    with pytest.raises(UserError) as error:
+        validate(run, processes)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_tied_embeddings_need_one_stage():
+    run = changed("model", tie_embeddings=True)
+    validate(run, 1)
+    with pytest.raises(UserError, match="tie_embeddings to false or pipeline_parallel_size to 1"):
+        validate(replace(run, layout=LayoutConfig(pipeline_parallel_size=2)), 2)
+
+
+def test_the_readmes_layout_table_is_what_the_code_allows():
+    """Every row of the table, and nothing else, passes validation."""
+    allowed = set()
+    for line in (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Layouts")[1].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != 5 or not cells[0][0].isdigit():
+            continue
+        pipelines = [1] if cells[0] == "1" else [2, 4]
+        tensors = [1] if cells[1] == "1" else [1, 2, 4]
+        precisions = [name for name, cell in zip(("float32", "bfloat16"), cells[3:], strict=True) if cell == "yes"]
+        allowed |= {
+            (pp, tp, int(zero), precision)
+            for pp in pipelines
+            for tp in tensors
+            for zero in cells[2].split(",")
+            for precision in precisions
+        }
+    assert allowed
+    for pp in (1, 2, 4):
+        for tp in (1, 2, 4):
+            for zero in (0, 1, 2, 3):
+                for precision in ("float32", "bfloat16"):
+                    run = replace(changed("training", precision=precision), layout=LayoutConfig(tp, pp, zero))
+                    try:
+                        validate(run, tp * pp)
+                        passes = True
+                    except UserError:
+                        passes = False
+                    assert passes == ((pp, tp, zero, precision) in allowed), (pp, tp, zero, precision)
+
+
+def test_a_saved_config_has_every_key(tmp_path):
+    save_config(RunConfig(), tmp_path / "config.yaml")
+    loaded = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
+    assert loaded["model"]["segment_length"] == 2048
+    assert set(loaded) == set(RunConfig.__dataclass_fields__)

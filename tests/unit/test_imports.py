@@ -1,0 +1,68 @@
+"""Imports point one way: infini_kernels <- attention <- model <- parallel <- training <- cli; data and config at the side."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "infini_train"
+
+# What each part may import from this project besides itself.
+SIDE = {"config", "errors", "platform"}
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "platform": set(),
+    "data": {"config", "errors"},
+    "attention": {"infini_kernels", *SIDE},
+    "model": {"infini_kernels", "attention", *SIDE},
+    "parallel": {"attention", "model", "data", *SIDE},
+    "training": {"attention", "model", "parallel", "data", "evaluation", *SIDE},
+    "evaluation": {"attention", "model", "parallel", "data", "training", *SIDE},
+    "cli": {"data", "training", "evaluation", *SIDE},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+
+
+def imported_parts(path: Path) -> set[str]:
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "infini_train" else [f"infini_train.{a.name}" for a in node.names]
+        for name in names:
+            if name.startswith("infini_train."):
+                parts.add(name.split(".")[1])
+            elif name.split(".")[0] in ("infini_kernels", "infini_train"):
+                parts.add(name.split(".")[0])
+    return parts
+
+
+def test_every_file_imports_only_what_its_part_may():
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 30
+    for path in files:
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        wrong = imported_parts(path) - ALLOWED[part] - {part}
+        assert not wrong, f"{path.relative_to(ROOT)} must not import {sorted(wrong)}"
+
+
+def test_training_and_evaluation_form_no_cycle_of_files():
+    """Training measures held-out loss, and the evaluation commands load what training saved: by file it still goes one way."""
+    assert "training" not in imported_parts(PACKAGE / "evaluation" / "perplexity.py")
+    assert "training" not in imported_parts(PACKAGE / "evaluation" / "generation.py")
+
+
+def test_kernels_know_only_torch():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not imported_parts(path) - {"infini_kernels"}, path
+
+
+def test_nothing_but_config_reads_yaml():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "config.py":
+            assert "import yaml" not in path.read_text(encoding="utf-8"), path

@@ -1,0 +1,31 @@
+"""Learning-rate schedules."""
+
+from __future__ import annotations
+
+import pytest
+
+from infini_train.config import OptimizerConfig
+from infini_train.parallel.learning_rate import learning_rate_factor
+
+
+def test_cosine_warms_up_peaks_and_ends_at_the_final_rate():
+    optimizer = OptimizerConfig(warmup_steps=10, final_learning_rate_fraction=0.1)
+    factors = [learning_rate_factor(optimizer, 100, step) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == pytest.approx(1.0)
+    assert factors[-1] == pytest.approx(0.1)
+    assert all(later < earlier for earlier, later in zip(factors[10:], factors[11:], strict=False))
+    assert factors[10 + 89 // 2] == pytest.approx(0.55, abs=0.01)
+
+
+def test_wsd_stays_at_the_peak_and_decays_linearly():
+    optimizer = OptimizerConfig(schedule="wsd", warmup_steps=10, decay_steps=20, final_learning_rate_fraction=0.0)
+    factors = [learning_rate_factor(optimizer, 100, step) for step in range(100)]
+    assert factors[10:80] == [1.0] * 70
+    assert factors[80] == pytest.approx(1.0)
+    assert factors[90] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(0.05)
+
+
+def test_no_warm_up():
+    assert learning_rate_factor(OptimizerConfig(warmup_steps=0), 10, 0) == 1.0
