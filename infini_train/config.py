@@ -144,7 +144,8 @@ class EvaluationConfig:
     every: int = 100
     """Steps between evaluations in training; 0 turns them off."""
     micro_batches: int = 16
-    """Micro-batches of every held-out stream that one evaluation in training reads."""
+    """Micro-batches of every row that one evaluation in training reads, from the beginning of the longest held-out documents;
+    the evaluate command reads all of them."""
 
 
 @dataclass

@@ -51,8 +51,9 @@ class StreamReader:
         total_rows: R, rows of the global batch.
         segment_length: S, in tokens.
         seed: fixes the order of documents, together with the epoch.
-        shuffle: False reads in the order of the dataset.
+        shuffle: False reads in the order of the dataset, or by length.
         num_epochs: rows end after so many epochs; None never ends.
+        longest_first: with shuffle False, read by falling length: rows then end within one document's length of each other.
 
     Raises:
         ValueError: if rows is empty or not inside 0 .. total_rows - 1.
@@ -68,6 +69,7 @@ class StreamReader:
         seed: int,
         shuffle: bool = True,
         num_epochs: int | None = None,
+        longest_first: bool = False,
     ) -> None:
         if not rows or min(rows) < 0 or max(rows) >= total_rows:
             raise ValueError(f"rows is {rows}; it must name rows among the {total_rows} of the global batch")
@@ -83,6 +85,8 @@ class StreamReader:
         self.shuffle = shuffle
         self.num_epochs = num_epochs
         self._documents = np.flatnonzero(dataset.document_lengths >= 2)
+        if longest_first:
+            self._documents = self._documents[np.argsort(-dataset.document_lengths[self._documents], kind="stable")]
         if not len(self._documents):
             raise UserError(f"{dataset.path} ({dataset.split}) holds no document of two tokens; prepare longer documents")
         if num_epochs is None and len(self._documents) < total_rows:

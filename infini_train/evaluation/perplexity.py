@@ -35,10 +35,17 @@ class HeldOutLoss:
 
 
 def _batches(run: RunConfig, layout: Layout, dataset: TokenDataset, limit: int | None) -> Iterator[StreamBatch]:
-    """Every held-out document once, in order; rows that have ended stay as padding until all processes are done."""
+    """Every held-out document once, the longest first; rows that have ended stay as padding until all processes are done."""
     rows = layout.rows(run.training.rows)
     reader = StreamReader(
-        dataset, rows, run.training.rows, run.model.segment_length, run.training.seed, shuffle=False, num_epochs=1
+        dataset,
+        rows,
+        run.training.rows,
+        run.model.segment_length,
+        run.training.seed,
+        shuffle=False,
+        num_epochs=1,
+        longest_first=True,
     )
     num_segments = run.training.segments_per_micro_batch
     count = 0
@@ -78,7 +85,7 @@ def held_out_loss(
 
     Args:
         empty_memory: reset the memory at every segment.
-        limit: micro-batches of every row to read; None reads every document once.
+        limit: micro-batches of every row to read, from the longest documents; None reads every document once.
         on_batch: called with the number of micro-batches done, to show progress.
     """
     dataset = TokenDataset(Path(run.data.path), "held_out")

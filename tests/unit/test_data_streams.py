@@ -244,3 +244,13 @@ def test_a_state_of_another_shape_is_refused() -> None:
         ended.load_state(torch.tensor([[2, 0, 0]] * 3))
     ended.load_state(torch.tensor([[1, 0, 0]] * 3))
     assert ended.next(1) is None
+
+
+def test_longest_first_reads_by_falling_length():
+    source = reader(range(1), 1, shuffle=False, num_epochs=1, longest_first=True)
+    lengths: list[int] = []
+    while (batch := source.next(1)) is not None:
+        if bool(batch.reset[0, 0]):
+            lengths.append(0)
+        lengths[-1] += int(batch.lengths[0, 0])
+    assert lengths == sorted((length - 1 for length in LENGTHS), reverse=True)

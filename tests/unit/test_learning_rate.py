@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from infini_train.config import OptimizerConfig
@@ -14,7 +16,7 @@ def test_cosine_warms_up_peaks_and_ends_at_the_final_rate():
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == factors[10] == pytest.approx(1.0)
     assert factors[-1] == pytest.approx(0.1)
-    assert all(later < earlier for earlier, later in zip(factors[10:], factors[11:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(factors[10:]))
     assert factors[10 + 89 // 2] == pytest.approx(0.55, abs=0.01)
 
 
