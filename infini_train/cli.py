@@ -190,8 +190,11 @@ def _with_model(run: RunConfig, arguments: Namespace, action: Callable[[Any, Run
 
 def _report(run: RunConfig, arguments: Namespace) -> int:
     from infini_train.evaluation.report import write_report
+    from infini_train.evaluation.summary import summary_lines
 
-    print(write_report(Path(run.run_dir)))
+    path = write_report(Path(run.run_dir))
+    print(*summary_lines(Path(run.run_dir)), sep="\n")
+    print(f"report: {path}")
     return 0
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from infini_train.config import RunConfig
-from infini_train.parallel.optimizer_state import read_optimizer_state
+from infini_train.evaluation.generation import StreamingModel
+from infini_train.model import MicroBatch
+from infini_train.training.checkpoint import list_checkpoints
 from infini_train.training.loop import train_step
 from infini_train.training.setup import Parts, build_parts
 from infini_train.training.signals import StopRequest
@@ -54,32 +57,13 @@ def _memory(parts: Parts) -> dict[int, tuple[int, int, Tensor, Tensor]]:
     return {layer: (layout.dp_rank, layout.tp_rank, state.M, state.z) for layer, state in parts.state.memory.items()}
 
 
-def optimizer_moments(run: RunConfig, steps: int) -> dict[str, Any]:
-    """Adam moments by global name after some steps, as (split dimension, blocks, tensor rank, slice)."""
-    parts = build_parts(run)
-    for _ in range(steps):
-        train_step(parts, StopRequest())
-    state = read_optimizer_state(parts.engine)
-    placements = parts.checkpointer.placements
-    return {
-        f"{kind}.{placements[name].name}": (placements[name].dim, placements[name].blocks, placements[name].rank, value)
-        for kind, tensors in state.items()
-        for name, value in tensors.items()
-    }
-
-
 def streaming_logits(run: RunConfig, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [T, V] of a document read in odd chunks with constant memory, and of one pass over all of it."""
-    from dataclasses import replace
-
-    from infini_train.evaluation.generation import StreamingModel
-    from infini_train.model import MicroBatch
-
     parts = build_parts(run)
     for _ in range(3):
         train_step(parts, StopRequest())
     module = parts.engine.module.eval()
-    stream = StreamingModel(module, replace(run))
+    stream = StreamingModel(module, run)
     pieces, start, sizes = [], 0, [37, 1, 1, 100, 5]
     while start < tokens.shape[1]:
         size = sizes[len(pieces) % len(sizes)]
@@ -99,3 +83,28 @@ def streaming_logits(run: RunConfig, tokens: Tensor) -> tuple[Tensor, Tensor]:
             runtime_gather_output=True,
         )
     return torch.cat(pieces), whole[0].float()
+
+
+def save_after(run: RunConfig, steps: int, more: int) -> dict[str, Any]:
+    """Train, save, and train some more steps: what a resumed run must repeat."""
+    parts = build_parts(run)
+    for _ in range(steps):
+        train_step(parts, StopRequest())
+    parts.checkpointer.save(parts.engine, parts.state)
+    return _continue(parts, more)
+
+
+def load_and_train(run: RunConfig, steps: int) -> dict[str, Any]:
+    """Load the newest checkpoint of the run directory into this layout and train."""
+    parts = build_parts(run)
+    parts.checkpointer.load(list_checkpoints(Path(run.run_dir))[-1], parts.engine, parts.state)
+    return _continue(parts, steps)
+
+
+def _continue(parts: Parts, steps: int) -> dict[str, Any]:
+    records = [train_step(parts, StopRequest())[0] for _ in range(steps)]
+    return {
+        "loss": [record["loss"] for record in records],
+        "grad_norm": [record["grad_norm"] for record in records],
+        "weights": _weights(parts),
+    }

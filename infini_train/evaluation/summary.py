@@ -1,0 +1,38 @@
+"""A run in a few lines, for the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from infini_train.evaluation.records import held_out, read_json, read_metrics
+
+LAST_STEPS = 10
+
+
+def summary_lines(run_dir: Path) -> list[str]:
+    """First and last training loss, the unigram entropy of the held-out text, and perplexity with memory and without.
+
+    Raises:
+        UserError: the run has no metrics.
+    """
+    notes: list[str] = []
+    records = read_metrics(run_dir / "metrics.jsonl")
+    losses = records.finite("loss")
+    lines = []
+    if len(losses):
+        last = float(np.mean(losses[-LAST_STEPS:]))
+        lines.append(
+            f"training loss: {losses[0]:.3f} nats per token in the first logged step, {last:.3f} in the last "
+            f"{min(LAST_STEPS, len(losses))} ({losses[0] - last:.3f} lower)"
+        )
+    result = held_out(records, read_json(run_dir / "evaluation.json", "evaluate", notes))
+    if result.unigram_entropy is not None:
+        lines.append(f"unigram entropy of the held-out text: {result.unigram_entropy:.3f} nats per token")
+    if result.loss is not None:
+        line = f"held-out perplexity: {np.exp(result.loss):.2f}"
+        if result.loss_memory_emptied is not None:
+            line += f" with memory, {np.exp(result.loss_memory_emptied):.2f} with the memory emptied at every segment"
+        lines.append(line)
+    return lines

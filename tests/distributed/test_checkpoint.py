@@ -1,0 +1,151 @@
+"""A run that was stopped goes on as if it had not been: bit for bit, on processes that are really killed and started."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from infini_train.config import CheckpointConfig, LayoutConfig, RunConfig, save_config
+from tests.distributed.assemble import global_weights
+
+REPOSITORY = Path(__file__).parents[2]
+TIMED = {"step_seconds", "tokens_per_second"}
+
+
+def start(run: RunConfig, processes: int) -> subprocess.Popen[str]:
+    """`pretrain` through the launcher, as a user starts it."""
+    path = Path(run.run_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    config = path.with_suffix(".yaml")
+    save_config(run, config)
+    return subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "launch" / "local.py"), str(processes), "pretrain", "--config", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str], expected: int) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == expected, output
+    return output
+
+
+def metrics(run: RunConfig) -> list[dict[str, Any]]:
+    """Records without what a clock decides."""
+    lines = (Path(run.run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in lines]
+
+
+def wait_for_step(run: RunConfig, step: int, process: subprocess.Popen[str]) -> None:
+    path = Path(run.run_dir) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if path.is_file() and path.read_text(encoding="utf-8").count("\n") >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError("the run made no progress")
+
+
+@pytest.fixture(scope="module")
+def run(run_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Two pipeline stages, evaluation on, and more steps than a test waits for."""
+    return replace(
+        run_config,
+        run_dir=str(tmp_path_factory.mktemp("runs") / "undisturbed"),
+        layout=LayoutConfig(pipeline_parallel_size=2, zero_stage=1),
+        training=replace(run_config.training, steps=24),
+        evaluation=replace(run_config.evaluation, every=8),
+        checkpoint=CheckpointConfig(every=5),
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run: RunConfig) -> list[dict[str, Any]]:
+    finish(start(run, 2), 0)
+    return metrics(run)
+
+
+def elsewhere(run: RunConfig, name: str) -> RunConfig:
+    return replace(run, run_dir=str(Path(run.run_dir).with_name(name)))
+
+
+def test_same_seed_gives_the_same_metrics_bit_for_bit(run, undisturbed):
+    again = elsewhere(run, "again")
+    finish(start(again, 2), 0)
+    assert metrics(again) == undisturbed
+    assert [record["step"] for record in undisturbed] == list(range(1, 25))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on(number, run, undisturbed):
+    stopped = elsewhere(run, f"stopped-{number.name}")
+    process = start(stopped, 2)
+    wait_for_step(stopped, 3, process)
+    process.send_signal(number)
+    output = finish(process, 85)
+    assert "the same command goes on from there" in output
+    assert "Traceback" not in output
+    steps = len(metrics(stopped))
+    assert steps < 24
+    output = finish(start(stopped, 2), 0)
+    assert f"step_{steps:08d}" in output
+    assert metrics(stopped) == undisturbed
+
+
+def test_a_killed_rank_ends_the_run_which_goes_on_from_the_last_checkpoint(run, undisturbed):
+    killed = elsewhere(run, "killed")
+    process = start(killed, 2)
+    wait_for_step(killed, 7, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    finish(process, 128 + signal.SIGKILL)
+    assert sorted(path.name for path in (Path(killed.run_dir) / "checkpoints").glob("step_*[0-9]"))[0] == "step_00000005"
+    finish(start(killed, 2), 0)
+    assert metrics(killed) == undisturbed
+
+
+def test_only_the_newest_checkpoints_are_kept(run, undisturbed):
+    names = sorted(path.name for path in (Path(run.run_dir) / "checkpoints").iterdir())
+    assert names == ["step_00000020", "step_00000024"]
+
+
+def test_a_finished_run_started_again_changes_nothing(run, undisturbed):
+    assert "trained to step 24" in finish(start(run, 2), 0)
+    assert metrics(run) == undisturbed
+
+
+@pytest.mark.parametrize(
+    "saved,loaded",
+    [((1, 2, 1, 1), (1, 1, 1, 1)), ((2, 1, 1, 1), (1, 2, 1, 0)), ((1, 1, 2, 2), (2, 1, 1, 1)), ((1, 1, 2, 3), (1, 1, 2, 1))],
+    ids=lambda layout: "tp{}-pp{}-dp{}-zero{}".format(*layout),
+)
+def test_state_is_the_same_in_another_layout(saved, loaded, pool, run_config, tmp_path):
+    """Nothing in a checkpoint depends on the layout that wrote it: weights, moments, memory and positions all come back."""
+
+    def in_layout(layout: tuple[int, int, int, int]) -> RunConfig:
+        tp, pp, _, zero = layout
+        return replace(run_config, run_dir=str(tmp_path / "run"), layout=LayoutConfig(tp, pp, zero))
+
+    tp, pp, dp, _ = saved
+    before = pool(tp * pp * dp).run("tests.distributed.jobs", "save_after", in_layout(saved), 3, 2)
+    tp, pp, dp, _ = loaded
+    after = pool(tp * pp * dp).run("tests.distributed.jobs", "load_and_train", in_layout(loaded), 2)
+    assert after[0]["loss"] == pytest.approx(before[0]["loss"], rel=1e-5)
+    assert after[0]["grad_norm"] == pytest.approx(before[0]["grad_norm"], rel=1e-5)
+    expected, weights = global_weights(before), global_weights(after)
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,126 @@
+"""The commands one after another, as the README shows them, on a small corpus and on the demo's own configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infini_train.config import save_config
+from tests.corpus import small_run, write_corpus
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def call(*arguments: str, expected: int = 0, processes: int | None = None, **environment: str) -> str:
+    """Run `infini-train`, through the launcher if a number of processes is given; its output."""
+    launcher = [str(REPOSITORY / "launch" / "local.py"), str(processes)] if processes else ["-m", "infini_train"]
+    result = subprocess.run(
+        [sys.executable, *launcher, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=560,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert result.returncode == expected, result.stdout
+    assert "Traceback" not in result.stdout
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus and a configuration file with two pipeline stages."""
+    folder = tmp_path_factory.mktemp("commands")
+    write_corpus(folder / "text")
+    run = small_run(folder)
+    run.layout.pipeline_parallel_size = 2
+    run.evaluation.every = 4
+    run.logging.wandb = "offline"
+    save_config(run, folder / "run.yaml")
+    return folder
+
+
+def test_prepare_train_evaluate_generate_report(folder):
+    config = ["--config", str(folder / "run.yaml")]
+    assert "60 documents" in call("prepare", *config)
+    output = call("pretrain", *config, processes=2)
+    assert "trained to step 8" in output
+
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert records[-1]["tokens"] == sum(round(2048 / 4 * (1 - record["padding"])) for record in records)
+    assert {"loss", "grad_norm", "lr", "gate_lr", "padding", "tokens_per_second", "gates", "memory_norm"} <= set(records[0])
+    assert "held_out_loss_memory_emptied" in records[3] and "held_out_loss" not in records[4]
+    assert len(records[0]["gates"]) == 4 and len(records[0]["gates"][0]) == 4
+    assert list((folder / "run" / "wandb").glob("offline-run-*/*.wandb")), "Weights & Biases wrote nothing"
+
+    output = call("evaluate", *config)
+    evaluation = json.loads((folder / "run" / "evaluation.json").read_text())
+    assert f"{evaluation['unigram_entropy']:.4f}" in output
+    assert sum(row["tokens"] for row in evaluation["by_position"]) == evaluation["tokens"]
+    first = evaluation["by_position"][0]
+    assert first["loss"] == pytest.approx(first["loss_memory_emptied"]), "a first segment has no memory to empty"
+
+    # Two processes in the layout of the run measure the same as one.
+    one = evaluation["with_memory"]["loss"]
+    call("evaluate", *config, processes=2)
+    evaluation = json.loads((folder / "run" / "evaluation.json").read_text())
+    assert evaluation["with_memory"]["loss"] == pytest.approx(one, rel=1e-6)
+
+    assert "the model goes on" in call("generate", *config, "--prompt", "once upon ▁ a time", "--max_new_tokens", "20")
+    again = call("generate", *config, "--prompt", "once upon ▁ a time", "--max_new_tokens", "20")
+    assert again == call("generate", *config, "--prompt", "once upon ▁ a time", "--max_new_tokens", "20")
+    output = call("report", *config)
+    assert "nats per token in the first logged step" in output
+    report = Path(re.search(r"report: (.*)", output)[1])
+    assert report.is_file() and "<svg" in report.read_text(encoding="utf-8")
+
+
+def test_what_a_user_gets_wrong_is_one_line_through_the_launcher(folder):
+    config = ["--config", str(folder / "run.yaml")]
+    call("prepare", *config, "--overwrite")
+    for arguments, words in (
+        (["--layout.pipeline_parallel_size", "3"], "layout.pipeline_parallel_size"),
+        (["--training.rows", "41000"], "training.rows"),
+        (["--data.vocab_size", "256"], "data.vocab_size"),
+        (["--data.path", str(folder / "nowhere")], "infini-train prepare"),
+    ):
+        output = call("pretrain", *config, *arguments, processes=2, expected=2)
+        assert len(output.splitlines()) == 1 and words in output, output
+
+
+def test_a_tokenizer_that_does_not_match_the_shards_is_refused(folder):
+    config = ["--config", str(folder / "run.yaml")]
+    other = folder / "other"
+    call("prepare", *config, "--overwrite")
+    call("prepare", *config, "--data.path", str(other), "--data.held_out_fraction", "0.3", "--data.max_text_mb", "0.05")
+    (folder / "data" / "tokenizer.model").write_bytes((other / "tokenizer.model").read_bytes())
+    output = call("pretrain", *config, processes=2, expected=2)
+    assert len(output.splitlines()) == 1 and "tokenizer" in output
+
+
+def test_a_checkpoint_of_another_model_is_refused(folder):
+    config = ["--config", str(folder / "run.yaml")]
+    call("prepare", *config, "--overwrite")
+    run_dir = ["--run_dir", str(folder / "mismatch"), "--logging.wandb", "off", "--evaluation.every", "0"]
+    call("pretrain", *config, *run_dir, "--training.steps", "3", processes=2)
+    output = call("pretrain", *config, *run_dir, "--model.num_layers", "2", processes=2, expected=2)
+    assert "model.num_layers is 2" in output
+
+
+def test_the_demo_learns(tmp_path):
+    """configs/tiny.yaml for a fifth of its steps: the loss falls by 1.5 nats, and the memory helps on held-out text."""
+    config = ["--config", str(REPOSITORY / "configs" / "tiny.yaml"), "--data.path", str(tmp_path / "data")]
+    config += ["--run_dir", str(tmp_path / "run"), "--training.steps", "40", "--logging.wandb", "off"]
+    call("prepare", *config)
+    call("pretrain", *config, processes=2)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["loss"] < records[0]["loss"] - 1.5
+    assert records[-1]["held_out_loss"] < records[-1]["held_out_loss_memory_emptied"]

@@ -1,0 +1,35 @@
+"""Streaming inference equals one pass over the whole prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from infini_train.config import LayoutConfig
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("first_segment", ["paper", "local_only"])
+def test_a_prompt_of_40_segments(rule, first_segment, tensor_parallel, pool, run_config):
+    model = replace(run_config.model, update_rule=rule, first_segment=first_segment)
+    run = replace(run_config, model=model, layout=LayoutConfig(tensor_parallel_size=tensor_parallel))
+    length = 39 * model.segment_length + 7
+    tokens = torch.randint(0, run.data.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
+    for streamed, whole in pool(tensor_parallel).run("tests.distributed.jobs", "streaming_logits", run, tokens):
+        assert streamed.shape == whole.shape == (length, run.data.vocab_size)
+        assert float((streamed - whole).abs().max()) < 1e-4
+        assert float(whole.std()) > 1e-2, "logits that are all alike would agree whatever the code did"
+
+
+@pytest.mark.parametrize("attention", ["local", "full"])
+def test_the_rivals_stream_too(attention, pool, run_config):
+    training = replace(run_config.training, segments_per_micro_batch=4, micro_batches_per_window=2)
+    run = replace(run_config, model=replace(run_config.model, attention=attention), training=training)
+    # Full attention starts anew after each micro-batch; inside one the two must agree.
+    length = 4 * run.model.segment_length - 3
+    tokens = torch.randint(0, run.data.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
+    (streamed, whole), *_ = pool(1).run("tests.distributed.jobs", "streaming_logits", run, tokens)
+    assert float((streamed - whole).abs().max()) < 1e-4
