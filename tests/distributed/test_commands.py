@@ -100,7 +100,8 @@ def test_a_tokenizer_that_does_not_match_the_shards_is_refused(folder):
     config = ["--config", str(folder / "run.yaml")]
     other = folder / "other"
     call("prepare", *config, "--overwrite")
-    call("prepare", *config, "--data.path", str(other), "--data.held_out_fraction", "0.3", "--data.max_text_mb", "0.05")
+    write_corpus(folder / "other text", seed=1)
+    call("prepare", *config, "--data.path", str(other), "--data.source", str(folder / "other text"))
     (folder / "data" / "tokenizer.model").write_bytes((other / "tokenizer.model").read_bytes())
     output = call("pretrain", *config, processes=2, expected=2)
     assert len(output.splitlines()) == 1 and "tokenizer" in output
