@@ -5,6 +5,7 @@ import json
 import sysconfig
 from pathlib import Path
 
+import datasets
 import pytest
 import zstandard
 
@@ -32,11 +33,9 @@ def write_source(folder: Path, kind: str) -> Path:
         (folder / "ignored.bin").write_bytes(b"\xff")
         return folder
     if kind == "hf":
-        datasets = pytest.importorskip("datasets")
         datasets.Dataset.from_dict({"text": TEXTS, "other": [1, 2, 3, 4]}).save_to_disk(str(folder / "hf"))
         return folder / "hf"
     if kind == "hf_dict":
-        datasets = pytest.importorskip("datasets")
         parts = {"a": TEXTS[:2], "b": TEXTS[2:]}
         datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in parts.items()}).save_to_disk(
             str(folder / "hf")
