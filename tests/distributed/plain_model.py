@@ -1,0 +1,104 @@
+"""The whole run again without Megatron-core, DeepSpeed, pipeline or micro-batches: plain torch, one window as one call.
+
+It is the specification of a training step: what the systems above compute together must equal it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from infini_kernels import MemoryState, infini_attention
+from infini_train.config import RunConfig
+from infini_train.data.dataset import TokenDataset
+from infini_train.data.streams import StreamBatch, StreamReader
+from infini_train.parallel.learning_rate import learning_rate_factor
+
+
+def rotary(run: RunConfig) -> tuple[Tensor, Tensor]:
+    frequencies = run.model.rotary_base ** (-torch.arange(0, run.model.head_dim, 2) / run.model.head_dim)
+    angles = torch.outer(torch.arange(run.model.segment_length), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def token_losses(run: RunConfig, weights: dict[str, Tensor], batch: StreamBatch, memory: dict[int, MemoryState]) -> Tensor:
+    """Loss of every token [B, T]; `memory` is read and replaced."""
+    model = run.model
+    group_size = model.num_attention_heads // model.num_query_groups
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return weights[name] * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + model.norm_eps)
+
+    hidden = weights["embedding.word_embeddings.weight"][batch.tokens]
+    for layer in range(model.num_layers):
+        prefix = f"decoder.layers.{layer}."
+        fused = norm(hidden, prefix + "input_layernorm.weight") @ weights[prefix + "self_attention.linear_qkv.weight"].T
+        # Megatron-core's fused projection: for each key/value head, its query heads, then its key, then its value.
+        fused = fused.unflatten(-1, (model.num_query_groups, group_size + 2, model.head_dim))
+        mixed, memory[layer] = infini_attention(
+            fused[..., :group_size, :].flatten(2, 3),
+            fused[..., group_size, :],
+            fused[..., group_size + 1, :],
+            weights[prefix + "self_attention.core_attention.attention.gate"],
+            memory.get(layer),
+            segment_length=model.segment_length,
+            update_rule=model.update_rule,
+            rotary=rotary(run),
+            reset=batch.reset,
+            lengths=batch.lengths,
+            first_segment=model.first_segment,
+            eps=model.memory_eps,
+        )
+        hidden = hidden + mixed.flatten(2) @ weights[prefix + "self_attention.linear_proj.weight"].T
+        both = norm(hidden, prefix + "pre_mlp_layernorm.weight") @ weights[prefix + "mlp.linear_fc1.weight"].T
+        gate, up = both.chunk(2, dim=-1)
+        hidden = hidden + (functional.silu(gate) * up) @ weights[prefix + "mlp.linear_fc2.weight"].T
+    logits = norm(hidden, "decoder.final_layernorm.weight") @ weights["output_layer.weight"].T
+    return functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
+
+
+def train_plainly(run: RunConfig, initial: dict[str, Tensor], steps: int) -> dict[str, Any]:
+    """Loss and gradient norm of every step, and the weights after the last."""
+    optimizer_config, training = run.optimizer, run.training
+    weights = {name: value.clone().requires_grad_() for name, value in initial.items()}
+    gates = [value for name, value in weights.items() if name.endswith("gate")]
+    norms = [value for name, value in weights.items() if name.endswith("layernorm.weight")]
+    matrices = [value for value in weights.values() if value.ndim == 2]
+    assert len(gates) + len(norms) + len(matrices) == len(weights)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": optimizer_config.weight_decay, "peak": optimizer_config.learning_rate},
+            {"params": norms, "weight_decay": 0.0, "peak": optimizer_config.learning_rate},
+            {"params": gates, "weight_decay": 0.0, "peak": optimizer_config.gate_learning_rate},
+        ],
+        betas=(optimizer_config.beta1, optimizer_config.beta2),
+        eps=optimizer_config.eps,
+    )
+    dataset = TokenDataset(Path(run.data.path), "train")
+    reader = StreamReader(dataset, range(training.rows), training.rows, run.model.segment_length, training.seed)
+    memory: dict[int, MemoryState] = {}
+    result: dict[str, Any] = {"loss": [], "grad_norm": []}
+    segments = training.segments_per_micro_batch * training.micro_batches_per_window
+    for step in range(steps):
+        windows = [reader.next(segments) for _ in range(training.windows_per_step)]
+        valid = sum(float(window.loss_mask.sum()) for window in windows)
+        total = 0.0
+        for window in windows:
+            memory = {layer: state.detach() for layer, state in memory.items()}
+            loss = (token_losses(run, weights, window, memory) * window.loss_mask).sum() / valid
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), optimizer_config.clip_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate_factor(optimizer_config, training.steps, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        result["loss"].append(total)
+        result["grad_norm"].append(float(norm))
+    result["weights"] = {name: value.detach() for name, value in weights.items()}
+    result["memory"] = {layer: state.detach() for layer, state in memory.items()}
+    return result

@@ -1,0 +1,30 @@
+"""The systems together equal the plain specification of a run, so that an error which every layout shares is seen too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.distributed.assemble import global_memory, global_weights
+from tests.distributed.plain_model import train_plainly
+
+STEPS = 4
+
+
+@pytest.mark.parametrize("rule,first_segment", [("linear", "paper"), ("delta", "local_only")])
+def test_a_run_equals_plain_torch(rule, first_segment, pool, run_config):
+    model = replace(run_config.model, update_rule=rule, first_segment=first_segment, initial_gate=0.3)
+    run = replace(run_config, model=model)
+    results = pool(1).run("tests.distributed.jobs", "train", run, STEPS)
+    expected = train_plainly(run, global_weights(results, "initial"), STEPS)
+    assert results[0]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert results[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    assert min(expected["grad_norm"]) > run.optimizer.clip_grad_norm, "clipping should be part of the comparison"
+    weights = global_weights(results)
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    for layer, (matrix, normaliser) in global_memory(results).items():
+        for ours, theirs in zip((matrix, normaliser), expected["memory"][layer - 1], strict=True):
+            assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
