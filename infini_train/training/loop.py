@@ -1,4 +1,4 @@
-"""The training loop: next windows, schedule, step, metrics, evaluation, checkpoint."""
+"""The training loop: next windows, schedule, step, evaluation, metrics, checkpoint."""
 
 from __future__ import annotations
 
@@ -29,31 +29,25 @@ def pretrain(run: RunConfig) -> int:
     """
     with StopRequest() as stop:
         parts = build_parts(run)
-        state, layout = parts.state, parts.layout
-        if layout.is_main:
-            Path(run.run_dir).mkdir(parents=True, exist_ok=True)
-        dist.barrier()
+        state, main = parts.state, parts.layout.is_main
         resumed_from = _resume(parts)
-        metrics = MetricsWriter(run, state.step, enabled=layout.is_main)
-        with TrainingProgress(run.training.steps, state.step, enabled=layout.is_main) as progress:
+        _open_run_directory(parts)
+        with (
+            MetricsWriter(run, state.step, enabled=main) as metrics,
+            TrainingProgress(run.training.steps, state.step, enabled=main) as progress,
+        ):
             if resumed_from is not None:
                 progress.say(f"resuming from {resumed_from}")
-            if layout.is_main:
-                save_config(run, Path(run.run_dir) / "config.yaml")
-            stopped = False
-            saved_step = state.step if resumed_from is not None else -1
-            while state.step < run.training.steps and not stopped:
+            while state.step < run.training.steps:
                 record, stopped = train_step(parts, stop)
-                _log(parts, record, metrics, progress)
-                if stopped or state.step % run.checkpoint.every == 0 or state.step == run.training.steps:
-                    parts.checkpointer.save(parts.engine, state)
-                    saved_step = state.step
-            if stopped and state.step < run.training.steps:
-                progress.say(f"stopped after step {saved_step}, which is saved; the same command goes on from there")
-                metrics.close()
-                return RESUMABLE_EXIT_CODE
+                _evaluate_when_due(parts, record, progress)
+                _log_when_due(parts, record, metrics, progress)
+                if stopped or _due(run, run.checkpoint.every, state.step):
+                    saved = parts.checkpointer.save(parts.engine, state)
+                if stopped and state.step < run.training.steps:
+                    progress.say(f"stopped: {saved} is saved, and the same command goes on from there")
+                    return RESUMABLE_EXIT_CODE
             progress.say(f"trained to step {state.step}: {list_checkpoints(Path(run.run_dir))[-1]}")
-        metrics.close()
     return 0
 
 
@@ -68,9 +62,9 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     batches = [_next(parts) for _ in range(run.micro_batches_per_step)]
 
     # Each row is counted once: by the first stage's first tensor rank.
-    counts_here = float(layout.is_first_stage and layout.tp_rank == 0)
-    valid = float(sum(int(batch.lengths.sum()) for batch in batches))
-    total_valid, signals = all_reduce_sum([valid * counts_here, float(stop.signal_number is not None)])
+    counts_here = layout.is_first_stage and layout.tp_rank == 0
+    valid = float(sum(batch.num_valid for batch in batches)) if counts_here else 0.0
+    total_valid, signals = all_reduce_sum([valid, float(stop.signal_number is not None)])
 
     # DeepSpeed averages over the data-parallel group; the loss is a mean over the global batch's tokens.
     loss_scale = layout.dp_size / total_valid
@@ -106,20 +100,28 @@ def _next(parts: Parts) -> StreamBatch:
     return batch
 
 
-def _log(parts: Parts, record: dict[str, Any], metrics: MetricsWriter, progress: TrainingProgress) -> None:
-    """Write a step's metrics, with an evaluation when one is due; collectives run on all processes alike."""
+def _due(run: RunConfig, every: int, step: int) -> bool:
+    """Whether something that happens every so many steps, and at the last, happens after this one."""
+    return every > 0 and (step % every == 0 or step == run.training.steps)
+
+
+def _evaluate_when_due(parts: Parts, record: dict[str, Any], progress: TrainingProgress) -> None:
+    """Add held-out loss to the step's metrics, with memory and with the memory emptied."""
     run, step = parts.run, record["step"]
-    last = step == run.training.steps
-    evaluation_due = run.evaluation.every > 0 and (step % run.evaluation.every == 0 or last)
-    if evaluation_due:
-        limit = run.evaluation.micro_batches
-        result = held_out_loss(run, parts.layout, parts.pipeline, limit=limit)
-        record["held_out_loss"] = result.loss
-        if run.model.attention == "infini":
-            emptied = held_out_loss(run, parts.layout, parts.pipeline, limit=limit, empty_memory=True)
-            record["held_out_loss_memory_emptied"] = emptied.loss
-        progress.say(f"step {step}: held-out loss {record['held_out_loss']:.4f} nats per token")
-    if step % run.logging.every == 0 or last or evaluation_due:
+    if not _due(run, run.evaluation.every, step):
+        return
+    limit = run.evaluation.micro_batches
+    record["held_out_loss"] = held_out_loss(run, parts.layout, parts.pipeline, limit=limit).loss
+    if run.model.attention == "infini":
+        emptied = held_out_loss(run, parts.layout, parts.pipeline, limit=limit, empty_memory=True)
+        record["held_out_loss_memory_emptied"] = emptied.loss
+    progress.say(f"step {step}: held-out loss {record['held_out_loss']:.4f} nats per token")
+
+
+def _log_when_due(parts: Parts, record: dict[str, Any], metrics: MetricsWriter, progress: TrainingProgress) -> None:
+    """Write the step's metrics with the state of gates and memory; a collective when it writes."""
+    run, step = parts.run, record["step"]
+    if _due(run, run.logging.every, step) or "held_out_loss" in record:
         record.update(memory_statistics(run, parts.layout, parts.engine, parts.state.memory))
         metrics.write(record)
     progress.update(step, record)
@@ -131,3 +133,11 @@ def _resume(parts: Parts) -> Path | None:
         return None
     parts.checkpointer.load(checkpoints[-1], parts.engine, parts.state)
     return checkpoints[-1]
+
+
+def _open_run_directory(parts: Parts) -> None:
+    if parts.layout.is_main:
+        run_dir = Path(parts.run.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(parts.run, run_dir / "config.yaml")
+    dist.barrier()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,6 +26,13 @@ def truncate_metrics(path: Path, last_step: int) -> None:
     replacement = path.with_suffix(".jsonl.new")
     replacement.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(replacement, path)
+
+
+def _wandb_id(run_dir: Path) -> str:
+    path = run_dir / "wandb_id"
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
 
 
 class MetricsWriter:
@@ -51,6 +59,8 @@ class MetricsWriter:
                 dir=run.run_dir,
                 mode="online" if mode == "online" else "offline",
                 config=asdict(run),
+                # One run there for one run directory, also when it is stopped and started again.
+                id=_wandb_id(Path(run.run_dir)),
                 resume="allow",
                 settings=wandb.Settings(silent=True),
             )
@@ -63,7 +73,10 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in record.items() if not isinstance(value, list)}, step=record["step"])
 
-    def close(self) -> None:
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:
