@@ -81,10 +81,19 @@ class LayoutConfig:
 
     tensor_parallel_size: int = 1
     """Processes that split each layer's heads and feed-forward width."""
+    sequence_parallel: bool = False
+    """Split the activations between tensor-parallel layers (norms, residual stream) over the tensor group too."""
+    context_parallel_size: int = 1
+    """Processes that split each micro-batch's segments in contiguous runs; they exchange one memory state per layer."""
     pipeline_parallel_size: int = 1
     """Pipeline stages; each holds num_layers / pipeline_parallel_size layers."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage: 0 to 3 with one pipeline stage, 0 or 1 with more."""
+    """DeepSpeed ZeRO stage: 0 to 3 with one pipeline stage, 0 to 2 with more."""
+
+    @property
+    def model_processes(self) -> int:
+        """Processes that work on the same rows."""
+        return self.tensor_parallel_size * self.context_parallel_size * self.pipeline_parallel_size
 
 
 @dataclass
@@ -103,6 +112,15 @@ class TrainingConfig:
     """Windows of each stream per optimizer step."""
     seed: int = 1234
     """Fixes initial weights and the order of documents."""
+    recompute: Literal["none", "layer", "stage"] = "none"
+    """What backward computes again instead of keeping it: nothing; everything inside a layer; or everything inside a pipeline
+    stage, so that a micro-batch in flight costs its input and incoming memory only."""
+    self_test: bool = True
+    """With more than one process, first train a tiny model in the run's layout and compare it with one process."""
+    deterministic: bool = False
+    """Refuse operations whose result depends on timing (torch.use_deterministic_algorithms): equal bits on CUDA too."""
+    loss_chunk_tokens: int = 1024
+    """Positions of a row whose logits exist at one time; larger micro-batches compute the loss chunk by chunk."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations; memory, master weights and optimizer states are float32 always."""
 
@@ -200,7 +218,7 @@ class RunConfig:
         return self.training.rows * self.micro_batches_per_step * self.micro_batch_tokens
 
     def data_parallel_size(self, world_size: int) -> int:
-        return world_size // (self.layout.tensor_parallel_size * self.layout.pipeline_parallel_size)
+        return world_size // self.layout.model_processes
 
 
 def _positive(section: str, config: Any, names: str) -> None:
@@ -228,7 +246,9 @@ def validate_model(config: RunConfig) -> None:
         "num_layers hidden_size num_attention_heads num_query_groups head_dim ffn_hidden_size segment_length "
         "memory_eps rotary_base norm_eps init_std",
     )
-    _positive("training", training, "steps rows segments_per_micro_batch micro_batches_per_window windows_per_step")
+    _positive(
+        "training", training, "steps rows segments_per_micro_batch micro_batches_per_window windows_per_step loss_chunk_tokens"
+    )
     _divides("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
     if model.head_dim % 2:
         raise UserError(f"model.head_dim is {model.head_dim}; rotary embedding needs an even width")
@@ -281,14 +301,14 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
         UserError: naming the key, its value and the remedy.
     """
     layout, model = config.layout, config.model
-    _positive("layout", layout, "tensor_parallel_size pipeline_parallel_size")
-    tp, pp = layout.tensor_parallel_size, layout.pipeline_parallel_size
+    _positive("layout", layout, "tensor_parallel_size context_parallel_size pipeline_parallel_size")
+    tp, cp, pp = layout.tensor_parallel_size, layout.context_parallel_size, layout.pipeline_parallel_size
     if layout.zero_stage not in (0, 1, 2, 3):
         raise UserError(f"layout.zero_stage is {layout.zero_stage}; ZeRO has stages 0, 1, 2 and 3")
-    if pp > 1 and layout.zero_stage > 1:
+    if pp > 1 and layout.zero_stage == 3:
         raise UserError(
-            f"layout.zero_stage is {layout.zero_stage} with pipeline_parallel_size {pp}: stages 2 and 3 reduce gradients "
-            "inside each backward, which is wrong or hangs under a pipeline; use zero_stage 1"
+            f"layout.zero_stage is 3 with pipeline_parallel_size {pp}: stage 3 gathers weights in an order that a pipeline "
+            "breaks, and hangs; use zero_stage 2 or 1"
         )
     if config.training.precision == "bfloat16" and layout.zero_stage != 1:
         raise UserError(
@@ -300,19 +320,25 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
     _divides("layout.tensor_parallel_size", tp, "model.ffn_hidden_size", model.ffn_hidden_size)
     _divides("layout.tensor_parallel_size", tp, "data.vocab_size", config.data.vocab_size)
     _divides("layout.pipeline_parallel_size", pp, "model.num_layers", model.num_layers)
-    if tp > 1 and layout.zero_stage == 3:
+    if layout.sequence_parallel and tp == 1:
+        raise UserError("layout.sequence_parallel is true with tensor_parallel_size 1; set it to false")
+    if layout.sequence_parallel:
+        _divides("layout.tensor_parallel_size", tp, "tokens of a micro-batch", config.micro_batch_tokens // cp)
+    if cp > 1 and model.attention == "full":
         raise UserError(
-            f"layout.zero_stage is 3 with tensor_parallel_size {tp}: this combination is not verified; use zero_stage 2"
+            f"layout.context_parallel_size is {cp} with model.attention full, which needs all keys of a micro-batch; use 1"
         )
+    _divides("layout.context_parallel_size", cp, "training.segments_per_micro_batch", config.training.segments_per_micro_batch)
     if model.tie_embeddings and pp > 1:
         raise UserError(
             f"model.tie_embeddings is true with pipeline_parallel_size {pp}: the first and last stage would each train "
             "a copy; set tie_embeddings to false or pipeline_parallel_size to 1"
         )
-    if world_size % (tp * pp):
+    if world_size % layout.model_processes:
         raise UserError(
-            f"layout.tensor_parallel_size {tp} × layout.pipeline_parallel_size {pp} does not fit {world_size} process(es); "
-            f"start a multiple of {tp * pp}, for example with launch/local.py {tp * pp}"
+            f"layout.tensor_parallel_size {tp} × context_parallel_size {cp} × pipeline_parallel_size {pp} does not fit "
+            f"{world_size} process(es); start a multiple of {layout.model_processes}, for example with "
+            f"launch/local.py {layout.model_processes}"
         )
     _divides("the data-parallel size", config.data_parallel_size(world_size), "training.rows", config.training.rows)
 

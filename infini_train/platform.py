@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -46,10 +47,22 @@ def install() -> None:
 
     megatron_jit.disable_jit_fuser()
 
+    # Megatron-core forks CUDA's generator around sequence-parallel regions; without dropout nothing draws from it.
+    import megatron.core.tensor_parallel as tensor_parallel
+
+    tensor_parallel.get_cuda_rng_tracker = _NoRandomState
+
     # By name: the package `deepspeed.comm` has an attribute `torch` that is torch itself.
     deepspeed_torch = importlib.import_module("deepspeed.comm.torch")
     # Two minutes of compilation at the first start, and a lock that hangs every later start if it is interrupted.
     deepspeed_torch.build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+class _NoRandomState:
+    """Stands in for Megatron-core's tracker of CUDA random states."""
+
+    def fork(self, *_: object) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def _quiet_libraries() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from infini_kernels import MemoryState, SegmentCache
 from infini_train.config import ModelConfig
@@ -45,7 +46,15 @@ class Attention(nn.Module):
         return self._rotary[key]
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, reset: Tensor, lengths: Tensor, memory: LayerMemory | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        reset: Tensor,
+        lengths: Tensor,
+        memory: LayerMemory | None,
+        group: ProcessGroup | None = None,
     ) -> tuple[Tensor, LayerMemory | None]:
         """One micro-batch.
 
@@ -55,6 +64,7 @@ class Attention(nn.Module):
             v: [B, T, G, D].
             reset: [B, N] bool, True where a document begins in that segment.
             lengths: [B, N] valid tokens of each segment.
+            group: processes over which the segments of a micro-batch are spread in contiguous runs; None if this one has all.
             memory: what the layer returned for the stream's previous micro-batch; None at the stream's start.
 
         Returns:

@@ -6,6 +6,7 @@ Its context is the micro-batch: to compare with Infini-attention on N segments, 
 from __future__ import annotations
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from infini_kernels import SegmentCache, document_attention, local_attention_step
 from infini_train.attention.base import Attention, LayerMemory
@@ -19,7 +20,15 @@ class FullAttention(Attention):
         return self.context_tokens
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, reset: Tensor, lengths: Tensor, memory: LayerMemory | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        reset: Tensor,
+        lengths: Tensor,
+        memory: LayerMemory | None,
+        group: ProcessGroup | None = None,
     ) -> tuple[Tensor, LayerMemory | None]:
         rotary = self.rotary(q.shape[1], q.device)
         out = document_attention(q, k, v, segment_length=self.model.segment_length, reset=reset, lengths=lengths, rotary=rotary)

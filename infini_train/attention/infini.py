@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from infini_kernels import SegmentCache, infini_attention, infini_attention_step
 from infini_train.attention.base import Attention, LayerMemory
@@ -20,7 +21,15 @@ class InfiniAttention(Attention):
         self.gate = nn.Parameter(torch.full((num_heads,), float(model.initial_gate)))
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, reset: Tensor, lengths: Tensor, memory: LayerMemory | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        reset: Tensor,
+        lengths: Tensor,
+        memory: LayerMemory | None,
+        group: ProcessGroup | None = None,
     ) -> tuple[Tensor, LayerMemory | None]:
         return infini_attention(
             q,
@@ -35,6 +44,7 @@ class InfiniAttention(Attention):
             lengths=lengths,
             first_segment=self.model.first_segment,
             eps=self.model.memory_eps,
+            group=group,
         )
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, cache: SegmentCache) -> tuple[Tensor, SegmentCache]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from infini_kernels import SegmentCache, local_attention, local_attention_step
 from infini_train.attention.base import Attention, LayerMemory
@@ -12,7 +13,15 @@ class LocalAttention(Attention):
     """Infini-attention without the memory: a window of one segment."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, reset: Tensor, lengths: Tensor, memory: LayerMemory | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        reset: Tensor,
+        lengths: Tensor,
+        memory: LayerMemory | None,
+        group: ProcessGroup | None = None,
     ) -> tuple[Tensor, LayerMemory | None]:
         rotary = self.rotary(self.model.segment_length, q.device)
         return local_attention(q, k, v, segment_length=self.model.segment_length, rotary=rotary, lengths=lengths), None

@@ -14,6 +14,7 @@ from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.streams import StreamBatch, StreamReader
 from infini_train.model.micro_batch import Memory
+from infini_train.parallel.context import context_share
 from infini_train.parallel.layout import Layout, all_reduce_sum
 from infini_train.parallel.pipeline import SegmentPipeline
 
@@ -54,7 +55,8 @@ def _batches(run: RunConfig, layout: Layout, dataset: TokenDataset, limit: int |
         if all_reduce_sum([float(batch is not None)])[0] == 0:
             return
         # Other processes may still read: their collectives need this one's forward.
-        yield batch if batch is not None else _padding(len(rows), num_segments, run.model.segment_length)
+        batch = batch if batch is not None else _padding(len(rows), num_segments, run.model.segment_length)
+        yield context_share(batch, layout)
         count += 1
 
 

@@ -58,6 +58,7 @@ class CoreAttention(MegatronModule):
                 reset=micro_batch.reset,
                 lengths=micro_batch.lengths,
                 memory=micro_batch.memory_in.get(self.layer_number),
+                group=micro_batch.cp_group,
             )
             if memory is not None:
                 micro_batch.memory_out[self.layer_number] = memory

@@ -17,7 +17,9 @@ from torch.nn import functional
 
 from infini_train.config import RunConfig
 from infini_train.model.core_attention import CoreAttention
+from infini_train.model.loss import ChunkedLossGPTModel
 from infini_train.model.norm import RMSNorm
+from infini_train.model.recompute import RecomputedLayer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -25,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def layer_spec(run: RunConfig) -> ModuleSpec:
     """One transformer layer: norm, attention, norm, SwiGLU."""
     return ModuleSpec(
-        module=TransformerLayer,
+        module=RecomputedLayer if run.training.recompute == "layer" else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -57,6 +59,7 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         kv_channels=model.head_dim,
         ffn_hidden_size=model.ffn_hidden_size,
         tensor_model_parallel_size=layout.tensor_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel_size,
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -90,7 +93,7 @@ def build_model(run: RunConfig, *, first_stage: bool, last_stage: bool) -> GPTMo
     config = transformer_config(run)
     stage_layers = run.model.num_layers // run.layout.pipeline_parallel_size
     block = TransformerBlockSubmodules(layer_specs=[layer] * stage_layers, layer_norm=RMSNorm)
-    model = GPTModel(
+    model = ChunkedLossGPTModel(
         config,
         block,
         vocab_size=run.data.vocab_size,
@@ -100,6 +103,7 @@ def build_model(run: RunConfig, *, first_stage: bool, last_stage: bool) -> GPTMo
         parallel_output=True,
         share_embeddings_and_output_weights=run.model.tie_embeddings,
         position_embedding_type="none",
+        loss_chunk_tokens=run.training.loss_chunk_tokens,
     )
     device = torch.cuda.current_device()  # the CPU where there is no CUDA: see infini_train.platform
     return model.to(device=device, dtype=DTYPES[run.training.precision])

@@ -86,6 +86,24 @@ class GradientCarrier(torch.autograd.Function):
         return None, *gradients
 
 
+def _sum_gradients_over_tensor_group(module: nn.Module) -> None:
+    """Under sequence parallelism each tensor rank sees some positions only, so gradients of replicated parameters are partial.
+
+    Megatron-core sums them when it finalises gradients, which DeepSpeed never calls. Hooks on the parameters work under every
+    ZeRO stage, also where a gradient is reduced and let go inside the backward.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+
+    def summed(gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    for parameter in module.parameters():
+        if not parameter.tensor_model_parallel:  # type: ignore[attr-defined]
+            parameter.register_hook(summed)
+
+
 class Engine:
     """The model of this stage under DeepSpeed's optimizer.
 
@@ -103,6 +121,8 @@ class Engine:
             eps=run.optimizer.eps,
             fused=platform.has_cuda() or None,
         )
+        if run.layout.sequence_parallel:
+            _sum_gradients_over_tensor_group(module)
         config = deepspeed_config(run, rows_per_process)
         self._clips_itself = run.layout.zero_stage == 0
         self._own_grad_norm = 0.0

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from infini_train import platform
 from infini_train.config import RunConfig
@@ -18,12 +19,14 @@ from infini_train.config import RunConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks and sizes of this process. Neighbouring ranks form a tensor group, then data parallel, then pipeline stages."""
+    """Ranks and sizes of this process. Neighbouring ranks form a tensor group, then context, data and pipeline."""
 
     world_size: int
     rank: int
     tp_size: int
     tp_rank: int
+    cp_size: int
+    cp_rank: int
     pp_size: int
     pp_rank: int
     dp_size: int
@@ -71,14 +74,20 @@ def initialize_layout(run: RunConfig) -> Layout:
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=run.layout.tensor_parallel_size,
+        context_parallel_size=run.layout.context_parallel_size,
         pipeline_model_parallel_size=run.layout.pipeline_parallel_size,
         create_gloo_process_groups=False,
     )
+    if platform.has_cuda():
+        # Megatron-core forks this generator around sequence-parallel regions, although nothing here draws from it.
+        model_parallel_cuda_manual_seed(run.training.seed)
     return Layout(
         world_size=dist.get_world_size(),
         rank=dist.get_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
@@ -126,14 +135,16 @@ class ModelParallelUnit:
     def get_tensor_model_parallel_rank(self) -> int:
         return parallel_state.get_tensor_model_parallel_rank()
 
+    # Ranks of a context group hold the same weights and different tokens: for DeepSpeed that is data parallelism.
+
     def get_data_parallel_group(self) -> Any:
-        return parallel_state.get_data_parallel_group()
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         return dist.get_process_group_ranks(self.get_data_parallel_group())
 
     def get_data_parallel_world_size(self) -> int:
-        return parallel_state.get_data_parallel_world_size()
+        return dist.get_world_size(self.get_data_parallel_group())
 
     def get_data_parallel_rank(self) -> int:
-        return parallel_state.get_data_parallel_rank()
+        return dist.get_rank(self.get_data_parallel_group())

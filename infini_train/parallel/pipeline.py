@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from infini_train import platform
@@ -27,11 +28,12 @@ from infini_train.parallel.transport import StageTransport
 class _Live:
     """A micro-batch between its forward and its backward."""
 
+    batch: StreamBatch
     hidden_in: Tensor | None
     memory_in: Memory
-    output: Tensor
-    """Hidden states [T, B, h], or the scaled loss (a scalar) on the last stage."""
-    memory_out: Memory
+    output: Tensor | None = None
+    """Hidden states [T, B, h], or the scaled loss (a scalar) on the last stage; None if the backward computes it again."""
+    memory_out: Memory | None = None
 
 
 class SegmentPipeline:
@@ -48,7 +50,11 @@ class SegmentPipeline:
         self.run = run
         self.layout = layout
         self.device = platform.device()
-        shape = (run.micro_batch_tokens, rows, run.model.hidden_size)
+        tokens = run.micro_batch_tokens // layout.cp_size
+        if run.layout.sequence_parallel:
+            tokens //= layout.tp_size
+        shape = (tokens, rows, run.model.hidden_size)
+        self.context_group = parallel_state.get_context_parallel_group() if layout.cp_size > 1 else None
         self.transport = StageTransport(shape, DTYPES[run.training.precision], self.device)
 
     def train_step(self, batches: Sequence[StreamBatch], memory: Memory, loss_scale: float) -> tuple[float, Memory]:
@@ -64,29 +70,33 @@ class SegmentPipeline:
             leaves.
         """
         window = self.run.training.micro_batches_per_window
+        recompute = self.run.training.recompute == "stage"
         live: dict[int, _Live] = {}
         memory_gradients: dict[int, dict[int, LayerMemory]] = {}
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for operation in segment_schedule(self.layout.pp_size, self.layout.pp_rank, len(batches), window):
             index = operation.micro_batch
             if operation.kind == "forward":
-                entering = {
-                    layer: LayerMemory(*(part.detach().requires_grad_(index % window != 0) for part in (state.M, state.z)))
-                    for layer, state in memory.items()
-                }
+                entering = _entering(memory, window_start=index % window == 0)
                 hidden = self.transport.receive_forward()
                 if hidden is not None:
                     hidden.requires_grad_()
-                output, memory, loss = self._forward(batches[index], hidden, entering)
-                if self.layout.is_last_stage:
-                    loss_sum += loss.detach().double()
-                    output = loss * loss_scale
-                else:
+                current = live[index] = _Live(batches[index], hidden, entering)
+                with torch.set_grad_enabled(not recompute):
+                    output, memory, loss = self._forward(batches[index], hidden, entering)
+                loss_sum += loss.detach().double()
+                if not self.layout.is_last_stage:
                     self.transport.send_forward(output)
-                live[index] = _Live(hidden, entering, output, memory)
+                if not recompute:
+                    current.output = loss * loss_scale if self.layout.is_last_stage else output
+                    current.memory_out = memory
             else:
+                current = live.pop(index)
                 gradient = self.transport.receive_backward()
-                memory_gradients[index - 1] = self._backward(live.pop(index), gradient, memory_gradients.pop(index, {}))
+                if recompute:
+                    output, current.memory_out, loss = self._forward(current.batch, current.hidden_in, current.memory_in)
+                    current.output = loss * loss_scale if self.layout.is_last_stage else output
+                memory_gradients[index - 1] = self._backward(current, gradient, memory_gradients.pop(index, {}))
         self.transport.wait_sends()
         return float(loss_sum), detach_memory(memory)
 
@@ -124,7 +134,7 @@ class SegmentPipeline:
         """Output of the stage (token losses [B, T] on the last), memory that leaves, and the summed loss of valid tokens."""
         reset = torch.ones_like(batch.reset) if empty_memory else batch.reset
         # Lengths and resets stay on the host: the attention decides there what it can leave out.
-        micro_batch = MicroBatch(reset=reset, lengths=batch.lengths, memory_in=dict(memory))
+        micro_batch = MicroBatch(reset=reset, lengths=batch.lengths, memory_in=dict(memory), cp_group=self.context_group)
         if hidden is not None:
             self.engine.module.set_input_tensor(hidden)
         labels = batch.targets.to(self.device) if self.layout.is_last_stage else None
@@ -144,6 +154,7 @@ class SegmentPipeline:
         self, live: _Live, gradient: Tensor | None, memory_gradients: dict[int, LayerMemory]
     ) -> dict[int, LayerMemory]:
         """Back-propagate one micro-batch; returns the gradients of the memory that entered it, by layer."""
+        assert live.output is not None and live.memory_out is not None
         outputs = [live.output]
         gradients = [torch.ones_like(live.output) if gradient is None else gradient]
         for layer, leaving in memory_gradients.items():
@@ -159,6 +170,14 @@ class SegmentPipeline:
             for layer, state in live.memory_in.items()
             if state.M.requires_grad
         }
+
+
+def _entering(memory: Memory, *, window_start: bool) -> Memory:
+    """Memory as leaves of a micro-batch's graph; gradients stop at a window's start."""
+    return {
+        layer: LayerMemory(*(part.detach().requires_grad_(not window_start) for part in (state.M, state.z)))
+        for layer, state in memory.items()
+    }
 
 
 def detach_memory(memory: Memory) -> Memory:

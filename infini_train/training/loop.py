@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from infini_train.config import RunConfig, save_config
-from infini_train.data.streams import StreamBatch
 from infini_train.evaluation.perplexity import held_out_loss
-from infini_train.parallel.layout import all_reduce_sum
 from infini_train.training.checkpoint import list_checkpoints
-from infini_train.training.flops import peak_flops, training_flops_per_token
 from infini_train.training.metrics import MetricsWriter
 from infini_train.training.progress import TrainingProgress
+from infini_train.training.self_test import self_test
 from infini_train.training.setup import Parts, build_parts
 from infini_train.training.signals import RESUMABLE_EXIT_CODE, StopRequest
 from infini_train.training.statistics import memory_statistics
+from infini_train.training.step import train_step
 
 
 def pretrain(run: RunConfig) -> int:
@@ -28,6 +26,8 @@ def pretrain(run: RunConfig) -> int:
         The exit code: 0 when all steps are done, RESUMABLE_EXIT_CODE when a signal stopped the run after a checkpoint.
     """
     with StopRequest() as stop:
+        if run.training.self_test:
+            self_test(run)
         parts = build_parts(run)
         state, main = parts.state, parts.layout.is_main
         resumed_from = _resume(parts)
@@ -49,55 +49,6 @@ def pretrain(run: RunConfig) -> int:
                     return RESUMABLE_EXIT_CODE
             progress.say(f"trained to step {state.step}: {list_checkpoints(Path(run.run_dir))[-1]}")
     return 0
-
-
-def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
-    """One optimizer step.
-
-    Returns:
-        The step's metrics, and whether any process was asked to stop.
-    """
-    run, layout, state = parts.run, parts.layout, parts.state
-    started = time.perf_counter()
-    batches = [_next(parts) for _ in range(run.micro_batches_per_step)]
-
-    # Each row is counted once: by the first stage's first tensor rank.
-    counts_here = layout.is_first_stage and layout.tp_rank == 0
-    valid = float(sum(batch.num_valid for batch in batches)) if counts_here else 0.0
-    total_valid, signals = all_reduce_sum([valid, float(stop.signal_number is not None)])
-
-    # DeepSpeed averages over the data-parallel group; the loss is a mean over the global batch's tokens.
-    loss_scale = layout.dp_size / total_valid
-    loss_sum, state.memory = parts.pipeline.train_step(batches, state.memory, loss_scale)
-    grad_norm = parts.engine.step(state.step)
-    loss = all_reduce_sum([loss_sum if layout.tp_rank == 0 else 0.0])[0] / total_valid
-
-    state.step += 1
-    state.tokens += int(total_valid)
-    seconds = time.perf_counter() - started
-    rates = parts.engine.learning_rates()
-    record: dict[str, Any] = {
-        "step": state.step,
-        "tokens": state.tokens,
-        "loss": loss,
-        "grad_norm": grad_norm,
-        "lr": rates["matrices"],
-        **({"gate_lr": rates["gates"]} if "gates" in rates else {}),
-        "padding": 1.0 - total_valid / run.tokens_per_step,
-        "step_seconds": seconds,
-        "tokens_per_second": total_valid / seconds,
-    }
-    peak = peak_flops()
-    if peak is not None:
-        flops = training_flops_per_token(run) * record["tokens_per_second"]
-        record["mfu"] = flops / (peak * layout.world_size)
-    return record, signals > 0
-
-
-def _next(parts: Parts) -> StreamBatch:
-    batch = parts.state.reader.next(parts.run.training.segments_per_micro_batch)
-    assert batch is not None, "a training stream has no end"
-    return batch
 
 
 def _due(run: RunConfig, every: int, step: int) -> bool:

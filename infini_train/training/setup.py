@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +32,20 @@ class Parts:
     state: TrainingState
 
 
-def build_parts(run: RunConfig) -> Parts:
-    """Process groups, model, optimizer, pipeline and streams of a validated configuration."""
+def build_parts(run: RunConfig, dataset: TokenDataset | None = None) -> Parts:
+    """Process groups, model, optimizer, pipeline and streams of a validated configuration.
+
+    Args:
+        dataset: what to train on; the training split of data.path if None.
+    """
     torch.manual_seed(run.training.seed)
+    if run.training.deterministic:
+        # cuBLAS reads this when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(run.training.deterministic)
     layout = initialize_layout(run)
-    dataset = TokenDataset(Path(run.data.path), "train")
+    if dataset is None:
+        dataset = TokenDataset(Path(run.data.path), "train")
     rows = layout.rows(run.training.rows)
     reader = StreamReader(dataset, rows, run.training.rows, run.model.segment_length, run.training.seed)
     module = build_model(run, first_stage=layout.is_first_stage, last_stage=layout.is_last_stage)

@@ -32,10 +32,10 @@ def memory_statistics(run: RunConfig, layout: Layout, engine: Engine, memory: Me
         gate = layer.self_attention.core_attention.attention.gate
         row = table[layer.layer_number - 1]
         with deepspeed.zero.GatheredParameters(gate, enabled=run.layout.zero_stage == 3):
-            if layout.dp_rank == 0:
+            if layout.dp_rank == layout.cp_rank == 0:
                 start = layout.tp_rank * heads
                 row[start : start + heads] = torch.sigmoid(gate.detach().double())
-        if layer.layer_number in memory:
+        if layer.layer_number in memory and layout.cp_rank == 0:
             state = memory[layer.layer_number]
             row[-2] = state.M.double().flatten(2).norm(dim=-1).sum()
             row[-1] = state.z.double().norm(dim=-1).sum()

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from infini_kernels.context_parallel import exchange_memory, exchange_normaliser
 from infini_kernels.memory import MemoryState
 
 
@@ -43,6 +45,7 @@ def carry_memory(
     reset: Tensor | None,
     update_rule: str,
     eps: float,
+    group: ProcessGroup | None = None,
 ) -> CarriedMemory:
     """Walks the memory over the segments: both rules are M_s = T_s M_{s-1} + B_s once z is known (Eq. 8 and 9).
 
@@ -52,7 +55,8 @@ def carry_memory(
     B_s and T_s come for all segments at once from the keys; only states of D x Dv are walked.
 
     sigma_k [B, N, W, G, D], zero at padding; v [B, N, W, G, Dv]; memory that enters the first segment, None for zeros;
-    reset [B, N] bool, the memory is zeroed before that segment.
+    reset [B, N] bool, the memory is zeroed before that segment; group: processes over which the segments are spread, None if
+    they are all here.
     """
     batch_size, num_segments, _, num_groups, key_width = sigma_k.shape
     sigma_k_t = sigma_k.permute(0, 1, 3, 4, 2)  # [B, N, G, D, W]
@@ -60,28 +64,54 @@ def carry_memory(
     written_z = sigma_k.sum(dim=2)  # [B, N, G, D]
 
     if memory is None:
-        if num_segments == 1:
+        if num_segments == 1 and group is None:
             return CarriedMemory(None, MemoryState(written[:, 0], written_z[:, 0]))
         memory = MemoryState.zeros(batch_size, num_groups, key_width, v.shape[-1], device=sigma_k.device, dtype=sigma_k.dtype)
 
-    z, entering_z = memory.z, []
-    for segment, segment_z in enumerate(written_z.unbind(1)):
-        if reset is not None:
-            z = z.masked_fill(reset[:, segment, None, None], 0)
-        entering_z.append(z)
-        z = z + segment_z
-    stacked_z = torch.stack(entering_z, dim=1)  # [B, N, G, D]
+    first_z, leaving_z = memory.z, None
+    if group is not None:
+        kept = _kept(reset, written)
+        _, run_z = _walk(torch.zeros_like(memory.z), written_z, reset)
+        first_z, leaving_z = exchange_normaliser(run_z, kept, memory.z, group)
+    entering_z, last_z = _walk(first_z, written_z, reset)
 
-    removed = _removal(sigma_k_t, stacked_z, eps).unbind(1) if update_rule == "delta" else None
-    M, entering_M = memory.M, []
-    for segment, segment_M in enumerate(written.unbind(1)):
-        if reset is not None:
-            M = M.masked_fill(reset[:, segment, None, None, None], 0)
-        entering_M.append(M)
+    removed = _removal(sigma_k_t, entering_z, eps) if update_rule == "delta" else None
+    first_M, leaving_M = memory.M, None
+    if group is not None:
+        _, run_M = _walk(torch.zeros_like(memory.M), written, reset, removed)
+        transition = None
         if removed is not None:
-            segment_M = segment_M - removed[segment] @ M
-        M = M + segment_M
-    return CarriedMemory(MemoryState(torch.stack(entering_M, dim=1), stacked_z), MemoryState(M, z))
+            identity = torch.eye(key_width, dtype=removed.dtype, device=removed.device).expand_as(removed[:, 0])
+            _, transition = _walk(identity, torch.zeros_like(removed), reset, removed)
+        first_M, leaving_M = exchange_memory(run_M, transition, kept, memory.M, group)
+    entering_M, last_M = _walk(first_M, written, reset, removed)
+    if leaving_M is None or leaving_z is None:
+        leaving_M, leaving_z = last_M, last_z
+    return CarriedMemory(MemoryState(entering_M, entering_z), MemoryState(leaving_M, leaving_z))
+
+
+def _walk(state: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """state_s = state_{s-1} - removed_s state_{s-1} + added_s, from zero where a reset stands before s.
+
+    state [B, G, D, ...]; added [B, N, G, D, ...]; removed [B, N, G, D, D] -> what enters each segment [B, N, G, D, ...], and
+    what leaves the last.
+    """
+    entering = []
+    for segment, addition in enumerate(added.unbind(1)):
+        if reset is not None:
+            state = state.masked_fill(reset[:, segment].view(-1, *[1] * (state.dim() - 1)), 0)
+        entering.append(state)
+        if removed is not None:
+            addition = addition - removed[:, segment] @ state
+        state = state + addition
+    return torch.stack(entering, dim=1), state
+
+
+def _kept(reset: Tensor | None, like: Tensor) -> Tensor:
+    """1 for rows in which no segment resets, else 0: [B], in the memory's type."""
+    if reset is None:
+        return torch.ones(like.shape[0], dtype=like.dtype, device=like.device)
+    return (~reset.any(dim=1)).to(like)
 
 
 def _removal(sigma_k_t: Tensor, entering_z: Tensor, eps: float) -> Tensor:

@@ -1,6 +1,7 @@
 """The public operation: checks its arguments and hands them to a backend."""
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from infini_kernels.arguments import (
     FIRST_SEGMENT_MIXES,
@@ -37,6 +38,7 @@ def infini_attention(
     first_segment: str = "paper",
     eps: float = 1e-6,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Local softmax attention mixed with a compressive memory of all earlier segments (arXiv 2404.07143, Eq. 3 to 10).
 
@@ -57,6 +59,8 @@ def infini_attention(
         first_segment: 'paper', or 'local_only' to leave A_dot unscaled where the memory that enters is empty (z = 0).
         eps: ε of the normaliser.
         backend: 'auto', 'reference' or 'triton'.
+        group: processes over which the segments are spread: each passes a contiguous run of whole segments, in rank order, and
+            the same memory; each gets the memory after the last process's run. Its gradient is the sum over the processes.
 
     Returns:
         out [B, T, H, Dv] in v's type, zero at padding, and the memory after the last segment. Gradients flow through q,
@@ -92,4 +96,5 @@ def infini_attention(
         lengths=lengths,
         first_segment=first_segment,
         eps=eps,
+        group=group,
     )

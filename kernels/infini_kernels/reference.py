@@ -5,6 +5,7 @@ D key width, Dv value width.
 """
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from infini_kernels.arguments import Rotary
 from infini_kernels.compressive import carry_memory, feature_map, full_precision, read_and_mix
@@ -27,6 +28,7 @@ def infini_attention_reference(
     lengths: Tensor | None,
     first_segment: str,
     eps: float,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """`infini_attention` for arguments that have been checked."""
     dtype = memory_dtype(v.dtype)
@@ -43,7 +45,7 @@ def infini_attention_reference(
         sigma_k = feature_map(k, dtype)  # [B, T, G, D]
         if padding is not None:
             sigma_k = sigma_k.masked_fill(padding, 0)  # σ(0) is 1: a zero key would still be written
-        carried = carry_memory(layout.fold(sigma_k), layout.fold(v.to(dtype)), memory, reset, update_rule, eps)
+        carried = carry_memory(layout.fold(sigma_k), layout.fold(v.to(dtype)), memory, reset, update_rule, eps, group)
         sigma_q = layout.fold(feature_map(q, dtype))  # [B, N, W, H, D]
         mixed = read_and_mix(sigma_q, local, gate, carried.entering, first_segment, eps)
     out = layout.unfold(mixed).to(v.dtype)  # [B, T, H, Dv]

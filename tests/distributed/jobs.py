@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
 from infini_train.config import RunConfig
+from infini_train.errors import UserError
 from infini_train.evaluation.generation import StreamingModel
 from infini_train.model import MicroBatch
 from infini_train.training.checkpoint import list_checkpoints
-from infini_train.training.loop import train_step
+from infini_train.training.self_test import self_test
 from infini_train.training.setup import Parts, build_parts
 from infini_train.training.signals import StopRequest
+from infini_train.training.step import train_step
 
 
 def train(run: RunConfig, steps: int) -> dict[str, Any]:
@@ -108,3 +111,98 @@ def _continue(parts: Parts, steps: int) -> dict[str, Any]:
         "grad_norm": [record["grad_norm"] for record in records],
         "weights": _weights(parts),
     }
+
+
+def run_self_test(run: RunConfig, fault: str | None = None) -> str | None:
+    """The self-test's message, None if it passes; optionally with a fault of the kind that it is there to find."""
+    from infini_train.parallel import engine
+
+    sum_gradients, step = engine._sum_gradients_over_tensor_group, engine.Engine.step
+
+    def step_without_a_weight(self: engine.Engine, number: int) -> float:
+        kept = {name: p.detach().clone() for name, p in self.module.named_parameters() if "linear_fc2" in name}
+        norm = step(self, number)
+        for name, parameter in self.module.named_parameters():
+            if name in kept and parameter.shape == kept[name].shape and not self.module.pre_process:
+                safe_set_full_fp32_param(parameter, kept[name])
+        return norm
+
+    try:
+        if fault == "drop_norm_gradients":
+            engine._sum_gradients_over_tensor_group = lambda module: None
+        if fault == "skip_a_weight":
+            engine.Engine.step = step_without_a_weight
+        self_test(run)
+    except UserError as error:
+        return str(error)
+    finally:
+        engine._sum_gradients_over_tensor_group, engine.Engine.step = sum_gradients, step
+    return None
+
+
+def context_parallel_operation(rule: str, segment_length: int, segments: int) -> dict[str, Any]:
+    """infini_attention with its segments spread over all ranks against the same in one, float64; and the bytes exchanged."""
+    import torch.distributed as dist
+
+    from infini_kernels import MemoryState, context_parallel, infini_attention
+    from infini_train.parallel.layout import initialize_process_group
+
+    initialize_process_group()
+    group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(3)
+    B, T, H, G, D, Dv = 2, segments * segment_length, 4, 2, 6, 5
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inputs = {"q": random(B, T, H, D), "k": random(B, T, G, D), "v": random(B, T, G, Dv), "gate": random(H)}
+    state = {"M": random(B, G, D, Dv), "z": random(B, G, D).abs() + 1}
+    weights = {"out": random(B, T, H, Dv), "M": random(B, G, D, Dv), "z": random(B, G, D)}
+    reset = torch.rand(B, segments, generator=generator) < 0.25
+    lengths = torch.randint(1, segment_length + 1, (B, segments), generator=generator)
+
+    def run(part: slice, by_segment: slice, group: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        leaves = {name: (x[:, part] if x.dim() == 4 else x).clone().requires_grad_() for name, x in inputs.items()}
+        memory = {name: x.clone().requires_grad_() for name, x in state.items()}
+        out, leaving = infini_attention(
+            *leaves.values(),
+            MemoryState(**memory),
+            segment_length=segment_length,
+            update_rule=rule,
+            reset=reset[:, by_segment],
+            lengths=lengths[:, by_segment],
+            group=group,
+        )
+        # Each rank uses its replica of the leaving memory for its own share of the loss, as the pipeline does.
+        share = 1.0 if group is None else (rank + 1) / (size * (size + 1) / 2)
+        loss = (out * weights["out"][:, part]).sum()
+        loss = loss + share * ((leaving.M * weights["M"]).sum() + (leaving.z * weights["z"]).sum())
+        loss.backward()
+        gradients = {name: x.grad for name, x in {**leaves, **memory}.items()}
+        return {"out": out.detach(), "M": leaving.M.detach(), "z": leaving.z.detach()}, gradients
+
+    expected, expected_gradients = run(slice(None), slice(None), None)
+    counted = 0
+    original = dist.all_gather
+
+    def counting(outputs: list[Tensor], local: Tensor, **kwargs: Any) -> None:
+        nonlocal counted
+        counted += local.numel() * local.element_size() * (len(outputs) - 1)
+        original(outputs, local, **kwargs)
+
+    part = slice(rank * T // size, (rank + 1) * T // size)
+    context_parallel.dist.all_gather = counting
+    try:
+        ours, gradients = run(part, slice(rank * segments // size, (rank + 1) * segments // size), group)
+    finally:
+        context_parallel.dist.all_gather = original
+    differences = {"out": (ours["out"] - expected["out"][:, part]).abs().max()}
+    differences |= {name: (ours[name] - expected[name]).abs().max() for name in ("M", "z")}
+    for name, gradient in gradients.items():
+        theirs = expected_gradients[name]
+        if name in ("q", "k", "v"):
+            theirs = theirs[:, part]
+        else:
+            dist.all_reduce(gradient)
+        differences[f"gradient of {name}"] = (gradient - theirs).abs().max()
+    return {"differences": {name: float(value) for name, value in differences.items()}, "bytes": counted}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,32 +12,28 @@ import torch
 
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.training.flops import linear_parameters
+from tests.corpus import small_run
 from tests.distributed.assemble import global_memory, global_weights
+from tests.distributed.cases import Case, pairwise_cases
 
 STEPS = 4
 RELATIVE = 1e-5
 
-# (tp, pp, dp, ZeRO stage)
-LAYOUTS = [
-    (1, 1, 1, 0),
-    (1, 1, 1, 2),
-    (1, 1, 1, 3),
-    (2, 1, 1, 1),
-    (2, 1, 1, 2),
-    (1, 2, 1, 0),
-    (1, 2, 1, 1),
-    (1, 1, 2, 0),
-    (1, 1, 2, 1),
-    (1, 1, 2, 2),
-    (1, 1, 2, 3),
-    (2, 2, 1, 1),
-    (2, 2, 1, 0),
-    (1, 2, 2, 0),
-    (1, 2, 2, 1),
-    (2, 1, 2, 1),
-    (2, 1, 2, 2),
-    (1, 4, 1, 1),
+# The layouts that issue reports and documents name, each with the default options.
+NAMED = [
+    Case(tp=2),
+    Case(pp=2),
+    Case(dp=2),
+    Case(tp=2, pp=2),
+    Case(pp=2, dp=2),
+    Case(cp=2),
+    Case(dp=2, zero=3),
+    Case(tp=2, sequence_parallel=True),
+    Case(recompute="layer", rule="delta"),
+    Case(pp=2, recompute="stage"),
+    Case(cp=4, window=(4, 1), rule="delta"),
 ]
+CASES = list(dict.fromkeys([*NAMED, *pairwise_cases(small_run(Path("unused")))]))
 
 
 def with_layout(run: RunConfig, tp: int, pp: int, zero: int) -> RunConfig:
@@ -65,32 +62,27 @@ def assert_same_run(results: list[dict[str, Any]], reference: list[dict[str, Any
 
 @pytest.fixture(scope="module")
 def reference(pool, run_config):
-    """Results of one process (ZeRO-1) by update rule."""
+    """Results of one process (ZeRO-1, no recomputation), by window and update rule."""
 
     @cache
-    def compute(rule: str) -> list[dict[str, Any]]:
-        run = replace(run_config, model=replace(run_config.model, update_rule=rule))
-        return pool(1).run("tests.distributed.jobs", "train", run, STEPS)
+    def compute(case: Case) -> list[dict[str, Any]]:
+        return pool(1).run("tests.distributed.jobs", "train", case.apply(run_config), STEPS)
 
     return compute
 
 
 def test_clipping_and_resets_are_active(reference, run_config):
     """The comparison below is worth something only if gradients are clipped and documents end inside windows."""
-    result = reference("linear")[0]
+    result = reference(Case().reference())[0]
     assert min(result["grad_norm"]) > run_config.optimizer.clip_grad_norm
     _, positions = result["positions"]
     assert positions[:, :2].sum() > 0, "no row has begun a second document"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp{}-pp{}-dp{}-zero{}".format(*layout))
-def test_layout_equals_one_process(layout, pool, reference, run_config):
-    tp, pp, dp, zero = layout
-    # Both update rules meet every kind of parallelism, without the full product.
-    rule = "delta" if (tp + pp + dp + zero) % 2 else "linear"
-    run = with_layout(replace(run_config, model=replace(run_config.model, update_rule=rule)), tp, pp, zero)
-    results = pool(tp * pp * dp).run("tests.distributed.jobs", "train", run, STEPS)
-    assert_same_run(results, reference(rule))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_way_of_computing_equals_one_process(case, pool, reference, run_config):
+    results = pool(case.processes).run("tests.distributed.jobs", "train", case.apply(run_config), STEPS)
+    assert_same_run(results, reference(case.reference()))
 
 
 @pytest.mark.parametrize("attention", ["local", "full"])
@@ -148,8 +140,8 @@ def test_bfloat16_stays_near_float32(pool, reference, run_config):
     """The bfloat16 path computes the same thing, not merely the same thing everywhere."""
     run = replace(run_config, training=replace(run_config.training, precision="bfloat16"))
     result = pool(1).run("tests.distributed.jobs", "train", run, STEPS)[0]
-    assert result["loss"] == pytest.approx(reference("linear")[0]["loss"], rel=5e-3)
-    assert result["grad_norm"] == pytest.approx(reference("linear")[0]["grad_norm"], rel=5e-2)
+    assert result["loss"] == pytest.approx(reference(Case(window=(1, 4)))[0]["loss"], rel=5e-3)
+    assert result["grad_norm"] == pytest.approx(reference(Case(window=(1, 4)))[0]["grad_norm"], rel=5e-2)
     for _, _, matrix, _ in result["memory"].values():
         assert matrix.dtype == torch.float32
 

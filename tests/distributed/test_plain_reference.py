@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from infini_train.data.dataset import TokenDataset
+from infini_train.training.plain_model import train_plainly
 from tests.distributed.assemble import global_memory, global_weights
-from tests.distributed.plain_model import train_plainly
 
 STEPS = 4
 
@@ -18,7 +20,8 @@ def test_a_run_equals_plain_torch(rule, first_segment, pool, run_config):
     model = replace(run_config.model, update_rule=rule, first_segment=first_segment, initial_gate=0.3)
     run = replace(run_config, model=model)
     results = pool(1).run("tests.distributed.jobs", "train", run, STEPS)
-    expected = train_plainly(run, global_weights(results, "initial"), STEPS)
+    dataset = TokenDataset(Path(run.data.path), "train")
+    expected = train_plainly(run, dataset, global_weights(results, "initial"), STEPS)
     assert results[0]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert results[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
     assert min(expected["grad_norm"]) > run.optimizer.clip_grad_norm, "clipping should be part of the comparison"

@@ -33,7 +33,7 @@ def test_flags_are_frozen():
         (["pretrain", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["pretrain", "--model.attention", "quadratic"], "model.attention"),
         (["pretrain", "--training.micro_batches_per_window", "1"], "training.micro_batches_per_window"),
-        (["pretrain", "--layout.pipeline_parallel_size", "2"], "layout.pipeline_parallel_size 2 does not fit 1"),
+        (["pretrain", "--layout.pipeline_parallel_size", "2"], "pipeline_parallel_size 2 does not fit 1 process"),
         (["pretrain", "--data.path", "nowhere"], "data.path"),
         (["evaluate", "--data.path", "nowhere"], "data.path"),
         (["prepare", "--data.source", "nowhere"], "nowhere"),

@@ -43,9 +43,9 @@ def test_the_defaults_are_valid():
         ("layout", {"tensor_parallel_size": 8}, 8, "which layout.tensor_parallel_size = 8 does not divide"),
         ("layout", {"pipeline_parallel_size": 5}, 5, "model.num_layers is 12, which layout.pipeline_parallel_size = 5"),
         ("layout", {"pipeline_parallel_size": 4}, 6, "start a multiple of 4"),
-        ("layout", {"pipeline_parallel_size": 2, "zero_stage": 2}, 2, "use zero_stage 1"),
-        ("layout", {"pipeline_parallel_size": 2, "zero_stage": 3}, 2, "use zero_stage 1"),
-        ("layout", {"tensor_parallel_size": 2, "zero_stage": 3}, 2, "use zero_stage 2"),
+        ("layout", {"pipeline_parallel_size": 2, "zero_stage": 3}, 2, "use zero_stage 2 or 1"),
+        ("layout", {"sequence_parallel": True}, 1, "layout.sequence_parallel is true with tensor_parallel_size 1"),
+        ("layout", {"context_parallel_size": 2}, 2, "training.segments_per_micro_batch is 1"),
         ("layout", {"zero_stage": 4}, 1, "layout.zero_stage is 4"),
     ],
 )
@@ -65,6 +65,13 @@ def test_tied_embeddings_need_one_stage():
     validate(run, 1)
     with pytest.raises(UserError, match="tie_embeddings to false or pipeline_parallel_size to 1"):
         validate(replace(run, layout=LayoutConfig(pipeline_parallel_size=2)), 2)
+
+
+def test_full_attention_is_not_spread_over_a_context_group():
+    run = replace(changed("model", attention="full"), layout=LayoutConfig(context_parallel_size=2))
+    run.training.segments_per_micro_batch = 2
+    with pytest.raises(UserError, match=r"layout\.context_parallel_size is 2 with"):
+        validate(run, 2)
 
 
 def test_the_readmes_layout_table_is_what_the_code_allows():
@@ -89,7 +96,10 @@ def test_the_readmes_layout_table_is_what_the_code_allows():
         for tp in (1, 2, 4):
             for zero in (0, 1, 2, 3):
                 for precision in ("float32", "bfloat16"):
-                    run = replace(changed("training", precision=precision), layout=LayoutConfig(tp, pp, zero))
+                    run = replace(
+                        changed("training", precision=precision),
+                        layout=LayoutConfig(tensor_parallel_size=tp, pipeline_parallel_size=pp, zero_stage=zero),
+                    )
                     try:
                         validate(run, tp * pp)
                         passes = True

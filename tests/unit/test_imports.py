@@ -18,7 +18,7 @@ ALLOWED = {
     "attention": {"infini_kernels", *SIDE},
     "model": {"infini_kernels", "attention", *SIDE},
     "parallel": {"attention", "model", "data", *SIDE},
-    "training": {"attention", "model", "parallel", "data", "evaluation", *SIDE},
+    "training": {"infini_kernels", "attention", "model", "parallel", "data", "evaluation", *SIDE},
     "evaluation": {"attention", "model", "parallel", "data", "training", *SIDE},
     "cli": {"data", "training", "evaluation", *SIDE},
     "__main__": {"cli"},

@@ -1,68 +1,93 @@
-"""The whole run again without Megatron-core, DeepSpeed, pipeline or micro-batches: plain torch, one window as one call.
+"""A training run without Megatron-core, DeepSpeed, pipeline or micro-batches: plain torch, one window as one call.
 
-It is the specification of a training step: what the systems above compute together must equal it.
+It is the specification of a training step. The self-test at a run's start and the tests compare the real thing with it.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from infini_kernels import MemoryState, infini_attention
+from infini_kernels import MemoryState, document_attention, infini_attention, local_attention
 from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.streams import StreamBatch, StreamReader
 from infini_train.parallel.learning_rate import learning_rate_factor
 
 
-def rotary(run: RunConfig) -> tuple[Tensor, Tensor]:
+def _rotary(run: RunConfig, positions: int) -> tuple[Tensor, Tensor]:
     frequencies = run.model.rotary_base ** (-torch.arange(0, run.model.head_dim, 2) / run.model.head_dim)
-    angles = torch.outer(torch.arange(run.model.segment_length), frequencies)
+    angles = torch.outer(torch.arange(positions), frequencies)
     return angles.cos(), angles.sin()
 
 
+def _attention(
+    run: RunConfig, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, batch: StreamBatch, memory: MemoryState | None
+) -> tuple[Tensor, MemoryState | None]:
+    model = run.model
+    if gate is None:
+        if model.attention == "local":
+            rotary = _rotary(run, model.segment_length)
+            return local_attention(q, k, v, segment_length=model.segment_length, rotary=rotary, lengths=batch.lengths), None
+        rotary = _rotary(run, q.shape[1])
+        where = {"reset": batch.reset, "lengths": batch.lengths}
+        return document_attention(q, k, v, segment_length=model.segment_length, rotary=rotary, **where), None
+    return infini_attention(
+        q,
+        k,
+        v,
+        gate,
+        memory,
+        segment_length=model.segment_length,
+        update_rule=model.update_rule,
+        rotary=_rotary(run, model.segment_length),
+        reset=batch.reset,
+        lengths=batch.lengths,
+        first_segment=model.first_segment,
+        eps=model.memory_eps,
+    )
+
+
 def token_losses(run: RunConfig, weights: dict[str, Tensor], batch: StreamBatch, memory: dict[int, MemoryState]) -> Tensor:
-    """Loss of every token [B, T]; `memory` is read and replaced."""
+    """Loss of every token [B, T] in nats; `memory` (by layer, from 0) is read and replaced."""
     model = run.model
     group_size = model.num_attention_heads // model.num_query_groups
+    embedding = weights["embedding.word_embeddings.weight"]
 
     def norm(x: Tensor, name: str) -> Tensor:
         return weights[name] * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + model.norm_eps)
 
-    hidden = weights["embedding.word_embeddings.weight"][batch.tokens]
+    hidden = embedding[batch.tokens]
     for layer in range(model.num_layers):
         prefix = f"decoder.layers.{layer}."
         fused = norm(hidden, prefix + "input_layernorm.weight") @ weights[prefix + "self_attention.linear_qkv.weight"].T
         # Megatron-core's fused projection: for each key/value head, its query heads, then its key, then its value.
         fused = fused.unflatten(-1, (model.num_query_groups, group_size + 2, model.head_dim))
-        mixed, memory[layer] = infini_attention(
-            fused[..., :group_size, :].flatten(2, 3),
-            fused[..., group_size, :],
-            fused[..., group_size + 1, :],
-            weights[prefix + "self_attention.core_attention.attention.gate"],
-            memory.get(layer),
-            segment_length=model.segment_length,
-            update_rule=model.update_rule,
-            rotary=rotary(run),
-            reset=batch.reset,
-            lengths=batch.lengths,
-            first_segment=model.first_segment,
-            eps=model.memory_eps,
-        )
+        q, k, v = fused[..., :group_size, :].flatten(2, 3), fused[..., group_size, :], fused[..., group_size + 1, :]
+        gate = weights.get(prefix + "self_attention.core_attention.attention.gate")
+        mixed, leaving = _attention(run, q, k, v, gate, batch, memory.get(layer))
+        if leaving is not None:
+            memory[layer] = leaving
         hidden = hidden + mixed.flatten(2) @ weights[prefix + "self_attention.linear_proj.weight"].T
         both = norm(hidden, prefix + "pre_mlp_layernorm.weight") @ weights[prefix + "mlp.linear_fc1.weight"].T
-        gate, up = both.chunk(2, dim=-1)
-        hidden = hidden + (functional.silu(gate) * up) @ weights[prefix + "mlp.linear_fc2.weight"].T
-    logits = norm(hidden, "decoder.final_layernorm.weight") @ weights["output_layer.weight"].T
+        gates, up = both.chunk(2, dim=-1)
+        hidden = hidden + (functional.silu(gates) * up) @ weights[prefix + "mlp.linear_fc2.weight"].T
+    logits = norm(hidden, "decoder.final_layernorm.weight") @ weights.get("output_layer.weight", embedding).T
     return functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
 
 
-def train_plainly(run: RunConfig, initial: dict[str, Tensor], steps: int) -> dict[str, Any]:
-    """Loss and gradient norm of every step, and the weights after the last."""
+def train_plainly(run: RunConfig, dataset: TokenDataset, initial: dict[str, Tensor], steps: int) -> dict[str, Any]:
+    """Train all rows in this process on the CPU.
+
+    Args:
+        initial: every parameter whole, by global name, float32.
+
+    Returns:
+        loss and grad_norm of every step; weights by global name and memory by layer (from 0) after the last.
+    """
     optimizer_config, training = run.optimizer, run.training
     weights = {name: value.clone().requires_grad_() for name, value in initial.items()}
     gates = [value for name, value in weights.items() if name.endswith("gate")]
@@ -73,26 +98,28 @@ def train_plainly(run: RunConfig, initial: dict[str, Tensor], steps: int) -> dic
         [
             {"params": matrices, "weight_decay": optimizer_config.weight_decay, "peak": optimizer_config.learning_rate},
             {"params": norms, "weight_decay": 0.0, "peak": optimizer_config.learning_rate},
-            {"params": gates, "weight_decay": 0.0, "peak": optimizer_config.gate_learning_rate},
+            {"params": gates, "weight_decay": optimizer_config.gate_weight_decay, "peak": optimizer_config.gate_learning_rate},
         ],
         betas=(optimizer_config.beta1, optimizer_config.beta2),
         eps=optimizer_config.eps,
     )
-    dataset = TokenDataset(Path(run.data.path), "train")
     reader = StreamReader(dataset, range(training.rows), training.rows, run.model.segment_length, training.seed)
     memory: dict[int, MemoryState] = {}
     result: dict[str, Any] = {"loss": [], "grad_norm": []}
-    segments = training.segments_per_micro_batch * training.micro_batches_per_window
+    # Full attention's context is the micro-batch; otherwise a window is one call.
+    parts = training.micro_batches_per_window if run.model.attention == "full" else 1
+    segments = training.segments_per_micro_batch * training.micro_batches_per_window // parts
     for step in range(steps):
-        windows = [reader.next(segments) for _ in range(training.windows_per_step)]
-        valid = sum(float(window.loss_mask.sum()) for window in windows)
+        windows = [reader.next(segments) for _ in range(training.windows_per_step * parts)]
+        valid = sum(window.num_valid for window in windows if window is not None)
         total = 0.0
         for window in windows:
+            assert window is not None
             memory = {layer: state.detach() for layer, state in memory.items()}
             loss = (token_losses(run, weights, window, memory) * window.loss_mask).sum() / valid
             loss.backward()
             total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(weights.values(), optimizer_config.clip_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), optimizer_config.clip_grad_norm or float("inf"))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_factor(optimizer_config, training.steps, step)
         optimizer.step()

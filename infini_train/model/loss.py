@@ -1,0 +1,58 @@
+"""Vocabulary-parallel cross entropy over chunks of the sequence: the logits of a whole micro-batch never exist at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+class ChunkedLossGPTModel(GPTModel):
+    """Megatron-core's GPT with the output matrix and the loss taken together.
+
+    Args:
+        loss_chunk_tokens: positions of a row whose logits exist at one time, here and again in the backward.
+    """
+
+    def __init__(self, *args: Any, loss_chunk_tokens: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_chunk_tokens = loss_chunk_tokens
+        if self.post_process:
+            # A chunk of a sequence-parallel shard would mix positions of several chunks, so the shards are gathered first.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = self.output_layer.allreduce_dgrad or self.config.sequence_parallel
+
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        *,
+        labels: Tensor | None,
+        runtime_gather_output: bool | None,
+        **_: Any,
+    ) -> Tensor:
+        """hidden_states [T, B, h] -> themselves before the last stage; loss per token [B, T] for labels [B, T]; or logits
+        [B, T, V / tp]."""
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            # The output layer sums gradients over the tensor group, so the backward of this gather takes only a slice.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if labels is None:
+            logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=runtime_gather_output)
+            return logits.transpose(0, 1).contiguous()
+
+        def losses(hidden: Tensor, targets: Tensor) -> Tensor:
+            logits, _ = self.output_layer(hidden, weight=weight)
+            return self.compute_language_model_loss(targets, logits)  # [B, chunk]
+
+        if hidden_states.shape[0] <= self.loss_chunk_tokens:
+            return losses(hidden_states, labels)
+        chunks = zip(hidden_states.split(self.loss_chunk_tokens), labels.split(self.loss_chunk_tokens, dim=1), strict=True)
+        return torch.cat([checkpoint(losses, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks], dim=1)

@@ -1,0 +1,24 @@
+"""Which segments of a micro-batch this process of a context group computes."""
+
+from __future__ import annotations
+
+from infini_train.data.streams import StreamBatch
+from infini_train.parallel.layout import Layout
+
+
+def context_share(batch: StreamBatch, layout: Layout) -> StreamBatch:
+    """A contiguous run of the micro-batch's segments, in rank order; the whole of it without context parallelism."""
+    if layout.cp_size == 1:
+        return batch
+    segments = batch.lengths.shape[1] // layout.cp_size
+    tokens = batch.tokens.shape[1] // layout.cp_size
+    by_token = slice(layout.cp_rank * tokens, (layout.cp_rank + 1) * tokens)
+    by_segment = slice(layout.cp_rank * segments, (layout.cp_rank + 1) * segments)
+    return StreamBatch(
+        tokens=batch.tokens[:, by_token],
+        targets=batch.targets[:, by_token],
+        loss_mask=batch.loss_mask[:, by_token],
+        lengths=batch.lengths[:, by_segment],
+        reset=batch.reset[:, by_segment],
+        segment_index=batch.segment_index[:, by_segment],
+    )

@@ -1,0 +1,133 @@
+"""Before a run spends a cluster's time: a tiny model under the very layout of the run, compared with plain torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from infini_train.config import ModelConfig, RunConfig
+from infini_train.data.dataset import TokenDataset
+from infini_train.errors import UserError
+from infini_train.model.parameters import ParameterPlacement, initial_value
+from infini_train.parallel.layout import initialize_process_group
+from infini_train.parallel.optimizer_state import read_optimizer_state
+from infini_train.training.plain_model import train_plainly
+from infini_train.training.setup import Parts, build_parts
+from infini_train.training.signals import StopRequest
+from infini_train.training.step import train_step
+
+STEPS = 2
+TOLERANCE = 1e-4
+"""Relative difference of loss and gradient norm, and of weights to their largest entry, that is still rounding in float32."""
+
+
+class RandomDocuments(TokenDataset):
+    """Documents of random tokens, short enough that some end inside every window."""
+
+    def __init__(self, vocab_size: int, segment_length: int, documents: int, seed: int) -> None:
+        self.path, self.split = Path("self-test"), "train"
+        self.vocab_size = vocab_size
+        self.tokenizer_fingerprint = "self-test"
+        generator = np.random.default_rng(seed)
+        self.document_lengths = generator.integers(2, 4 * segment_length, documents)
+        self._tokens = [generator.integers(0, vocab_size, length) for length in self.document_lengths]
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._tokens)
+
+    def read(self, document: int, start: int, count: int) -> np.ndarray:
+        return self._tokens[document][start : start + count]
+
+    def close(self) -> None:
+        pass
+
+
+def tiny_run(run: RunConfig, data_parallel_size: int) -> RunConfig:
+    """The run's layout, attention and options around the smallest model that they divide."""
+    layout, model = run.layout, run.model
+    tp, cp = layout.tensor_parallel_size, layout.context_parallel_size
+    return replace(
+        run,
+        model=ModelConfig(
+            attention=model.attention,
+            num_layers=layout.pipeline_parallel_size,
+            hidden_size=24,
+            num_attention_heads=2 * tp,
+            num_query_groups=tp,
+            head_dim=8,
+            ffn_hidden_size=16 * tp,
+            segment_length=8 * tp,
+            update_rule=model.update_rule,
+            first_segment=model.first_segment,
+            initial_gate=0.5,
+            tie_embeddings=model.tie_embeddings,
+        ),
+        data=replace(run.data, vocab_size=16 * tp),
+        training=replace(
+            run.training,
+            steps=STEPS,
+            rows=2 * data_parallel_size,
+            segments_per_micro_batch=cp,
+            micro_batches_per_window=3,
+            windows_per_step=2,
+            precision="float32",
+        ),
+        optimizer=replace(run.optimizer, warmup_steps=0, schedule="cosine", learning_rate=1e-2, eps=1e-5, clip_grad_norm=0.1),
+    )
+
+
+def self_test(run: RunConfig) -> None:
+    """With more than one process: train a tiny model for two steps in the run's layout and compare with plain torch.
+
+    Loss and gradient norm of both steps and every weight after the last are compared.
+
+    A collective over all processes.
+
+    Raises:
+        UserError: this layout does not compute the run that one process computes; the first value that differs is named.
+    """
+    initialize_process_group()
+    if dist.get_world_size() == 1:
+        return
+    tiny = tiny_run(run, run.data_parallel_size(dist.get_world_size()))
+    dataset = RandomDocuments(tiny.data.vocab_size, tiny.model.segment_length, 8 * tiny.training.rows, run.training.seed)
+    parts = build_parts(tiny, dataset)
+    records = [train_step(parts, StopRequest())[0] for _ in range(STEPS)]
+    difference = _first_difference(parts, dataset, records)
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, difference)
+    named = next((name for name in found if name is not None), None)
+    if named is not None:
+        raise UserError(
+            f"self-test: under layout {run.layout}, {named}; these processes would train another run than one process does: "
+            "use another layout, or training.self_test false to go on at your own risk"
+        )
+
+
+def _first_difference(parts: Parts, dataset: TokenDataset, records: list[dict[str, float]]) -> str | None:
+    run, layout = parts.run, parts.layout
+    initial = {name: initial_value(placement, run.model, run.training.seed) for name, placement in _all_placements(parts)}
+    expected = train_plainly(run, dataset, initial, STEPS)
+    for step, record in enumerate(records):
+        for name in ("loss", "grad_norm"):
+            ours, theirs = record[name], expected[name][step]
+            if not abs(ours - theirs) <= TOLERANCE * abs(theirs):
+                return f"{name} of step {step + 1} is {ours:.6g} instead of {theirs:.6g}"
+    weights = read_optimizer_state(parts.engine)["model"]
+    for name, placement in parts.checkpointer.placements.items():
+        theirs = placement.slice(expected["weights"][placement.name])
+        worst = float((weights[name].cpu() - theirs).abs().max() / theirs.abs().max())
+        if not worst <= TOLERANCE:
+            return f"parameter {placement.name} differs by {worst:.2g} of its largest entry on rank {layout.rank}"
+    return None
+
+
+def _all_placements(parts: Parts) -> list[tuple[str, ParameterPlacement]]:
+    """Placements of the whole model: this stage's, and those of the other stages."""
+    gathered: list[dict[str, ParameterPlacement]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, {p.name: p for p in parts.checkpointer.placements.values()})
+    return list({name: placement for stage in gathered for name, placement in stage.items()}.items())

@@ -1,0 +1,62 @@
+"""One optimizer step over all processes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from infini_train.data.streams import StreamBatch
+from infini_train.parallel.context import context_share
+from infini_train.parallel.layout import all_reduce_sum
+from infini_train.training.flops import peak_flops, training_flops_per_token
+from infini_train.training.setup import Parts
+from infini_train.training.signals import StopRequest
+
+
+def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
+    """One optimizer step.
+
+    Returns:
+        The step's metrics, and whether any process was asked to stop.
+    """
+    run, layout, state = parts.run, parts.layout, parts.state
+    started = time.perf_counter()
+    batches = [_next(parts) for _ in range(run.micro_batches_per_step)]
+
+    # Each token is counted once: by the first stage's first tensor rank.
+    counts_here = layout.is_first_stage and layout.tp_rank == 0
+    valid = float(sum(batch.num_valid for batch in batches)) if counts_here else 0.0
+    total_valid, signals = all_reduce_sum([valid, float(stop.signal_number is not None)])
+
+    # DeepSpeed averages over data and context parallelism; the loss is a mean over the global batch's tokens.
+    loss_scale = layout.dp_size * layout.cp_size / total_valid
+    loss_sum, state.memory = parts.pipeline.train_step(batches, state.memory, loss_scale)
+    grad_norm = parts.engine.step(state.step)
+    loss = all_reduce_sum([loss_sum if layout.tp_rank == 0 else 0.0])[0] / total_valid
+
+    state.step += 1
+    state.tokens += int(total_valid)
+    seconds = time.perf_counter() - started
+    rates = parts.engine.learning_rates()
+    record: dict[str, Any] = {
+        "step": state.step,
+        "tokens": state.tokens,
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "lr": rates["matrices"],
+        **({"gate_lr": rates["gates"]} if "gates" in rates else {}),
+        "padding": 1.0 - total_valid / run.tokens_per_step,
+        "step_seconds": seconds,
+        "tokens_per_second": total_valid / seconds,
+    }
+    peak = peak_flops()
+    if peak is not None:
+        flops = training_flops_per_token(run) * record["tokens_per_second"]
+        record["mfu"] = flops / (peak * layout.world_size)
+    return record, signals > 0
+
+
+def _next(parts: Parts) -> StreamBatch:
+    batch = parts.state.reader.next(parts.run.training.segments_per_micro_batch)
+    assert batch is not None, "a training stream has no end"
+    return context_share(batch, parts.layout)

@@ -1,0 +1,27 @@
+"""The operation with its segments spread over processes: results, every gradient, and what it sends."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("processes,segments", [(2, 2), (2, 6), (4, 8)])
+def test_equals_one_process(rule, processes, segments, pool):
+    """With resets, padding inside the row and an incoming memory, whose gradient is the sum over the processes."""
+    for result in pool(processes).run("tests.distributed.jobs", "context_parallel_operation", rule, 5, segments):
+        for name, difference in result["differences"].items():
+            assert difference < 1e-9, f"{name} differs by {difference}"
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_bytes_do_not_depend_on_the_segments(rule, pool):
+    """Per layer: z and its factor, and for every head D x Dv values of M with their factor (linear) or D x D (delta)."""
+    counts = {
+        result["bytes"]
+        for size, segments in ((4, 4), (32, 4), (8, 16))
+        for result in pool(2).run("tests.distributed.jobs", "context_parallel_operation", rule, size, segments)
+    }
+    B, G, D, Dv, double = 2, 2, 6, 5, 8
+    factor = 1 if rule == "linear" else D
+    assert counts == {B * G * (2 * D + D * (factor + Dv)) * double}

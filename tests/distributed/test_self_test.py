@@ -1,0 +1,42 @@
+"""The self-test passes where a layout is exact, and stops a run where it is not, with the name of what differs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.distributed.cases import Case
+
+CASES = [
+    Case(tp=2, sequence_parallel=True, window=(1, 4)),
+    Case(pp=2, window=(1, 4), recompute="stage"),
+    Case(cp=2, rule="delta"),
+    Case(dp=2, zero=3, window=(1, 4)),
+    Case(tp=2, pp=2, zero=0, window=(1, 4)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_exact_layouts_pass(case, pool, run_config):
+    assert (
+        pool(case.processes).run("tests.distributed.jobs", "run_self_test", case.apply(run_config)) == [None] * case.processes
+    )
+
+
+@pytest.mark.parametrize("attention", ["local", "full"])
+def test_the_rivals_pass(attention, pool, run_config):
+    run = Case(pp=2).apply(replace(run_config, model=replace(run_config.model, attention=attention)))
+    assert pool(2).run("tests.distributed.jobs", "run_self_test", run) == [None, None]
+
+
+@pytest.mark.parametrize(
+    "fault,words",
+    [("drop_norm_gradients", "grad_norm of step"), ("skip_a_weight", "parameter decoder.layers.1.mlp.linear_fc2.weight")],
+)
+def test_a_wrong_layout_is_named(fault, words, pool, run_config):
+    """Sequence-parallel norms whose gradients are not summed; a weight that one stage forgets to update."""
+    case = Case(tp=2, sequence_parallel=True, window=(1, 4)) if fault == "drop_norm_gradients" else Case(pp=2, window=(1, 4))
+    for message in pool(2).run("tests.distributed.jobs", "run_self_test", case.apply(run_config), fault):
+        assert message is not None
+        assert words in message and "self-test" in message
