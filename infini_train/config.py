@@ -12,7 +12,7 @@ import yaml
 from infini_train.errors import UserError
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ModelConfig:
     """The transformer and its attention."""
 
@@ -52,7 +52,7 @@ class ModelConfig:
     """Share input embedding and output matrix; needs pipeline_parallel_size 1."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DataConfig:
     """Where the text comes from and how it becomes shards."""
 
@@ -75,7 +75,7 @@ class DataConfig:
     """Stop reading the source after this many megabytes of text; null reads all of it."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LayoutConfig:
     """How the run is spread over processes; the data-parallel size is what remains of the process count."""
 
@@ -90,13 +90,16 @@ class LayoutConfig:
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 0 to 3 with one pipeline stage, 0 to 2 with more."""
 
+    offload_optimizer: bool = False
+    """Keep master weights and Adam moments in host memory and step there; ZeRO 1 to 3, float32, one pipeline stage."""
+
     @property
     def model_processes(self) -> int:
         """Processes that work on the same rows."""
         return self.tensor_parallel_size * self.context_parallel_size * self.pipeline_parallel_size
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainingConfig:
     """The size of a step, and how many."""
 
@@ -125,7 +128,7 @@ class TrainingConfig:
     """Type of weights and activations; memory, master weights and optimizer states are float32 always."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OptimizerConfig:
     """AdamW and its schedule."""
 
@@ -155,7 +158,7 @@ class OptimizerConfig:
     """Gradients are scaled down to this global L2 norm; 0 turns clipping off."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EvaluationConfig:
     """Held-out perplexity, during training and by the `evaluate` command."""
 
@@ -166,7 +169,7 @@ class EvaluationConfig:
     the evaluate command reads all of them."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CheckpointConfig:
     """Saving."""
 
@@ -176,7 +179,7 @@ class CheckpointConfig:
     """Newest checkpoints to keep; at least 2, so that one damaged checkpoint loses nothing."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LoggingConfig:
     """What a run says."""
 
@@ -188,7 +191,7 @@ class LoggingConfig:
     """Weights & Biases project."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RunConfig:
     """One run."""
 
@@ -309,6 +312,11 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
         raise UserError(
             f"layout.zero_stage is 3 with pipeline_parallel_size {pp}: stage 3 gathers weights in an order that a pipeline "
             "breaks, and hangs; use zero_stage 2 or 1"
+        )
+    if layout.offload_optimizer and (layout.zero_stage == 0 or pp > 1 or config.training.precision != "float32"):
+        raise UserError(
+            f"layout.offload_optimizer is true with zero_stage {layout.zero_stage}, pipeline_parallel_size {pp} and precision "
+            f"{config.training.precision}; it is verified for ZeRO 1 to 3 in float32 with one pipeline stage: set it to false"
         )
     if config.training.precision == "bfloat16" and layout.zero_stage != 1:
         raise UserError(

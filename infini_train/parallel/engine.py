@@ -55,13 +55,18 @@ def parameter_groups(module: nn.Module, optimizer: OptimizerConfig) -> list[dict
 def deepspeed_config(run: RunConfig, rows_per_process: int) -> dict[str, Any]:
     """DeepSpeed's configuration for a run."""
     bfloat16 = run.training.precision == "bfloat16"
+    zero: dict[str, Any] = {"stage": run.layout.zero_stage, "overlap_comm": False}
+    if run.layout.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": platform.has_cuda()}
     return {
         "train_micro_batch_size_per_gpu": rows_per_process,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": run.optimizer.clip_grad_norm,
-        "zero_optimization": {"stage": run.layout.zero_stage, "overlap_comm": False},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # Offload would otherwise insist on an Adam that is compiled at the first start; torch's steps on the host as well.
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bfloat16, "immediate_grad_update": bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
@@ -119,7 +124,7 @@ class Engine:
             lr=run.optimizer.learning_rate,
             betas=(run.optimizer.beta1, run.optimizer.beta2),
             eps=run.optimizer.eps,
-            fused=platform.has_cuda() or None,
+            fused=(platform.has_cuda() and not run.layout.offload_optimizer) or None,
         )
         if run.layout.sequence_parallel:
             _sum_gradients_over_tensor_group(module)

@@ -69,15 +69,9 @@ def initialize_process_group() -> None:
 
 
 def initialize_layout(run: RunConfig) -> Layout:
-    """Make Megatron-core's groups for the run's layout, replacing earlier ones."""
+    """Make Megatron-core's groups for the run's layout the current ones."""
     initialize_process_group()
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=run.layout.tensor_parallel_size,
-        context_parallel_size=run.layout.context_parallel_size,
-        pipeline_model_parallel_size=run.layout.pipeline_parallel_size,
-        create_gloo_process_groups=False,
-    )
+    _make_or_recall_groups(run.layout.tensor_parallel_size, run.layout.context_parallel_size, run.layout.pipeline_parallel_size)
     if platform.has_cuda():
         # Megatron-core forks this generator around sequence-parallel regions, although nothing here draws from it.
         model_parallel_cuda_manual_seed(run.training.seed)
@@ -95,8 +89,35 @@ def initialize_layout(run: RunConfig) -> Layout:
     )
 
 
+_known_groups: dict[tuple[int, int, int], dict[str, Any]] = {}
+"""Megatron-core's global groups by (tp, cp, pp)."""
+
+
+def _make_or_recall_groups(tp: int, cp: int, pp: int) -> None:
+    """Make a layout's groups once in the life of a process.
+
+    Each group holds threads (gloo) or communicators (NCCL). Megatron-core forgets them without closing them, and DeepSpeed's
+    engines, which are never freed, refer to them; gloo's threads spin where one side is closed and the other is not. So groups
+    are kept, and a layout that comes again (the self-test's and the run's) gets the same ones.
+    """
+    if (tp, cp, pp) in _known_groups:
+        vars(parallel_state).update(_known_groups[tp, cp, pp])
+        return
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        context_parallel_size=cp,
+        pipeline_model_parallel_size=pp,
+        create_gloo_process_groups=False,
+    )
+    _known_groups[tp, cp, pp] = {
+        name: value for name, value in vars(parallel_state).items() if name.startswith("_") and name == name.upper()
+    }
+
+
 def destroy_process_groups() -> None:
     """Leave every group; safe to call twice."""
+    _known_groups.clear()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -8,6 +8,7 @@ can deadlock; sends are asynchronous and receives are posted when their value is
 from __future__ import annotations
 
 from collections import deque
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class StageTransport:
         stage = members.index(dist.get_rank())
         self._previous = members[stage - 1] if stage > 0 else None
         self._next = members[stage + 1] if stage + 1 < len(members) else None
-        self._forward_group, self._backward_group = _direction_groups()
+        self._forward_group, self._backward_group = _direction_groups(tuple(members))
 
     def receive_forward(self) -> Tensor | None:
         """Hidden states [T, B, hidden] from the stage before; None on the first stage."""
@@ -75,16 +76,16 @@ class StageTransport:
         self._pending.append((dist.isend(payload, dst=peer, group=group), payload))
 
 
-def _direction_groups() -> tuple[Any, Any]:
-    """This pipeline's two groups. Every process makes every pipeline's groups, as torch.distributed requires."""
-    mine = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-    if len(mine) == 1:
+@cache
+def _direction_groups(pipeline: tuple[int, ...]) -> tuple[Any, Any]:
+    """This pipeline's two groups, made once. Every process makes every pipeline's groups, as torch.distributed requires."""
+    if len(pipeline) == 1:
         return None, None
     pipelines: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(pipelines, tuple(mine))
+    dist.all_gather_object(pipelines, pipeline)
     chosen: tuple[Any, Any] = (None, None)
     for ranks in sorted(set(pipelines)):
         groups = dist.new_group(list(ranks)), dist.new_group(list(ranks))
-        if list(ranks) == mine:
+        if ranks == pipeline:
             chosen = groups
     return chosen

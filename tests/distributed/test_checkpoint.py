@@ -138,7 +138,8 @@ def test_state_is_the_same_in_another_layout(saved, loaded, pool, run_config, tm
 
     def in_layout(layout: tuple[int, int, int, int]) -> RunConfig:
         tp, pp, _, zero = layout
-        return replace(run_config, run_dir=str(tmp_path / "run"), layout=LayoutConfig(tp, pp, zero))
+        sizes = LayoutConfig(tensor_parallel_size=tp, pipeline_parallel_size=pp, zero_stage=zero)
+        return replace(run_config, run_dir=str(tmp_path / "run"), layout=sizes)
 
     tp, pp, dp, _ = saved
     before = pool(tp * pp * dp).run("tests.distributed.jobs", "save_after", in_layout(saved), 3, 2)

@@ -153,3 +153,11 @@ def test_flop_formula_counts_the_models_own_matrices(pool, run_config):
     embedding = matrices.pop("embedding.word_embeddings.weight")
     assert embedding == run_config.data.vocab_size * run_config.model.hidden_size
     assert linear_parameters(run_config) == sum(matrices.values())
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_offloaded_optimizer(zero, pool, reference, run_config):
+    case = Case(dp=2, zero=zero)
+    run = case.apply(run_config)
+    run = replace(run, layout=replace(run.layout, offload_optimizer=True))
+    assert_same_run(pool(2).run("tests.distributed.jobs", "train", run, STEPS), reference(case.reference()))

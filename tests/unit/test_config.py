@@ -44,6 +44,7 @@ def test_the_defaults_are_valid():
         ("layout", {"pipeline_parallel_size": 5}, 5, "model.num_layers is 12, which layout.pipeline_parallel_size = 5"),
         ("layout", {"pipeline_parallel_size": 4}, 6, "start a multiple of 4"),
         ("layout", {"pipeline_parallel_size": 2, "zero_stage": 3}, 2, "use zero_stage 2 or 1"),
+        ("layout", {"offload_optimizer": True, "zero_stage": 0}, 1, "layout.offload_optimizer is true with zero_stage 0"),
         ("layout", {"sequence_parallel": True}, 1, "layout.sequence_parallel is true with tensor_parallel_size 1"),
         ("layout", {"context_parallel_size": 2}, 2, "training.segments_per_micro_batch is 1"),
         ("layout", {"zero_stage": 4}, 1, "layout.zero_stage is 4"),

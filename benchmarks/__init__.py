@@ -1,0 +1,1 @@
+"""What measures speed and memory; records with device, versions and commit stand in results/."""

@@ -1,0 +1,75 @@
+"""One measurement in a process of its own, so that its peak memory is its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infini_train.config import DataConfig, LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from infini_train.data.dataset import TokenDataset
+
+
+class OneDocument(TokenDataset):
+    """A stream that is one document of random tokens, made as it is read."""
+
+    def __init__(self, vocab_size: int, tokens: int) -> None:
+        self.path, self.split = Path("random"), "train"
+        self.vocab_size = vocab_size
+        self.tokenizer_fingerprint = "random"
+        self.document_lengths = np.array([tokens + 1], dtype=np.int64)
+
+    def read(self, document: int, start: int, count: int) -> np.ndarray:
+        return np.random.default_rng(start).integers(0, self.vocab_size, count)
+
+    def close(self) -> None:
+        pass
+
+
+def single_stream_run(model: ModelConfig, training: TrainingConfig) -> RunConfig:
+    """One row in one process, float32, without clipping's or warm-up's influence on what is measured."""
+    return RunConfig(
+        model=model,
+        data=DataConfig(vocab_size=256),
+        layout=LayoutConfig(zero_stage=0),
+        training=training,
+        optimizer=OptimizerConfig(warmup_steps=0),
+    )
+
+
+def peak_megabytes() -> float:
+    """Largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def current_megabytes() -> float:
+    """Resident size of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def in_own_process(module: str, **arguments: Any) -> dict[str, Any]:
+    """Call `module.one(**arguments)` in a fresh interpreter with one thread; its result as JSON."""
+    code = f"import json, sys; from {module} import one; print('RESULT', json.dumps(one(**json.loads(sys.argv[1]))))"
+    # A fixed threshold keeps glibc from growing its own, after which freed tensors would stay in the process.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(arguments)], capture_output=True, text=True, env=environment, check=False
+    )
+    if result.returncode:
+        raise RuntimeError(result.stderr[-2000:])
+    return json.loads(result.stdout.split("RESULT ", 1)[1])
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

@@ -1,0 +1,76 @@
+"""The pipeline's bubble with a fixed sleep in place of each stage's work, against (P - 1) / (N + P - 1)."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+from infini_train.config import LayoutConfig, RunConfig
+from infini_train.parallel.schedule import segment_schedule
+
+FORWARD, BACKWARD = 0.02, 0.04
+CASES = ((2, 8, 4), (2, 32, 8), (4, 8, 4), (4, 32, 8), (4, 32, 32))
+
+
+def stage(rank: int, stages: int, micro_batches: int, window: int, port: int, results: Any) -> None:
+    """One stage: the schedule and the transport of training, asleep instead of at work."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(stages), MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    from infini_train import platform
+
+    platform.install()
+    from infini_train.parallel.layout import initialize_layout
+    from infini_train.parallel.transport import StageTransport
+
+    torch.set_num_threads(1)
+    initialize_layout(RunConfig(layout=LayoutConfig(pipeline_parallel_size=stages)))
+    transport = StageTransport((64, 1, 64), torch.float32, torch.device("cpu"))
+    hidden = torch.zeros(64, 1, 64)
+    operations = segment_schedule(stages, rank, micro_batches, window)
+    seconds = 0.0
+    for _ in range(2):  # the first round opens connections
+        torch.distributed.barrier()
+        started = time.perf_counter()
+        for operation in operations:
+            if operation.kind == "forward":
+                transport.receive_forward()
+                time.sleep(FORWARD)
+                transport.send_forward(hidden)
+            else:
+                transport.receive_backward()
+                time.sleep(BACKWARD)
+                transport.send_backward(hidden)
+        transport.wait_sends()
+        torch.distributed.barrier()
+        seconds = time.perf_counter() - started
+    if rank == 0:
+        results.put(seconds)
+
+
+def measure() -> tuple[list[dict[str, Any]], list[str]]:
+    """Bubble: the share of the step in which a stage does nothing."""
+    rows = []
+    context = multiprocessing.get_context("spawn")
+    for number, (stages, micro_batches, window) in enumerate(CASES):
+        results = context.SimpleQueue()
+        port = 29600 + os.getpid() % 1000 + number
+        multiprocessing.spawn(stage, args=(stages, micro_batches, window, port, results), nprocs=stages)
+        seconds = results.get()
+        bubble = 1 - micro_batches * (FORWARD + BACKWARD) / seconds
+        formula = (stages - 1) / (micro_batches + stages - 1)
+        rows.append(
+            {
+                "stages": stages,
+                "micro-batches": micro_batches,
+                "window": window,
+                "bubble": bubble,
+                "formula": formula,
+                "difference": bubble - formula,
+            }
+        )
+    worst = max(abs(row["difference"]) for row in rows)
+    return rows, [f"largest difference from the formula: {100 * worst:.2f} points"]
