@@ -59,7 +59,7 @@ def in_own_process(module: str, **arguments: Any) -> dict[str, Any]:
     """Call `module.one(**arguments)` in a fresh interpreter with one thread; its result as JSON."""
     code = f"import json, sys; from {module} import one; print('RESULT', json.dumps(one(**json.loads(sys.argv[1]))))"
     # A fixed threshold keeps glibc from growing its own, after which freed tensors would stay in the process.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
     result = subprocess.run(
         [sys.executable, "-c", code, json.dumps(arguments)], capture_output=True, text=True, env=environment, check=False
     )

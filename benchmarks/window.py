@@ -14,9 +14,9 @@ MODEL = ModelConfig(
     num_query_groups=2,
     head_dim=64,
     ffn_hidden_size=768,
-    segment_length=512,
+    segment_length=256,
 )
-WINDOWS = (2, 4, 8, 16, 32, 64)
+WINDOWS = (2, 8, 32, 64)
 
 
 def one(recompute: str, window: int) -> dict[str, Any]:
