@@ -1,4 +1,4 @@
-"""The pipeline's bubble with a fixed sleep in place of each stage's work, against (P - 1) / (N + P - 1)."""
+"""The pipeline's bubble with a fixed sleep in place of each stage's work, against (P - 1) / (v N + P - 1)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import torch.multiprocessing as multiprocessing
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.parallel.schedule import segment_schedule
 
-FORWARD, BACKWARD = 0.02, 0.04
-CASES = ((2, 8, 4), (2, 32, 8), (4, 8, 4), (4, 32, 8), (4, 32, 32))
+FORWARD, BACKWARD = 0.04, 0.08
+"""Seconds of a stage's work on a micro-batch; a chunk of it takes its share."""
+CASES = ((2, 1, 8, 4), (2, 1, 32, 8), (2, 2, 8, 4), (4, 1, 8, 4), (4, 1, 32, 8), (4, 1, 32, 32), (4, 2, 8, 4), (4, 2, 32, 8))
+"""Stages, virtual stages, micro-batches, window."""
 
 
-def stage(rank: int, stages: int, micro_batches: int, window: int, port: int, results: Any) -> None:
+def stage(rank: int, stages: int, virtual: int, micro_batches: int, window: int, port: int, results: Any) -> None:
     """One stage: the schedule and the transport of training, asleep instead of at work."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(stages), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
@@ -27,23 +29,23 @@ def stage(rank: int, stages: int, micro_batches: int, window: int, port: int, re
     from infini_train.parallel.transport import StageTransport
 
     torch.set_num_threads(1)
-    initialize_layout(RunConfig(layout=LayoutConfig(pipeline_parallel_size=stages)))
-    transport = StageTransport((64, 1, 64), torch.float32, torch.device("cpu"))
+    initialize_layout(RunConfig(layout=LayoutConfig(pipeline_parallel_size=stages, virtual_stages=virtual)))
+    transport = StageTransport((64, 1, 64), torch.float32, torch.device("cpu"), virtual)
     hidden = torch.zeros(64, 1, 64)
-    operations = segment_schedule(stages, rank, micro_batches, window)
+    operations = segment_schedule(stages, rank, micro_batches, window, virtual_stages=virtual)
     seconds = 0.0
     for _ in range(2):  # the first round opens connections
         torch.distributed.barrier()
         started = time.perf_counter()
         for operation in operations:
             if operation.kind == "forward":
-                transport.receive_forward()
-                time.sleep(FORWARD)
-                transport.send_forward(hidden)
+                transport.receive_forward(operation.chunk)
+                time.sleep(FORWARD / virtual)
+                transport.send_forward(hidden, operation.chunk)
             else:
-                transport.receive_backward()
-                time.sleep(BACKWARD)
-                transport.send_backward(hidden)
+                transport.receive_backward(operation.chunk)
+                time.sleep(BACKWARD / virtual)
+                transport.send_backward(hidden, operation.chunk)
         transport.wait_sends()
         torch.distributed.barrier()
         seconds = time.perf_counter() - started
@@ -55,16 +57,17 @@ def measure() -> tuple[list[dict[str, Any]], list[str]]:
     """Bubble: the share of the step in which a stage does nothing."""
     rows = []
     context = multiprocessing.get_context("spawn")
-    for number, (stages, micro_batches, window) in enumerate(CASES):
+    for number, (stages, virtual, micro_batches, window) in enumerate(CASES):
         results = context.SimpleQueue()
         port = 29600 + os.getpid() % 1000 + number
-        multiprocessing.spawn(stage, args=(stages, micro_batches, window, port, results), nprocs=stages)
+        multiprocessing.spawn(stage, args=(stages, virtual, micro_batches, window, port, results), nprocs=stages)
         seconds = results.get()
         bubble = 1 - micro_batches * (FORWARD + BACKWARD) / seconds
-        formula = (stages - 1) / (micro_batches + stages - 1)
+        formula = (stages - 1) / (virtual * micro_batches + stages - 1)
         rows.append(
             {
                 "stages": stages,
+                "virtual stages": virtual,
                 "micro-batches": micro_batches,
                 "window": window,
                 "bubble": bubble,

@@ -87,11 +87,18 @@ class LayoutConfig:
     """Processes that split each micro-batch's segments in contiguous runs; they exchange one memory state per layer."""
     pipeline_parallel_size: int = 1
     """Pipeline stages; each holds num_layers / pipeline_parallel_size layers."""
+    virtual_stages: int = 1
+    """Chunks of layers that each pipeline stage holds. Hidden states go round the stages that many times, which divides the
+    pipeline's idle time by as much and multiplies its transfers."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage: 0 to 3 with one pipeline stage, 0 to 2 with more."""
-
     offload_optimizer: bool = False
     """Keep master weights and Adam moments in host memory and step there; ZeRO 1 to 3, float32, one pipeline stage."""
+
+    @property
+    def num_virtual_stages(self) -> int:
+        """Chunks of layers over all pipeline stages."""
+        return self.pipeline_parallel_size * self.virtual_stages
 
     @property
     def model_processes(self) -> int:
@@ -304,7 +311,7 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
         UserError: naming the key, its value and the remedy.
     """
     layout, model = config.layout, config.model
-    _positive("layout", layout, "tensor_parallel_size context_parallel_size pipeline_parallel_size")
+    _positive("layout", layout, "tensor_parallel_size context_parallel_size pipeline_parallel_size virtual_stages")
     tp, cp, pp = layout.tensor_parallel_size, layout.context_parallel_size, layout.pipeline_parallel_size
     if layout.zero_stage not in (0, 1, 2, 3):
         raise UserError(f"layout.zero_stage is {layout.zero_stage}; ZeRO has stages 0, 1, 2 and 3")
@@ -327,7 +334,13 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
     _divides("layout.tensor_parallel_size", tp, "model.num_query_groups", model.num_query_groups)
     _divides("layout.tensor_parallel_size", tp, "model.ffn_hidden_size", model.ffn_hidden_size)
     _divides("layout.tensor_parallel_size", tp, "data.vocab_size", config.data.vocab_size)
-    _divides("layout.pipeline_parallel_size", pp, "model.num_layers", model.num_layers)
+    if layout.virtual_stages > 1 and pp == 1:
+        raise UserError(
+            f"layout.virtual_stages is {layout.virtual_stages} with pipeline_parallel_size 1, where no stage waits for "
+            "another; set it to 1"
+        )
+    stages = "layout.pipeline_parallel_size" + " × virtual_stages" * (layout.virtual_stages > 1)
+    _divides(stages, layout.num_virtual_stages, "model.num_layers", model.num_layers)
     if layout.sequence_parallel and tp == 1:
         raise UserError("layout.sequence_parallel is true with tensor_parallel_size 1; set it to false")
     if layout.sequence_parallel:

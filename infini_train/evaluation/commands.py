@@ -18,7 +18,7 @@ from infini_train.data.tokenizer import Tokenizer
 from infini_train.errors import UserError
 from infini_train.evaluation.generation import StreamingModel, sample_tokens
 from infini_train.evaluation.perplexity import HeldOutLoss, held_out_loss, position_bins, unigram_entropy
-from infini_train.model import build_model, parameter_placements
+from infini_train.model import build_stage, parameter_placements
 from infini_train.parallel.engine import InferenceEngine
 from infini_train.parallel.layout import Layout, initialize_layout
 from infini_train.parallel.pipeline import SegmentPipeline
@@ -63,8 +63,8 @@ def find_checkpoint(run: RunConfig, checkpoint: str | None) -> Path:
 def load_model(run: RunConfig, checkpoint: Path) -> Loaded:
     """Build the model in the run's layout and read its weights."""
     layout = initialize_layout(run)
-    module = build_model(run, first_stage=layout.is_first_stage, last_stage=layout.is_last_stage)
-    placements = parameter_placements(module, layout.layer_offset(run.model.num_layers))
+    module = build_stage(run, layout.pp_rank)
+    placements = parameter_placements(module, layout.layer_offsets(run.model.num_layers))
     fingerprint = TokenDataset(Path(run.data.path), "held_out").tokenizer_fingerprint
     step = Checkpointer(run, layout, placements, fingerprint).load_weights(checkpoint, module)
     return Loaded(run, layout, InferenceEngine(module), step)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from infini_train import platform
 from infini_train.config import RunConfig
 from infini_train.model.gpt import DTYPES
 from infini_train.model.micro_batch import MicroBatch
+from infini_train.model.stage import StageModel
 
 
 class StreamingModel:
@@ -22,11 +22,11 @@ class StreamingModel:
         batch_size: B, streams that run side by side.
     """
 
-    def __init__(self, module: GPTModel, run: RunConfig, batch_size: int = 1) -> None:
+    def __init__(self, module: StageModel, run: RunConfig, batch_size: int = 1) -> None:
         self.module = module
         self.device = platform.device()
         dtype = DTYPES[run.training.precision]
-        layers = {layer.layer_number: layer.self_attention.core_attention.attention for layer in module.decoder.layers}
+        layers = {layer.layer_number: layer.self_attention.core_attention.attention for layer in module.layers()}
         self.caches = {number: layer.new_cache(batch_size, dtype, self.device) for number, layer in layers.items()}
         self.position = 0
         """Tokens fed so far."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -20,6 +19,7 @@ from infini_train.model.core_attention import CoreAttention
 from infini_train.model.loss import ChunkedLossGPTModel
 from infini_train.model.norm import RMSNorm
 from infini_train.model.recompute import RecomputedLayer
+from infini_train.model.stage import StageModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -61,6 +61,7 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         tensor_model_parallel_size=layout.tensor_parallel_size,
         sequence_parallel=layout.sequence_parallel,
         pipeline_model_parallel_size=layout.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -83,27 +84,37 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
     )
 
 
-def build_model(run: RunConfig, *, first_stage: bool, last_stage: bool) -> GPTModel:
-    """The layers of this pipeline stage, on this process's device, with uninitialised weights.
+def build_stage(run: RunConfig, stage: int) -> StageModel:
+    """The layers of one device of the pipeline, on this process's device, with uninitialised weights.
 
-    Megatron-core's process groups must exist. On the first stage the model embeds tokens; on the last it returns the loss per
-    token [B, T] (float32) for given labels, or logits [B, T, V / tp].
+    Megatron-core's process groups must exist. The first chunk of the first device embeds tokens; the last chunk of the last
+    returns the loss per token [B, T] (float32) for given labels, or logits [B, T, V / tp].
+
+    Args:
+        stage: this device's number in the pipeline.
     """
+    layout = run.layout
     layer = layer_spec(run)
     config = transformer_config(run)
-    stage_layers = run.model.num_layers // run.layout.pipeline_parallel_size
-    block = TransformerBlockSubmodules(layer_specs=[layer] * stage_layers, layer_norm=RMSNorm)
-    model = ChunkedLossGPTModel(
-        config,
-        block,
-        vocab_size=run.data.vocab_size,
-        max_sequence_length=run.micro_batch_tokens,
-        pre_process=first_stage,
-        post_process=last_stage,
-        parallel_output=True,
-        share_embeddings_and_output_weights=run.model.tie_embeddings,
-        position_embedding_type="none",
-        loss_chunk_tokens=run.training.loss_chunk_tokens,
-    )
+    chunk_layers = run.model.num_layers // layout.num_virtual_stages
+    block = TransformerBlockSubmodules(layer_specs=[layer] * chunk_layers, layer_norm=RMSNorm)
+    chunks = []
+    for chunk in range(layout.virtual_stages):
+        virtual_stage = chunk * layout.pipeline_parallel_size + stage
+        chunks.append(
+            ChunkedLossGPTModel(
+                config,
+                block,
+                vocab_size=run.data.vocab_size,
+                max_sequence_length=run.micro_batch_tokens,
+                pre_process=virtual_stage == 0,
+                post_process=virtual_stage == layout.num_virtual_stages - 1,
+                parallel_output=True,
+                share_embeddings_and_output_weights=run.model.tie_embeddings,
+                position_embedding_type="none",
+                vp_stage=chunk if layout.virtual_stages > 1 else None,
+                loss_chunk_tokens=run.training.loss_chunk_tokens,
+            )
+        )
     device = torch.cuda.current_device()  # the CPU where there is no CUDA: see infini_train.platform
-    return model.to(device=device, dtype=DTYPES[run.training.precision])
+    return StageModel(chunks).to(device=device, dtype=DTYPES[run.training.precision])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from infini_train.config import ModelConfig
+from infini_train.model.stage import StageModel
 
 # Dimension that tensor parallelism splits, and into how many blocks that dimension is divided first (SwiGLU's fc1 holds gate
 # and up, each split over the tensor group).
@@ -55,15 +57,16 @@ class ParameterPlacement:
         return torch.cat(parts, dim=self.dim)
 
 
-def _global_name(name: str, layer_offset: int) -> str:
-    return re.sub(r"\blayers\.(\d+)\.", lambda match: f"layers.{int(match[1]) + layer_offset}.", name)
+def _global_name(name: str, layer_offsets: Sequence[int]) -> str:
+    _, chunk, name = name.split(".", 2)
+    return re.sub(r"\blayers\.(\d+)\.", lambda match: f"layers.{int(match[1]) + layer_offsets[int(chunk)]}.", name)
 
 
-def parameter_placements(module: nn.Module, layer_offset: int) -> dict[str, ParameterPlacement]:
+def parameter_placements(module: StageModel, layer_offsets: Sequence[int]) -> dict[str, ParameterPlacement]:
     """Placement of every parameter, by its name in `module`.
 
     Args:
-        layer_offset: layers on the pipeline stages before this one.
+        layer_offsets: for each chunk of the module, the number of layers before it in the whole model.
 
     Raises:
         KeyError: a parameter whose split is not declared here.
@@ -79,7 +82,7 @@ def parameter_placements(module: nn.Module, layer_offset: int) -> dict[str, Para
         dim, blocks = split if split is not None else (None, 1)
         if dim is not None:
             shape[dim] *= size
-        placements[name] = ParameterPlacement(_global_name(name, layer_offset), tuple(shape), dim, blocks, rank, size)
+        placements[name] = ParameterPlacement(_global_name(name, layer_offsets), tuple(shape), dim, blocks, rank, size)
     return placements
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import deepspeed
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from infini_train import platform
 from infini_train.config import OptimizerConfig, RunConfig
+from infini_train.model.stage import StageModel
 from infini_train.parallel.layout import ModelParallelUnit
 from infini_train.parallel.learning_rate import learning_rate_factor
 
@@ -116,7 +116,7 @@ class Engine:
         module: the stage's layers, initialised.
     """
 
-    def __init__(self, module: GPTModel, run: RunConfig, rows_per_process: int) -> None:
+    def __init__(self, module: StageModel, run: RunConfig, rows_per_process: int) -> None:
         self.run = run
         self.module = module
         self.adamw = torch.optim.AdamW(
@@ -178,7 +178,8 @@ class Engine:
             if parameter.grad is None:
                 continue
             gradients.append(parameter.grad)
-            if parameter.tensor_model_parallel or parallel_state.get_tensor_model_parallel_rank() == 0:
+            split = parameter.tensor_model_parallel  # type: ignore[attr-defined]
+            if split or parallel_state.get_tensor_model_parallel_rank() == 0:
                 squares.append(parameter.grad.float().square().sum())
         total = torch.stack(squares).sum() if squares else torch.zeros((), device=platform.device())
         torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
@@ -193,7 +194,7 @@ class Engine:
 class InferenceEngine:
     """The model of this stage without an optimizer: what evaluation and generation run."""
 
-    def __init__(self, module: GPTModel) -> None:
+    def __init__(self, module: StageModel) -> None:
         self.module = module.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -29,6 +29,7 @@ class Layout:
     cp_rank: int
     pp_size: int
     pp_rank: int
+    virtual_stages: int
     dp_size: int
     dp_rank: int
 
@@ -50,9 +51,15 @@ class Layout:
         share = total_rows // self.dp_size
         return range(self.dp_rank * share, (self.dp_rank + 1) * share)
 
-    def layer_offset(self, num_layers: int) -> int:
-        """Layers on the stages before this one."""
-        return self.pp_rank * (num_layers // self.pp_size)
+    def layers(self, num_layers: int) -> list[range]:
+        """Layers of the model, counted from 0, in each of this stage's chunks."""
+        share = num_layers // (self.pp_size * self.virtual_stages)
+        starts = [(chunk * self.pp_size + self.pp_rank) * share for chunk in range(self.virtual_stages)]
+        return [range(start, start + share) for start in starts]
+
+    def layer_offsets(self, num_layers: int) -> list[int]:
+        """For each of this stage's chunks, the number of layers before it."""
+        return [layers.start for layers in self.layers(num_layers)]
 
 
 def initialize_process_group() -> None:
@@ -84,6 +91,7 @@ def initialize_layout(run: RunConfig) -> Layout:
         cp_rank=parallel_state.get_context_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        virtual_stages=run.layout.virtual_stages,
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
     )

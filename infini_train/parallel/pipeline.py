@@ -20,7 +20,7 @@ from infini_train.model.gpt import DTYPES
 from infini_train.model.micro_batch import Memory, MicroBatch
 from infini_train.parallel.engine import Engine, InferenceEngine
 from infini_train.parallel.layout import Layout
-from infini_train.parallel.schedule import segment_schedule
+from infini_train.parallel.schedule import Operation, segment_schedule
 from infini_train.parallel.transport import StageTransport
 
 
@@ -32,7 +32,7 @@ class _Live:
     hidden_in: Tensor | None
     memory_in: Memory
     output: Tensor | None = None
-    """Hidden states [T, B, h], or the scaled loss (a scalar) on the last stage; None if the backward computes it again."""
+    """Hidden states [T, B, h], or the scaled loss (a scalar) of the last chunk; None if the backward computes it again."""
     memory_out: Memory | None = None
 
 
@@ -55,7 +55,12 @@ class SegmentPipeline:
             tokens //= layout.tp_size
         shape = (tokens, rows, run.model.hidden_size)
         self.context_group = parallel_state.get_context_parallel_group() if layout.cp_size > 1 else None
-        self.transport = StageTransport(shape, DTYPES[run.training.precision], self.device)
+        self.transport = StageTransport(shape, DTYPES[run.training.precision], self.device, layout.virtual_stages)
+        self.last_chunk = layout.virtual_stages - 1 if layout.is_last_stage else None
+        """The chunk whose output is the loss, if this stage has it."""
+        self.chunk_layers = [
+            {layer.layer_number for layer in engine.module.layers(chunk)} for chunk in range(layout.virtual_stages)
+        ]
 
     def train_step(self, batches: Sequence[StreamBatch], memory: Memory, loss_scale: float) -> tuple[float, Memory]:
         """Forward and backward of all micro-batches of a step; gradients stay in the engine.
@@ -71,32 +76,38 @@ class SegmentPipeline:
         """
         window = self.run.training.micro_batches_per_window
         recompute = self.run.training.recompute == "stage"
-        live: dict[int, _Live] = {}
-        memory_gradients: dict[int, dict[int, LayerMemory]] = {}
+        memory = dict(memory)
+        live: dict[tuple[int, int], _Live] = {}
+        memory_gradients: dict[tuple[int, int], dict[int, LayerMemory]] = {}
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for operation in segment_schedule(self.layout.pp_size, self.layout.pp_rank, len(batches), window):
-            index = operation.micro_batch
+        for operation in self._schedule(len(batches), window):
+            index, chunk = operation.micro_batch, operation.chunk
+            is_last = chunk == self.last_chunk
             if operation.kind == "forward":
-                entering = _entering(memory, window_start=index % window == 0)
-                hidden = self.transport.receive_forward()
+                entering = _entering(self._of_chunk(memory, chunk), window_start=index % window == 0)
+                hidden = self.transport.receive_forward(chunk)
                 if hidden is not None:
                     hidden.requires_grad_()
-                current = live[index] = _Live(batches[index], hidden, entering)
+                current = live[chunk, index] = _Live(batches[index], hidden, entering)
                 with torch.set_grad_enabled(not recompute):
-                    output, memory, loss = self._forward(batches[index], hidden, entering)
+                    output, leaving, loss = self._forward(batches[index], chunk, hidden, entering)
+                memory.update(leaving)
                 loss_sum += loss.detach().double()
-                if not self.layout.is_last_stage:
-                    self.transport.send_forward(output)
+                self.transport.send_forward(output, chunk)
                 if not recompute:
-                    current.output = loss * loss_scale if self.layout.is_last_stage else output
-                    current.memory_out = memory
+                    current.output = loss * loss_scale if is_last else output
+                    current.memory_out = leaving
             else:
-                current = live.pop(index)
-                gradient = self.transport.receive_backward()
+                current = live.pop((chunk, index))
+                gradient = self.transport.receive_backward(chunk)
                 if recompute:
-                    output, current.memory_out, loss = self._forward(current.batch, current.hidden_in, current.memory_in)
-                    current.output = loss * loss_scale if self.layout.is_last_stage else output
-                memory_gradients[index - 1] = self._backward(current, gradient, memory_gradients.pop(index, {}))
+                    output, current.memory_out, loss = self._forward(current.batch, chunk, current.hidden_in, current.memory_in)
+                    current.output = loss * loss_scale if is_last else output
+                entered = self._backward(current, gradient, memory_gradients.pop((chunk, index), {}))
+                memory_gradients[chunk, index - 1] = entered
+                if current.hidden_in is not None:
+                    assert current.hidden_in.grad is not None
+                    self.transport.send_backward(current.hidden_in.grad, chunk)
         self.transport.wait_sends()
         return float(loss_sum), detach_memory(memory)
 
@@ -113,39 +124,53 @@ class SegmentPipeline:
 
         Args:
             memory: memory that enters the first micro-batch.
-            on_losses: called on the last stage with each micro-batch and its token losses [B, T] (nats).
+            on_losses: called where the loss is, with each micro-batch and its token losses [B, T] (nats).
             empty_memory: reset the memory at every segment, to see what it is worth.
 
         Returns:
             The memory that leaves.
         """
-        for batch in batches:
-            output, memory, _ = self._forward(batch, self.transport.receive_forward(), memory, empty_memory=empty_memory)
-            if self.layout.is_last_stage:
+        memory = dict(memory)
+        for operation in self._schedule(len(batches), window=1):
+            if operation.kind == "backward":
+                continue
+            batch, chunk = batches[operation.micro_batch], operation.chunk
+            output, leaving, _ = self._forward(
+                batch, chunk, self.transport.receive_forward(chunk), self._of_chunk(memory, chunk), empty_memory=empty_memory
+            )
+            memory.update(leaving)
+            if chunk == self.last_chunk:
                 on_losses(batch, output)
             else:
-                self.transport.send_forward(output)
+                self.transport.send_forward(output, chunk)
         self.transport.wait_sends()
         return memory
 
+    def _schedule(self, num_micro_batches: int, window: int) -> list[Operation]:
+        layout = self.layout
+        return segment_schedule(layout.pp_size, layout.pp_rank, num_micro_batches, window, virtual_stages=layout.virtual_stages)
+
+    def _of_chunk(self, memory: Memory, chunk: int) -> Memory:
+        return {layer: state for layer, state in memory.items() if layer in self.chunk_layers[chunk]}
+
     def _forward(
-        self, batch: StreamBatch, hidden: Tensor | None, memory: Memory, *, empty_memory: bool = False
+        self, batch: StreamBatch, chunk: int, hidden: Tensor | None, memory: Memory, *, empty_memory: bool = False
     ) -> tuple[Tensor, Memory, Tensor]:
-        """Output of the stage (token losses [B, T] on the last), memory that leaves, and the summed loss of valid tokens."""
+        """Output of a chunk (token losses [B, T] of the last), memory that leaves, and the summed loss of valid tokens."""
+        is_last = chunk == self.last_chunk
         reset = torch.ones_like(batch.reset) if empty_memory else batch.reset
         # Lengths and resets stay on the host: the attention decides there what it can leave out.
         micro_batch = MicroBatch(reset=reset, lengths=batch.lengths, memory_in=dict(memory), cp_group=self.context_group)
-        if hidden is not None:
-            self.engine.module.set_input_tensor(hidden)
-        labels = batch.targets.to(self.device) if self.layout.is_last_stage else None
         output = self.engine.forward(
+            chunk=chunk,
+            hidden=hidden,
             input_ids=batch.tokens.to(self.device),
             position_ids=None,
             attention_mask=None,
-            labels=labels,
+            labels=batch.targets.to(self.device) if is_last else None,
             packed_seq_params=micro_batch,
         )
-        if not self.layout.is_last_stage:
+        if not is_last:
             return output, micro_batch.memory_out, output.new_zeros(())
         loss = (output.float() * batch.loss_mask.to(self.device)).sum()
         return output, micro_batch.memory_out, loss
@@ -162,9 +187,6 @@ class SegmentPipeline:
             gradients += [leaving.M, leaving.z]
         assert isinstance(self.engine, Engine), "an inference engine has no backward"
         self.engine.backward(outputs, gradients)
-        if live.hidden_in is not None:
-            assert live.hidden_in.grad is not None
-            self.transport.send_backward(live.hidden_in.grad)
         return {
             layer: LayerMemory(*(torch.zeros_like(part) if part.grad is None else part.grad for part in (state.M, state.z)))
             for layer, state in live.memory_in.items()

@@ -1,15 +1,17 @@
 """Moves hidden states and their gradients between neighbouring pipeline stages.
 
-Hidden states and gradients travel over two groups of their own. Each direction is then a chain without a cycle, in which both
-ends of a link post their transfers in the schedule's order, so neither NCCL's per-communicator ordering nor gloo's matching
-can deadlock; sends are asynchronous and receives are posted when their value is needed.
+Hidden states and gradients travel over groups of their own, and so does what goes from the last stage round to the first
+(virtual stages). In each group all transfers then go one way along a chain without a cycle, and both ends of a link post them
+in the schedule's order, so neither NCCL's per-communicator ordering nor gloo's matching can deadlock. Sends are asynchronous
+and receives are posted when their value is needed.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,39 +19,66 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class _Link:
+    """A neighbour, with the groups over which hidden states and gradients travel."""
+
+    peer: int
+    forward_group: Any
+    backward_group: Any
+
+
 class StageTransport:
-    """Point-to-point links of one stage to the stage before and the stage after.
+    """Point-to-point links of one stage to the stages before and after each of its chunks.
 
     Args:
         hidden_shape: [T, B, hidden], the same for every micro-batch.
         dtype: type of hidden states.
         device: where they live.
+        virtual_stages: chunks of layers of each stage.
     """
 
-    def __init__(self, hidden_shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, hidden_shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, virtual_stages: int = 1
+    ) -> None:
         self.hidden_shape, self.dtype, self.device = hidden_shape, dtype, device
         self._pending: deque[tuple[Any, Tensor]] = deque()
-        members = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-        stage = members.index(dist.get_rank())
-        self._previous = members[stage - 1] if stage > 0 else None
-        self._next = members[stage + 1] if stage + 1 < len(members) else None
-        self._forward_group, self._backward_group = _direction_groups(tuple(members))
+        members = tuple(dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group()))
+        stage, last = members.index(dist.get_rank()), len(members) - 1
+        previous = following = around = None
+        if last > 0:
+            groups = _group(members, "forward"), _group(members, "backward")
+            previous = _Link(members[stage - 1], *groups) if stage > 0 else None
+            following = _Link(members[stage + 1], *groups) if stage < last else None
+        if last > 0 and virtual_stages > 1:
+            ends = members[0], members[last]
+            groups = _group(ends, "forward around"), _group(ends, "backward around")
+            around = _Link(ends[0] if stage == last else ends[1], *groups)
+        # By chunk. The first stage's first chunk has nothing before it, the last stage's last nothing after it.
+        self._before = [previous or (around if chunk > 0 else None) for chunk in range(virtual_stages)]
+        self._after = [following or (around if chunk + 1 < virtual_stages else None) for chunk in range(virtual_stages)]
 
-    def receive_forward(self) -> Tensor | None:
-        """Hidden states [T, B, hidden] from the stage before; None on the first stage."""
-        return self._receive(self._previous, self._forward_group)
+    def receive_forward(self, chunk: int = 0) -> Tensor | None:
+        """Hidden states [T, B, hidden] from before this chunk; None for the model's first."""
+        link = self._before[chunk]
+        return None if link is None else self._receive(link.peer, link.forward_group)
 
-    def send_forward(self, hidden: Tensor) -> None:
-        """Hidden states to the stage after; nothing on the last stage."""
-        self._send(hidden, self._next, self._forward_group)
+    def send_forward(self, hidden: Tensor, chunk: int = 0) -> None:
+        """Hidden states to what comes after this chunk; nothing for the model's last."""
+        link = self._after[chunk]
+        if link is not None:
+            self._send(hidden, link.peer, link.forward_group)
 
-    def receive_backward(self) -> Tensor | None:
-        """Gradient of the hidden states that left; None on the last stage."""
-        return self._receive(self._next, self._backward_group)
+    def receive_backward(self, chunk: int = 0) -> Tensor | None:
+        """Gradient of the hidden states that left this chunk; None for the model's last."""
+        link = self._after[chunk]
+        return None if link is None else self._receive(link.peer, link.backward_group)
 
-    def send_backward(self, gradient: Tensor) -> None:
-        """Gradient of the hidden states that entered; nothing on the first stage."""
-        self._send(gradient, self._previous, self._backward_group)
+    def send_backward(self, gradient: Tensor, chunk: int = 0) -> None:
+        """Gradient of the hidden states that entered this chunk; nothing for the model's first."""
+        link = self._before[chunk]
+        if link is not None:
+            self._send(gradient, link.peer, link.backward_group)
 
     def wait_sends(self) -> None:
         """Return when everything sent has left, so that buffers may be freed."""
@@ -57,18 +86,14 @@ class StageTransport:
             work, _ = self._pending.popleft()
             work.wait()
 
-    def _receive(self, peer: int | None, group: Any) -> Tensor | None:
-        if peer is None:
-            return None
+    def _receive(self, peer: int, group: Any) -> Tensor:
         buffer = torch.empty(self.hidden_shape, dtype=self.dtype, device=self.device)
         work = dist.irecv(buffer, src=peer, group=group)
         assert work is not None
         work.wait()
         return buffer
 
-    def _send(self, tensor: Tensor, peer: int | None, group: Any) -> None:
-        if peer is None:
-            return
+    def _send(self, tensor: Tensor, peer: int, group: Any) -> None:
         while self._pending and self._pending[0][0].is_completed():
             self._pending.popleft()
         payload = tensor.detach().contiguous()
@@ -77,15 +102,14 @@ class StageTransport:
 
 
 @cache
-def _direction_groups(pipeline: tuple[int, ...]) -> tuple[Any, Any]:
-    """This pipeline's two groups, made once. Every process makes every pipeline's groups, as torch.distributed requires."""
-    if len(pipeline) == 1:
-        return None, None
+def _group(members: tuple[int, ...], purpose: Literal["forward", "backward", "forward around", "backward around"]) -> Any:
+    """This pipeline's group for one purpose, made once. All processes make all pipelines' groups together, as
+    torch.distributed requires; a process that is not a member asks for the group of its own pipeline's members all the same."""
     pipelines: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(pipelines, pipeline)
-    chosen: tuple[Any, Any] = (None, None)
+    dist.all_gather_object(pipelines, members)
+    chosen = None
     for ranks in sorted(set(pipelines)):
-        groups = dist.new_group(list(ranks)), dist.new_group(list(ranks))
-        if ranks == pipeline:
-            chosen = groups
+        group = dist.new_group(list(ranks))
+        if ranks == members:
+            chosen = group
     return chosen

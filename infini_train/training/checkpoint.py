@@ -242,8 +242,7 @@ class Checkpointer:
             return {}
         rows = len(self.layout.rows(self.run.training.rows))
         groups, width = model.num_query_groups // self.layout.tp_size, model.head_dim
-        offset = self.layout.layer_offset(model.num_layers)
-        layers = range(offset + 1, offset + 1 + model.num_layers // self.layout.pp_size)
+        layers = [layer + 1 for chunk in self.layout.layers(model.num_layers) for layer in chunk]
         device = platform.device()
         return {
             layer: LayerMemory(

@@ -54,7 +54,7 @@ def tiny_run(run: RunConfig, data_parallel_size: int) -> RunConfig:
         run,
         model=ModelConfig(
             attention=model.attention,
-            num_layers=layout.pipeline_parallel_size,
+            num_layers=layout.num_virtual_stages,
             hidden_size=24,
             num_attention_heads=2 * tp,
             num_query_groups=tp,

@@ -11,7 +11,7 @@ import torch
 from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.streams import StreamReader
-from infini_train.model import build_model, initialize_parameters, parameter_placements
+from infini_train.model import build_stage, initialize_parameters, parameter_placements
 from infini_train.parallel.engine import Engine
 from infini_train.parallel.layout import Layout, initialize_layout
 from infini_train.parallel.optimizer_state import initialize_moments
@@ -48,8 +48,8 @@ def build_parts(run: RunConfig, dataset: TokenDataset | None = None) -> Parts:
         dataset = TokenDataset(Path(run.data.path), "train")
     rows = layout.rows(run.training.rows)
     reader = StreamReader(dataset, rows, run.training.rows, run.model.segment_length, run.training.seed)
-    module = build_model(run, first_stage=layout.is_first_stage, last_stage=layout.is_last_stage)
-    placements = parameter_placements(module, layout.layer_offset(run.model.num_layers))
+    module = build_stage(run, layout.pp_rank)
+    placements = parameter_placements(module, layout.layer_offsets(run.model.num_layers))
     initialize_parameters(module, placements, run.model, run.training.seed)
     engine = Engine(module, run, len(rows))
     initialize_moments(engine)

@@ -28,7 +28,7 @@ def memory_statistics(run: RunConfig, layout: Layout, engine: Engine, memory: Me
         return {}
     heads = model.num_attention_heads // layout.tp_size
     table = torch.zeros(model.num_layers, model.num_attention_heads + 2, dtype=torch.float64, device=platform.device())
-    for layer in engine.module.decoder.layers:
+    for layer in engine.module.layers():
         gate = layer.self_attention.core_attention.attention.gate
         row = table[layer.layer_number - 1]
         with deepspeed.zero.GatheredParameters(gate, enabled=run.layout.zero_stage == 3):

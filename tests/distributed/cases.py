@@ -16,6 +16,7 @@ class Case:
     tp: int = 1
     cp: int = 1
     pp: int = 1
+    virtual: int = 1
     dp: int = 1
     zero: int = 1
     sequence_parallel: bool = False
@@ -31,7 +32,7 @@ class Case:
     @property
     def name(self) -> str:
         return "-".join(
-            [f"tp{self.tp}", f"cp{self.cp}", f"pp{self.pp}", f"dp{self.dp}", f"zero{self.zero}"]
+            [f"tp{self.tp}", f"cp{self.cp}", f"pp{self.pp}", f"v{self.virtual}", f"dp{self.dp}", f"zero{self.zero}"]
             + ["sp"] * self.sequence_parallel
             + [f"{self.window[0]}x{self.window[1]}", self.recompute, self.rule]
         )
@@ -47,6 +48,7 @@ class Case:
                 sequence_parallel=self.sequence_parallel,
                 context_parallel_size=self.cp,
                 pipeline_parallel_size=self.pp,
+                virtual_stages=self.virtual,
                 zero_stage=self.zero,
             ),
             training=replace(
@@ -66,6 +68,7 @@ VALUES = {
     "tp": (1, 2),
     "cp": (1, 2),
     "pp": (1, 2, 4),
+    "virtual": (1, 2),
     "dp": (1, 2),
     "zero": (0, 1, 2, 3),
     "sequence_parallel": (False, True),

@@ -123,7 +123,7 @@ def run_self_test(run: RunConfig, fault: str | None = None) -> str | None:
         kept = {name: p.detach().clone() for name, p in self.module.named_parameters() if "linear_fc2" in name}
         norm = step(self, number)
         for name, parameter in self.module.named_parameters():
-            if name in kept and parameter.shape == kept[name].shape and not self.module.pre_process:
+            if name in kept and parameter.shape == kept[name].shape and not self.module.chunks[0].pre_process:
                 safe_set_full_fp32_param(parameter, kept[name])
         return norm
 

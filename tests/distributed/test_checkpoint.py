@@ -17,6 +17,7 @@ import torch
 
 from infini_train.config import CheckpointConfig, LayoutConfig, RunConfig, save_config
 from tests.distributed.assemble import global_weights
+from tests.distributed.cases import Case
 
 REPOSITORY = Path(__file__).parents[2]
 TIMED = {"step_seconds", "tokens_per_second"}
@@ -130,21 +131,21 @@ def test_a_finished_run_started_again_changes_nothing(run, undisturbed):
 
 @pytest.mark.parametrize(
     "saved,loaded",
-    [((1, 2, 1, 1), (1, 1, 1, 1)), ((2, 1, 1, 1), (1, 2, 1, 0)), ((1, 1, 2, 2), (2, 1, 1, 1)), ((1, 1, 2, 3), (1, 1, 2, 1))],
-    ids=lambda layout: "tp{}-pp{}-dp{}-zero{}".format(*layout),
+    [
+        (Case(pp=2), Case()),
+        (Case(tp=2), Case(pp=2, zero=0)),
+        (Case(dp=2, zero=2), Case(tp=2)),
+        (Case(dp=2, zero=3), Case(dp=2)),
+        (Case(pp=2, virtual=2), Case(cp=2, tp=2)),
+        (Case(pp=4, zero=0), Case(pp=2, virtual=2, dp=2)),
+    ],
+    ids=lambda case: case.name,
 )
 def test_state_is_the_same_in_another_layout(saved, loaded, pool, run_config, tmp_path):
     """Nothing in a checkpoint depends on the layout that wrote it: weights, moments, memory and positions all come back."""
-
-    def in_layout(layout: tuple[int, int, int, int]) -> RunConfig:
-        tp, pp, _, zero = layout
-        sizes = LayoutConfig(tensor_parallel_size=tp, pipeline_parallel_size=pp, zero_stage=zero)
-        return replace(run_config, run_dir=str(tmp_path / "run"), layout=sizes)
-
-    tp, pp, dp, _ = saved
-    before = pool(tp * pp * dp).run("tests.distributed.jobs", "save_after", in_layout(saved), 3, 2)
-    tp, pp, dp, _ = loaded
-    after = pool(tp * pp * dp).run("tests.distributed.jobs", "load_and_train", in_layout(loaded), 2)
+    run = replace(run_config, run_dir=str(tmp_path / "run"))
+    before = pool(saved.processes).run("tests.distributed.jobs", "save_after", saved.apply(run), 3, 2)
+    after = pool(loaded.processes).run("tests.distributed.jobs", "load_and_train", loaded.apply(run), 2)
     assert after[0]["loss"] == pytest.approx(before[0]["loss"], rel=1e-5)
     assert after[0]["grad_norm"] == pytest.approx(before[0]["grad_norm"], rel=1e-5)
     expected, weights = global_weights(before), global_weights(after)

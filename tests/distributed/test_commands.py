@@ -1,37 +1,16 @@
-"""The commands one after another, as the README shows them, on a small corpus and on the demo's own configuration."""
+"""The commands one after another, as the README shows them, on a small corpus."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from infini_train.config import save_config
 from tests.corpus import small_run, write_corpus
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-def call(*arguments: str, expected: int = 0, processes: int | None = None, **environment: str) -> str:
-    """Run `infini-train`, through the launcher if a number of processes is given; its output."""
-    launcher = [str(REPOSITORY / "launch" / "local.py"), str(processes)] if processes else ["-m", "infini_train"]
-    result = subprocess.run(
-        [sys.executable, *launcher, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=560,
-        env={**os.environ, **environment},
-        check=False,
-    )
-    assert result.returncode == expected, result.stdout
-    assert "Traceback" not in result.stdout
-    return result.stdout
+from tests.distributed.command import call
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +93,3 @@ def test_a_checkpoint_of_another_model_is_refused(folder):
     call("pretrain", *config, *run_dir, "--training.steps", "3", processes=2)
     output = call("pretrain", *config, *run_dir, "--model.num_layers", "2", processes=2, expected=2)
     assert "model.num_layers is 2" in output
-
-
-def test_the_demo_learns(tmp_path):
-    """configs/tiny.yaml for a fifth of its steps: the loss falls by 1.5 nats, and the memory helps on held-out text."""
-    config = ["--config", str(REPOSITORY / "configs" / "tiny.yaml"), "--data.path", str(tmp_path / "data")]
-    config += ["--run_dir", str(tmp_path / "run"), "--training.steps", "40", "--logging.wandb", "off"]
-    call("prepare", *config)
-    call("pretrain", *config, processes=2)
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["loss"] < records[0]["loss"] - 1.5
-    assert records[-1]["held_out_loss"] < records[-1]["held_out_loss_memory_emptied"]

@@ -31,6 +31,8 @@ NAMED = [
     Case(tp=2, sequence_parallel=True),
     Case(recompute="layer", rule="delta"),
     Case(pp=2, recompute="stage"),
+    Case(pp=2, virtual=2),
+    Case(pp=2, virtual=2, tp=2, zero=2, recompute="stage", rule="delta"),
     Case(cp=4, window=(4, 1), rule="delta"),
 ]
 CASES = list(dict.fromkeys([*NAMED, *pairwise_cases(small_run(Path("unused")))]))
@@ -92,6 +94,15 @@ def test_rivals_train_in_the_same_pipeline(attention, pool, run_config):
     one = pool(1).run("tests.distributed.jobs", "train", run, STEPS)
     two = pool(2).run("tests.distributed.jobs", "train", with_layout(run, 1, 2, 1), STEPS)
     assert_same_run(two, one)
+
+
+@pytest.mark.parametrize("stages,virtual,window", [(4, 2, (1, 4)), (2, 4, (1, 2)), (4, 2, (1, 3))])
+def test_virtual_stages_of_a_deeper_model(stages, virtual, window, pool, run_config):
+    """Middle stages, several rounds, and windows that the number of stages does not divide."""
+    run = replace(run_config, model=replace(run_config.model, num_layers=8))
+    one = pool(1).run("tests.distributed.jobs", "train", Case(window=window).apply(run), STEPS)
+    case = Case(pp=stages, virtual=virtual, window=window)
+    assert_same_run(pool(stages).run("tests.distributed.jobs", "train", case.apply(run), STEPS), one)
 
 
 @pytest.mark.parametrize("rule", ["linear", "delta"])

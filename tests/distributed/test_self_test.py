@@ -11,6 +11,7 @@ from tests.distributed.cases import Case
 CASES = [
     Case(tp=2, sequence_parallel=True, window=(1, 4)),
     Case(pp=2, window=(1, 4), recompute="stage"),
+    Case(pp=2, virtual=2, window=(1, 4)),
     Case(cp=2, rule="delta"),
     Case(dp=2, zero=3, window=(1, 4)),
     Case(tp=2, pp=2, zero=0, window=(1, 4)),

@@ -47,6 +47,14 @@ def test_the_defaults_are_valid():
         ("layout", {"offload_optimizer": True, "zero_stage": 0}, 1, "layout.offload_optimizer is true with zero_stage 0"),
         ("layout", {"sequence_parallel": True}, 1, "layout.sequence_parallel is true with tensor_parallel_size 1"),
         ("layout", {"context_parallel_size": 2}, 2, "training.segments_per_micro_batch is 1"),
+        ("layout", {"virtual_stages": 0}, 1, "layout.virtual_stages is 0"),
+        ("layout", {"virtual_stages": 2}, 1, "layout.virtual_stages is 2 with pipeline_parallel_size 1"),
+        (
+            "layout",
+            {"virtual_stages": 4, "pipeline_parallel_size": 4},
+            4,
+            "model.num_layers is 12, which layout.pipeline_parallel_size × virtual_stages = 16",
+        ),
         ("layout", {"zero_stage": 4}, 1, "layout.zero_stage is 4"),
     ],
 )

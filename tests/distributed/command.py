@@ -1,0 +1,37 @@
+"""Runs `infini-train` as a user does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def call(
+    *arguments: str, expected: int = 0, processes: int | None = None, torchrun: bool = False, timeout: float = 560.0
+) -> str:
+    """One command's output.
+
+    Args:
+        processes: start so many, with launch/local.py or with torchrun; None calls the command itself.
+    """
+    launcher = ["-m", "infini_train"]
+    if torchrun:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher]
+    elif processes:
+        launcher = [str(REPOSITORY / "launch" / "local.py"), str(processes)]
+    result = subprocess.run(
+        [sys.executable, *launcher, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert result.returncode == expected, result.stdout
+    assert "Traceback" not in result.stdout
+    return result.stdout
