@@ -7,6 +7,7 @@ Dv value width.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from infini_kernels.context_parallel import exchange_memory, exchange_normaliser
+from infini_kernels.context_parallel import RunExchange
 from infini_kernels.memory import MemoryState
 
 
@@ -38,56 +39,73 @@ class CarriedMemory(NamedTuple):
     leaving: MemoryState  # M [B, G, D, Dv], z [B, G, D]
 
 
-def carry_memory(
-    sigma_k: Tensor,
-    v: Tensor,
-    memory: MemoryState | None,
-    reset: Tensor | None,
-    update_rule: str,
-    eps: float,
-    group: ProcessGroup | None = None,
-) -> CarriedMemory:
-    """Walks the memory over the segments: both rules are M_s = T_s M_{s-1} + B_s once z is known (Eq. 8 and 9).
+class SegmentMemory:
+    """Carries the memory over the segments: both rules are M_s = T_s M_{s-1} + B_s once z is known (Eq. 8 and 9).
 
         linear  B_s = σ(K)^T V, T_s = I
         delta   B_s = σ(K)^T V, T_s = I - σ(K)^T diag(1 / (σ(K) z_{s-1} + ε)) σ(K)
 
-    B_s and T_s come for all segments at once from the keys; only states of D x Dv are walked.
+    B_s and T_s come for all segments at once from the keys; only states of D x Dv are walked. With a group the exchange
+    between its processes is under way from here to `carry`, so that other work can overlap with it.
 
     sigma_k [B, N, W, G, D], zero at padding; v [B, N, W, G, Dv]; memory that enters the first segment, None for zeros;
     reset [B, N] bool, the memory is zeroed before that segment; group: processes over which the segments are spread, None if
     they are all here.
     """
-    batch_size, num_segments, _, num_groups, key_width = sigma_k.shape
-    sigma_k_t = sigma_k.permute(0, 1, 3, 4, 2)  # [B, N, G, D, W]
-    written = sigma_k_t @ v.permute(0, 1, 3, 2, 4)  # [B, N, G, D, Dv]
-    written_z = sigma_k.sum(dim=2)  # [B, N, G, D]
 
-    if memory is None:
-        if num_segments == 1 and group is None:
-            return CarriedMemory(None, MemoryState(written[:, 0], written_z[:, 0]))
-        memory = MemoryState.zeros(batch_size, num_groups, key_width, v.shape[-1], device=sigma_k.device, dtype=sigma_k.dtype)
+    def __init__(
+        self,
+        sigma_k: Tensor,
+        v: Tensor,
+        memory: MemoryState | None,
+        reset: Tensor | None,
+        update_rule: str,
+        eps: float,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        batch_size, num_segments, _, num_groups, key_width = sigma_k.shape
+        sigma_k_t = sigma_k.permute(0, 1, 3, 4, 2)  # [B, N, G, D, W]
+        self._written = sigma_k_t @ v.permute(0, 1, 3, 2, 4)  # [B, N, G, D, Dv]
+        self._written_z = sigma_k.sum(dim=2)  # [B, N, G, D]
+        self._reset, self._group = reset, group
+        self._nothing_enters = memory is None and num_segments == 1 and group is None
+        if self._nothing_enters:
+            return
+        if memory is None:
+            size = batch_size, num_groups, key_width, v.shape[-1]
+            memory = MemoryState.zeros(*size, device=sigma_k.device, dtype=sigma_k.dtype)
+        self._memory = memory
+        if group is not None:
+            kept = _kept(reset, self._written)[:, None, None].expand(-1, num_groups, 1)
+            _, run_z = _walk(torch.zeros_like(memory.z), self._written_z, reset)
+            self._exchange_z = RunExchange(kept, run_z, group)
+        self._removed = None
+        if update_rule == "delta":
+            self._removed = _removal(sigma_k_t, self._carried_z[0], eps)  # M needs z here, so z is waited for
+        if group is not None:
+            factor = kept.unsqueeze(2).expand(-1, -1, key_width, 1)
+            if self._removed is not None:
+                factor = _transition(self._removed, reset)
+            _, run_M = _walk(torch.zeros_like(memory.M), self._written, reset, self._removed)
+            self._exchange_M = RunExchange(factor, run_M, group)
 
-    first_z, leaving_z = memory.z, None
-    if group is not None:
-        kept = _kept(reset, written)
-        _, run_z = _walk(torch.zeros_like(memory.z), written_z, reset)
-        first_z, leaving_z = exchange_normaliser(run_z, kept, memory.z, group)
-    entering_z, last_z = _walk(first_z, written_z, reset)
+    @cached_property
+    def _carried_z(self) -> tuple[Tensor, Tensor]:
+        """z that enters each segment [B, N, G, D], and that leaves the last."""
+        if self._group is None:
+            return _walk(self._memory.z, self._written_z, self._reset)
+        first, leaving = self._exchange_z.fold(self._memory.z)
+        return _walk(first, self._written_z, self._reset)[0], leaving
 
-    removed = _removal(sigma_k_t, entering_z, eps) if update_rule == "delta" else None
-    first_M, leaving_M = memory.M, None
-    if group is not None:
-        _, run_M = _walk(torch.zeros_like(memory.M), written, reset, removed)
-        transition = None
-        if removed is not None:
-            identity = torch.eye(key_width, dtype=removed.dtype, device=removed.device).expand_as(removed[:, 0])
-            _, transition = _walk(identity, torch.zeros_like(removed), reset, removed)
-        first_M, leaving_M = exchange_memory(run_M, transition, kept, memory.M, group)
-    entering_M, last_M = _walk(first_M, written, reset, removed)
-    if leaving_M is None or leaving_z is None:
-        leaving_M, leaving_z = last_M, last_z
-    return CarriedMemory(MemoryState(entering_M, entering_z), MemoryState(leaving_M, leaving_z))
+    def carry(self) -> CarriedMemory:
+        """Waits for the exchange and walks the memory over the segments."""
+        if self._nothing_enters:
+            return CarriedMemory(None, MemoryState(self._written[:, 0], self._written_z[:, 0]))
+        entering_z, leaving_z = self._carried_z
+        first, leaving_M = (self._memory.M, None) if self._group is None else self._exchange_M.fold(self._memory.M)
+        entering_M, last_M = _walk(first, self._written, self._reset, self._removed)
+        leaving_M = last_M if leaving_M is None else leaving_M
+        return CarriedMemory(MemoryState(entering_M, entering_z), MemoryState(leaving_M, leaving_z))
 
 
 def _walk(state: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -112,6 +130,12 @@ def _kept(reset: Tensor | None, like: Tensor) -> Tensor:
     if reset is None:
         return torch.ones(like.shape[0], dtype=like.dtype, device=like.device)
     return (~reset.any(dim=1)).to(like)
+
+
+def _transition(removed: Tensor, reset: Tensor | None) -> Tensor:
+    """T of all segments together under the delta rule, [B, G, D, D]: what they do to the memory that enters the first."""
+    identity = torch.eye(removed.shape[-1], dtype=removed.dtype, device=removed.device).expand_as(removed[:, 0])
+    return _walk(identity, torch.zeros_like(removed), reset, removed)[1]
 
 
 def _removal(sigma_k_t: Tensor, entering_z: Tensor, eps: float) -> Tensor:

@@ -14,62 +14,68 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class _AllGather(torch.autograd.Function):
-    """[...] on each process -> [P, ...] on all; the gradient of a process's part is the sum over all who used it."""
+class RunExchange:
+    """What each process's run of segments does to a state, state_out = factor state_in + added, sent to all of the group.
+
+    The exchange starts when this is made and `fold` waits for it: what is computed in between overlaps with it. So does the
+    backward of that, because the gradient's way back starts in the backward of `fold` and is waited for in that of the start.
+
+    Args:
+        factor: one number for each row and head, [B, G, 1] or [B, G, D, 1], or a matrix [B, G, D, D].
+        added: [B, G, D] or [B, G, D, Dv].
+        group: the processes, in the order of their runs.
+    """
+
+    def __init__(self, factor: Tensor, added: Tensor, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.widths = factor.shape[-1], added.shape[-1]
+        self.is_matrix = factor.dim() == 4 and factor.shape[-1] > 1
+        self.work: Any = None
+        """The transfer that is under way."""
+        self._maps: Tensor | None = _Start.apply(torch.cat((factor, added), dim=-1), self)  # [P, B, G, ..., factor and added]
+
+    def fold(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """state enters the first process's run -> what enters this process's run, and what leaves the last's."""
+        maps = _Wait.apply(self._maps, self)
+        self._maps = None  # its graph refers to this object: a circle that would keep both until a garbage collection
+        entering = state
+        for rank, map_of_run in enumerate(maps.unbind(0)):
+            if rank == dist.get_rank(self.group):
+                entering = state
+            factor, added = map_of_run.split(self.widths, dim=-1)
+            state = (factor @ state if self.is_matrix else factor * state) + added
+        # What enters the first process's run depends on no other process. Its backward would then skip the collective that
+        # the others wait in, unless the memory that leaves has a gradient too. The empty sum makes it depend on the exchange.
+        return entering + maps[:0].sum(), state
+
+
+class _Start(torch.autograd.Function):
+    """[...] on each process -> [P, ...] on all, to be read after `_Wait`; the gradient of a process's part is the sum over all
+    who used it."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        gathered = local.new_empty(dist.get_world_size(group), *local.shape)
-        dist.all_gather(list(gathered.unbind(0)), local.contiguous(), group=group)
+    def forward(ctx: Any, local: Tensor, exchange: RunExchange) -> Tensor:
+        ctx.exchange = exchange
+        gathered = local.new_empty(dist.get_world_size(exchange.group), *local.shape)
+        exchange.work = dist.all_gather(list(gathered.unbind(0)), local.contiguous(), group=exchange.group, async_op=True)
         return gathered
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient = gradients[0].contiguous()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient[dist.get_rank(ctx.group)], None
+        ctx.exchange.work.wait()
+        return gradients[0][dist.get_rank(ctx.exchange.group)], None
 
 
-def _used(entering: Tensor, maps: Tensor) -> Tensor:
-    """The same value, but depending on the exchange.
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gathered: Tensor, exchange: RunExchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.work.wait()
+        return gathered.view_as(gathered)
 
-    What enters the first process's run depends on no other process. Its backward would then skip the collective that the
-    others wait in, unless the memory that leaves has a gradient too.
-    """
-    return entering + maps[:0].sum()
-
-
-def exchange_normaliser(run_z: Tensor, kept: Tensor, memory_z: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """z at the start of this process's run, and after the whole group's.
-
-    run_z [B, G, D]: what the run makes of an empty z; kept [B]: 1 if no reset is in the run, else 0; memory_z [B, G, D]: what
-    enters the first process's run.
-    """
-    factor = kept[:, None, None].expand_as(run_z)
-    maps = _AllGather.apply(torch.stack((factor, run_z)), group)  # [P, 2, B, G, D]
-    entering = state = memory_z
-    for rank, (keep, added) in enumerate(maps.unbind(0)):
-        if rank == dist.get_rank(group):
-            entering = state
-        state = keep * state + added
-    return _used(entering, maps), state
-
-
-def exchange_memory(
-    run_M: Tensor, transition: Tensor | None, kept: Tensor, memory_M: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
-    """M at the start of this process's run, and after the whole group's.
-
-    run_M [B, G, D, Dv]: what the run makes of an empty memory; transition [B, G, D, D]: T, what it does to one that enters
-    (delta rule), None where it keeps or drops it (linear rule); kept [B] as above; memory_M [B, G, D, Dv].
-    """
-    factor = kept[:, None, None, None].expand(*run_M.shape[:-1], 1) if transition is None else transition
-    maps = _AllGather.apply(torch.cat((factor, run_M), dim=-1), group)  # [P, B, G, D, 1 + Dv] or [P, B, G, D, D + Dv]
-    entering = state = memory_M
-    for rank, map_of_run in enumerate(maps.unbind(0)):
-        if rank == dist.get_rank(group):
-            entering = state
-        keep, added = map_of_run.split((factor.shape[-1], run_M.shape[-1]), dim=-1)
-        state = (keep * state if transition is None else keep @ state) + added
-    return _used(entering, maps), state
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # Reduced in place while it is on its way to the backward of _Start, its only reader.
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        ctx.exchange.work = dist.all_reduce(gradient, group=ctx.exchange.group, async_op=True)
+        return gradient, None

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from infini_kernels.arguments import Rotary
-from infini_kernels.compressive import carry_memory, feature_map, full_precision, read_and_mix
+from infini_kernels.compressive import SegmentMemory, feature_map, full_precision, read_and_mix
 from infini_kernels.local import segment_attention
 from infini_kernels.memory import MemoryState, memory_dtype
 from infini_kernels.segments import SegmentLayout, padding_mask
@@ -40,12 +40,15 @@ def infini_attention_reference(
     if reset is not None:
         reset = None if reset.device.type == "cpu" and not bool(reset.any()) else reset.to(q.device)
 
-    local = segment_attention(layout.fold(q), layout.fold(k), layout.fold(v), rotary)  # [B, N, W, H, Dv]
     with full_precision(q):
         sigma_k = feature_map(k, dtype)  # [B, T, G, D]
         if padding is not None:
             sigma_k = sigma_k.masked_fill(padding, 0)  # σ(0) is 1: a zero key would still be written
-        carried = carry_memory(layout.fold(sigma_k), layout.fold(v.to(dtype)), memory, reset, update_rule, eps, group)
+        written = SegmentMemory(layout.fold(sigma_k), layout.fold(v.to(dtype)), memory, reset, update_rule, eps, group)
+    # Here, so that the exchange of a group that is now under way overlaps with it.
+    local = segment_attention(layout.fold(q), layout.fold(k), layout.fold(v), rotary)  # [B, N, W, H, Dv]
+    with full_precision(q):
+        carried = written.carry()
         sigma_q = layout.fold(feature_map(q, dtype))  # [B, N, W, H, D]
         mixed = read_and_mix(sigma_q, local, gate, carried.entering, first_segment, eps)
     out = layout.unfold(mixed).to(v.dtype)  # [B, T, H, Dv]

@@ -18,6 +18,7 @@ from infini_train.training.self_test import self_test
 from infini_train.training.setup import Parts, build_parts
 from infini_train.training.signals import StopRequest
 from infini_train.training.step import train_step
+from tests.distributed.exchange import recorded_exchange
 
 
 def train(run: RunConfig, steps: int) -> dict[str, Any]:
@@ -141,10 +142,11 @@ def run_self_test(run: RunConfig, fault: str | None = None) -> str | None:
 
 
 def context_parallel_operation(rule: str, segment_length: int, segments: int) -> dict[str, Any]:
-    """infini_attention with its segments spread over all ranks against the same in one, float64; and the bytes exchanged."""
+    """infini_attention with its segments spread over all ranks against the same in one, float64; the bytes gathered, and the
+    order of communication and local attention."""
     import torch.distributed as dist
 
-    from infini_kernels import MemoryState, context_parallel, infini_attention
+    from infini_kernels import MemoryState, infini_attention
     from infini_train.parallel.layout import initialize_process_group
 
     initialize_process_group()
@@ -182,20 +184,9 @@ def context_parallel_operation(rule: str, segment_length: int, segments: int) ->
         return {"out": out.detach(), "M": leaving.M.detach(), "z": leaving.z.detach()}, gradients
 
     expected, expected_gradients = run(slice(None), slice(None), None)
-    counted = 0
-    original = dist.all_gather
-
-    def counting(outputs: list[Tensor], local: Tensor, **kwargs: Any) -> None:
-        nonlocal counted
-        counted += local.numel() * local.element_size() * (len(outputs) - 1)
-        original(outputs, local, **kwargs)
-
     part = slice(rank * T // size, (rank + 1) * T // size)
-    context_parallel.dist.all_gather = counting
-    try:
+    with recorded_exchange() as record:
         ours, gradients = run(part, slice(rank * segments // size, (rank + 1) * segments // size), group)
-    finally:
-        context_parallel.dist.all_gather = original
     differences = {"out": (ours["out"] - expected["out"][:, part]).abs().max()}
     differences |= {name: (ours[name] - expected[name]).abs().max() for name in ("M", "z")}
     for name, gradient in gradients.items():
@@ -205,4 +196,8 @@ def context_parallel_operation(rule: str, segment_length: int, segments: int) ->
         else:
             dist.all_reduce(gradient)
         differences[f"gradient of {name}"] = (gradient - theirs).abs().max()
-    return {"differences": {name: float(value) for name, value in differences.items()}, "bytes": counted}
+    return {
+        "differences": {name: float(value) for name, value in differences.items()},
+        "bytes": record.bytes,
+        "events": record.events,
+    }

@@ -24,4 +24,18 @@ def test_bytes_do_not_depend_on_the_segments(rule, pool):
     }
     B, G, D, Dv, double = 2, 2, 6, 5, 8
     factor = 1 if rule == "linear" else D
-    assert counts == {B * G * (2 * D + D * (factor + Dv)) * double}
+    assert counts == {B * G * (1 + D + D * (factor + Dv)) * double}
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_the_exchange_overlaps_with_the_local_attention(rule, pool):
+    """It is under way while the local attention runs, in the forward and in the backward; with the delta rule z goes before."""
+    for result in pool(2).run("tests.distributed.jobs", "context_parallel_operation", rule, 5, 4):
+        forward = ["gather started", "gather started", "local attention", "gather waited for", "gather waited for"]
+        if rule == "delta":
+            forward = ["gather started", "gather waited for", "gather started", "local attention", "gather waited for"]
+        assert result["events"][:5] == forward
+        backward = result["events"][5:]
+        local = backward.index("local attention backward")
+        assert "reduction started" in backward[:local] and "reduction waited for" not in backward[:local]
+        assert sorted(backward)[1:] == ["reduction started"] * 2 + ["reduction waited for"] * 2
