@@ -24,6 +24,8 @@ class Case:
     """Segments a micro-batch, micro-batches a window."""
     recompute: str = "none"
     rule: str = "linear"
+    loss_chunk: int = 1024
+    """Positions whose logits exist at one time."""
 
     @property
     def processes(self) -> int:
@@ -35,6 +37,7 @@ class Case:
             [f"tp{self.tp}", f"cp{self.cp}", f"pp{self.pp}", f"v{self.virtual}", f"dp{self.dp}", f"zero{self.zero}"]
             + ["sp"] * self.sequence_parallel
             + [f"{self.window[0]}x{self.window[1]}", self.recompute, self.rule]
+            + [f"loss{self.loss_chunk}"] * (self.loss_chunk != 1024)
         )
 
     def apply(self, run: RunConfig) -> RunConfig:
@@ -56,6 +59,7 @@ class Case:
                 segments_per_micro_batch=segments,
                 micro_batches_per_window=micro_batches,
                 recompute=self.recompute,
+                loss_chunk_tokens=self.loss_chunk,
             ),
         )
 
@@ -75,6 +79,7 @@ VALUES = {
     "window": ((2, 2), (4, 1), (2, 4)),
     "recompute": ("none", "layer", "stage"),
     "rule": ("linear", "delta"),
+    "loss_chunk": (1024, 13),
 }
 MAX_PROCESSES = 8
 

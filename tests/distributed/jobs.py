@@ -89,6 +89,16 @@ def streaming_logits(run: RunConfig, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(pieces), whole[0].float()
 
 
+def output_layer_positions(run: RunConfig) -> list[int]:
+    """Positions of a row that each call of the output layer got, in one training step."""
+    parts = build_parts(run)
+    positions = []
+    layer = parts.engine.module.chunk(0).output_layer
+    layer.register_forward_pre_hook(lambda module, arguments: positions.append(arguments[0].shape[0]))
+    train_step(parts, StopRequest())
+    return positions
+
+
 def save_after(run: RunConfig, steps: int, more: int) -> dict[str, Any]:
     """Train, save, and train some more steps: what a resumed run must repeat."""
     parts = build_parts(run)

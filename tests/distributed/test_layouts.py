@@ -32,7 +32,7 @@ NAMED = [
     Case(recompute="layer", rule="delta"),
     Case(pp=2, recompute="stage"),
     Case(pp=2, virtual=2),
-    Case(pp=2, virtual=2, tp=2, zero=2, recompute="stage", rule="delta"),
+    Case(pp=2, virtual=2, zero=2, window=(2, 4)),
     Case(cp=4, window=(4, 1), rule="delta"),
 ]
 CASES = list(dict.fromkeys([*NAMED, *pairwise_cases(small_run(Path("unused")))]))
@@ -164,6 +164,14 @@ def test_flop_formula_counts_the_models_own_matrices(pool, run_config):
     embedding = matrices.pop("embedding.word_embeddings.weight")
     assert embedding == run_config.data.vocab_size * run_config.model.hidden_size
     assert linear_parameters(run_config) == sum(matrices.values())
+
+
+def test_logits_never_exist_for_a_whole_micro_batch(pool, run_config):
+    """The output layer sees at most loss_chunk_tokens positions of a row at a time, in the forward and in the backward."""
+    run = Case(tp=2, loss_chunk=13).apply(run_config)
+    for positions in pool(2).run("tests.distributed.jobs", "output_layer_positions", run):
+        assert set(positions) == {13, 32 - 2 * 13}
+        assert len(positions) == 2 * 3 * run.micro_batches_per_step
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
