@@ -147,7 +147,8 @@ class Engine:
         """Back-propagate one micro-batch from all of its outputs at once; gradients accumulate until `step`."""
         clear = getattr(self.deepspeed.optimizer, "clear_backward_seen_flag", None)
         if clear is not None:
-            # DeepSpeed clears it at each forward; under a schedule several backwards follow one another.
+            # DeepSpeed clears it at each forward, but under a schedule several backwards follow one another. Outputs back-
+            # propagated by torch alone were seen to go wrong without it; through the carrier below they do not.
             clear()
         self.deepspeed.backward(GradientCarrier.apply(gradients, *outputs), scale_wrt_gas=False)
 
