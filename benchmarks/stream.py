@@ -1,4 +1,6 @@
-"""Tokens per second of processor time and peak memory of training and evaluation, from streams of 32K to 1M tokens: both should stay constant."""
+"""Tokens per second of processor time and peak memory of training and evaluation, from streams of 32K to 1M tokens.
+
+Both should stay constant."""
 
 from __future__ import annotations
 
