@@ -55,11 +55,19 @@ def current_megabytes() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def in_own_process(module: str, **arguments: Any) -> dict[str, Any]:
-    """Call `module.one(**arguments)` in a fresh interpreter with one thread; its result as JSON."""
+def in_own_process(module: str, *, returns_memory: bool = True, **arguments: Any) -> dict[str, Any]:
+    """Call `module.one(**arguments)` in a fresh interpreter with one thread; its result as JSON.
+
+    Args:
+        returns_memory: let freed tensors leave the process, which makes its peak exact but costs time at every allocation;
+            otherwise the C library decides, as it would outside of a benchmark.
+    """
     code = f"import json, sys; from {module} import one; print('RESULT', json.dumps(one(**json.loads(sys.argv[1]))))"
-    # glibc gives memory back at once above this size. Its own threshold grows, and freed tensors would stay in fragments.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("MALLOC_MMAP_THRESHOLD_", None)
+    if returns_memory:
+        # glibc gives memory back at once above this size. Its own threshold grows, and freed tensors would stay in fragments.
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     result = subprocess.run(
         [sys.executable, "-c", code, json.dumps(arguments)], capture_output=True, text=True, env=environment, check=False
     )
