@@ -1,0 +1,48 @@
+"""The SwiGLU feed-forward layer (arXiv 2002.05202) in Megatron-core's parallel matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.mlp import MLP
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up for the halves of x [..., 2 f] -> [..., f].
+
+    Keeps x alone: silu(gate) is as wide as what leaves and cheap to compute again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        input_gradient = torch.empty_like(x)
+        gate_gradient, up_gradient = input_gradient.chunk(2, dim=-1)
+        # Each step writes where the result belongs: a temporary here would be as wide as the layer's widest tensors.
+        torch.mul(gradient, up, out=gate_gradient)
+        torch.ops.aten.silu_backward.grad_input(gate_gradient, gate, grad_input=gate_gradient)
+        torch.ops.aten.silu.out(gate, out=up_gradient)
+        up_gradient.mul_(gradient)
+        return input_gradient
+
+
+class FeedForward(MLP):
+    """Megatron-core's MLP with the two halves of fc1 joined by `SwiGLU`; no biases."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [T, B, h] -> the same shape, and no bias."""
+        assert per_token_scale is None, "only experts scale tokens"
+        halves, _bias = self.linear_fc1(hidden_states)
+        return self.linear_fc2(SwiGLU.apply(halves))
