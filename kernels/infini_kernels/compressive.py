@@ -11,10 +11,10 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from infini_kernels.backward import FeatureMap, ScaledProduct, WeightedGram
 from infini_kernels.context_parallel import RunExchange
 from infini_kernels.memory import MemoryState
 
@@ -29,7 +29,7 @@ def full_precision(x: Tensor) -> AbstractContextManager[None]:
 
 def feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
     """σ(x) = ELU(x) + 1, in the memory's type."""
-    return F.elu(x.to(dtype)).add_(1)  # in place is safe: ELU's backward keeps its input, not its output
+    return FeatureMap.apply(x.to(dtype))
 
 
 class CarriedMemory(NamedTuple):
@@ -141,7 +141,7 @@ def _transition(removed: Tensor, reset: Tensor | None) -> Tensor:
 def _removal(sigma_k_t: Tensor, entering_z: Tensor, eps: float) -> Tensor:
     """I - T_s of the delta rule: σ(K)^T diag(1 / (σ(K) z_{s-1} + ε)) σ(K), [B, N, G, D, D]."""
     scale = (entering_z.unsqueeze(-2) @ sigma_k_t + eps).reciprocal()  # [B, N, G, 1, W]
-    return (sigma_k_t * scale) @ sigma_k_t.transpose(-1, -2)
+    return WeightedGram.apply(sigma_k_t, scale)
 
 
 def read_and_mix(
@@ -167,16 +167,16 @@ def read_and_mix(
 
     num_groups = entering.z.shape[2]
     heads_per_group = num_heads // num_groups
-    share = share.view(num_groups, heads_per_group, 1)  # [G, R, 1]
+    share = share.view(1, 1, 1, num_groups, heads_per_group, 1)
     if first_segment == "local_only":
         filled = entering.z.ne(0).any(dim=-1)  # [B, N, G]
         share = share * filled[:, :, None, :, None, None]  # [B, N, 1, G, R, 1]
 
     width = sigma_q.shape[2]
     grouped_q = sigma_q.unflatten(3, (num_groups, heads_per_group)).transpose(2, 3).flatten(3, 4)  # [B, N, G, W*R, D]
-    numerator = grouped_q @ entering.M  # [B, N, G, W*R, Dv]
     scale = (grouped_q @ entering.z.unsqueeze(-1) + eps).reciprocal()  # [B, N, G, W*R, 1]
-    numerator, scale = (x.unflatten(3, (width, heads_per_group)).transpose(2, 3) for x in (numerator, scale))
-    kept = local.unflatten(3, (num_groups, heads_per_group)) * (1 - share)  # [B, N, W, G, R, Dv]
     # The share goes into the scale, one number per token and head, to save a pass over the values.
-    return torch.addcmul(kept, numerator, scale * share).flatten(3, 4)
+    scale = (scale.unflatten(3, (width, heads_per_group)) * share.transpose(2, 3)).flatten(3, 4)
+    read = ScaledProduct.apply(grouped_q, scale, entering.M)  # [B, N, G, W*R, Dv]
+    read = read.unflatten(3, (width, heads_per_group)).transpose(2, 3)  # [B, N, W, G, R, Dv]
+    return torch.addcmul(read, local.unflatten(3, (num_groups, heads_per_group)), 1 - share).flatten(3, 4)

@@ -37,6 +37,9 @@ def infini_attention_reference(
     if padding is not None:
         # Zeroed rather than only left out of sums: what stands at padding may be NaN, and 0 * NaN is NaN.
         q, k, v = (x.masked_fill(padding, 0) for x in (q, k, v))
+    if v.requires_grad:
+        # v alone is kept as it came. Where it is a part of one tensor with q and k, its copy lets theirs go.
+        v = v.contiguous()
     if reset is not None:
         reset = None if reset.device.type == "cpu" and not bool(reset.any()) else reset.to(q.device)
 

@@ -1,0 +1,72 @@
+"""Steps of the memory's arithmetic whose backward keeps less than PyTorch would, and passes over the tokens fewer times.
+
+What PyTorch would keep for each, and these do not, is one number per token and key or value of a head.
+
+Shapes: W tokens, D key width, Dv value width; before them any batch dimensions, the same for all arguments.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class FeatureMap(torch.autograd.Function):
+    """σ(x) = ELU(x) + 1 = exp(min(x, 0)) + max(x, 0).
+
+    Its derivative is min(σ(x), 1), and σ(x) is kept by the products that follow in any case.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        sigma = x.clamp(max=0).exp_().add_(x.clamp(min=0))
+        ctx.save_for_backward(sigma)
+        return sigma
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (sigma,) = ctx.saved_tensors
+        return sigma.clamp(max=1).mul_(gradient)
+
+
+class WeightedGram(torch.autograd.Function):
+    """X diag(s) X^T: x_t [..., D, W], s [..., 1, W] -> [..., D, D].
+
+    With S = (G + G^T) X for the gradient G of the result: dX = S diag(s), ds = Σ_D S X / 2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_t: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x_t, scale)
+        return (x_t * scale) @ x_t.transpose(-1, -2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x_t, scale = ctx.saved_tensors
+        symmetric = (gradient + gradient.transpose(-1, -2)) @ x_t  # [..., D, W]
+        scale_gradient = (symmetric * x_t).sum(dim=-2, keepdim=True).div_(2)
+        return symmetric.mul_(scale), scale_gradient
+
+
+class ScaledProduct(torch.autograd.Function):
+    """diag(s) X Y: x [..., W, D], s [..., W, 1], y [..., D, Dv] -> [..., W, Dv].
+
+    With P = G Y^T for the gradient G of the result: dX = diag(s) P, ds = Σ_D P X (as Σ_Dv G (X Y), but without X Y),
+    dY = X^T diag(s) G.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale, y)
+        return (x @ y).mul_(scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, scale, y = ctx.saved_tensors
+        product = gradient @ y.transpose(-1, -2)  # [..., W, D]
+        scale_gradient = (product * x).sum(dim=-1, keepdim=True)
+        return product.mul_(scale), scale_gradient, x.transpose(-1, -2) @ (gradient * scale)
