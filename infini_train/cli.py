@@ -12,8 +12,9 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from infini_train.config import RunConfig, validate
+from infini_train.config import RunConfig
 from infini_train.errors import UserError
+from infini_train.validation import validate
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -125,8 +126,8 @@ def _check(run: RunConfig) -> None:
 
 
 def _prepare(run: RunConfig, arguments: Namespace) -> int:
-    from infini_train.config import validate_data
     from infini_train.data.prepare import prepare
+    from infini_train.validation import validate_data
 
     validate_data(run)
     prepare(run, overwrite=arguments.overwrite)

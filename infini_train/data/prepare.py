@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from infini_train.config import RunConfig, validate_data, validate_model
+from infini_train.config import RunConfig
 from infini_train.data.atomic import atomic_folder
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.documents import Document, DocumentSource
@@ -21,6 +21,7 @@ from infini_train.data.manifest import SPLITS, TOKENIZER_FILE, load_manifest
 from infini_train.data.shards import write_shards
 from infini_train.data.tokenizer import Tokenizer, train_tokenizer
 from infini_train.errors import UserError
+from infini_train.validation import validate_data, validate_model
 
 
 @dataclass

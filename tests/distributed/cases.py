@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, product
 
-from infini_train.config import LayoutConfig, RunConfig, validate
+from infini_train.config import LayoutConfig, RunConfig
 from infini_train.errors import UserError
+from infini_train.validation import validate
 
 
 @dataclass(frozen=True)

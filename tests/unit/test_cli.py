@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from infini_train.cli import COMMANDS, build_parser, main
-from infini_train.config import validate
+from infini_train.validation import validate
 
 REPOSITORY = Path(__file__).parents[2]
 FLAGS = Path(__file__).with_name("flags.txt")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infini_train.config import LayoutConfig, RunConfig, save_config, validate
+from infini_train.config import LayoutConfig, RunConfig, save_config
 from infini_train.errors import UserError
+from infini_train.validation import validate
 
 REPOSITORY = Path(__file__).parents[2]
 

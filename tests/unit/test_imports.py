@@ -12,15 +12,16 @@ PACKAGE = ROOT / "infini_train"
 SIDE = {"config", "errors", "platform"}
 ALLOWED = {
     "errors": set(),
-    "config": {"errors"},
+    "config": set(),
+    "validation": {"config", "errors"},
     "platform": set(),
-    "data": {"config", "errors"},
+    "data": {"config", "errors", "validation"},
     "attention": {"infini_kernels", *SIDE},
     "model": {"infini_kernels", "attention", *SIDE},
     "parallel": {"attention", "model", "data", *SIDE},
     "training": {"infini_kernels", "attention", "model", "parallel", "data", "evaluation", *SIDE},
     "evaluation": {"attention", "model", "parallel", "data", "training", *SIDE},
-    "cli": {"data", "training", "evaluation", *SIDE},
+    "cli": {"data", "training", "evaluation", "validation", *SIDE},
     "__main__": {"cli"},
     "__init__": set(),
 }

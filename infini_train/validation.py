@@ -1,0 +1,169 @@
+"""Refuses a run that cannot work, lose data or be inexact, with the key, its value and the remedy in one line.
+
+Like `config` this imports neither torch nor a library that needs one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from infini_train.config import RunConfig
+from infini_train.errors import UserError
+
+
+def _positive(section: str, config: Any, names: str) -> None:
+    for name in names.split():
+        value = getattr(config, name)
+        if value <= 0:
+            raise UserError(f"{section}.{name} is {value}; it must be positive")
+
+
+def _divides(divisor_key: str, divisor: int, key: str, value: int) -> None:
+    if value % divisor:
+        raise UserError(f"{key} is {value}, which {divisor_key} = {divisor} does not divide; change one of the two")
+
+
+def validate_model(config: RunConfig) -> None:
+    """Refuse impossible models and batches.
+
+    Raises:
+        UserError: naming the key, its value and the remedy.
+    """
+    model, training = config.model, config.training
+    _positive(
+        "model",
+        model,
+        "num_layers hidden_size num_attention_heads num_query_groups head_dim ffn_hidden_size segment_length "
+        "memory_eps rotary_base norm_eps init_std",
+    )
+    _positive(
+        "training", training, "steps rows segments_per_micro_batch micro_batches_per_window windows_per_step loss_chunk_tokens"
+    )
+    _divides("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
+    if model.head_dim % 2:
+        raise UserError(f"model.head_dim is {model.head_dim}; rotary embedding needs an even width")
+    segments = training.segments_per_micro_batch * training.micro_batches_per_window
+    if segments < 2:
+        raise UserError(
+            "training.micro_batches_per_window × training.segments_per_micro_batch is "
+            f"{segments} segment a window; the writing of memory gets no gradient below 2: raise micro_batches_per_window"
+        )
+
+
+def validate_optimizer(config: RunConfig) -> None:
+    """Refuse optimizer, schedule, checkpoint and logging values that cannot work or lose data.
+
+    Raises:
+        UserError: naming the key, its value and the remedy.
+    """
+    optimizer = config.optimizer
+    _positive("optimizer", optimizer, "learning_rate gate_learning_rate eps")
+    if optimizer.clip_grad_norm < 0:
+        raise UserError(f"optimizer.clip_grad_norm is {optimizer.clip_grad_norm}; use 0 to turn clipping off")
+    if optimizer.warmup_steps < 0 or optimizer.warmup_steps >= config.training.steps:
+        raise UserError(
+            f"optimizer.warmup_steps is {optimizer.warmup_steps}; it must lie between 0 and training.steps "
+            f"({config.training.steps}) - 1"
+        )
+    if optimizer.schedule == "wsd" and not 0 < optimizer.decay_steps <= config.training.steps - optimizer.warmup_steps:
+        raise UserError(
+            f"optimizer.decay_steps is {optimizer.decay_steps}; the wsd schedule needs between 1 and "
+            f"training.steps - warmup_steps = {config.training.steps - optimizer.warmup_steps}"
+        )
+    _positive("checkpoint", config.checkpoint, "every")
+    if config.checkpoint.keep < 2:
+        raise UserError(
+            f"checkpoint.keep is {config.checkpoint.keep}; keep at least 2, or one damaged checkpoint loses the run"
+        )
+    _positive("logging", config.logging, "every")
+    if config.evaluation.every < 0:
+        raise UserError(f"evaluation.every is {config.evaluation.every}; use 0 to turn evaluation off")
+    _positive("evaluation", config.evaluation, "micro_batches")
+
+
+def validate_layout(config: RunConfig, world_size: int) -> None:
+    """Refuse layouts that do not divide the model, the batch or the processes, or that are not exact.
+
+    Args:
+        world_size: number of processes of the run.
+
+    Raises:
+        UserError: naming the key, its value and the remedy.
+    """
+    layout, model = config.layout, config.model
+    _positive("layout", layout, "tensor_parallel_size context_parallel_size pipeline_parallel_size virtual_stages")
+    tp, cp, pp = layout.tensor_parallel_size, layout.context_parallel_size, layout.pipeline_parallel_size
+    if layout.zero_stage not in (0, 1, 2, 3):
+        raise UserError(f"layout.zero_stage is {layout.zero_stage}; ZeRO has stages 0, 1, 2 and 3")
+    if pp > 1 and layout.zero_stage == 3:
+        raise UserError(
+            f"layout.zero_stage is 3 with pipeline_parallel_size {pp}: stage 3 gathers weights in an order that a pipeline "
+            "breaks, and hangs; use zero_stage 2 or 1"
+        )
+    if layout.offload_optimizer and (layout.zero_stage == 0 or pp > 1 or config.training.precision != "float32"):
+        raise UserError(
+            f"layout.offload_optimizer is true with zero_stage {layout.zero_stage}, pipeline_parallel_size {pp} and precision "
+            f"{config.training.precision}; it is verified for ZeRO 1 to 3 in float32 with one pipeline stage: set it to false"
+        )
+    if config.training.precision == "bfloat16" and layout.zero_stage != 1:
+        raise UserError(
+            f"layout.zero_stage is {layout.zero_stage} with training.precision bfloat16: only stage 1 accumulates gradients in "
+            "float32 without loss; use zero_stage 1"
+        )
+    _divides("layout.tensor_parallel_size", tp, "model.num_attention_heads", model.num_attention_heads)
+    _divides("layout.tensor_parallel_size", tp, "model.num_query_groups", model.num_query_groups)
+    _divides("layout.tensor_parallel_size", tp, "model.ffn_hidden_size", model.ffn_hidden_size)
+    _divides("layout.tensor_parallel_size", tp, "data.vocab_size", config.data.vocab_size)
+    if layout.virtual_stages > 1 and pp == 1:
+        raise UserError(
+            f"layout.virtual_stages is {layout.virtual_stages} with pipeline_parallel_size 1, where no stage waits for "
+            "another; set it to 1"
+        )
+    stages = "layout.pipeline_parallel_size" + " × virtual_stages" * (layout.virtual_stages > 1)
+    _divides(stages, layout.num_virtual_stages, "model.num_layers", model.num_layers)
+    if layout.sequence_parallel and tp == 1:
+        raise UserError("layout.sequence_parallel is true with tensor_parallel_size 1; set it to false")
+    if layout.sequence_parallel:
+        _divides("layout.tensor_parallel_size", tp, "tokens of a micro-batch", config.micro_batch_tokens // cp)
+    if cp > 1 and model.attention == "full":
+        raise UserError(
+            f"layout.context_parallel_size is {cp} with model.attention full, which needs all keys of a micro-batch; use 1"
+        )
+    _divides("layout.context_parallel_size", cp, "training.segments_per_micro_batch", config.training.segments_per_micro_batch)
+    if model.tie_embeddings and pp > 1:
+        raise UserError(
+            f"model.tie_embeddings is true with pipeline_parallel_size {pp}: the first and last stage would each train "
+            "a copy; set tie_embeddings to false or pipeline_parallel_size to 1"
+        )
+    if world_size % layout.model_processes:
+        raise UserError(
+            f"layout.tensor_parallel_size {tp} × context_parallel_size {cp} × pipeline_parallel_size {pp} does not fit "
+            f"{world_size} process(es); start a multiple of {layout.model_processes}, for example with "
+            f"launch/local.py {layout.model_processes}"
+        )
+    _divides("the data-parallel size", config.data_parallel_size(world_size), "training.rows", config.training.rows)
+
+
+def validate_data(config: RunConfig) -> None:
+    """Refuse impossible values of the data section (the files themselves are checked by `infini_train.data`).
+
+    Raises:
+        UserError: naming the key, its value and the remedy.
+    """
+    data = config.data
+    _positive("data", data, "vocab_size shard_size_mb")
+    if not 0 < data.held_out_fraction < 1:
+        raise UserError(f"data.held_out_fraction is {data.held_out_fraction}; it must lie between 0 and 1")
+    if data.max_text_mb is not None:
+        _positive("data", data, "max_text_mb")
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Refuse a run that cannot work, before a process group or a GPU is touched.
+
+    Raises:
+        UserError: one line that names the key, its value and the remedy.
+    """
+    validate_model(config)
+    validate_data(config)
+    validate_optimizer(config)
+    validate_layout(config, world_size)
