@@ -12,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.parallel.schedule import segment_schedule
 
-FORWARD, BACKWARD = 0.04, 0.08
+FORWARD, BACKWARD = 0.1, 0.2
 """Seconds of a stage's work on a micro-batch; a chunk of it takes its share."""
 CASES = ((2, 1, 8, 4), (2, 1, 32, 8), (2, 2, 8, 4), (4, 1, 8, 4), (4, 1, 32, 8), (4, 1, 32, 32), (4, 2, 8, 4), (4, 2, 32, 8))
 """Stages, virtual stages, micro-batches, window."""
