@@ -182,6 +182,14 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints to keep; at least 2, so that one damaged checkpoint loses nothing."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept for good; 0 keeps none so."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written, from a copy of this process's share in host memory."""
+    timeout_seconds: float = 1800.0
+    """A checkpoint that takes longer stops the run, with the name of the process that holds it up."""
+    copy_to: str | None = None
+    """Any fsspec URL (s3://bucket/run, file:///mnt/archive/run): every committed checkpoint is copied there."""
 
 
 @dataclass(kw_only=True)

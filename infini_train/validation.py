@@ -69,7 +69,9 @@ def validate_optimizer(config: RunConfig) -> None:
             f"optimizer.decay_steps is {optimizer.decay_steps}; the wsd schedule needs between 1 and "
             f"training.steps - warmup_steps = {config.training.steps - optimizer.warmup_steps}"
         )
-    _positive("checkpoint", config.checkpoint, "every")
+    _positive("checkpoint", config.checkpoint, "every timeout_seconds")
+    if config.checkpoint.keep_every < 0:
+        raise UserError(f"checkpoint.keep_every is {config.checkpoint.keep_every}; use 0 to keep only the newest")
     if config.checkpoint.keep < 2:
         raise UserError(
             f"checkpoint.keep is {config.checkpoint.keep}; keep at least 2, or one damaged checkpoint loses the run"

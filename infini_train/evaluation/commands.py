@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.tokenizer import Tokenizer
@@ -22,7 +23,7 @@ from infini_train.model import build_stage, parameter_placements
 from infini_train.parallel.engine import InferenceEngine
 from infini_train.parallel.layout import Layout, initialize_layout
 from infini_train.parallel.pipeline import SegmentPipeline
-from infini_train.training.checkpoint import Checkpointer, list_checkpoints
+from infini_train.training.checkpoint import Checkpointer
 
 
 @dataclass

@@ -6,6 +6,7 @@ slice again, so that a checkpoint names them as the model does and another stage
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -46,22 +47,29 @@ def initialize_moments(engine: Engine) -> None:
 
 
 @torch.no_grad()
-def read_optimizer_state(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """By kind ("model", "exp_avg", "exp_avg_sq") and module parameter name: float32 tensors of this process's slice.
+def read_optimizer_state(engine: Engine, keep: Container[str] | None = None) -> dict[str, dict[str, Tensor]]:
+    """By kind ("model", "exp_avg", "exp_avg_sq") and module parameter name: copies of this process's slice in host memory.
 
     A collective over the data-parallel group.
+
+    Args:
+        keep: names to return; others are gathered like them, and let go one by one. None keeps all.
     """
     state: dict[str, dict[str, Tensor]] = {"model": {}, **{moment: {} for moment in MOMENTS}}
     for name, parameter in engine.module.named_parameters():
-        if engine.run.layout.zero_stage == 0:
-            state["model"][name] = parameter.detach().float().clone()
-            for moment in MOMENTS:
-                state[moment][name] = engine.adamw.state[parameter][moment].clone()
-        else:
-            state["model"][name] = safe_get_full_fp32_param(parameter).clone()
-            for moment in MOMENTS:
-                state[moment][name] = safe_get_full_optimizer_state(parameter, moment).clone()
+        for kind, tensors in state.items():
+            value = _whole(engine, parameter, kind)
+            if keep is None or name in keep:
+                tensors[name] = value.detach().to("cpu", torch.float32, copy=True)
     return state
+
+
+def _whole(engine: Engine, parameter: torch.nn.Parameter, kind: str) -> Tensor:
+    if engine.run.layout.zero_stage == 0:
+        return parameter if kind == "model" else engine.adamw.state[parameter][kind]
+    if kind == "model":
+        return safe_get_full_fp32_param(parameter)
+    return safe_get_full_optimizer_state(parameter, kind)
 
 
 @torch.no_grad()

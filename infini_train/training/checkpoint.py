@@ -1,16 +1,15 @@
-"""Sharded checkpoints through torch.distributed.checkpoint.
+"""What a checkpoint holds, and how it gets in and out of a run.
 
 Every tensor stands under its global name with its slice of tensor parallelism and rows, so nothing in a checkpoint depends on
-the layout that wrote it: float32 master weights, both Adam moments, the memory of every stream, and stream positions. A folder
-`step_XXXXXXXX` gets its name only once all of its files are written.
+the layout that wrote it: float32 master weights, both Adam moments, the memory of every stream, and stream positions.
+`infini_train.checkpoint` brings them to the disk and back.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from infini_train import platform
 from infini_train.attention import LayerMemory
+from infini_train.checkpoint import folder
+from infini_train.checkpoint.reader import read_tensors
+from infini_train.checkpoint.writer import CheckpointWriter
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
 from infini_train.model.micro_batch import Memory
@@ -32,34 +33,6 @@ from infini_train.parallel.engine import Engine
 from infini_train.parallel.layout import Layout
 from infini_train.parallel.optimizer_state import MOMENTS, read_optimizer_state, write_optimizer_state
 from infini_train.training.state import TrainingState
-
-FORMAT_VERSION = 1
-_STATE_FILE = "state.json"
-
-
-def checkpoint_root(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    root = checkpoint_root(run_dir)
-    found = [path for path in root.glob("step_*") if path.suffix != ".partial" and (path / _STATE_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def read_state_file(path: Path) -> dict[str, Any]:
-    """Step, tokens, configuration and tokenizer fingerprint of a checkpoint.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    try:
-        return json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {path}: {_STATE_FILE} cannot be read ({error}); delete the folder to use an older one"
-        ) from error
 
 
 def _shard(local: Tensor, groups: dict[int, Any]) -> Tensor:
@@ -72,10 +45,10 @@ def _shard(local: Tensor, groups: dict[int, Any]) -> Tensor:
     if not split:
         return local
     if len(split) == 1:
-        mesh = DeviceMesh.from_group(next(iter(split.values())), platform.device().type)
+        mesh = DeviceMesh.from_group(next(iter(split.values())), local.device.type)
     else:
         ranks = _grid(*split.values())
-        mesh = DeviceMesh.from_group(list(split.values()), platform.device().type, mesh=ranks, mesh_dim_names=("a", "b"))
+        mesh = DeviceMesh.from_group(list(split.values()), local.device.type, mesh=ranks, mesh_dim_names=("a", "b"))
     return DTensor.from_local(local, mesh, [Shard(dim) for dim in split], run_check=False)
 
 
@@ -116,35 +89,49 @@ class Checkpointer:
     ) -> None:
         self.run, self.layout, self.placements = run, layout, placements
         self.tokenizer_fingerprint = tokenizer_fingerprint
-        self.run_dir = Path(run.run_dir)
+        self.writer = CheckpointWriter(Path(run.run_dir), run.checkpoint, layout.is_main)
 
-    def save(self, engine: Engine, state: TrainingState) -> Path:
-        """Write the state after `state.step` steps; a collective over all processes."""
-        final = checkpoint_root(self.run_dir) / f"step_{state.step:08d}"
-        partial = final.with_suffix(".partial")
-        if self.layout.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        dcp.save(
-            {**self._optimizer_entries(read_optimizer_state(engine)), **self._stream_entries(state)},
-            storage_writer=dcp.FileSystemWriter(partial, sync_files=True),
-        )
-        if self.layout.is_main:
-            facts = {
-                "format_version": FORMAT_VERSION,
-                "step": state.step,
-                "tokens": state.tokens,
-                "tokenizer_fingerprint": self.tokenizer_fingerprint,
-                "config": asdict(self.run),
-            }
-            (partial / _STATE_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(partial, final)
-            for old in list_checkpoints(self.run_dir)[: -self.run.checkpoint.keep]:
-                shutil.rmtree(old)
-        dist.barrier()
-        return final
+    def save(self, engine: Engine, state: TrainingState) -> None:
+        """Begin to save the state after `state.step` steps; a collective over all processes. See `CheckpointWriter.save`."""
+        self.writer.save(state.step, lambda: self._staged(engine, state), self._facts(state))
+
+    def finish(self, *, must_succeed: bool = False) -> Path | None:
+        """Wait until what was begun is on the disk. See `CheckpointWriter.finish`."""
+        return self.writer.finish(must_succeed=must_succeed)
+
+    def _staged(self, engine: Engine, state: TrainingState) -> dict[str, Tensor]:
+        """What this process writes, copied to host memory.
+
+        Processes that hold the same weights (data and context parallel) divide them, so that no process's copy is larger than
+        its share: 12 bytes a parameter of its tensor and pipeline slice, divided by those processes, and its streams' memory.
+        """
+        weights = read_optimizer_state(engine, keep=self._own_parameters(engine))
+        memory = {layer: LayerMemory(_copy(each.M), _copy(each.z)) for layer, each in state.memory.items()}
+        return {**self._optimizer_entries(weights), **self._stream_entries(state.reader.state(), memory)}
+
+    def _own_parameters(self, engine: Engine) -> set[str]:
+        """Names of the parameters that this process writes: about equal parts, the largest first."""
+        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        load = [0] * dist.get_world_size(replicas)
+        mine = set()
+        sizes = {
+            name: getattr(parameter, "ds_numel", parameter.numel()) for name, parameter in engine.module.named_parameters()
+        }
+        for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+            owner = load.index(min(load))
+            load[owner] += size
+            if owner == dist.get_rank(replicas):
+                mine.add(name)
+        return mine
+
+    def _facts(self, state: TrainingState) -> dict[str, Any]:
+        return {
+            "step": state.step,
+            "tokens": state.tokens,
+            "tokenizer_fingerprint": self.tokenizer_fingerprint,
+            "config": asdict(self.run),
+            "versions": {name: version(name) for name in ("infini-train", "torch", "megatron-core", "deepspeed")},
+        }
 
     def load(self, path: Path, engine: Engine, state: TrainingState) -> None:
         """Restore weights, optimizer, memory and stream positions into a fresh engine and state.
@@ -157,16 +144,16 @@ class Checkpointer:
             kind: {name: self._empty(name, parameter) for name, parameter in engine.module.named_parameters()}
             for kind in ("model", *MOMENTS)
         }
-        state.memory = self._empty_memory()
-        entries = {**self._optimizer_entries(optimizer), **self._stream_entries(state)}
-        _read(path, entries)
+        memory = self._empty_memory()
+        entries = {**self._optimizer_entries(optimizer), **self._stream_entries(state.reader.state(), memory)}
+        read_tensors(path, entries)
         self._collect_blocks(entries, optimizer)
         write_optimizer_state(engine, optimizer, facts["step"])
         state.memory = {
-            layer: LayerMemory(_local(entries[f"memory.M.{layer}"]), _local(entries[f"memory.z.{layer}"]))
-            for layer in state.memory
+            layer: LayerMemory(_local(entries[f"memory.M.{layer}"]), _local(entries[f"memory.z.{layer}"])) for layer in memory
         }
-        state.reader.load_state(_local(entries["streams"]).cpu())
+        state.reader.load_state(_local(entries["streams"]))
+        torch.set_rng_state(entries["random.torch"])
         state.step, state.tokens = facts["step"], facts["tokens"]
 
     def load_weights(self, path: Path, module: torch.nn.Module) -> int:
@@ -178,7 +165,7 @@ class Checkpointer:
         facts = self._read_facts(path)
         weights = {"model": {name: self._empty(name, parameter) for name, parameter in module.named_parameters()}}
         entries = self._optimizer_entries(weights)
-        _read(path, entries)
+        read_tensors(path, entries)
         self._collect_blocks(entries, weights)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
@@ -186,7 +173,7 @@ class Checkpointer:
         return facts["step"]
 
     def _read_facts(self, path: Path) -> dict[str, Any]:
-        facts = read_state_file(path)
+        facts = folder.read_state_file(path)
         if facts["tokenizer_fingerprint"] != self.tokenizer_fingerprint:
             raise UserError(
                 f"checkpoint {path} was trained with tokenizer {facts['tokenizer_fingerprint'][:12]}, but data.path "
@@ -226,14 +213,13 @@ class Checkpointer:
                     parts = [_local(entries[f"{kind}.{placement.name}.{i}"]) for i in range(placement.blocks)]
                     tensor.copy_(torch.cat(parts, dim=placement.dim or 0))
 
-    def _stream_entries(self, state: TrainingState) -> dict[str, Tensor]:
+    def _stream_entries(self, positions: Tensor, memory: Memory) -> dict[str, Tensor]:
         rows = parallel_state.get_data_parallel_group()
         heads = parallel_state.get_tensor_model_parallel_group()
-        positions = state.reader.state().to(platform.device())
-        entries = {"streams": _shard(positions, {0: rows})}
-        for layer, memory in sorted(state.memory.items()):
-            entries[f"memory.M.{layer}"] = _shard(memory.M.contiguous(), {0: rows, 1: heads})
-            entries[f"memory.z.{layer}"] = _shard(memory.z.contiguous(), {0: rows, 1: heads})
+        entries = {"streams": _shard(positions, {0: rows}), "random.torch": torch.get_rng_state()}
+        for layer, each in sorted(memory.items()):
+            entries[f"memory.M.{layer}"] = _shard(each.M.contiguous(), {0: rows, 1: heads})
+            entries[f"memory.z.{layer}"] = _shard(each.z.contiguous(), {0: rows, 1: heads})
         return entries
 
     def _empty_memory(self) -> Memory:
@@ -252,9 +238,26 @@ class Checkpointer:
         }
 
 
-def _read(path: Path, entries: dict[str, Tensor]) -> None:
-    try:
-        dcp.load(entries, storage_reader=dcp.FileSystemReader(path))
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"checkpoint {path} cannot be read: {first}; delete the folder to use an older one") from error
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True)
+
+
+def newest_checkpoint(run_dir: Path, on_damage: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are whole; a collective over all processes, which divide the reading.
+
+    Args:
+        on_damage: called with one line for each newer one that is not.
+    """
+    chosen: list[Any] = [[str(path) for path in reversed(folder.list_checkpoints(run_dir))]]
+    dist.broadcast_object_list(chosen, src=0)  # one view of a shared folder, which may be cached differently elsewhere
+    for path in map(Path, chosen[0]):
+        files = sorted(folder.read_manifest(path).items())
+        mine = files[dist.get_rank() :: dist.get_world_size()]
+        wrong = [found for name, entry in mine if (found := folder.damaged_file(path, name, entry)) is not None]
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, wrong)
+        damage = [line for part in everywhere for line in part]
+        if not damage:
+            return path
+        on_damage(f"checkpoint {path} is damaged: {'; '.join(damage)}; taking the one before it")
+    return None

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig, save_config
 from infini_train.evaluation.perplexity import held_out_loss
-from infini_train.training.checkpoint import list_checkpoints
+from infini_train.training.checkpoint import newest_checkpoint
 from infini_train.training.metrics import MetricsWriter
 from infini_train.training.progress import TrainingProgress
 from infini_train.training.self_test import self_test
@@ -30,12 +31,15 @@ def pretrain(run: RunConfig) -> int:
             self_test(run)
         parts = build_parts(run)
         state, main = parts.state, parts.layout.is_main
-        resumed_from = _resume(parts)
+        warnings: list[str] = []
+        resumed_from = _resume(parts, warnings)
         _open_run_directory(parts)
         with (
             MetricsWriter(run, state.step, enabled=main) as metrics,
             TrainingProgress(run.training.steps, state.step, enabled=main) as progress,
         ):
+            for line in warnings:
+                progress.say(line)
             if resumed_from is not None:
                 progress.say(f"resuming from {resumed_from}")
             while state.step < run.training.steps:
@@ -43,10 +47,12 @@ def pretrain(run: RunConfig) -> int:
                 _evaluate_when_due(parts, record, progress)
                 _log_when_due(parts, record, metrics, progress)
                 if stopped or _due(run, run.checkpoint.every, state.step):
-                    saved = parts.checkpointer.save(parts.engine, state)
+                    parts.checkpointer.save(parts.engine, state)
                 if stopped and state.step < run.training.steps:
+                    saved = parts.checkpointer.finish(must_succeed=True)
                     progress.say(f"stopped: {saved} is saved, and the same command goes on from there")
                     return RESUMABLE_EXIT_CODE
+            parts.checkpointer.finish(must_succeed=True)
             progress.say(f"trained to step {state.step}: {list_checkpoints(Path(run.run_dir))[-1]}")
     return 0
 
@@ -74,16 +80,17 @@ def _log_when_due(parts: Parts, record: dict[str, Any], metrics: MetricsWriter, 
     run, step = parts.run, record["step"]
     if _due(run, run.logging.every, step) or "held_out_loss" in record:
         record.update(memory_statistics(run, parts.layout, parts.engine, parts.state.memory))
+        record.update(parts.checkpointer.writer.report())
         metrics.write(record)
     progress.update(step, record)
 
 
-def _resume(parts: Parts) -> Path | None:
-    checkpoints = list_checkpoints(Path(parts.run.run_dir))
-    if not checkpoints:
-        return None
-    parts.checkpointer.load(checkpoints[-1], parts.engine, parts.state)
-    return checkpoints[-1]
+def _resume(parts: Parts, warnings: list[str]) -> Path | None:
+    """Load the newest checkpoint that is whole, if there is one; what is wrong with newer ones is added to the warnings."""
+    newest = newest_checkpoint(Path(parts.run.run_dir), warnings.append)
+    if newest is not None:
+        parts.checkpointer.load(newest, parts.engine, parts.state)
+    return newest
 
 
 def _open_run_directory(parts: Parts) -> None:

@@ -9,11 +9,11 @@ import torch
 from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
+from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
 from infini_train.evaluation.generation import StreamingModel
 from infini_train.model import MicroBatch
-from infini_train.training.checkpoint import list_checkpoints
 from infini_train.training.self_test import self_test
 from infini_train.training.setup import Parts, build_parts
 from infini_train.training.signals import StopRequest
@@ -105,6 +105,7 @@ def save_after(run: RunConfig, steps: int, more: int) -> dict[str, Any]:
     for _ in range(steps):
         train_step(parts, StopRequest())
     parts.checkpointer.save(parts.engine, parts.state)
+    parts.checkpointer.finish(must_succeed=True)
     return _continue(parts, more)
 
 

@@ -20,7 +20,13 @@ from tests.distributed.assemble import global_weights
 from tests.distributed.cases import Case
 
 REPOSITORY = Path(__file__).parents[2]
-TIMED = {"step_seconds", "tokens_per_second"}
+TIMED = {
+    "step_seconds",
+    "tokens_per_second",
+    "checkpoint_step",
+    "checkpoint_pause_seconds",
+    "checkpoint_durable_seconds",
+}
 
 
 def start(run: RunConfig, processes: int) -> subprocess.Popen[str]:

@@ -1,0 +1,123 @@
+"""Reads tensors of a checkpoint without ever running code from it.
+
+torch.distributed.checkpoint describes the tensors in a pickle, `.metadata`. Here that may only make the few classes which such
+a description consists of, describe tensors (an entry of arbitrary bytes would be unpickled by torch), and name files of the
+manifest.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from infini_train.checkpoint.folder import read_manifest
+from infini_train.errors import UserError
+
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_ALLOWED = {
+    *(("torch", name) for name in ("Size", *_DTYPES)),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    *(("pathlib", name) for name in ("Path", "PosixPath", "PurePosixPath")),
+    *(("pathlib._local", name) for name in ("Path", "PosixPath", "PurePosixPath")),
+    ("collections", "OrderedDict"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which does not belong into a description of tensors")
+        return super().find_class(module, name)
+
+
+class TensorReader(dcp.FileSystemReader):
+    """torch.distributed.checkpoint's reader of one folder, for descriptions of tensors alone."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """The description of all tensors.
+
+        Raises:
+            UserError: it is not one, or it refers to anything else.
+        """
+        folder = Path(self.path)
+        try:
+            with (folder / ".metadata").open("rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+            if not isinstance(metadata, Metadata):
+                raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+        except Exception as error:  # what a damaged pickle raises has no bounds
+            raise UserError(f"checkpoint {folder}: .metadata is refused: {error}; use another checkpoint") from error
+        files = read_manifest(folder)
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise UserError(f"checkpoint {folder}: .metadata is refused: {name} is no tensor; use another checkpoint")
+        for info in (metadata.storage_data or {}).values():
+            if info.relative_path not in files:
+                raise UserError(
+                    f"checkpoint {folder}: .metadata is refused: {info.relative_path} is not in the manifest; "
+                    "use another checkpoint"
+                )
+        metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def read_tensors(path: Path, entries: dict[str, Tensor], *, no_dist: bool = False) -> None:
+    """Fill tensors, by their names in the checkpoint; with process groups a collective over all processes.
+
+    Raises:
+        UserError: the checkpoint lacks one of them, or cannot be read.
+    """
+    try:
+        dcp.load(entries, storage_reader=TensorReader(path), no_dist=no_dist)
+    except UserError:
+        raise
+    except Exception as error:
+        refused = _user_error(error)
+        if refused is not None:
+            raise refused from error
+        lines = str(error).strip().splitlines()
+        first = lines[0] if lines else type(error).__name__
+        raise UserError(f"checkpoint {path} cannot be read: {first}; delete the folder to use an older one") from error
+
+
+def _user_error(error: BaseException) -> UserError | None:
+    """The refusal of one process inside the exception that torch.distributed.checkpoint raises on all."""
+    for failure in getattr(error, "failures", {}).values():
+        cause = failure[0] if isinstance(failure, tuple) else failure
+        if isinstance(cause, UserError):
+            return cause
+    return None
+
+
+def describe_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Shape, type and chunks of every tensor of a checkpoint, by name."""
+    return dict(TensorReader(os.fspath(path)).read_metadata().state_dict_metadata)  # type: ignore[arg-type]
+
+
+def read_whole(path: Path, names: list[str]) -> dict[str, Tensor]:
+    """Some tensors of a checkpoint as they are without any layout, in this process alone."""
+    described = describe_tensors(path)
+    entries = {name: torch.empty(described[name].size, dtype=described[name].properties.dtype) for name in names}
+    read_tensors(path, entries, no_dist=True)
+    return entries
