@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-NAMES = ("stream", "window", "pipeline", "peers")
+NAMES = ("stream", "window", "pipeline", "checkpoint", "peers")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -25,6 +25,13 @@ COMMANDS = {
     "evaluate": "held-out perplexity by position, with memory and without",
     "generate": "continue a prompt with streaming inference",
     "report": "write report.html of a run directory",
+    "checkpoint": "list, verify, inspect or consolidate checkpoints",
+}
+CHECKPOINT_ACTIONS = {
+    "list": "every checkpoint of the run",
+    "verify": "read every byte of a checkpoint, or of all, and compare with the checksums",
+    "inspect": "what a checkpoint holds",
+    "consolidate": "write the weights as one safetensors file",
 }
 
 
@@ -34,6 +41,10 @@ def build_parser() -> ArgumentParser:
     subcommands = parser.add_subcommands(dest="command", metavar="COMMAND")
     for name, help_text in COMMANDS.items():
         command = ArgumentParser(description=f"infini-train {name}: {help_text}.", exit_on_error=False)
+        if name == "checkpoint":
+            _add_checkpoint_arguments(command)
+            subcommands.add_subcommand(name, command, help=help_text)
+            continue
         command.add_argument("--config", action="config", help="YAML file of the run; flags after it override its values")
         if name == "prepare":
             command.add_argument("--overwrite", action="store_true", help="replace shards that exist")
@@ -62,6 +73,18 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def _add_checkpoint_arguments(command: ArgumentParser) -> None:
+    actions = "; ".join(f"{action}: {text}" for action, text in CHECKPOINT_ACTIONS.items())
+    command.add_argument("action", choices=list(CHECKPOINT_ACTIONS), help=actions)
+    command.add_argument("--run_dir", type=str, default=RunConfig.run_dir, help="folder of the run")
+    command.add_argument(
+        "--path", type=str | None, default=None, help="a folder step_XXXXXXXX; the newest of the run by default (verify: all)"
+    )
+    command.add_argument(
+        "--output", type=str | None, default=None, help="safetensors file that consolidate writes; RUN_DIR/STEP.safetensors"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
@@ -70,8 +93,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
-        handler: Callable[[RunConfig, Namespace], int] = globals()[f"_{arguments.command}"]
         section = arguments[arguments.command]
+        if arguments.command == "checkpoint":
+            return _checkpoint(section)
+        handler: Callable[[RunConfig, Namespace], int] = globals()[f"_{arguments.command}"]
         return handler(_run_config(section), section)
     except UserError as error:
         # Under a launcher every process finds the same error; one of them says it.
@@ -187,6 +212,23 @@ def _with_model(run: RunConfig, arguments: Namespace, action: Callable[[Any, Run
     _check(run)
     action(commands, run, commands.find_checkpoint(run, arguments.from_checkpoint))
     return 0
+
+
+def _checkpoint(arguments: Namespace) -> int:
+    from infini_train.checkpoint import commands, folder
+
+    run_dir = Path(arguments.run_dir)
+    if arguments.action == "list":
+        return commands.list_all(run_dir)
+    paths = folder.list_checkpoints(run_dir) if arguments.path is None else [Path(arguments.path)]
+    if not paths:
+        raise UserError(f"run_dir {run_dir} holds no checkpoint; name another --run_dir, or a folder with --path")
+    if arguments.action == "verify":
+        return commands.verify(paths)
+    if arguments.action == "inspect":
+        return commands.inspect(paths[-1])
+    output = Path(arguments.output) if arguments.output else run_dir / f"{paths[-1].name}.safetensors"
+    return commands.consolidate(paths[-1], output)
 
 
 def _report(run: RunConfig, arguments: Namespace) -> int:

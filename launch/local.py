@@ -46,7 +46,7 @@ def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 class Processes:
     """The ranks of one run."""
 
-    def __init__(self, world_size: int, arguments: list[str]) -> None:
+    def __init__(self, world_size: int, command: list[str]) -> None:
         self.stop_requested = False
         signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGTERM, self._stop)
@@ -54,7 +54,7 @@ class Processes:
         # A session of their own: a terminal's Ctrl-C reaches the ranks through this process, once, not twice.
         self.ranks = [
             subprocess.Popen(
-                [sys.executable, "-m", "infini_train", *arguments],
+                command,
                 env=environment(rank, world_size, port),
                 start_new_session=True,
             )
@@ -106,7 +106,7 @@ def main() -> int:
         )
         if checked.returncode or "--print_config" in command or "--help" in command:
             return checked.returncode
-    return Processes(world_size, command).wait()
+    return Processes(world_size, [sys.executable, "-m", "infini_train", *command]).wait()
 
 
 if __name__ == "__main__":

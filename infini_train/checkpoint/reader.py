@@ -1,8 +1,8 @@
 """Reads tensors of a checkpoint without ever running code from it.
 
 torch.distributed.checkpoint describes the tensors in a pickle, `.metadata`. Here that may only make the few classes which such
-a description consists of, describe tensors (an entry of arbitrary bytes would be unpickled by torch), and name files of the
-manifest.
+a description consists of, and name files of the manifest. The class of entries of arbitrary bytes is not among them: torch
+would unpickle those.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from infini_train.checkpoint.folder import read_manifest
@@ -68,9 +69,6 @@ class TensorReader(dcp.FileSystemReader):
         except Exception as error:  # what a damaged pickle raises has no bounds
             raise UserError(f"checkpoint {folder}: .metadata is refused: {error}; use another checkpoint") from error
         files = read_manifest(folder)
-        for name, entry in metadata.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                raise UserError(f"checkpoint {folder}: .metadata is refused: {name} is no tensor; use another checkpoint")
         for info in (metadata.storage_data or {}).values():
             if info.relative_path not in files:
                 raise UserError(
@@ -92,22 +90,20 @@ def read_tensors(path: Path, entries: dict[str, Tensor], *, no_dist: bool = Fals
         dcp.load(entries, storage_reader=TensorReader(path), no_dist=no_dist)
     except UserError:
         raise
-    except Exception as error:
-        refused = _user_error(error)
-        if refused is not None:
-            raise refused from error
-        lines = str(error).strip().splitlines()
-        first = lines[0] if lines else type(error).__name__
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        cause = next(iter(failed_ranks(error).values()), error)
+        if isinstance(cause, UserError):
+            raise cause from error
+        lines = str(cause).strip().splitlines()
+        first = lines[0] if lines else type(cause).__name__
         raise UserError(f"checkpoint {path} cannot be read: {first}; delete the folder to use an older one") from error
 
 
-def _user_error(error: BaseException) -> UserError | None:
-    """The refusal of one process inside the exception that torch.distributed.checkpoint raises on all."""
-    for failure in getattr(error, "failures", {}).values():
-        cause = failure[0] if isinstance(failure, tuple) else failure
-        if isinstance(cause, UserError):
-            return cause
-    return None
+def failed_ranks(error: BaseException) -> dict[int, BaseException]:
+    """What went wrong on which rank, inside the exception that torch.distributed.checkpoint raises on all."""
+    if not isinstance(error, CheckpointException):
+        return {}
+    return {rank: failure[0] if isinstance(failure, tuple) else failure for rank, failure in sorted(error.failures.items())}
 
 
 def describe_tensors(path: Path) -> dict[str, TensorStorageMetadata]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
 from infini_train.checkpoint import folder
+from infini_train.checkpoint.reader import failed_ranks
 from infini_train.checkpoint.remote import copy_to_url
 from infini_train.config import CheckpointConfig
 from infini_train.errors import UserError
@@ -218,8 +219,7 @@ def _writers_group(timeout_seconds: float) -> Any:
 
 def _first_cause(error: BaseException) -> str:
     """One line: which rank, and what happened there."""
-    for rank, failure in sorted(getattr(error, "failures", {}).items()):
-        cause = failure[0] if isinstance(failure, tuple) else failure
+    for rank, cause in failed_ranks(error).items():
         return f"rank {rank}: {_one_line(cause)}"
     return _one_line(error)
 

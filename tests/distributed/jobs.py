@@ -14,6 +14,7 @@ from infini_train.config import RunConfig
 from infini_train.errors import UserError
 from infini_train.evaluation.generation import StreamingModel
 from infini_train.model import MicroBatch
+from infini_train.parallel.optimizer_state import read_optimizer_state
 from infini_train.training.self_test import self_test
 from infini_train.training.setup import Parts, build_parts
 from infini_train.training.signals import StopRequest
@@ -114,6 +115,48 @@ def load_and_train(run: RunConfig, steps: int) -> dict[str, Any]:
     parts = build_parts(run)
     parts.checkpointer.load(list_checkpoints(Path(run.run_dir))[-1], parts.engine, parts.state)
     return _continue(parts, steps)
+
+
+def resume_train_save(run: RunConfig, steps: int) -> dict[str, Any]:
+    """Go on from the newest checkpoint, train some steps and save: what was loaded, what was saved, and what was read."""
+    parts = build_parts(run)
+    if list_checkpoints(Path(run.run_dir)):
+        parts.checkpointer.load(list_checkpoints(Path(run.run_dir))[-1], parts.engine, parts.state)
+    loaded = _state(parts)
+    dataset, reads = parts.state.reader.dataset, []
+    read = dataset.read
+
+    def recorded(document: int, start: int, count: int) -> Any:
+        reads.append((document, start, count))
+        return read(document, start, count)
+
+    dataset.read = recorded  # type: ignore[method-assign]
+    losses = [train_step(parts, StopRequest())[0]["loss"] for _ in range(steps)]
+    parts.checkpointer.save(parts.engine, parts.state)
+    parts.checkpointer.finish(must_succeed=True)
+    layout = parts.layout
+    return {
+        "loaded": loaded,
+        "saved": _state(parts),
+        "loss": losses,
+        # Ranks that share rows read the same; one of them speaks.
+        "reads": reads if layout.tp_rank == layout.cp_rank == layout.pp_rank == 0 else [],
+    }
+
+
+def _state(parts: Parts) -> dict[str, Any]:
+    """Weights and moments by kind, and memory; this rank's slices."""
+    placements = parts.checkpointer.placements
+    return {
+        **{
+            kind: {
+                placements[name].name: (placements[name].dim, placements[name].blocks, placements[name].rank, value)
+                for name, value in tensors.items()
+            }
+            for kind, tensors in read_optimizer_state(parts.engine).items()
+        },
+        "memory": _memory(parts),
+    }
 
 
 def _continue(parts: Parts, steps: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from infini_train.config import CheckpointConfig, LayoutConfig, RunConfig, save_config
-from tests.distributed.assemble import global_weights
+from tests.distributed.assemble import global_memory, global_weights
 from tests.distributed.cases import Case
 
 REPOSITORY = Path(__file__).parents[2]
@@ -157,3 +157,45 @@ def test_state_is_the_same_in_another_layout(saved, loaded, pool, run_config, tm
     expected, weights = global_weights(before), global_weights(after)
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+CHAIN = [
+    Case(),
+    Case(tp=2, zero=0),
+    Case(pp=2, virtual=2, dp=2, zero=2, recompute="stage"),
+    Case(cp=2),
+    Case(dp=2, zero=3),
+    Case(dp=2, tp=2, sequence_parallel=True),
+    Case(pp=2),
+]
+
+
+def test_resharding_loses_nothing_and_reads_nothing_twice(pool, run_config, tmp_path):
+    """One run handed from layout to layout: its state comes over bit by bit, and its tokens are those of an undisturbed run."""
+
+    def leg(case: Case, folder: str, steps: int) -> list[dict[str, Any]]:
+        run = replace(case.apply(run_config), run_dir=str(tmp_path / folder))
+        return pool(case.processes).run("tests.distributed.jobs", "resume_train_save", run, steps)
+
+    reads, losses = [], []
+    before: list[dict[str, Any]] | None = None
+    for case in CHAIN:
+        results = leg(case, "chain", 2)
+        loaded = [result["loaded"] for result in results]
+        if before is not None:
+            for kind in ("model", "exp_avg", "exp_avg_sq"):
+                ours, theirs = global_weights(loaded, kind), global_weights(before, kind)
+                assert ours.keys() == theirs.keys()
+                for name, value in theirs.items():
+                    assert torch.equal(ours[name], value), f"{kind} of {name} changed on the way to {case.name}"
+            ours, theirs = global_memory(loaded), global_memory(before)
+            assert ours.keys() == theirs.keys()
+            for layer, states in theirs.items():
+                assert all(torch.equal(mine, other) for mine, other in zip(ours[layer], states, strict=True)), layer
+        before = [result["saved"] for result in results]
+        reads += [each for result in results for each in result["reads"]]
+        losses += results[0]["loss"]
+    undisturbed = leg(Case(), "undisturbed", 2 * len(CHAIN))[0]
+    assert losses == pytest.approx(undisturbed["loss"], rel=1e-5)
+    assert sorted(reads) == sorted(undisturbed["reads"])
+    assert len(set(reads)) == len(reads), "the corpus is read less than once in this test, so nothing comes twice"

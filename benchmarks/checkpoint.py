@@ -1,0 +1,113 @@
+"""Saving and loading a run's state on two processes (ZeRO-1): ours beside torch.distributed.checkpoint and DeepSpeed alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch.multiprocessing as multiprocessing
+
+from benchmarks.one_process import OneDocument
+from infini_train.config import DataConfig, LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+
+PROCESSES = 2
+ROUNDS = 3
+MODEL = ModelConfig(
+    num_layers=6,
+    hidden_size=512,
+    num_attention_heads=8,
+    num_query_groups=4,
+    head_dim=64,
+    ffn_hidden_size=1536,
+    segment_length=64,
+)
+
+
+def rank(number: int, port: int, root: str, results: Any) -> None:
+    """All measurements of one process; every one ends with a barrier, so that its time is that of the slower process."""
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(PROCESSES), MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    from infini_train import platform
+
+    platform.install()
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import checkpoint as dcp
+
+    from infini_train.parallel.optimizer_state import read_optimizer_state
+    from infini_train.training.checkpoint import newest_checkpoint
+    from infini_train.training.setup import build_parts
+    from infini_train.training.signals import StopRequest
+    from infini_train.training.step import train_step
+
+    torch.set_num_threads(1)
+    run = RunConfig(
+        run_dir=f"{root}/run",
+        model=MODEL,
+        data=DataConfig(vocab_size=8192),
+        layout=LayoutConfig(zero_stage=1),
+        training=TrainingConfig(steps=1000, rows=2, micro_batches_per_window=2),
+        optimizer=OptimizerConfig(warmup_steps=1),
+    )
+    parts = build_parts(run, OneDocument(run.data.vocab_size, 1 << 20))
+    train_step(parts, StopRequest())
+    whole = read_optimizer_state(parts.engine)
+    flat = {f"{kind}.{name}": tensor for kind, tensors in whole.items() for name, tensor in tensors.items()}
+    gigabytes = sum(tensor.numel() * tensor.element_size() for tensor in flat.values()) / 1e9
+    seconds: dict[str, list[float]] = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> None:
+        dist.barrier()
+        started = time.perf_counter()
+        work()
+        dist.barrier()
+        seconds.setdefault(name, []).append(time.perf_counter() - started)
+
+    writer = parts.checkpointer.writer
+    for round_number in range(ROUNDS):
+        for asynchronous in (True, False):
+            name = "ours, beside training" if asynchronous else "ours, waiting"
+            run.checkpoint.asynchronous = asynchronous
+            parts.state.step += 1
+            timed(f"{name}: pause", lambda: parts.checkpointer.save(parts.engine, parts.state))
+            parts.checkpointer.finish(must_succeed=True)
+            if number == 0:
+                seconds.setdefault(f"{name}: durable", []).append(writer.report()["checkpoint_durable_seconds"])
+        newest: list[Any] = []
+        timed("ours: verify", lambda: newest.append(newest_checkpoint(Path(run.run_dir), print)))  # noqa: B023
+        timed("ours: load", lambda: parts.checkpointer.load(newest[-1], parts.engine, parts.state))  # noqa: B023
+        plain = f"{root}/dcp{round_number}"
+        timed("torch.distributed.checkpoint: save", lambda: dcp.save(flat, checkpoint_id=plain))  # noqa: B023
+        timed("torch.distributed.checkpoint: load", lambda: dcp.load(flat, checkpoint_id=plain))  # noqa: B023
+        theirs = f"{root}/deepspeed{round_number}"
+        timed("DeepSpeed: save_checkpoint", lambda: parts.engine.deepspeed.save_checkpoint(theirs))  # noqa: B023
+        timed("DeepSpeed: load_checkpoint", lambda: parts.engine.deepspeed.load_checkpoint(theirs))  # noqa: B023
+    if number == 0:
+        results.put((gigabytes, seconds))
+
+
+def measure() -> tuple[list[dict[str, Any]], list[str]]:
+    """Medians over the rounds, all in turn in one run; per gigabyte of weights and moments."""
+    root = tempfile.mkdtemp(prefix="checkpoint-benchmark-")
+    try:
+        results = multiprocessing.get_context("spawn").SimpleQueue()
+        multiprocessing.spawn(rank, args=(29700 + os.getpid() % 1000, root, results), nprocs=PROCESSES)
+        gigabytes, seconds = results.get()
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    rows = [
+        {"what": name, "seconds": median(times), "seconds per GB": median(times) / gigabytes, "slowest": max(times)}
+        for name, times in seconds.items()
+    ]
+    pause = {row["what"]: row["seconds"] for row in rows}
+    share = pause["ours, beside training: pause"] / pause["torch.distributed.checkpoint: save"]
+    return rows, [
+        f"{gigabytes:.2f} GB of weights and moments on {PROCESSES} processes; training pauses for {share:.2f} of the time that "
+        "torch.distributed.checkpoint's own save takes"
+    ]

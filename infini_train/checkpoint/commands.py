@@ -1,0 +1,99 @@
+"""`infini-train checkpoint list | verify | inspect | consolidate`: one process, no process group, no GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor
+
+from infini_train.checkpoint import folder
+from infini_train.checkpoint.reader import describe_tensors, read_whole
+from infini_train.errors import UserError
+
+DAMAGED_EXIT_CODE = 1
+
+
+def list_all(run_dir: Path) -> int:
+    """A table of every checkpoint folder of a run, finished or not."""
+    root = folder.checkpoint_root(run_dir)
+    folders = sorted(path for path in root.glob("step_*") if path.is_dir())
+    if not folders:
+        raise UserError(f"{root} holds no checkpoint; name a run directory with --run_dir, or train first")
+    table = Table("checkpoint", "step", "tokens", "MB", "written", "state")
+    for path in folders:
+        committed = folder.is_committed(path)
+        facts = folder.read_state_file(path) if committed else {}
+        size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+        written = datetime.fromtimestamp(path.stat().st_mtime).isoformat(sep=" ", timespec="seconds")
+        state = "committed" if committed else "not committed: it will not be used"
+        table.add_row(path.name, f"{facts.get('step', '')}", f"{facts.get('tokens', '')}", f"{size:,.1f}", written, state)
+    Console().print(table)
+    return 0
+
+
+def verify(paths: list[Path]) -> int:
+    """Read every byte and compare with the manifest; DAMAGED_EXIT_CODE if anything is wrong."""
+    worst = 0
+    for path in paths:
+        wrong = folder.damage(path)
+        print(f"{path}: " + ("whole" if not wrong else "DAMAGED: " + "; ".join(wrong)))
+        worst = DAMAGED_EXIT_CODE if wrong else worst
+    return worst
+
+
+def inspect(path: Path) -> int:
+    """What a checkpoint holds: where the run stood, its configuration, and every tensor."""
+    _must_be_whole(path, by="inspect")
+    facts = folder.read_state_file(path)
+    print(f"{path}: step {facts['step']}, {facts['tokens']:,} tokens")
+    print("written with", ", ".join(f"{name} {number}" for name, number in facts["versions"].items()))
+    print("config", json.dumps(facts["config"]))
+    table = Table("tensor", "shape", "type", "pieces")
+    total = 0
+    for name, entry in sorted(describe_tensors(path).items()):
+        table.add_row(name, str(list(entry.size)), str(entry.properties.dtype).removeprefix("torch."), str(len(entry.chunks)))
+        total += math.prod(entry.size) if name.startswith("model.") else 0
+    Console(width=140).print(table)
+    print(f"{total:,} parameters")
+    return 0
+
+
+def consolidate(path: Path, output: Path) -> int:
+    """Write the model's weights, whole and in float32, as one safetensors file."""
+    _must_be_whole(path, by="consolidate")
+    if output.exists():
+        raise UserError(f"--output {output} exists; name another file, or delete it")
+    names = [name for name in describe_tensors(path) if name.startswith("model.")]
+    weights = join_blocks({name.removeprefix("model."): tensor for name, tensor in read_whole(path, names).items()})
+    facts = folder.read_state_file(path)
+    partial = output.with_name(output.name + ".partial")
+    save_file(weights, partial, metadata={"step": str(facts["step"]), "config": json.dumps(facts["config"])})
+    partial.replace(output)
+    print(f"{output}: {sum(tensor.numel() for tensor in weights.values()):,} parameters of step {facts['step']}")
+    return 0
+
+
+def join_blocks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fused matrices (SwiGLU's gate and up) lie in a checkpoint block by block, NAME.0 and NAME.1; here they are whole."""
+    joined: dict[str, list[tuple[int, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        block = re.fullmatch(r"(.*\.weight)\.(\d+)", name)
+        joined.setdefault(block[1] if block else name, []).append((int(block[2]) if block else 0, tensor))
+    return {
+        name: parts[0][1] if len(parts) == 1 else torch.cat([tensor for _, tensor in sorted(parts, key=lambda part: part[0])])
+        for name, parts in joined.items()
+    }
+
+
+def _must_be_whole(path: Path, by: str) -> None:
+    wrong = folder.damage(path)
+    if wrong:
+        raise UserError(f"checkpoint {path}: {'; '.join(wrong)}; {by} another checkpoint")

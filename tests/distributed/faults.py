@@ -1,0 +1,130 @@
+"""A rank of a run in which something really goes wrong, at a chosen point: `python -m tests.distributed.faults FAULT ...`.
+
+FAULT is NAME@RANK@STEP. The run is the product's own; only the moment at which the blow falls is ours.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed.checkpoint import filesystem
+
+from infini_train import cli
+from infini_train.checkpoint import folder, writer
+
+WRITE_DATA, WRITE_ITEM = writer._Files.write_data, filesystem._write_item
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminate_twice() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def when_writing(step: int, action: Callable[[], None]) -> None:
+    """Do it on the writing thread, before the first byte of this process's share."""
+
+    def write_data(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if self._save.step == step:
+            action()
+        return WRITE_DATA(self, *arguments, **keywords)
+
+    writer._Files.write_data = write_data
+
+
+def kill_inside_a_shard(step: int) -> None:
+    """After the third tensor of the file is written."""
+    written = 0
+
+    def write_item(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal written
+        result = WRITE_ITEM(*arguments, **keywords)
+        written += 1
+        if written == 3:
+            os.sync()
+            kill()
+        return result
+
+    def arm() -> None:
+        filesystem._write_item = write_item
+
+    when_writing(step, arm)
+
+
+def kill_instead_of(name: str, step: int) -> None:
+    original = getattr(folder, name)
+
+    def killed(path: Any, *arguments: Any) -> Any:
+        if name == "retain" and not folder.is_committed(folder.checkpoint_root(path) / folder.folder_name(step)):
+            return original(path, *arguments)
+        if name == "write_marker" and path.name != folder.folder_name(step):
+            return original(path, *arguments)
+        kill()
+        return None
+
+    setattr(folder, name, killed)
+
+
+def no_space() -> None:
+    """The system refuses to let this process's files grow beyond a few kilobytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+
+
+def some_space() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def when_evaluating(step: int, action: Callable[[], None]) -> None:
+    """Do it as the evaluation after this step begins."""
+    from infini_train.training import loop
+
+    held_out_loss, evaluate = loop.held_out_loss, loop._evaluate_when_due
+    now = 0
+
+    def remember(parts: Any, record: Any, progress: Any) -> None:
+        nonlocal now
+        now = record["step"]
+        evaluate(parts, record, progress)
+
+    def interrupted(*arguments: Any, **keywords: Any) -> Any:
+        if now == step:
+            action()
+        return held_out_loss(*arguments, **keywords)
+
+    loop.held_out_loss, loop._evaluate_when_due = interrupted, remember
+
+
+def only_at(step: int, action: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    def write_data(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        (action if self._save.step == step else otherwise)()
+        return WRITE_DATA(self, *arguments, **keywords)
+
+    writer._Files.write_data = write_data
+
+
+FAULTS: dict[str, Callable[[int], None]] = {
+    "kill_before_shards": lambda step: when_writing(step, kill),
+    "kill_inside_a_shard": kill_inside_a_shard,
+    "kill_before_marker": lambda step: kill_instead_of("write_marker", step),
+    "kill_before_retention": lambda step: kill_instead_of("retain", step),
+    "no_space_once": lambda step: only_at(step, no_space, some_space),
+    "no_space_from_then_on": lambda step: when_writing(step, no_space),
+    "stall": lambda step: when_writing(step, lambda: time.sleep(3600)),
+    "terminate_in_save": lambda step: when_writing(step, terminate_twice),
+    "terminate_in_evaluation": lambda step: when_evaluating(step, terminate_twice),
+}
+
+if __name__ == "__main__":
+    fault, rank, step = sys.argv[1].split("@")
+    if os.environ["RANK"] == rank:
+        FAULTS[fault](int(step))
+    sys.exit(cli.main(sys.argv[2:]))

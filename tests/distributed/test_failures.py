@@ -1,0 +1,159 @@
+"""What clusters do to a run, done for real: afterwards it goes on as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infini_train.checkpoint.folder import list_checkpoints
+from infini_train.config import CheckpointConfig, LayoutConfig, RunConfig, save_config
+from tests.distributed.command import REPOSITORY
+from tests.distributed.test_checkpoint import elsewhere, metrics
+
+RUN_WITH_A_FAULT = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("local", sys.argv[1])
+local = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(local)
+sys.exit(local.Processes(int(sys.argv[2]), [sys.executable, "-m", *sys.argv[3:]]).wait())
+"""
+
+
+def pretrain(run: RunConfig, processes: int, fault: str | None = None) -> subprocess.CompletedProcess[str]:
+    """`pretrain` on some processes under the launcher; one of them with a fault (NAME@RANK@STEP)."""
+    path = Path(run.run_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    config = path.with_suffix(".yaml")
+    save_config(run, config)
+    module = ["infini_train"] if fault is None else ["tests.distributed.faults", fault]
+    launcher = str(REPOSITORY / "launch" / "local.py")
+    return subprocess.run(
+        [sys.executable, "-c", RUN_WITH_A_FAULT, launcher, str(processes), *module, "pretrain", "--config", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(run_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Four ranks (two stages of two), a checkpoint every four steps, an evaluation every six."""
+    return replace(
+        run_config,
+        run_dir=str(tmp_path_factory.mktemp("runs") / "undisturbed"),
+        layout=LayoutConfig(pipeline_parallel_size=2, zero_stage=1),
+        training=replace(run_config.training, steps=12, self_test=False),
+        evaluation=replace(run_config.evaluation, every=6),
+        checkpoint=CheckpointConfig(every=4),
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run: RunConfig) -> list[dict[str, Any]]:
+    result = pretrain(run, 4)
+    assert result.returncode == 0, result.stdout
+    return metrics(run)
+
+
+@pytest.mark.parametrize(
+    "fault,goes_on_from",
+    [
+        ("kill_before_shards@2@8", 4),
+        ("kill_inside_a_shard@2@8", 4),
+        ("kill_before_marker@0@8", 4),
+        ("kill_before_retention@0@8", 8),
+    ],
+)
+def test_a_rank_killed_while_a_checkpoint_is_written(fault, goes_on_from, run, undisturbed):
+    hit = elsewhere(run, fault.partition("@")[0])
+    result = pretrain(hit, 4, fault)
+    assert result.returncode == 128 + 9, result.stdout
+    assert list_checkpoints(Path(hit.run_dir))[-1].name == f"step_{goes_on_from:08d}"
+    result = pretrain(hit, 4)
+    assert result.returncode == 0 and f"resuming from {hit.run_dir}/checkpoints/step_{goes_on_from:08d}" in result.stdout
+    assert metrics(hit) == undisturbed
+    left = sorted(path.name for path in (Path(hit.run_dir) / "checkpoints").iterdir())
+    assert left == ["step_00000008", "step_00000012"], "what the interrupted save left is cleaned up"
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "delete"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(harm, run, undisturbed):
+    hit = elsewhere(run, harm)
+    assert pretrain(hit, 4).returncode == 0
+    shard = Path(hit.run_dir) / "checkpoints" / "step_00000012" / "__2_0.distcp"
+    if harm == "delete":
+        shard.unlink()
+    elif harm == "truncate":
+        os.truncate(shard, 100)
+    else:
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    result = pretrain(hit, 4)
+    assert result.returncode == 0, result.stdout
+    flat = " ".join(result.stdout.split())
+    assert "step_00000012 is damaged: __2_0.distcp" in flat and "resuming from" in flat and "step_00000008" in flat
+    assert metrics(hit) == undisturbed
+
+
+def test_a_full_disk_once_costs_one_checkpoint_and_nothing_else(run, undisturbed):
+    hit = elsewhere(run, "full once")
+    result = pretrain(hit, 4, "no_space_once@2@4")
+    assert result.returncode == 0, result.stdout
+    assert "checkpoint of step 4 failed: rank 2" in result.stdout and "training goes on" in result.stdout
+    assert metrics(hit) == undisturbed
+    assert sorted(path.name[5:] for path in (Path(hit.run_dir) / "checkpoints").iterdir()) == ["00000008", "00000012"]
+
+
+def test_a_disk_that_stays_full_stops_the_run_on_all_ranks(run, undisturbed):
+    hit = elsewhere(run, "full for good")
+    result = pretrain(hit, 4, "no_space_from_then_on@2@8")
+    assert result.returncode == 2, result.stdout
+    assert "could not be written: rank 2" in result.stdout and "Traceback" not in result.stdout
+    assert list_checkpoints(Path(hit.run_dir))[-1].name == "step_00000004"
+    assert pretrain(hit, 4).returncode == 0
+    assert metrics(hit) == undisturbed
+
+
+def test_a_writer_that_stalls_is_named(run, undisturbed):
+    hit = replace(elsewhere(run, "stalled"), checkpoint=CheckpointConfig(every=4, timeout_seconds=8.0))
+    result = pretrain(hit, 4, "stall@3@4")
+    assert result.returncode == 2, result.stdout
+    assert "the checkpoint of step 4 did not end: rank 3 has not written its files after 8 s" in result.stdout
+    assert list_checkpoints(Path(hit.run_dir)) == []
+    hit = replace(hit, checkpoint=run.checkpoint)
+    assert pretrain(hit, 4).returncode == 0
+    assert metrics(hit) == undisturbed
+
+
+@pytest.mark.parametrize("fault,stops_at", [("terminate_in_save@1@4", (4, 5, 6)), ("terminate_in_evaluation@1@6", (6, 7))])
+def test_one_rank_is_told_to_stop_twice(fault, stops_at, run, undisturbed):
+    hit = elsewhere(run, fault.partition("@")[0])
+    result = pretrain(hit, 4, fault)
+    assert result.returncode == 85, result.stdout
+    assert result.stdout.count("the same command goes on from there") == 1
+    assert len(metrics(hit)) in stops_at
+    assert list_checkpoints(Path(hit.run_dir))[-1].name == f"step_{len(metrics(hit)):08d}"
+    assert pretrain(hit, 4).returncode == 0
+    assert metrics(hit) == undisturbed
+
+
+def test_waiting_and_writing_beside_the_training_give_the_same_bytes(run, undisturbed):
+    waiting = replace(elsewhere(run, "waiting"), checkpoint=replace(run.checkpoint, asynchronous=False))
+    assert pretrain(waiting, 4).returncode == 0
+    assert metrics(waiting) == undisturbed
+    one, other = (Path(each.run_dir) / "checkpoints" / "step_00000012" for each in (run, waiting))
+    shards = sorted(path.name for path in one.glob("*.distcp"))
+    assert len(shards) == 4 and shards == sorted(path.name for path in other.glob("*.distcp"))
+    for name in shards:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name

@@ -1,0 +1,176 @@
+"""The commit protocol, reading without running code, and the checkpoint command, on real folders in one process."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed import checkpoint as dcp
+
+from infini_train.checkpoint import folder
+from infini_train.checkpoint.reader import read_whole
+from infini_train.checkpoint.remote import copy_to_url
+from infini_train.cli import main
+from infini_train.errors import UserError
+
+WEIGHTS = {
+    "model.a.weight": torch.arange(12.0).view(3, 4),
+    "model.fc1.weight.0": torch.ones(2, 3),
+    "model.fc1.weight.1": torch.zeros(2, 3),
+    "exp_avg.a.weight": torch.zeros(3, 4),
+}
+
+
+def write(run_dir: Path, step: int) -> Path:
+    partial = folder.start_folder(run_dir, step)
+    dcp.save(dict(WEIGHTS), storage_writer=dcp.FileSystemWriter(partial), no_dist=True)
+    facts = {"step": step, "tokens": 7, "config": {"model": {}}, "versions": {"torch": "2"}}
+    folder.write_durably(partial / folder.STATE_FILE, json.dumps(facts))
+    return folder.commit(partial, {path.name: folder.describe_file(path) for path in partial.iterdir()})
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "flipped byte": (lambda path: flip(path / "__0_0.distcp"), "__0_0.distcp does not have the checksum"),
+    "truncated shard": (lambda path: (path / "__0_0.distcp").write_bytes(b"x"), "__0_0.distcp has 1 bytes instead of"),
+    "deleted shard": (lambda path: (path / "__0_0.distcp").unlink(), "__0_0.distcp cannot be read: No such file"),
+    "empty metadata": (lambda path: (path / ".metadata").write_bytes(b""), ".metadata has 0 bytes instead of"),
+    "changed state": (lambda path: flip(path / "state.json"), "state.json does not have the checksum"),
+    "changed manifest": (lambda path: flip(path / "manifest.json"), "COMMITTED does not fit manifest.json"),
+    "no marker": (lambda path: (path / "COMMITTED").unlink(), "COMMITTED is missing: it was never finished"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named(name, tmp_path, capsys):
+    path = write(tmp_path, 5)
+    assert folder.damage(path) == []
+    assert main(["checkpoint", "verify", "--path", str(path)]) == 0
+    harm, words = DAMAGE[name]
+    harm(path)
+    assert words in "; ".join(folder.damage(path))
+    capsys.readouterr()
+    assert main(["checkpoint", "verify", "--path", str(path)]) == 1
+    assert words in capsys.readouterr().out
+    assert main(["checkpoint", "inspect", "--path", str(path)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_only_committed_folders_are_checkpoints(tmp_path):
+    """Neither an unfinished folder, nor what an interrupted commit left, nor a link `latest` that leads nowhere."""
+    write(tmp_path, 5)
+    folder.start_folder(tmp_path, 10)
+    (write(tmp_path, 15) / "COMMITTED").unlink()
+    (folder.checkpoint_root(tmp_path) / "latest").symlink_to("step_00000099")
+    (folder.checkpoint_root(tmp_path) / "step_00000099").symlink_to("nowhere")
+    assert [path.name for path in folder.list_checkpoints(tmp_path)] == ["step_00000005"]
+
+
+def test_retention(tmp_path):
+    for step in (10, 20, 25, 30, 40):
+        write(tmp_path, step)
+    folder.start_folder(tmp_path, 35)
+    folder.retain(tmp_path, keep=2, keep_every=20)
+    assert sorted(path.name[5:] for path in folder.checkpoint_root(tmp_path).iterdir()) == ["00000020", "00000030", "00000040"]
+
+
+def test_an_interrupted_deletion_leaves_nothing_to_trust(tmp_path, monkeypatch):
+    path = write(tmp_path, 5)
+    monkeypatch.setattr(folder.shutil, "rmtree", lambda *_, **__: None)
+    folder.delete(path)
+    assert path.is_dir() and folder.list_checkpoints(tmp_path) == []
+
+
+def recommit(path: Path) -> None:
+    """As one would who wants damage to be trusted."""
+    (path / "COMMITTED").unlink()
+    files = [file for file in path.iterdir() if file.name != "manifest.json"]
+    manifest = {"format_version": folder.FORMAT_VERSION, "files": {file.name: folder.describe_file(file) for file in files}}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    folder.write_marker(path)
+
+
+class Evil:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.touch, (self.target,))
+
+
+def test_a_planted_pickle_is_refused(tmp_path):
+    path = write(tmp_path, 5)
+    (path / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    recommit(path)
+    assert folder.damage(path) == []
+    with pytest.raises(UserError, match=r"\.metadata is refused: it refers to "):
+        read_whole(path, ["model.a.weight"])
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(Evil(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists(), "the plant would not have worked, and the test shows nothing"
+
+
+def test_a_planted_shard_and_entries_of_bytes_are_refused(tmp_path):
+    """A tensor's own bytes go through torch.load(weights_only=True); an entry that is no tensor would not."""
+    path = write(tmp_path, 5)
+    partial = folder.start_folder(tmp_path, 6)
+    dcp.save({"model.a.weight": Evil(tmp_path / "ran")}, storage_writer=dcp.FileSystemWriter(partial), no_dist=True)
+    other = folder.commit(partial, {file.name: folder.describe_file(file) for file in partial.iterdir()})
+    with pytest.raises(UserError, match=r"it refers to .*BytesStorageMetadata"):
+        read_whole(other, ["model.a.weight"])
+    shard = path / "__0_0.distcp"
+    torch.save(Evil(tmp_path / "ran"), tmp_path / "evil.pt")
+    planted = (tmp_path / "evil.pt").read_bytes()
+    shard.write_bytes(planted + bytes(max(0, shard.stat().st_size - len(planted))))
+    recommit(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_whole(path, ["model.a.weight"])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_outside_of_the_manifest_are_refused(tmp_path):
+    path = write(tmp_path, 5)
+    with (path / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    for info in metadata.storage_data.values():
+        info.relative_path = "../../elsewhere"
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    recommit(path)
+    with pytest.raises(UserError, match=r"\.\./\.\./elsewhere is not in the manifest"):
+        read_whole(path, ["model.a.weight"])
+
+
+def test_list_inspect_consolidate(tmp_path, capsys):
+    write(tmp_path, 5)
+    newest = write(tmp_path, 10)
+    folder.start_folder(tmp_path, 15)
+    assert main(["checkpoint", "list", "--run_dir", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "step_00000010" in shown and "not committed" in shown
+    assert main(["checkpoint", "inspect", "--run_dir", str(tmp_path)]) == 0
+    assert "24 parameters" in capsys.readouterr().out
+    output = tmp_path / "weights.safetensors"
+    assert main(["checkpoint", "consolidate", "--run_dir", str(tmp_path), "--output", str(output)]) == 0
+    weights = load_file(output)
+    assert weights.keys() == {"a.weight", "fc1.weight"}
+    assert torch.equal(weights["a.weight"], WEIGHTS["model.a.weight"])
+    assert torch.equal(weights["fc1.weight"], torch.cat([torch.ones(2, 3), torch.zeros(2, 3)]))
+    assert main(["checkpoint", "consolidate", "--path", str(newest), "--output", str(output)]) == 2
+    assert "exists; name another file" in capsys.readouterr().err
+
+
+def test_a_copy_elsewhere_is_a_checkpoint_too(tmp_path):
+    path = write(tmp_path / "run", 5)
+    copy_to_url(path, f"file://{tmp_path}/archive")
+    assert folder.damage(tmp_path / "archive" / "step_00000005") == []
