@@ -10,9 +10,9 @@ from infini_train.config import ModelConfig, TrainingConfig
 MODEL = ModelConfig(
     num_layers=4,
     hidden_size=256,
-    num_attention_heads=4,
+    num_attention_heads=2,
     num_query_groups=2,
-    head_dim=64,
+    head_dim=128,
     ffn_hidden_size=768,
     segment_length=256,
 )

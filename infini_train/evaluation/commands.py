@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from infini_train.checkpoint.folder import list_checkpoints
+from infini_train.checkpoint.folder import damage, list_checkpoints
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.tokenizer import Tokenizer
@@ -44,21 +44,24 @@ def inference_layout(run: RunConfig, world_size: int) -> RunConfig:
 
 
 def find_checkpoint(run: RunConfig, checkpoint: str | None) -> Path:
-    """The checkpoint that the user named, or the newest of the run.
+    """The checkpoint that the user named, or the newest of the run whose files are whole.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the named one is damaged.
     """
     if checkpoint is not None:
-        if not Path(checkpoint).is_dir():
+        wrong = damage(Path(checkpoint))
+        if wrong:
             raise UserError(
-                f"--from_checkpoint {checkpoint} is not a folder; name a folder step_XXXXXXXX of a run's checkpoints"
+                f"--from_checkpoint {checkpoint}: {'; '.join(wrong)}; name a folder step_XXXXXXXX of a run's checkpoints"
             )
         return Path(checkpoint)
-    found = list_checkpoints(Path(run.run_dir))
-    if not found:
-        raise UserError(f"run_dir {run.run_dir} holds no checkpoint; run `infini-train pretrain` first")
-    return found[-1]
+    for path in reversed(list_checkpoints(Path(run.run_dir))):
+        wrong = damage(path)
+        if not wrong:
+            return path
+        print(f"checkpoint {path} is damaged: {'; '.join(wrong)}; taking the one before it", file=sys.stderr)
+    raise UserError(f"run_dir {run.run_dir} holds no checkpoint; run `infini-train pretrain` first")
 
 
 def load_model(run: RunConfig, checkpoint: Path) -> Loaded:
