@@ -4,14 +4,17 @@ Both should stay constant."""
 
 from __future__ import annotations
 
+from statistics import quantiles
 from typing import Any
 
 from benchmarks.one_process import OneDocument, in_own_process, peak_megabytes, single_stream_run, timed
 from infini_train.config import ModelConfig, TrainingConfig
 
 SEGMENT, WINDOW = 512, 4
-LENGTHS = (32 * 1024, 256 * 1024, 1024 * 1024)
-ROUNDS = 2
+CHUNK = 32 * 1024
+"""Tokens of one timing."""
+LENGTHS = {CHUNK: 8, 8 * CHUNK: 2, 32 * CHUNK: 1}
+"""Rounds by length, so that each length has at least eight timings."""
 
 
 def one(kind: str, tokens: int) -> dict[str, Any]:
@@ -52,29 +55,34 @@ def one(kind: str, tokens: int) -> dict[str, Any]:
 
     work = train if kind == "train" else evaluate
     work(2)  # the first steps allocate
-    seconds = timed(lambda: work(steps))
-    return {"tokens_per_second": tokens / seconds, "peak_mb": peak_megabytes()}
+    chunk_steps = CHUNK // (SEGMENT * WINDOW)
+    seconds = [timed(lambda: work(chunk_steps)) for _ in range(steps // chunk_steps)]
+    return {"seconds": seconds, "peak_mb": peak_megabytes()}
 
 
 def measure() -> tuple[list[dict[str, Any]], list[str]]:
-    """Rounds in turn, so that a busy moment of the machine does not fall on one length alone; the best of each is kept."""
+    """Lower quartiles of the time of a chunk: what else the machine does only adds to it. The largest peak of the rounds."""
     rows, conclusions = [], []
     for kind in ("train", "evaluate"):
         found: dict[int, list[dict[str, Any]]] = {length: [] for length in LENGTHS}
-        for _ in range(ROUNDS):
-            for length in LENGTHS:
-                found[length].append(in_own_process("benchmarks.stream", kind=kind, tokens=length))
-        best = {length: max(results, key=lambda r: r["tokens_per_second"]) for length, results in found.items()}
-        first = best[LENGTHS[0]]
+        for number in range(max(LENGTHS.values())):
+            for length, rounds in LENGTHS.items():
+                if number < rounds:
+                    found[length].append(in_own_process("benchmarks.stream", kind=kind, tokens=length))
+        speed = {
+            length: CHUNK / quantiles([second for result in results for second in result["seconds"]], n=4)[0]
+            for length, results in found.items()
+        }
+        peak = {length: max(result["peak_mb"] for result in results) for length, results in found.items()}
         for length in LENGTHS:
             rows.append(
                 {
                     "kind": kind,
                     "tokens": length,
-                    "tokens/s": best[length]["tokens_per_second"],
-                    "of 32K": best[length]["tokens_per_second"] / first["tokens_per_second"],
-                    "peak MB": best[length]["peak_mb"],
-                    "peak of 32K": best[length]["peak_mb"] / first["peak_mb"],
+                    "tokens/s": speed[length],
+                    "of 32K": speed[length] / speed[CHUNK],
+                    "peak MB": peak[length],
+                    "peak of 32K": peak[length] / peak[CHUNK],
                 }
             )
         last = rows[-1]
