@@ -18,7 +18,6 @@ from infini_train.validation import validate
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-USER_ERROR_EXIT_CODE = 2
 COMMANDS = {
     "prepare": "turn text into a tokenizer and shards",
     "pretrain": "train, or go on from the newest checkpoint of the run directory",
@@ -89,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 2 for an error that the user can mend, printed in one line; 85 for a run that stopped early and can go on.
+        0; 2 for an error that the user can mend, printed in one line; 85 for a run that stopped early and can go on; 87 for one
+        that stopped itself because training is unhealthy, printed in one line.
     """
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         # Under a launcher every process finds the same error; one of them says it.
         if os.environ.get("RANK", "0") == "0":
             print(f"infini-train: error: {error}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE
+        return error.exit_code
     except KeyboardInterrupt:
         print("infini-train: interrupted", file=sys.stderr)
         return 130
@@ -112,7 +112,7 @@ def _parse(argv: list[str]) -> Namespace:
     parser = build_parser()
     if not argv:
         parser.print_help()
-        raise SystemExit(USER_ERROR_EXIT_CODE)
+        raise SystemExit(UserError.exit_code)
     try:
         arguments = parser.parse_args(argv)
         return parser.instantiate_classes(arguments)

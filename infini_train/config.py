@@ -193,6 +193,14 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class HealthConfig:
+    """When a run skips, goes back or stops by itself."""
+
+    max_consecutive_skips: int = 10
+    """Stop after so many steps in a row whose gradient was not finite (NaN or infinity); each is skipped on all processes."""
+
+
+@dataclass(kw_only=True)
 class LoggingConfig:
     """What a run says."""
 
@@ -217,6 +225,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property

@@ -5,5 +5,13 @@ class UserError(Exception):
     """Bad input from a person: a config value, a file, a layout.
 
     The message is one line that names the key or file, the value that was found, and what to do instead. The command line
-    prints it without a traceback and exits with code 2.
+    prints it without a traceback and exits with `exit_code`.
     """
+
+    exit_code = 2
+
+
+class UnhealthyRun(UserError):
+    """A run that stopped itself, because going on would waste time or harm the weights: a person must look at it."""
+
+    exit_code = 87

@@ -80,6 +80,7 @@ def validate_optimizer(config: RunConfig) -> None:
     if config.evaluation.every < 0:
         raise UserError(f"evaluation.every is {config.evaluation.every}; use 0 to turn evaluation off")
     _positive("evaluation", config.evaluation, "micro_batches")
+    _positive("health", config.health, "max_consecutive_skips")
 
 
 def validate_layout(config: RunConfig, world_size: int) -> None:

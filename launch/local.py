@@ -69,7 +69,7 @@ class Processes:
             failed = [value for value in codes if value]
             if failed and code == 0:
                 code, failed_at = failed[0] if failed[0] > 0 else 128 - failed[0], time.monotonic()
-                if code not in (2, 85):
+                if code not in (2, 85, 87):
                     # The others would wait for the lost rank until a time-out.
                     self._send(signal.SIGTERM)
             if None not in codes:

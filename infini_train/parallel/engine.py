@@ -7,6 +7,8 @@ with more than one pipeline stage it was seen to give wrong gradients without a 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from math import inf, isfinite
 from typing import Any
 
 import deepspeed
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from infini_train import platform
 from infini_train.config import OptimizerConfig, RunConfig
 from infini_train.model.stage import StageModel
+from infini_train.parallel.finite import UncountedGradients, invalid_norm
 from infini_train.parallel.layout import ModelParallelUnit
 from infini_train.parallel.learning_rate import learning_rate_factor
 
@@ -128,6 +131,8 @@ class Engine:
         )
         if run.layout.sequence_parallel:
             _sum_gradients_over_tensor_group(module)
+        self._uncounted = UncountedGradients(module)
+        self._uncounted_not_finite = False
         config = deepspeed_config(run, rows_per_process)
         self._clips_itself = run.layout.zero_stage == 0
         self._own_grad_norm = 0.0
@@ -153,18 +158,21 @@ class Engine:
         self.deepspeed.backward(GradientCarrier.apply(gradients, *outputs), scale_wrt_gas=False)
 
     def step(self, step: int) -> float:
-        """Reduce, clip and update.
+        """Reduce, clip and update, unless a gradient of any process is not finite: then weights, moments and Adam's step count
+        stay as they are on all of them.
 
         Args:
             step: 0-based number of this step, which decides the learning rates.
 
         Returns:
-            The global gradient norm before clipping (infinite where a gradient was not finite).
+            The global gradient norm before clipping; infinite, on all processes, where the step was skipped.
         """
         factor = learning_rate_factor(self.run.optimizer, self.run.training.steps, step)
         for group in self.adamw.param_groups:
             group["lr"] = group["peak"] * factor
-        self.deepspeed.step()
+        self._uncounted_not_finite = self._uncounted.not_finite_anywhere()
+        with invalid_norm(self.deepspeed.optimizer) if self._uncounted_not_finite and not self._clips_itself else nullcontext():
+            self.deepspeed.step()
         norm = self._own_grad_norm if self._clips_itself else self.deepspeed.get_global_grad_norm()
         return float(norm)
 
@@ -186,6 +194,12 @@ class Engine:
         torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
         norm = total.sqrt()
         self._own_grad_norm = float(norm)
+        if not isfinite(self._own_grad_norm) or self._uncounted_not_finite:
+            # AdamW leaves a parameter without gradient alone: weight, moments and step count.
+            self._own_grad_norm = inf
+            for parameter in self.module.parameters():
+                parameter.grad = None
+            return
         maximum = self.run.optimizer.clip_grad_norm
         if maximum > 0 and self._own_grad_norm > maximum:
             for gradient in gradients:

@@ -128,6 +128,7 @@ class Checkpointer:
         return {
             "step": state.step,
             "tokens": state.tokens,
+            "health": state.health.state_dict(),
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
             "config": asdict(self.run),
             "versions": {name: version(name) for name in ("infini-train", "torch", "megatron-core", "deepspeed")},
@@ -148,7 +149,8 @@ class Checkpointer:
         entries = {**self._optimizer_entries(optimizer), **self._stream_entries(state.reader.state(), memory)}
         read_tensors(path, entries)
         self._collect_blocks(entries, optimizer)
-        write_optimizer_state(engine, optimizer, facts["step"])
+        state.health.load_state_dict(facts["health"])
+        write_optimizer_state(engine, optimizer, facts["step"] - state.health.skipped_steps)
         state.memory = {
             layer: LayerMemory(_local(entries[f"memory.M.{layer}"]), _local(entries[f"memory.z.{layer}"])) for layer in memory
         }

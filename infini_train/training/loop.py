@@ -11,6 +11,7 @@ from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig, save_config
 from infini_train.evaluation.perplexity import held_out_loss
 from infini_train.training.checkpoint import newest_checkpoint
+from infini_train.training.health import stop_after_skips
 from infini_train.training.metrics import MetricsWriter
 from infini_train.training.progress import TrainingProgress
 from infini_train.training.self_test import self_test
@@ -42,12 +43,17 @@ def pretrain(run: RunConfig) -> int:
                 progress.say(line)
             if resumed_from is not None:
                 progress.say(f"resuming from {resumed_from}")
+            save_due = False
             while state.step < run.training.steps:
                 record, stopped = train_step(parts, stop)
                 _evaluate_when_due(parts, record, progress)
                 _log_when_due(parts, record, metrics, progress)
-                if stopped or _due(run, run.checkpoint.every, state.step):
+                stop_after_skips(parts)
+                save_due |= _due(run, run.checkpoint.every, state.step)
+                # While steps are skipped, what is saved stays from before them.
+                if stopped or state.step == run.training.steps or (save_due and not record["skipped"]):
                     parts.checkpointer.save(parts.engine, state)
+                    save_due = False
                 if stopped and state.step < run.training.steps:
                     saved = parts.checkpointer.finish(must_succeed=True)
                     progress.say(f"stopped: {saved} is saved, and the same command goes on from there")
@@ -78,7 +84,9 @@ def _evaluate_when_due(parts: Parts, record: dict[str, Any], progress: TrainingP
 def _log_when_due(parts: Parts, record: dict[str, Any], metrics: MetricsWriter, progress: TrainingProgress) -> None:
     """Write the step's metrics with the state of gates and memory; a collective when it writes."""
     run, step = parts.run, record["step"]
-    if _due(run, run.logging.every, step) or "held_out_loss" in record:
+    if record["skipped"]:
+        progress.say(f"step {step}: skipped, a gradient is not finite ({parts.state.health.consecutive_skips} in a row)")
+    if _due(run, run.logging.every, step) or "held_out_loss" in record or record["skipped"]:
         record.update(memory_statistics(run, parts.layout, parts.engine, parts.state.memory))
         record.update(parts.checkpointer.writer.report())
         metrics.write(record)

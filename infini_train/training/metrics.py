@@ -6,6 +6,7 @@ import json
 import os
 import uuid
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,6 +34,15 @@ def _wandb_id(run_dir: Path) -> str:
     if not path.is_file():
         path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity, and readers other than Python's refuse them: null stands there instead."""
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 class MetricsWriter:
@@ -68,7 +78,7 @@ class MetricsWriter:
     def write(self, record: dict[str, Any]) -> None:
         """Append one step's record; flushed, so that a killed run loses none."""
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
             self._file.flush()
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in record.items() if not isinstance(value, list)}, step=record["step"])

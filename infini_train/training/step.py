@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+from math import isfinite
 from typing import Any
 
 from infini_train.data.streams import StreamBatch
 from infini_train.parallel.context import context_share
 from infini_train.parallel.layout import all_reduce_sum
 from infini_train.training.flops import peak_flops, training_flops_per_token
+from infini_train.training.health import memory_after_skip
 from infini_train.training.setup import Parts
 from infini_train.training.signals import StopRequest
 
 
 def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
-    """One optimizer step.
+    """One optimizer step; where a gradient of any process is not finite, all of them read on without one.
 
     Returns:
         The step's metrics, and whether any process was asked to stop.
@@ -34,8 +36,13 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     grad_norm = parts.engine.step(state.step)
     loss = all_reduce_sum([loss_sum if layout.tp_rank == 0 else 0.0])[0] / total_valid
 
+    skipped = not isfinite(grad_norm)
+    if skipped:
+        state.memory = memory_after_skip(layout, state.memory, run.training.rows)
     state.step += 1
-    state.tokens += int(total_valid)
+    state.tokens += 0 if skipped else int(total_valid)
+    state.health.skipped_steps += skipped
+    state.health.consecutive_skips = state.health.consecutive_skips + 1 if skipped else 0
     seconds = time.perf_counter() - started
     rates = parts.engine.learning_rates()
     record: dict[str, Any] = {
@@ -43,6 +50,7 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
         "tokens": state.tokens,
         "loss": loss,
         "grad_norm": grad_norm,
+        "skipped": int(skipped),
         "lr": rates["matrices"],
         **({"gate_lr": rates["gates"]} if "gates" in rates else {}),
         "padding": 1.0 - total_valid / run.tokens_per_step,

@@ -1,0 +1,152 @@
+"""Ranks on which something goes wrong on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infini_train.config import RunConfig
+from infini_train.errors import UserError
+from infini_train.parallel.optimizer_state import read_optimizer_state, stepped_tensors
+from infini_train.training import loop, setup
+from infini_train.training.setup import Parts, build_parts
+from infini_train.training.signals import StopRequest
+from infini_train.training.step import train_step
+
+
+class Fault:
+    """Not-a-number in one rank's computation while it is armed."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.armed = False
+
+    def _active(self) -> bool:
+        return self.armed and torch.distributed.get_rank() == self.rank
+
+    def in_gradient(self, parameter: str, value: float) -> Callable[[torch.nn.Module], torch.nn.Module]:
+        """One entry of the gradient of each parameter whose name ends so."""
+
+        def poison(gradient: Tensor) -> Tensor:
+            if self._active():
+                gradient = gradient.clone()
+                gradient.view(-1)[-1] = value
+            return gradient
+
+        def prepare(module: torch.nn.Module) -> torch.nn.Module:
+            for name, each in module.named_parameters():
+                if name.endswith(parameter):
+                    each.register_hook(poison)
+            return module
+
+        return prepare
+
+    def in_forward(self, row: int) -> Callable[[torch.nn.Module], torch.nn.Module]:
+        """Queries, keys and values of one row in this stage's last layer."""
+
+        def poison(_: torch.nn.Module, __: Any, output: Any) -> Any:
+            if self._active():
+                fused = output[0].clone()
+                fused[:, row] = float("nan")
+                return fused, *output[1:]
+            return output
+
+        def prepare(module: torch.nn.Module) -> torch.nn.Module:
+            layers = [each for name, each in module.named_modules() if name.endswith("linear_qkv")]
+            layers[-1].register_forward_hook(poison)
+            return module
+
+        return prepare
+
+
+def _build(run: RunConfig, prepare: Callable[[torch.nn.Module], torch.nn.Module]) -> Parts:
+    """The parts of a run whose module is tampered with before DeepSpeed and the engine's own hooks see it."""
+    build_stage = setup.build_stage
+    setup.build_stage = lambda *arguments: prepare(build_stage(*arguments))
+    try:
+        return build_parts(run)
+    finally:
+        setup.build_stage = build_stage
+
+
+def _everything(parts: Parts) -> dict[str, Tensor]:
+    """Weights as the model holds them, master weights, moments and Adam's step counts of this rank."""
+    found = {f"{kind}.{name}": x for kind, each in read_optimizer_state(parts.engine).items() for name, x in each.items()}
+    found |= {f"stepped.{i}": parts.engine.adamw.state[x]["step"].clone() for i, x in enumerate(stepped_tensors(parts.engine))}
+    if parts.run.layout.zero_stage != 3:
+        found |= {f"module.{name}": x.detach().clone() for name, x in parts.engine.module.named_parameters()}
+    return found
+
+
+def _differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    return [name for name, value in before.items() if not torch.equal(value, after[name])]
+
+
+def skip_a_step(run: RunConfig, rank: int, parameter: str | None, value: float) -> dict[str, Any]:
+    """Two good steps, one with the fault, one good step.
+
+    Args:
+        parameter: its gradient gets one entry `value`; None puts NaN in the forward of the rank's first row instead.
+    """
+    fault = Fault(rank)
+    parts = _build(run, fault.in_forward(0) if parameter is None else fault.in_gradient(parameter, value))
+    records = [train_step(parts, StopRequest())[0] for _ in range(2)]
+    before = _everything(parts)
+    fault.armed = True
+    records.append(train_step(parts, StopRequest())[0])
+    fault.armed = False
+    kept = _differing(before, _everything(parts))
+    memory = {layer: (state.M.clone(), state.z.clone()) for layer, state in parts.state.memory.items()}
+    consecutive = parts.state.health.consecutive_skips
+    records.append(train_step(parts, StopRequest())[0])
+    return {
+        "skipped": [record["skipped"] for record in records],
+        "grad_norm": [record["grad_norm"] for record in records],
+        "tokens": [record["tokens"] for record in records],
+        "changed_by_the_skipped_step": kept,
+        "unchanged_by_the_next": [name for name in before if name not in _differing(before, _everything(parts))],
+        "memory": memory,
+        "rows": list(parts.layout.rows(run.training.rows)),
+        "health": (consecutive, parts.state.health.state_dict()),
+    }
+
+
+def load_after_a_skip(run: RunConfig) -> dict[str, Any]:
+    """Train, skip a step and save; then load into a fresh engine."""
+    fault = Fault(0)
+    parts = _build(run, fault.in_gradient("mlp.linear_fc2.weight", float("nan")))
+    train_step(parts, StopRequest())
+    fault.armed = True
+    train_step(parts, StopRequest())
+    parts.checkpointer.save(parts.engine, parts.state)
+    path = parts.checkpointer.finish(must_succeed=True)
+    loaded = build_parts(run)
+    loaded.checkpointer.load(path, loaded.engine, loaded.state)
+    return {
+        "different": _differing(_everything(parts), _everything(loaded)),
+        "health": loaded.state.health.state_dict(),
+        "adam_steps": {float(loaded.engine.adamw.state[x]["step"]) for x in stepped_tensors(loaded.engine)},
+    }
+
+
+def pretrain_with_bad_gradients(run: RunConfig, rank: int, first: int, last: int) -> tuple[str, int] | int:
+    """`pretrain` with a NaN in the gradient of one rank from step `first` to `last`; its exit code, or error and exit code."""
+    fault = Fault(rank)
+    build_stage, step = setup.build_stage, loop.train_step
+    prepare = fault.in_gradient("mlp.linear_fc2.weight", float("nan"))
+
+    def train_step_with_fault(parts: Parts, stop: StopRequest) -> Any:
+        fault.armed = first <= parts.state.step + 1 <= last
+        return step(parts, stop)
+
+    setup.build_stage = lambda *arguments: prepare(build_stage(*arguments))
+    loop.train_step = train_step_with_fault
+    try:
+        return loop.pretrain(run)
+    except UserError as error:
+        return str(error), error.exit_code
+    finally:
+        setup.build_stage, loop.train_step = build_stage, step
