@@ -198,6 +198,16 @@ class HealthConfig:
 
     max_consecutive_skips: int = 10
     """Stop after so many steps in a row whose gradient was not finite (NaN or infinity); each is skipped on all processes."""
+    spike_zscore: float = 8.0
+    """A loss so many robust standard deviations (1.4826 × median absolute deviation, at least 1% of the median) above the
+    window's median is a spike; 0 looks for none."""
+    spike_window: int = 64
+    """Steps in the window; nothing is called a spike before it is full."""
+    on_spike: Literal["report", "rollback"] = "report"
+    """report: say it and count it; rollback: also go back to the newest checkpoint and leave out the data read since then, the
+    spike's included. The streams go on with an empty memory."""
+    max_rollbacks: int = 3
+    """Stop at the spike after so many rollbacks."""
 
 
 @dataclass(kw_only=True)

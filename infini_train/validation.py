@@ -80,7 +80,18 @@ def validate_optimizer(config: RunConfig) -> None:
     if config.evaluation.every < 0:
         raise UserError(f"evaluation.every is {config.evaluation.every}; use 0 to turn evaluation off")
     _positive("evaluation", config.evaluation, "micro_batches")
-    _positive("health", config.health, "max_consecutive_skips")
+    _validate_health(config)
+
+
+def _validate_health(config: RunConfig) -> None:
+    health = config.health
+    _positive("health", health, "max_consecutive_skips max_rollbacks")
+    if health.spike_zscore < 0:
+        raise UserError(f"health.spike_zscore is {health.spike_zscore}; use 0 to look for no spikes")
+    if health.spike_window < 4:
+        raise UserError(f"health.spike_window is {health.spike_window}; a median needs at least 4 steps")
+    if health.on_spike == "rollback" and health.spike_zscore == 0:
+        raise UserError("health.on_spike is rollback with health.spike_zscore 0, which finds no spike; set spike_zscore to 8")
 
 
 def validate_layout(config: RunConfig, world_size: int) -> None:

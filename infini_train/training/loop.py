@@ -11,7 +11,7 @@ from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig, save_config
 from infini_train.evaluation.perplexity import held_out_loss
 from infini_train.training.checkpoint import newest_checkpoint
-from infini_train.training.health import stop_after_skips
+from infini_train.training.health import loss_spiked, roll_back, stop_after_skips
 from infini_train.training.metrics import MetricsWriter
 from infini_train.training.progress import TrainingProgress
 from infini_train.training.self_test import self_test
@@ -46,9 +46,17 @@ def pretrain(run: RunConfig) -> int:
             save_due = False
             while state.step < run.training.steps:
                 record, stopped = train_step(parts, stop)
+                spiked = loss_spiked(parts, record)
                 _evaluate_when_due(parts, record, progress)
+                record["spike"] = int(spiked)
                 _log_when_due(parts, record, metrics, progress)
                 stop_after_skips(parts)
+                if spiked and (checkpoint := _on_spike(parts, record, progress)) is not None:
+                    save_due = False
+                    if stopped:
+                        progress.say(f"stopped: the same command goes on from {checkpoint}")
+                        return RESUMABLE_EXIT_CODE
+                    continue
                 save_due |= _due(run, run.checkpoint.every, state.step)
                 # While steps are skipped, what is saved stays from before them.
                 if stopped or state.step == run.training.steps or (save_due and not record["skipped"]):
@@ -86,11 +94,28 @@ def _log_when_due(parts: Parts, record: dict[str, Any], metrics: MetricsWriter, 
     run, step = parts.run, record["step"]
     if record["skipped"]:
         progress.say(f"step {step}: skipped, a gradient is not finite ({parts.state.health.consecutive_skips} in a row)")
-    if _due(run, run.logging.every, step) or "held_out_loss" in record or record["skipped"]:
+    if _due(run, run.logging.every, step) or "held_out_loss" in record or record["skipped"] or record["spike"]:
         record.update(memory_statistics(run, parts.layout, parts.engine, parts.state.memory))
         record.update(parts.checkpointer.writer.report())
         metrics.write(record)
     progress.update(step, record)
+
+
+def _on_spike(parts: Parts, record: dict[str, Any], progress: TrainingProgress) -> Path | None:
+    """Report a spike and, by configuration, roll back; returns the checkpoint that the run went back to."""
+    step, health = record["step"], parts.run.health
+    line = (
+        f"step {step}: loss {record['loss']:.4f} is a spike, {record['loss_zscore']:.1f} robust standard deviations above the "
+    )
+    progress.say(line + f"median of {health.spike_window} steps")
+    if health.on_spike == "report":
+        return None
+    checkpoint = roll_back(parts)
+    if checkpoint is None:
+        progress.say("no checkpoint to go back to yet: training goes on")
+    else:
+        progress.say(f"rolled back to {checkpoint}; what was read from there to step {step} is left out")
+    return checkpoint
 
 
 def _resume(parts: Parts, warnings: list[str]) -> Path | None:

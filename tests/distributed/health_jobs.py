@@ -44,6 +44,19 @@ class Fault:
 
         return prepare
 
+    def in_loss(self) -> Callable[[torch.nn.Module], torch.nn.Module]:
+        """What enters the output layer a hundred times too large: a loss that stands out, and finite gradients."""
+
+        def enlarge(_: torch.nn.Module, __: Any, output: Tensor) -> Tensor:
+            return output * 100.0 if self._active() else output
+
+        def prepare(module: torch.nn.Module) -> torch.nn.Module:
+            norms = [each for name, each in module.named_modules() if name.endswith("final_layernorm")]
+            norms[-1].register_forward_hook(enlarge)
+            return module
+
+        return prepare
+
     def in_forward(self, row: int) -> Callable[[torch.nn.Module], torch.nn.Module]:
         """Queries, keys and values of one row in this stage's last layer."""
 
@@ -150,3 +163,38 @@ def pretrain_with_bad_gradients(run: RunConfig, rank: int, first: int, last: int
         return str(error), error.exit_code
     finally:
         setup.build_stage, loop.train_step = build_stage, step
+
+
+def pretrain_with_spikes(run: RunConfig, rank: int, spikes: list[int]) -> dict[str, Any]:
+    """`pretrain` with a fault in the loss of the calls of `train_step` with these numbers, from 1.
+
+    Returns:
+        How it ended; and before each step: step, stream positions, weights and moments, and the memory's largest entry.
+    """
+    fault = Fault(rank)
+    build_stage, step = setup.build_stage, loop.train_step
+    seen: list[dict[str, Any]] = []
+
+    def train_step_with_fault(parts: Parts, stop: StopRequest) -> Any:
+        state = parts.state
+        largest = max((float(x.M.abs().max()) for x in state.memory.values()), default=0.0)
+        seen.append({"step": state.step, "positions": state.reader.state(), "all": _everything(parts), "memory": largest})
+        fault.armed = len(seen) in spikes
+        return step(parts, stop)
+
+    setup.build_stage = lambda *arguments: fault.in_loss()(build_stage(*arguments))
+    loop.train_step = train_step_with_fault
+    try:
+        return {"end": loop.pretrain(run), "seen": seen}
+    except UserError as error:
+        return {"end": (str(error), error.exit_code), "seen": seen}
+    finally:
+        setup.build_stage, loop.train_step = build_stage, step
+
+
+def positions_after(run: RunConfig, steps: int) -> Tensor:
+    """Where this rank's streams stand after some steps of an undisturbed run."""
+    reader = build_parts(run).state.reader
+    for _ in range(steps * run.micro_batches_per_step):
+        reader.next(run.training.segments_per_micro_batch)
+    return reader.state()

@@ -1,0 +1,64 @@
+"""A loss that stands out is reported, or undone together with the data behind it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from infini_train.config import CheckpointConfig, HealthConfig
+from tests.distributed.cases import Case
+
+
+@pytest.fixture
+def run(run_config, tmp_path):
+    run = Case(dp=2).apply(run_config)
+    return replace(
+        run,
+        run_dir=str(tmp_path / "run"),
+        training=replace(run.training, steps=10, windows_per_step=1, self_test=False),
+        checkpoint=CheckpointConfig(every=4),
+        health=HealthConfig(spike_window=5, on_spike="rollback", max_rollbacks=1),
+    )
+
+
+def records(run):
+    lines = (Path(run.run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_spike_rolls_back_to_the_checkpoint_and_leaves_its_data_out(run, pool):
+    """The fault is on one rank; all go back from step 7 to step 4, and read on where step 7 ended."""
+    for result in pool(2).run("tests.distributed.health_jobs", "pretrain_with_spikes", run, 1, [7]):
+        assert result["end"] == 0
+        seen = result["seen"]
+        assert [each["step"] for each in seen] == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9]
+        at_checkpoint, after = seen[4], seen[7]
+        for name, value in at_checkpoint["all"].items():
+            assert torch.equal(after["all"][name], value), f"{name} is not that of the checkpoint"
+        assert at_checkpoint["memory"] > 0 and after["memory"] == 0, "the streams go on with an empty memory"
+        read = [each["positions"] for each in seen]
+        assert not any(torch.equal(after["positions"], each) for each in read[:7])
+        # Undisturbed, each step reads the same number of segments: 7 of them were read before step 4 was trained again.
+        undisturbed = pool(2).run("tests.distributed.health_jobs", "positions_after", run, 7)
+        assert any(torch.equal(after["positions"], each) for each in undisturbed)
+    found = [(each["step"], each["spike"]) for each in records(run)]
+    assert found == [*((n, 0) for n in range(1, 7)), (7, 1), *((n, 0) for n in range(5, 11))]
+
+
+def test_a_spike_after_the_last_rollback_stops_the_run(run, pool):
+    results = pool(2).run("tests.distributed.health_jobs", "pretrain_with_spikes", run, 0, [7, 11])
+    message, code = results[0]["end"]
+    assert results[1]["end"] == (message, code)
+    assert code == 87 and "step 8 is a spike after 1 rollbacks (health.max_rollbacks)" in message and "\n" not in message
+
+
+def test_a_spike_is_only_reported_by_default(run, pool):
+    run = replace(run, health=replace(run.health, on_spike="report"))
+    results = pool(2).run("tests.distributed.health_jobs", "pretrain_with_spikes", run, 1, [7])
+    assert [result["end"] for result in results] == [0, 0]
+    assert [each["spike"] for each in records(run)] == [0] * 6 + [1] + [0] * 3
+    assert [each["step"] for each in records(run)] == list(range(1, 11))
