@@ -76,7 +76,8 @@ class CheckpointWriter:
         self.group = _writers_group(config.timeout_seconds)
         self.failures_in_a_row = 0
         self._current: Save | None = None
-        self._last_step: int | None = None
+        self.last_step: int | None = None
+        """Step of the newest one that is committed and still stands for the run's state."""
         self._unreported: Save | None = None
 
     def save(self, step: int, stage: Callable[[], dict[str, Tensor]], facts: dict[str, Any]) -> None:
@@ -92,7 +93,7 @@ class CheckpointWriter:
         """
         started = time.monotonic()
         self.finish()
-        if self._last_step == step:
+        if self.last_step == step:
             return
         entries = stage()
         self._current = current = Save(step, started, pause_seconds=time.monotonic() - started)
@@ -120,7 +121,7 @@ class CheckpointWriter:
         ended = current.done.wait(timeout=max(0.0, current.started + self.config.timeout_seconds - time.monotonic()))
         self._stop_if_stalled(current, ended)
         if current.error is None:
-            self.failures_in_a_row, self._last_step = 0, current.step
+            self.failures_in_a_row, self.last_step = 0, current.step
             return current.path
         self.failures_in_a_row += 1
         if must_succeed or self.failures_in_a_row > 1:

@@ -157,6 +157,7 @@ class Checkpointer:
         state.reader.load_state(_local(entries["streams"]))
         torch.set_rng_state(entries["random.torch"])
         state.step, state.tokens = facts["step"], facts["tokens"]
+        self.writer.last_step = None  # after a rollback the same step is another state
 
     def load_weights(self, path: Path, module: torch.nn.Module) -> int:
         """Restore weights alone, in any layout; returns the checkpoint's step.
