@@ -55,7 +55,9 @@ def rank(number: int, port: int, root: str, results: Any) -> None:
         training=TrainingConfig(steps=1000, rows=2, micro_batches_per_window=2),
         optimizer=OptimizerConfig(warmup_steps=1),
     )
-    parts = build_parts(run, OneDocument(run.data.vocab_size, 1 << 20))
+    dataset = OneDocument(run.data.vocab_size, 1 << 20)
+    dataset.document_lengths = dataset.document_lengths.repeat(PROCESSES)  # one for each row
+    parts = build_parts(run, dataset)
     train_step(parts, StopRequest())
     whole = read_optimizer_state(parts.engine)
     flat = {f"{kind}.{name}": tensor for kind, tensors in whole.items() for name, tensor in tensors.items()}
