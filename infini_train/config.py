@@ -208,6 +208,13 @@ class HealthConfig:
     spike's included. The streams go on with an empty memory."""
     max_rollbacks: int = 3
     """Stop at the spike after so many rollbacks."""
+    hang_seconds: float = 600.0
+    """A job hangs when the operations of all processes (a micro-batch's forward, the optimizer step) take longer: the process
+    that holds up the others is named, stacks are written to stacks/ of the run directory, and the job ends; 0 turns it off."""
+    first_step_seconds: float = 1800.0
+    """The same limit until the first step is done: loading, self-test, compilation."""
+    save_seconds: float = 3600.0
+    """The same limit for saving and loading checkpoints."""
 
 
 @dataclass(kw_only=True)

@@ -90,6 +90,14 @@ def _validate_health(config: RunConfig) -> None:
         raise UserError(f"health.spike_zscore is {health.spike_zscore}; use 0 to look for no spikes")
     if health.spike_window < 4:
         raise UserError(f"health.spike_window is {health.spike_window}; a median needs at least 4 steps")
+    if health.hang_seconds < 0:
+        raise UserError(f"health.hang_seconds is {health.hang_seconds}; use 0 to turn the watchdog off")
+    for name in ("first_step_seconds", "save_seconds"):
+        if getattr(health, name) < health.hang_seconds:
+            raise UserError(
+                f"health.{name} is {getattr(health, name)}, less than health.hang_seconds {health.hang_seconds}, which is for "
+                f"shorter operations; raise {name}"
+            )
     if health.on_spike == "rollback" and health.spike_zscore == 0:
         raise UserError("health.on_spike is rollback with health.spike_zscore 0, which finds no spike; set spike_zscore to 8")
 

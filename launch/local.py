@@ -5,7 +5,7 @@
 
 Each process gets torch.distributed's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and an equal share
 of the cores. Unlike torchrun, it passes Ctrl-C and SIGTERM on once, waits for the processes to save, and leaves with their own
-exit code, so that "stopped and resumable" (85) and "wrong configuration" (2) reach the caller.
+exit code, so that "stopped and resumable" (85), "hangs" (86) and "wrong configuration" (2) reach the caller.
 """
 
 from __future__ import annotations
@@ -43,6 +43,12 @@ def environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
+HANG_EXIT_CODE = 86
+"""The watchdog of a rank found that the job hangs; all ranks that can still run have written their stacks and end."""
+HANG_GRACE_SECONDS = 2.0
+"""How long the others may take to end then; a stopped rank never does."""
+
+
 class Processes:
     """The ranks of one run."""
 
@@ -72,9 +78,11 @@ class Processes:
                 if code not in (2, 85, 87):
                     # The others would wait for the lost rank until a time-out.
                     self._send(signal.SIGTERM)
+            if HANG_EXIT_CODE in failed:
+                code = HANG_EXIT_CODE
             if None not in codes:
                 return code
-            if code and time.monotonic() - failed_at > GRACE_SECONDS:
+            if code and time.monotonic() - failed_at > (HANG_GRACE_SECONDS if code == HANG_EXIT_CODE else GRACE_SECONDS):
                 self._send(signal.SIGKILL)
             time.sleep(0.05)
 

@@ -18,6 +18,7 @@ from infini_train.config import RunConfig
 from infini_train.data.streams import StreamBatch
 from infini_train.model.gpt import DTYPES
 from infini_train.model.micro_batch import Memory, MicroBatch
+from infini_train.parallel.activity import Activity
 from infini_train.parallel.engine import Engine, InferenceEngine
 from infini_train.parallel.layout import Layout
 from infini_train.parallel.schedule import Operation, segment_schedule
@@ -49,6 +50,8 @@ class SegmentPipeline:
         self.engine = engine
         self.run = run
         self.layout = layout
+        self.activity = Activity("starting")
+        """What this process is doing; a watchdog puts its own here."""
         self.device = platform.device()
         tokens = run.micro_batch_tokens // layout.cp_size
         if run.layout.sequence_parallel:
@@ -83,9 +86,12 @@ class SegmentPipeline:
         for operation in self._schedule(len(batches), window):
             index, chunk = operation.micro_batch, operation.chunk
             is_last = chunk == self.last_chunk
+            named = f"micro-batch {index + 1} of {len(batches)}"
             if operation.kind == "forward":
                 entering = _entering(self._of_chunk(memory, chunk), window_start=index % window == 0)
+                self.activity.begin(f"receive of the hidden states of {named}", waits=True)
                 hidden = self.transport.receive_forward(chunk)
+                self.activity.begin(f"forward of {named}")
                 if hidden is not None:
                     hidden.requires_grad_()
                 current = live[chunk, index] = _Live(batches[index], hidden, entering)
@@ -99,7 +105,9 @@ class SegmentPipeline:
                     current.memory_out = leaving
             else:
                 current = live.pop((chunk, index))
+                self.activity.begin(f"receive of the gradient of {named}", waits=True)
                 gradient = self.transport.receive_backward(chunk)
+                self.activity.begin(f"backward of {named}")
                 if recompute:
                     output, current.memory_out, loss = self._forward(current.batch, chunk, current.hidden_in, current.memory_in)
                     current.output = loss * loss_scale if is_last else output
@@ -108,6 +116,7 @@ class SegmentPipeline:
                 if current.hidden_in is not None:
                     assert current.hidden_in.grad is not None
                     self.transport.send_backward(current.hidden_in.grad, chunk)
+        self.activity.begin("sends to neighbouring stages", waits=True)
         self.transport.wait_sends()
         return float(loss_sum), detach_memory(memory)
 
@@ -135,14 +144,16 @@ class SegmentPipeline:
             if operation.kind == "backward":
                 continue
             batch, chunk = batches[operation.micro_batch], operation.chunk
-            output, leaving, _ = self._forward(
-                batch, chunk, self.transport.receive_forward(chunk), self._of_chunk(memory, chunk), empty_memory=empty_memory
-            )
+            self.activity.begin("receive of hidden states in an evaluation", waits=True)
+            hidden = self.transport.receive_forward(chunk)
+            self.activity.begin("forward in an evaluation")
+            output, leaving, _ = self._forward(batch, chunk, hidden, self._of_chunk(memory, chunk), empty_memory=empty_memory)
             memory.update(leaving)
             if chunk == self.last_chunk:
                 on_losses(batch, output)
             else:
                 self.transport.send_forward(output, chunk)
+        self.activity.begin("evaluation between micro-batches", waits=True)
         self.transport.wait_sends()
         return memory
 

@@ -109,12 +109,14 @@ def roll_back(parts: Parts) -> Path | None:
             f"the loss of step {state.step} is a spike after {limit} rollbacks (health.max_rollbacks): start again with a "
             "lower optimizer.learning_rate, or raise health.spike_zscore if the loss is as it should be"
         )
-    parts.checkpointer.finish()
-    checkpoint = newest_checkpoint(Path(parts.run.run_dir), lambda _: None)
+    with parts.pipeline.activity.during("search for a whole checkpoint", limit="save"):
+        parts.checkpointer.finish()
+        checkpoint = newest_checkpoint(Path(parts.run.run_dir), lambda _: None)
     if checkpoint is None:
         return None
     positions, spikes, rollbacks = state.reader.state(), state.health.spikes, state.health.rollbacks
-    parts.checkpointer.load(checkpoint, parts.engine, state)
+    with parts.pipeline.activity.during("load of a checkpoint", limit="save"):
+        parts.checkpointer.load(checkpoint, parts.engine, state)
     state.reader.load_state(positions)
     # The checkpoint's memory belongs to text before these positions, and the memory of now was written by weights given up.
     state.memory = {layer: LayerMemory(torch.zeros_like(x.M), torch.zeros_like(x.z)) for layer, x in state.memory.items()}

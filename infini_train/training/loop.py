@@ -19,6 +19,7 @@ from infini_train.training.setup import Parts, build_parts
 from infini_train.training.signals import RESUMABLE_EXIT_CODE, StopRequest
 from infini_train.training.statistics import memory_statistics
 from infini_train.training.step import train_step
+from infini_train.training.watchdog import Watchdog
 
 
 def pretrain(run: RunConfig) -> int:
@@ -27,10 +28,11 @@ def pretrain(run: RunConfig) -> int:
     Returns:
         The exit code: 0 when all steps are done, RESUMABLE_EXIT_CODE when a signal stopped the run after a checkpoint.
     """
-    with StopRequest() as stop:
+    with StopRequest() as stop, Watchdog(run) as watchdog:
         if run.training.self_test:
             self_test(run)
         parts = build_parts(run)
+        activity = parts.pipeline.activity = watchdog.activity
         state, main = parts.state, parts.layout.is_main
         warnings: list[str] = []
         resumed_from = _resume(parts, warnings)
@@ -60,13 +62,16 @@ def pretrain(run: RunConfig) -> int:
                 save_due |= _due(run, run.checkpoint.every, state.step)
                 # While steps are skipped, what is saved stays from before them.
                 if stopped or state.step == run.training.steps or (save_due and not record["skipped"]):
-                    parts.checkpointer.save(parts.engine, state)
+                    with activity.during("save", limit="save"):
+                        parts.checkpointer.save(parts.engine, state)
                     save_due = False
                 if stopped and state.step < run.training.steps:
-                    saved = parts.checkpointer.finish(must_succeed=True)
+                    with activity.during("end of the save", limit="save"):
+                        saved = parts.checkpointer.finish(must_succeed=True)
                     progress.say(f"stopped: {saved} is saved, and the same command goes on from there")
                     return RESUMABLE_EXIT_CODE
-            parts.checkpointer.finish(must_succeed=True)
+            with activity.during("end of the save", limit="save"):
+                parts.checkpointer.finish(must_succeed=True)
             progress.say(f"trained to step {state.step}: {list_checkpoints(Path(run.run_dir))[-1]}")
     return 0
 

@@ -22,20 +22,28 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
         The step's metrics, and whether any process was asked to stop.
     """
     run, layout, state = parts.run, parts.layout, parts.state
+    activity = parts.pipeline.activity
+    activity.step = state.step + 1
     started = time.perf_counter()
+    activity.begin("reading data")
     batches = [_next(parts) for _ in range(run.micro_batches_per_step)]
 
     # Each token is counted once: by the first stage's first tensor rank.
     counts_here = layout.is_first_stage and layout.tp_rank == 0
     valid = float(sum(batch.num_valid for batch in batches)) if counts_here else 0.0
+    activity.begin("agreement on the step's data", waits=True)
     total_valid, signals = all_reduce_sum([valid, float(stop.signal_number is not None)])
 
     # DeepSpeed averages over data and context parallelism; the loss is a mean over the global batch's tokens.
     loss_scale = layout.dp_size * layout.cp_size / total_valid
     loss_sum, state.memory = parts.pipeline.train_step(batches, state.memory, loss_scale)
+    activity.begin("optimizer step", waits=True)
     grad_norm = parts.engine.step(state.step)
+    activity.begin("agreement on the loss", waits=True)
     loss = all_reduce_sum([loss_sum if layout.tp_rank == 0 else 0.0])[0] / total_valid
 
+    activity.begin("metrics")
+    activity.set_limit("step")
     skipped = not isfinite(grad_norm)
     if skipped:
         state.memory = memory_after_skip(layout, state.memory, run.training.rows)

@@ -111,6 +111,20 @@ def only_at(step: int, action: Callable[[], None], otherwise: Callable[[], None]
     writer._Files.write_data = write_data
 
 
+def hang_in_data(step: int) -> None:
+    """The process lives, but the thread that trains waits for a file system that does not answer."""
+    from infini_train.training import step as training_step
+
+    read = training_step._next
+
+    def hang(parts: Any) -> Any:
+        if parts.state.step + 1 == step:
+            time.sleep(3600)
+        return read(parts)
+
+    training_step._next = hang
+
+
 FAULTS: dict[str, Callable[[int], None]] = {
     "kill_before_shards": lambda step: when_writing(step, kill),
     "kill_inside_a_shard": kill_inside_a_shard,
@@ -118,6 +132,7 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "kill_before_retention": lambda step: kill_instead_of("retain", step),
     "no_space_once": lambda step: only_at(step, no_space, some_space),
     "no_space_from_then_on": lambda step: when_writing(step, no_space),
+    "hang_in_data": hang_in_data,
     "stall": lambda step: when_writing(step, lambda: time.sleep(3600)),
     "terminate_in_save": lambda step: when_writing(step, terminate_twice),
     "terminate_in_evaluation": lambda step: when_evaluating(step, terminate_twice),

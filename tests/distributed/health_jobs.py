@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
 from infini_train.parallel.optimizer_state import read_optimizer_state, stepped_tensors
+from infini_train.parallel.pipeline import SegmentPipeline
 from infini_train.training import loop, setup
+from infini_train.training.checkpoint import Checkpointer
 from infini_train.training.setup import Parts, build_parts
 from infini_train.training.signals import StopRequest
 from infini_train.training.step import train_step
@@ -198,3 +201,28 @@ def positions_after(run: RunConfig, steps: int) -> Tensor:
     for _ in range(steps * run.micro_batches_per_step):
         reader.next(run.training.segments_per_micro_batch)
     return reader.state()
+
+
+def pretrain_slowly(run: RunConfig, rank: int, seconds: float) -> int:
+    """`pretrain` whose first forward, and whose first save, take so long on one rank."""
+    forward, save = SegmentPipeline._forward, Checkpointer.save
+    slow = {"forward", "save"}
+
+    def delay(name: str) -> None:
+        if name in slow and torch.distributed.get_rank() == rank:
+            slow.remove(name)
+            time.sleep(seconds)
+
+    def slow_forward(self: SegmentPipeline, *arguments: Any, **keywords: Any) -> Any:
+        delay("forward")
+        return forward(self, *arguments, **keywords)
+
+    def slow_save(self: Checkpointer, *arguments: Any) -> Any:
+        delay("save")
+        return save(self, *arguments)
+
+    SegmentPipeline._forward, Checkpointer.save = slow_forward, slow_save
+    try:
+        return loop.pretrain(run)
+    finally:
+        SegmentPipeline._forward, Checkpointer.save = forward, save
