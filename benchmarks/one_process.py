@@ -26,6 +26,7 @@ class OneDocument(TokenDataset):
         self.vocab_size = vocab_size
         self.tokenizer_fingerprint = "random"
         self.document_lengths = np.array([tokens + 1], dtype=np.int64)
+        self.available = np.ones(1, dtype=bool)
 
     def read(self, document: int, start: int, count: int) -> np.ndarray:
         return np.random.default_rng(start).integers(0, self.vocab_size, count)

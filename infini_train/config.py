@@ -71,6 +71,11 @@ class DataConfig:
     """Upper bound of one shard, in megabytes; a document is never split over shards."""
     max_text_mb: float | None = None
     """Stop reading the source after this many megabytes of text; null reads all of it."""
+    on_bad_shard: Literal["fatal", "skip"] = "fatal"
+    """What a training shard that is missing or damaged at the start means: fatal names it and stops; skip names it and leaves
+    its documents out, in every process alike. Held-out shards are always fatal: a part of them measures something else."""
+    verify_checksums: bool = True
+    """Read every shard once at the start, divided among the processes, and compare its checksum; false compares sizes only."""
 
 
 @dataclass(kw_only=True)

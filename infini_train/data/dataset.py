@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from infini_train.config import RunConfig
-from infini_train.data.manifest import REMEDY, SPLITS, TOKENIZER_FILE, SplitFacts, index_file, load_manifest
+from infini_train.data.manifest import REMEDY, SPLITS, TOKENIZER_FILE, Shard, SplitFacts, file_digest, index_file, load_manifest
 from infini_train.errors import UserError
 
 MAX_OPEN_SHARDS = 64
@@ -24,9 +24,12 @@ class TokenDataset:
     Args:
         path: folder written by `infini-train prepare`.
         split: train or held_out.
+        bad_shards: names of shard files that are known to be missing or damaged; their documents are there by number and
+            length, and not available.
 
     Attributes:
         document_lengths: [num_documents] int64, tokens of each document with its begin and end token.
+        available: [num_documents] bool, whether the document can be read.
         vocab_size: token ids are below it.
         tokenizer_fingerprint: SHA-256 of the tokenizer that made the tokens.
 
@@ -34,7 +37,7 @@ class TokenDataset:
         UserError: if dataset.json, the index or a shard is missing, damaged or of another size than recorded.
     """
 
-    def __init__(self, path: Path, split: str) -> None:
+    def __init__(self, path: Path, split: str, bad_shards: frozenset[str] = frozenset()) -> None:
         self.path = Path(path)
         self.split = split
         manifest = load_manifest(self.path)
@@ -45,8 +48,11 @@ class TokenDataset:
         self._token_type = np.dtype(manifest.token_type)
         facts = manifest.splits[split]
         self._files = [self.path / shard.file for shard in facts.shards]
-        _check_shards(self.path, facts)
+        for shard in facts.shards:
+            if shard.file not in bad_shards and (damage := shard_damage(self.path, shard, checksum=False)) is not None:
+                raise UserError(f"{damage}; {REMEDY}")
         self._shard, self._offset, self.document_lengths = self._load_index(facts)
+        self.available = ~np.array([shard.file in bad_shards for shard in facts.shards])[self._shard]
         self._open: OrderedDict[int, int] = OrderedDict()
 
     @property
@@ -69,7 +75,10 @@ class TokenDataset:
         if start < 0 or count < 0 or start + count > length:
             raise IndexError(f"tokens {start} to {start + count} of document {document}, which has {length}")
         shard, width = int(self._shard[document]), self._token_type.itemsize
-        data = _read_fully(self._descriptor(shard), count * width, int(self._offset[document]) + start * width)
+        try:
+            data = _read_fully(self._descriptor(shard), count * width, int(self._offset[document]) + start * width)
+        except OSError as error:
+            raise UserError(f"{self._files[shard]} cannot be read ({error.strerror}); {REMEDY}") from error
         tokens = np.frombuffer(data, dtype=self._token_type).astype(np.int64)
         if len(tokens) != count or (count and tokens.max() >= self.vocab_size):
             raise UserError(f"{self._files[shard]} is damaged in document {document}; {REMEDY}")
@@ -126,15 +135,24 @@ def _read_fully(descriptor: int, size: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-def _check_shards(folder: Path, facts: SplitFacts) -> None:
-    for shard in facts.shards:
-        path = folder / shard.file
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise UserError(f"{path} is missing ({error.strerror}); {REMEDY}") from error
+def shard_damage(folder: Path, shard: Shard, *, checksum: bool) -> str | None:
+    """What is wrong with a shard, beginning with its name; None if nothing is.
+
+    Args:
+        checksum: read the whole file and compare its SHA-256 too.
+    """
+    path = folder / shard.file
+    try:
+        size = path.stat().st_size
         if size != shard.bytes:
-            raise UserError(f"{path} has {size} bytes where dataset.json says {shard.bytes}; {REMEDY}")
+            return f"{path} has {size} bytes where dataset.json says {shard.bytes}"
+        if checksum and file_digest(path) != shard.sha256:
+            return f"{path} has another checksum (SHA-256) than dataset.json says"
+    except FileNotFoundError as error:
+        return f"{path} is missing ({error.strerror})"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+    return None
 
 
 def check_dataset(config: RunConfig) -> None:
@@ -162,4 +180,9 @@ def check_dataset(config: RunConfig) -> None:
     if fingerprint != manifest.tokenizer_fingerprint:
         raise UserError(f"{tokenizer} is not the tokenizer that made the shards (its fingerprint differs); {REMEDY}")
     for split in SPLITS:
-        TokenDataset(folder, split)
+        bad: frozenset[str] = frozenset()
+        if split == "train" and config.data.on_bad_shard == "skip":
+            # They are named when the run starts, by all processes together.
+            shards = manifest.splits[split].shards
+            bad = frozenset(shard.file for shard in shards if shard_damage(folder, shard, checksum=False) is not None)
+        TokenDataset(folder, split, bad)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from infini_train.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "held_out")
 MANIFEST_FILE = "dataset.json"
 TOKENIZER_FILE = "tokenizer.model"
@@ -25,10 +26,17 @@ def index_file(split: str) -> str:
     return f"{split}.index.npz"
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @dataclass
 class Shard:
     file: str
     bytes: int
+    sha256: str
 
 
 @dataclass

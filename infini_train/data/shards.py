@@ -14,7 +14,7 @@ import numpy as np
 import webdataset
 
 from infini_train.data.documents import Document
-from infini_train.data.manifest import SPLITS, Manifest, Shard, SplitFacts, index_file, token_format
+from infini_train.data.manifest import SPLITS, Manifest, Shard, SplitFacts, file_digest, index_file, token_format
 from infini_train.data.tokenizer import Tokenizer, usable_cores
 from infini_train.errors import UserError
 
@@ -172,7 +172,7 @@ class _SplitWriter:
             self._writer = None
 
     def facts(self) -> SplitFacts:
-        shards = [Shard(file, (self.folder / file).stat().st_size) for file in self.files]
+        shards = [Shard(file, (self.folder / file).stat().st_size, file_digest(self.folder / file)) for file in self.files]
         return SplitFacts(self.documents, self.tokens, self.characters, shards)
 
 

@@ -43,6 +43,9 @@ class StreamReader:
     with a target. Over all rows that is every document once an epoch. A row goes on to its next epoch by itself. What a row
     reads depends on (dataset, r, R, S, seed, shuffle) only, not on which other rows the reader holds.
 
+    A document that is not available is passed over where it would have been read: all others keep their place, so a run that
+    goes on without a shard reads what it would have read, less that shard's documents.
+
     A document of n tokens gives n - 1 positions, padded to a multiple of S: documents begin at segment starts, and no
     target crosses into another document.
 
@@ -87,13 +90,14 @@ class StreamReader:
         self._documents = np.flatnonzero(dataset.document_lengths >= 2)
         if longest_first:
             self._documents = self._documents[np.argsort(-dataset.document_lengths[self._documents], kind="stable")]
-        if not len(self._documents):
+        readable = int(dataset.available[self._documents].sum())
+        if not readable:
             raise UserError(f"{dataset.path} ({dataset.split}) holds no document of two tokens; prepare longer documents")
-        if num_epochs is None and len(self._documents) < total_rows:
+        if num_epochs is None and readable < total_rows:
             raise UserError(
                 f"training.rows is {total_rows}, but the {dataset.split} split of {dataset.path} has only "
-                f"{len(self._documents)} documents, so some rows would stay empty; set training.rows to at most "
-                f"{len(self._documents)}, or prepare more documents"
+                f"{readable} documents, so some rows would stay empty; set training.rows to at most "
+                f"{readable}, or prepare more documents"
             )
         self._orders: dict[int, np.ndarray] = {}
         # Per row: epoch, index in the row's share of that epoch, offset in that document in tokens.
@@ -101,6 +105,7 @@ class StreamReader:
         for b in range(len(rows)):
             if not self._share_size(b):  # only with num_epochs: the row has ended before it began
                 self._position[b, 0] = num_epochs or 0
+            self._pass_over_unavailable(b)
 
     def next(self, num_segments: int) -> StreamBatch | None:
         """The next segments of every row, or None once every row has ended."""
@@ -162,6 +167,8 @@ class StreamReader:
                     f"row {row} cannot go on at epoch, document, token {found}: {self.dataset.path} ({self.dataset.split}) has "
                     "no such segment; resume with the data, training.rows and model.segment_length of the run that saved it"
                 )
+        for b in range(len(self.rows)):
+            self._pass_over_unavailable(b)
 
     def _exists(self, b: int) -> bool:
         epoch, index, offset = self._position[b].tolist()
@@ -184,9 +191,17 @@ class StreamReader:
         _, offset, positions = self._current(b)
         self._position[b, 2] += count
         if offset + count == positions:
-            self._position[b, 1:] = self._position[b, 1] + 1, 0
-            if self._position[b, 1] == self._share_size(b):
-                self._position[b] = self._position[b, 0] + 1, 0, 0
+            self._next_document(b)
+            self._pass_over_unavailable(b)
+
+    def _next_document(self, b: int) -> None:
+        self._position[b, 1:] = self._position[b, 1] + 1, 0
+        if self._position[b, 1] == self._share_size(b):
+            self._position[b] = self._position[b, 0] + 1, 0, 0
+
+    def _pass_over_unavailable(self, b: int) -> None:
+        while not self._ended(b) and not self.dataset.available[self._current(b)[0]]:
+            self._next_document(b)
 
     def _share_size(self, b: int) -> int:
         """Documents of the row in one epoch; the same in every epoch."""

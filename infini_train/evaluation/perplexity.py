@@ -13,9 +13,10 @@ from torch import Tensor
 from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.streams import StreamBatch, StreamReader
+from infini_train.errors import UserError
 from infini_train.model.micro_batch import Memory
 from infini_train.parallel.context import context_share
-from infini_train.parallel.layout import Layout, all_reduce_sum
+from infini_train.parallel.layout import Layout, all_reduce_sum, raise_everywhere
 from infini_train.parallel.pipeline import SegmentPipeline
 
 MAX_POSITIONS = 4096
@@ -51,8 +52,15 @@ def _batches(run: RunConfig, layout: Layout, dataset: TokenDataset, limit: int |
     num_segments = run.training.segments_per_micro_batch
     count = 0
     while limit is None or count < limit:
-        batch = reader.next(num_segments)
-        if all_reduce_sum([float(batch is not None)])[0] == 0:
+        batch, unreadable = None, None
+        try:
+            batch = reader.next(num_segments)
+        except UserError as error:
+            unreadable = error
+        reading, failed = all_reduce_sum([float(batch is not None), float(unreadable is not None)])
+        if failed:
+            raise_everywhere(unreadable)
+        if reading == 0:
             return
         # Other processes may still read: their collectives need this one's forward.
         batch = batch if batch is not None else _padding(len(rows), num_segments, run.model.segment_length)

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from infini_train import platform
 from infini_train.config import RunConfig
+from infini_train.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,19 @@ def all_reduce_sum(values: list[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=platform.device())
     dist.all_reduce(total)
     return total.tolist()
+
+
+def raise_everywhere(error: UserError | None) -> None:
+    """After some process met an error and all have agreed on that: raise it on all; a collective over all processes.
+
+    Raises:
+        UserError: the error of the first process that has one.
+    """
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else str(error))
+    first = next((message for message in messages if message is not None), None)
+    if first is not None:
+        raise UserError(first) from error
 
 
 class ModelParallelUnit:

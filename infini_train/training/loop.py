@@ -10,12 +10,14 @@ import torch.distributed as dist
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig, save_config
 from infini_train.evaluation.perplexity import held_out_loss
+from infini_train.parallel.layout import initialize_process_group
 from infini_train.training.checkpoint import newest_checkpoint
 from infini_train.training.health import loss_spiked, roll_back, stop_after_skips
 from infini_train.training.metrics import MetricsWriter
 from infini_train.training.progress import TrainingProgress
 from infini_train.training.self_test import self_test
 from infini_train.training.setup import Parts, build_parts
+from infini_train.training.shard_check import open_training_data
 from infini_train.training.signals import RESUMABLE_EXIT_CODE, StopRequest
 from infini_train.training.statistics import memory_statistics
 from infini_train.training.step import train_step
@@ -29,12 +31,16 @@ def pretrain(run: RunConfig) -> int:
         The exit code: 0 when all steps are done, RESUMABLE_EXIT_CODE when a signal stopped the run after a checkpoint.
     """
     with StopRequest() as stop, Watchdog(run) as watchdog:
+        initialize_process_group()
         if run.training.self_test:
             self_test(run)
-        parts = build_parts(run)
+        warnings: list[str] = []
+        watchdog.activity.begin("verification of the shards")
+        dataset = open_training_data(run, warnings.append)
+        watchdog.activity.begin("building of the model")
+        parts = build_parts(run, dataset)
         activity = parts.pipeline.activity = watchdog.activity
         state, main = parts.state, parts.layout.is_main
-        warnings: list[str] = []
         resumed_from = _resume(parts, warnings)
         _open_run_directory(parts)
         with (
@@ -51,6 +57,7 @@ def pretrain(run: RunConfig) -> int:
                 spiked = loss_spiked(parts, record)
                 _evaluate_when_due(parts, record, progress)
                 record["spike"] = int(spiked)
+                record["documents_left_out"] = int((~dataset.available).sum())
                 _log_when_due(parts, record, metrics, progress)
                 stop_after_skips(parts)
                 if spiked and (checkpoint := _on_spike(parts, record, progress)) is not None:

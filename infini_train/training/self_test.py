@@ -33,6 +33,7 @@ class RandomDocuments(TokenDataset):
         self.tokenizer_fingerprint = "self-test"
         generator = np.random.default_rng(seed)
         self.document_lengths = generator.integers(2, 4 * segment_length, documents)
+        self.available = np.ones(documents, dtype=bool)
         self._tokens = [generator.integers(0, vocab_size, length) for length in self.document_lengths]
 
     @property

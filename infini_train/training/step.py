@@ -7,8 +7,9 @@ from math import isfinite
 from typing import Any
 
 from infini_train.data.streams import StreamBatch
+from infini_train.errors import UserError
 from infini_train.parallel.context import context_share
-from infini_train.parallel.layout import all_reduce_sum
+from infini_train.parallel.layout import all_reduce_sum, raise_everywhere
 from infini_train.training.flops import peak_flops, training_flops_per_token
 from infini_train.training.health import memory_after_skip
 from infini_train.training.setup import Parts
@@ -26,13 +27,15 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     activity.step = state.step + 1
     started = time.perf_counter()
     activity.begin("reading data")
-    batches = [_next(parts) for _ in range(run.micro_batches_per_step)]
+    batches, unreadable = _read(parts)
 
     # Each token is counted once: by the first stage's first tensor rank.
     counts_here = layout.is_first_stage and layout.tp_rank == 0
     valid = float(sum(batch.num_valid for batch in batches)) if counts_here else 0.0
     activity.begin("agreement on the step's data", waits=True)
-    total_valid, signals = all_reduce_sum([valid, float(stop.signal_number is not None)])
+    total_valid, signals, failed = all_reduce_sum([valid, float(stop.signal_number is not None), float(unreadable is not None)])
+    if failed:
+        raise_everywhere(unreadable)
 
     # DeepSpeed averages over data and context parallelism; the loss is a mean over the global batch's tokens.
     loss_scale = layout.dp_size * layout.cp_size / total_valid
@@ -70,6 +73,14 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
         flops = training_flops_per_token(run) * record["tokens_per_second"]
         record["mfu"] = flops / (peak * layout.world_size)
     return record, signals > 0
+
+
+def _read(parts: Parts) -> tuple[list[StreamBatch], UserError | None]:
+    """The step's micro-batches, or why this process has none: the others are told before they wait for it."""
+    try:
+        return [_next(parts) for _ in range(parts.run.micro_batches_per_step)], None
+    except UserError as error:
+        return [], error
 
 
 def _next(parts: Parts) -> StreamBatch:

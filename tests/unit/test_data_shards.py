@@ -95,7 +95,7 @@ def test_shards_respect_their_bound_and_the_manifest_adds_up(written: Path) -> N
         assert facts.characters == sum(len(d.text) for d in expected(split))
         assert facts.tokens == TokenDataset(written, split).document_lengths.sum()
     record = json.loads((written / "dataset.json").read_text())
-    assert (record["format_version"], record["source"], record["token_type"]) == (1, "test", "<u2")
+    assert (record["format_version"], record["source"], record["token_type"]) == (2, "test", "<u2")
 
 
 def test_a_document_larger_than_a_shard_stays_whole(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ class ArrayDataset(TokenDataset):
     def __init__(self, lengths: list[int]) -> None:
         self.path, self.split = Path("memory"), "train"
         self.document_lengths = np.array(lengths, dtype=np.int64)
+        self.available = np.ones(len(self.document_lengths), dtype=bool)
         self.vocab_size = 1000 * (len(lengths) + 1)
 
     def read(self, document: int, start: int, count: int) -> np.ndarray:

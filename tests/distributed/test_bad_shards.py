@@ -1,0 +1,75 @@
+"""Shards that are missing or damaged, at the start and while a run reads them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from infini_train.config import CheckpointConfig
+from infini_train.data.dataset import TokenDataset
+from infini_train.data.prepare import prepare
+from tests.corpus import small_run, write_corpus
+from tests.distributed.cases import Case
+from tests.distributed.test_checkpoint import finish, start, wait_for_step
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two data-parallel ranks on a corpus in several shards, without enough steps to wait for."""
+    write_corpus(tmp_path / "text")
+    run = small_run(tmp_path)
+    run = replace(
+        run,
+        data=replace(run.data, shard_size_mb=0.03),
+        training=replace(run.training, steps=100_000, self_test=False),
+        checkpoint=CheckpointConfig(every=100_000),
+    )
+    prepare(run)
+    return Case(dp=2, window=(1, 4)).apply(run)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_shard_that_changed_is_fatal_by_default_and_named_once(run):
+    shard = TokenDataset(Path(run.data.path), "train")._files[1]
+    flip_a_bit(shard)
+    output = finish(start(run, 2), 2)
+    assert len(output.splitlines()) == 1, output
+    assert f"{shard} has another checksum" in output and "set data.on_bad_shard to skip" in output
+
+
+def test_bad_shards_are_named_counted_and_left_out(run):
+    dataset = TokenDataset(Path(run.data.path), "train")
+    flip_a_bit(dataset._files[0])
+    dataset._files[2].unlink()
+    lost = int(((dataset._shard == 0) | (dataset._shard == 2)).sum())
+    run = replace(run, data=replace(run.data, on_bad_shard="skip"), training=replace(run.training, steps=3))
+    output = finish(start(run, 2), 0)
+    assert f"left out: {dataset._files[0]} has another checksum" in output
+    assert f"left out: {dataset._files[2]} is missing" in output
+    assert (
+        f"2 of {len(dataset._files)} training shards are left out, with {lost} of {dataset.num_documents} documents" in output
+    )
+    lines = (Path(run.run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["documents_left_out"] for line in lines] == [lost] * 3
+
+
+def test_a_shard_that_goes_bad_while_it_is_read_is_fatal_and_named(run):
+    """It is met by one rank; the other is told, and the user as well, whichever rank it was."""
+    run = replace(run, data=replace(run.data, on_bad_shard="skip"))
+    process = start(run, 2)
+    wait_for_step(run, 2, process)
+    for shard in TokenDataset(Path(run.data.path), "train")._files:
+        with shard.open("r+b") as file:
+            file.write(b"\xff" * shard.stat().st_size)
+    output = finish(process, 2)
+    errors = [line for line in output.splitlines() if "error" in line]
+    assert len(errors) == 1 and ".tar is damaged in document" in errors[0], output
+    assert "Traceback" not in output

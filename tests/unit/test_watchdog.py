@@ -1,0 +1,36 @@
+"""What the watchdog does to one process, without a job around it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+from infini_train.training.watchdog import STACK_SIGNAL, _process_state, _stacks_of_silent_process
+
+PROGRAM = """
+import faulthandler, sys, time
+file = open(sys.argv[1], "w")
+faulthandler.register(int(sys.argv[2]), file=file)
+def sleeper():
+    print("ready", flush=True)
+    time.sleep(600)
+sleeper()
+"""
+
+
+def test_a_stopped_process_writes_its_stacks_and_is_stopped_again(tmp_path):
+    path = tmp_path / "rank_0.txt"
+    command = [sys.executable, "-c", PROGRAM, str(path), str(int(STACK_SIGNAL))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+            _stacks_of_silent_process(process.pid, path)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+            assert "in sleeper" in path.read_text(encoding="utf-8")
+            assert _process_state(process.pid) == "T"
+        finally:
+            process.kill()
