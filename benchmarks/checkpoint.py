@@ -57,6 +57,7 @@ def rank(number: int, port: int, root: str, results: Any) -> None:
     )
     dataset = OneDocument(run.data.vocab_size, 1 << 20)
     dataset.document_lengths = dataset.document_lengths.repeat(PROCESSES)  # one for each row
+    dataset.available = dataset.available.repeat(PROCESSES)
     parts = build_parts(run, dataset)
     train_step(parts, StopRequest())
     whole = read_optimizer_state(parts.engine)
