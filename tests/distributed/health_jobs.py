@@ -226,3 +226,22 @@ def pretrain_slowly(run: RunConfig, rank: int, seconds: float) -> int:
         return loop.pretrain(run)
     finally:
         SegmentPipeline._forward, Checkpointer.save = forward, save
+
+
+def document_goes_bad(run: RunConfig, rank: int) -> str:
+    """Train a step, then overwrite what this rank's first row would read next, on one rank; what the next step says."""
+    parts = build_parts(run)
+    train_step(parts, StopRequest())
+    reader = parts.state.reader
+    dataset = reader.dataset
+    if torch.distributed.get_rank() == rank:
+        document = reader._current(0)[0]
+        with dataset._files[dataset._shard[document]].open("r+b") as file:
+            file.seek(int(dataset._offset[document]))
+            file.write(b"\xff" * (2 * int(dataset.document_lengths[document])))
+    torch.distributed.barrier()
+    try:
+        train_step(parts, StopRequest())
+    except UserError as error:
+        return str(error)
+    return "nothing"

@@ -62,7 +62,6 @@ def test_bad_shards_are_named_counted_and_left_out(run):
 
 
 def test_a_shard_that_goes_bad_while_it_is_read_is_fatal_and_named(run):
-    """It is met by one rank; the other is told, and the user as well, whichever rank it was."""
     run = replace(run, data=replace(run.data, on_bad_shard="skip"))
     process = start(run, 2)
     wait_for_step(run, 2, process)
@@ -73,3 +72,9 @@ def test_a_shard_that_goes_bad_while_it_is_read_is_fatal_and_named(run):
     errors = [line for line in output.splitlines() if "error" in line]
     assert len(errors) == 1 and ".tar is damaged in document" in errors[0], output
     assert "Traceback" not in output
+
+
+def test_what_one_rank_cannot_read_stops_all_with_the_same_line(run, pool):
+    """The others would wait for it, and only rank 0 speaks to the user."""
+    first, second = pool(2).run("tests.distributed.health_jobs", "document_goes_bad", run, 1)
+    assert first == second and ".tar is damaged in document" in first
