@@ -12,6 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
+from infini_train.cluster import command as cluster
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
 from infini_train.validation import validate
@@ -25,7 +26,13 @@ COMMANDS = {
     "generate": "continue a prompt with streaming inference",
     "report": "write report.html of a run directory",
     "checkpoint": "list, verify, inspect or consolidate checkpoints",
+    "submit": "hand a run to SLURM",
+    "status": "what a run and its job do",
+    "cancel": "end the job of a run, after a checkpoint",
+    "logs": "what the job of a run prints",
 }
+WITHOUT_CONFIG = {"checkpoint", "status", "cancel", "logs"}
+"""Commands that look at a run directory and take no configuration."""
 CHECKPOINT_ACTIONS = {
     "list": "every checkpoint of the run",
     "verify": "read every byte of a checkpoint, or of all, and compare with the checksums",
@@ -40,11 +47,16 @@ def build_parser() -> ArgumentParser:
     subcommands = parser.add_subcommands(dest="command", metavar="COMMAND")
     for name, help_text in COMMANDS.items():
         command = ArgumentParser(description=f"infini-train {name}: {help_text}.", exit_on_error=False)
-        if name == "checkpoint":
-            _add_checkpoint_arguments(command)
+        if name in WITHOUT_CONFIG:
+            if name == "checkpoint":
+                _add_checkpoint_arguments(command)
+            else:
+                cluster.add_run_argument(name, command)
             subcommands.add_subcommand(name, command, help=help_text)
             continue
         command.add_argument("--config", action="config", help="YAML file of the run; flags after it override its values")
+        if name == "submit":
+            cluster.add_submit_arguments(command)
         if name == "prepare":
             command.add_argument("--overwrite", action="store_true", help="replace shards that exist")
         if name in ("evaluate", "generate"):
@@ -94,8 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         section = arguments[arguments.command]
-        if arguments.command == "checkpoint":
-            return _checkpoint(section)
+        if arguments.command in WITHOUT_CONFIG:
+            look: Callable[[Namespace], int] = globals()[f"_{arguments.command}"]
+            return look(section)
         handler: Callable[[RunConfig, Namespace], int] = globals()[f"_{arguments.command}"]
         return handler(_run_config(section), section)
     except UserError as error:
@@ -229,6 +242,26 @@ def _checkpoint(arguments: Namespace) -> int:
         return commands.inspect(paths[-1])
     output = Path(arguments.output) if arguments.output else run_dir / f"{paths[-1].name}.safetensors"
     return commands.consolidate(paths[-1], output)
+
+
+def _submit(run: RunConfig, arguments: Namespace) -> int:
+    from infini_train.data.dataset import check_dataset
+
+    if not arguments.dry_run:
+        check_dataset(run)
+    return cluster.run_submit(run, arguments)
+
+
+def _status(arguments: Namespace) -> int:
+    return cluster.run_status(Path(arguments.run))
+
+
+def _cancel(arguments: Namespace) -> int:
+    return cluster.run_cancel(Path(arguments.run), now=arguments.now)
+
+
+def _logs(arguments: Namespace) -> int:
+    return cluster.run_logs(Path(arguments.run), lines=arguments.lines, follow=arguments.follow)
 
 
 def _report(run: RunConfig, arguments: Namespace) -> int:

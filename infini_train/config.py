@@ -268,6 +268,19 @@ class RunConfig:
         return world_size // self.layout.model_processes
 
 
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML, readable again by every command."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML, readable again by every command."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+    """Write `dump_config` to a file."""
+    path.write_text(dump_config(config), encoding="utf-8")
+
+
+def read_steps(path: Path) -> int | None:
+    """`training.steps` of a configuration that `save_config` wrote; None if the file is not there or not whole."""
+    try:
+        return int(yaml.safe_load(path.read_text(encoding="utf-8"))["training"]["steps"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None

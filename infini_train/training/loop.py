@@ -15,6 +15,7 @@ from infini_train.training.checkpoint import newest_checkpoint
 from infini_train.training.health import loss_spiked, roll_back, stop_after_skips
 from infini_train.training.metrics import MetricsWriter
 from infini_train.training.progress import TrainingProgress
+from infini_train.training.run_lock import RunDirectoryLock
 from infini_train.training.self_test import self_test
 from infini_train.training.setup import Parts, build_parts
 from infini_train.training.shard_check import open_training_data
@@ -30,7 +31,7 @@ def pretrain(run: RunConfig) -> int:
     Returns:
         The exit code: 0 when all steps are done, RESUMABLE_EXIT_CODE when a signal stopped the run after a checkpoint.
     """
-    with StopRequest() as stop, Watchdog(run) as watchdog:
+    with StopRequest() as stop, RunDirectoryLock(run) as lock, Watchdog(run) as watchdog:
         initialize_process_group()
         if run.training.self_test:
             self_test(run)
@@ -54,6 +55,7 @@ def pretrain(run: RunConfig) -> int:
             save_due = False
             while state.step < run.training.steps:
                 record, stopped = train_step(parts, stop)
+                lock.require()
                 spiked = loss_spiked(parts, record)
                 _evaluate_when_due(parts, record, progress)
                 record["spike"] = int(spiked)

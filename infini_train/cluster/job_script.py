@@ -1,0 +1,88 @@
+"""Renders slurm/pretrain.sbatch.j2: the script of a job.
+
+Whatever a person wrote (paths, names, variables) enters it through the filter `quote` and nowhere else, so that none of it can
+become shell code. Options in #SBATCH lines are words that `profile` has checked.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from infini_train.cluster.profile import ClusterProfile, time_seconds, validate_directive
+from infini_train.errors import UserError
+
+PROJECT = Path(__file__).parents[2]
+TEMPLATE = "pretrain.sbatch.j2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is submitted, beside the profile."""
+
+    run_dir: Path
+    """Absolute; the folder of the run, or of all runs of an array."""
+    name: str
+    """Job name, as SLURM shows it."""
+    nodes: int
+    time_limit: str
+    submit_dir: Path
+    """Where `submit` was called: relative paths of the configuration start there."""
+    python: str
+    tasks: int | None = None
+    """Runs of an array, in run_dir/task_0 and so on; None for a single run."""
+    max_parallel: int = 0
+    """Tasks of an array that run at the same time; 0 leaves it to SLURM."""
+    exclude: str | None = None
+    """Nodes to leave out, comma-separated."""
+
+
+def job_name(run_dir: Path) -> str:
+    """A job name from a folder's name: whatever SLURM or a shell could mistake becomes a dash."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", run_dir.name).lstrip("-.") or "pretrain"
+
+
+def validate_job(job: Job, profile: ClusterProfile) -> None:
+    """Refuse a job that SLURM would misread, or that has no time to save.
+
+    Raises:
+        UserError: naming the option, its value and the remedy.
+    """
+    validate_directive("--name", job.name)
+    validate_directive("--exclude", job.exclude, re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,\[\]-]*"))
+    if job.nodes < 1:
+        raise UserError(f"--nodes is {job.nodes}; it must be at least 1")
+    if job.max_parallel < 0:
+        raise UserError(f"--max_parallel is {job.max_parallel}; use 0 for as many as SLURM starts")
+    seconds = time_seconds("--time", job.time_limit)
+    if seconds <= profile.signal_seconds:
+        raise UserError(
+            f"--time is {job.time_limit}, no longer than signal_seconds of the profile ({profile.signal_seconds}), the time to save "
+            "before the limit; give more time or lower signal_seconds"
+        )
+    # SLURM expands % and \ in names of output files, and an option ends where a line does.
+    wrong = next((character for character in str(job.run_dir) if character in "%\\" or not character.isprintable()), None)
+    if wrong is not None:
+        raise UserError(f"run_dir {str(job.run_dir)!r} holds {wrong!r}, which SLURM would interpret; give it another name")
+
+
+def render_job(job: Job, profile: ClusterProfile) -> str:
+    """The script, ready for sbatch.
+
+    Raises:
+        UserError: see `validate_job`.
+    """
+    validate_job(job, profile)
+    environment = Environment(
+        loader=FileSystemLoader(PROJECT / "slurm"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    return environment.get_template(TEMPLATE).render(job=job, profile=profile, project=PROJECT, variables=profile.variables())

@@ -1,0 +1,36 @@
+"""Keeps values of secrets out of what is written: they live in the environment, and jobs inherit them from there."""
+
+from __future__ import annotations
+
+import os
+
+from infini_train.cluster.environment import is_secret
+from infini_train.errors import UserError
+
+SHORTEST = 8
+"""A shorter value is no secret, and would be found everywhere."""
+
+
+def _secrets() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if is_secret(name) and len(value) >= SHORTEST}
+
+
+def redact(text: str) -> str:
+    """The text without values of secrets."""
+    for name, value in _secrets().items():
+        text = text.replace(value, f"<{name}>")
+    return text
+
+
+def refuse_secrets(what: str, text: str) -> None:
+    """Refuse to write a secret.
+
+    Raises:
+        UserError: naming the variable whose value the text holds, never the value.
+    """
+    for name, value in _secrets().items():
+        if value in text:
+            raise UserError(
+                f"{what} would hold the value of {name}; take it out of the configuration and the profile: jobs inherit {name} "
+                "from the environment of `submit`"
+            )

@@ -1,0 +1,94 @@
+"""SLURM's own commands, and what they say about a job."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from infini_train.errors import UserError
+
+ACTIVE_STATES = frozenset({"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED", "RESIZING"})
+"""States of a job that runs or will run."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """A job as SLURM knows it now."""
+
+    job_id: str
+    state: str
+    fields: dict[str, str]
+    """Everything that `scontrol show job` says."""
+
+    @property
+    def active(self) -> bool:
+        return self.state in ACTIVE_STATES
+
+    @property
+    def pending(self) -> bool:
+        return self.state in ("PENDING", "REQUEUED")
+
+
+def available() -> bool:
+    """Whether SLURM's commands are on this machine."""
+    return shutil.which("scontrol") is not None
+
+
+def call(*command: str, cwd: Path | None = None) -> str:
+    """Output of one of SLURM's commands.
+
+    Raises:
+        UserError: it is not on this machine, or refuses.
+    """
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+    except FileNotFoundError as error:
+        raise UserError(f"{command[0]} is not on this machine; call this where SLURM's commands are (a login node)") from error
+    if result.returncode:
+        raise UserError(f"{command[0]}: {' '.join((result.stderr or result.stdout).split())}")
+    return result.stdout
+
+
+def submit_script(script: Path) -> str:
+    """The id of a job submitted from the script's folder, where its log folder lies.
+
+    Raises:
+        UserError: SLURM refuses it.
+    """
+    return call("sbatch", "--parsable", script.name, cwd=script.parent).strip().split(";")[0]
+
+
+def job_state(job_id: str) -> JobState | None:
+    """A job's state; None if SLURM does not know it (any more).
+
+    Raises:
+        UserError: SLURM cannot be asked.
+    """
+    try:
+        shown = call("scontrol", "show", "job", "--oneliner", job_id)
+    except UserError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        return _accounted(job_id)
+    # A path may hold blanks, and then anything; paths come last.
+    fields: dict[str, str] = {}
+    last = ""
+    for word in shown.splitlines()[0].split():
+        key, separator, value = word.partition("=")
+        if separator and key[:1].isupper():
+            fields.setdefault(key, value)
+            last = key
+        elif last:
+            fields[last] += f" {word}"
+    return JobState(job_id, fields.get("JobState", "UNKNOWN"), fields)
+
+
+def _accounted(job_id: str) -> JobState | None:
+    """What SLURM's accounting remembers of a job, where a cluster has it."""
+    try:
+        lines = call("sacct", "--jobs", job_id, "--allocations", "--noheader", "--parsable2", "--format=State").splitlines()
+    except UserError:
+        return None
+    return JobState(job_id, lines[0].split()[0], {}) if lines and lines[0].strip() else None

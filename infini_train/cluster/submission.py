@@ -1,0 +1,102 @@
+"""What `submit` leaves in a run directory, and who reads it.
+
+    RUN/job.sh                  the script
+    RUN/logs/                   output of the jobs
+    RUN/job/config.yaml         the configuration as submitted
+    RUN/job/git.json git.diff   the state of the project's repository
+    RUN/job/submission.json     the job's id
+    RUN/job/history             a line for each start, requeue and end
+    RUN/job/failures            a line for each failure: the newest checkpoint at that time
+    RUN/job/excluded            nodes that a preflight found bad
+    RUN/job/finished            the run is done
+    RUN/job/cancelled           it was cancelled: not to be requeued
+
+An array has job.sh, logs/ and job/submission.json in its own folder, and the rest in task_0/, task_1/ and so on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from infini_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One job of a run directory."""
+
+    job_id: str
+    submitted: str
+    """Local time, as YYYY-MM-DD HH:MM:SS."""
+    profile: str
+    nodes: int
+    processes: int
+    tasks: int | None = None
+    """Runs of an array; None for a single run."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Files of one run, or of an array, by name."""
+
+    run_dir: Path
+
+    @property
+    def script(self) -> Path:
+        return self.run_dir / "job.sh"
+
+    @property
+    def logs(self) -> Path:
+        return self.run_dir / "logs"
+
+    @property
+    def job(self) -> Path:
+        return self.run_dir / "job"
+
+    @property
+    def config(self) -> Path:
+        return self.job / "config.yaml"
+
+    @property
+    def cancelled(self) -> Path:
+        return self.job / "cancelled"
+
+    @property
+    def finished(self) -> Path:
+        return self.job / "finished"
+
+    def task(self, number: int) -> RunFiles:
+        """Files of one run of an array."""
+        return RunFiles(self.run_dir / f"task_{number}")
+
+    def prepare(self) -> None:
+        """Make the folders, and forget what an earlier job left to stop the next."""
+        self.job.mkdir(parents=True, exist_ok=True)
+        for name in ("finished", "cancelled", "failures", "excluded", "bad_nodes"):
+            (self.job / name).unlink(missing_ok=True)
+
+    def history(self) -> list[str]:
+        """What happened, one line each, oldest first."""
+        try:
+            return (self.job / "history").read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return []
+
+    def write_submission(self, submission: Submission) -> None:
+        (self.job / "submission.json").write_text(json.dumps(asdict(submission), indent=1) + "\n", encoding="utf-8")
+
+    def submission(self) -> Submission | None:
+        """The newest job; None if there was none.
+
+        Raises:
+            UserError: the file cannot be understood.
+        """
+        path = self.job / "submission.json"
+        try:
+            return Submission(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error}); delete it, and look for the job with squeue") from error

@@ -1,0 +1,178 @@
+"""One run directory, one job: a second one is refused, and one that was replaced stops.
+
+Two jobs in one run directory would mix their metrics and checkpoints. The first process of a job leaves `lock.json` in the run
+directory, with a token of its own and a beat that a thread counts up. Who comes later decides whether that job still lives:
+
+- on this machine, by its process;
+- elsewhere, by watching whether the beat moves, because clocks of two machines cannot be compared;
+- the same SLURM job before its requeue is over, even where a lost node still computes: its lock is taken over.
+
+A job whose lock was taken over finds another token in the file and stops before it writes anything more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from infini_train.config import RunConfig
+from infini_train.errors import UserError
+from infini_train.parallel.layout import initialize_process_group, raise_everywhere
+
+BEAT_SECONDS = 5.0
+SILENT_SECONDS = 20.0
+"""A job on another machine whose beat stands still for so long is gone."""
+
+
+def process_start(pid: int) -> str:
+    """When a process of this machine started, in the kernel's ticks; empty if there is none."""
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+def machine() -> str:
+    """Where process numbers mean the same: this boot of this machine, and this process-number namespace."""
+    with suppress(OSError):
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
+
+
+class RunDirectoryLock:
+    """Held from `with RunDirectoryLock(run)` on until the block ends; a collective over all processes at its beginning.
+
+    Raises:
+        UserError: another job is alive in the run directory.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        self.path = Path(run.run_dir) / "lock.json"
+        self.content: dict[str, Any] = {
+            "token": uuid.uuid4().hex,
+            "host": socket.gethostname(),
+            "machine": machine(),
+            "pid": os.getpid(),
+            "process_start": process_start(os.getpid()),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            "beat": 0,
+        }
+        self.held = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
+
+    def __enter__(self) -> RunDirectoryLock:
+        initialize_process_group()
+        error = None
+        if dist.get_rank() == 0:
+            try:
+                self.acquire()
+            except UserError as refused:
+                error = refused
+        raise_everywhere(error)
+        if self.held:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self.held and self._read().get("token") == self.content["token"]:
+            self.path.unlink(missing_ok=True)
+
+    def require(self) -> None:
+        """On the process that holds the lock: see that it still does.
+
+        Raises:
+            UserError: another job has taken the run directory over.
+        """
+        if not self.held:
+            return
+        found = self._read()
+        if found.get("token") not in (None, self.content["token"]):
+            raise UserError(f"{self._named(found)} has taken over run_dir {self.path.parent}; this one writes nothing more")
+
+    def acquire(self) -> None:
+        """Take the lock, from a job that is gone if need be.
+
+        Raises:
+            UserError: another job is alive, or the run directory cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._create():
+                found = self._read()
+                if not self._is_gone(found):
+                    raise UserError(
+                        f"run_dir {self.path.parent} is in use by {self._named(found)}; wait until it ends or stop it, or give "
+                        "this run another run_dir"
+                    )
+                self._write()
+                # Of two that find the same dead job, the later writer has it.
+                time.sleep(0.2)
+                found = self._read()
+                if found.get("token") != self.content["token"]:
+                    raise UserError(f"run_dir {self.path.parent} was taken by {self._named(found)} at the same time")
+        except OSError as error:
+            raise UserError(f"run_dir {self.path.parent} cannot be written: {error.strerror or error}") from error
+        self.held = True
+
+    def _create(self) -> bool:
+        try:
+            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(self.content, file)
+        return True
+
+    def _is_gone(self, found: dict[str, Any]) -> bool:
+        mine = self.content
+        same_slurm_job = found.get("slurm_job") is not None and found["slurm_job"] == mine["slurm_job"]
+        if same_slurm_job and found["slurm_restart"] < mine["slurm_restart"]:
+            return True
+        if found.get("machine") == mine["machine"]:
+            return process_start(found["pid"]) != found["process_start"]
+        # An empty file too: it is being written, or its writer died at that moment.
+        deadline = time.monotonic() + SILENT_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(BEAT_SECONDS / 10)
+            now = self._read()
+            if (now.get("token"), now.get("beat")) != (found.get("token"), found.get("beat")):
+                return False
+        return True
+
+    def _keep_beating(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            # A file system that is away for a while is not the end of a run.
+            with suppress(OSError):
+                if self._read().get("token") not in (None, self.content["token"]):
+                    return
+                self.content["beat"] += 1
+                self._write()
+
+    def _write(self) -> None:
+        temporary = self.path.with_name(f".lock-{self.content['token']}")
+        temporary.write_text(json.dumps(self.content), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _named(self, found: dict[str, Any]) -> str:
+        job = f"SLURM job {found['slurm_job']} " if found.get("slurm_job") else "another job "
+        return f"{job}(host {found.get('host', 'unknown')}, pid {found.get('pid', 'unknown')})"

@@ -1,0 +1,130 @@
+"""What `submit` checks and writes before SLURM is asked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from infini_train.cli import main
+from infini_train.cluster.git_state import write_git_state
+from infini_train.cluster.submit import SubmitOptions, prepare_job, submit
+from infini_train.cluster.sweep import sweep_runs
+from infini_train.config import LayoutConfig, RunConfig
+from infini_train.errors import UserError
+
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunConfig(run_dir=str(tmp_path / "run"), layout=LayoutConfig(pipeline_parallel_size=4))
+
+
+@pytest.fixture
+def profile(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("gpus_per_node: 4\nsetup: ['echo ready']\n", encoding="utf-8")
+    return path
+
+
+def test_sweeps_make_every_combination_with_the_keys_own_types(run):
+    runs = sweep_runs(run, ["optimizer.learning_rate=1e-3,3e-4", "model.update_rule=linear,delta"])
+    found = [(each.optimizer.learning_rate, each.model.update_rule) for each in runs]
+    assert found == [(1e-3, "linear"), (1e-3, "delta"), (3e-4, "linear"), (3e-4, "delta")]
+    assert [each.run_dir for each in runs] == [f"{run.run_dir}/task_{number}" for number in range(4)]
+    assert all(each.layout == run.layout for each in runs)
+
+
+@pytest.mark.parametrize(
+    "sweeps,words",
+    [
+        (["optimizer.learning_rate"], "KEY=VALUE"),
+        (["optimizer.learning_rate=1e-3,"], "KEY=VALUE"),
+        (["optimizer.rate=1,2"], "optimizer.rate"),
+        (["training.rows=8,many"], "training.rows"),
+        (["run_dir=a,b"], "run_dir"),
+        (["training.rows=8", "training.rows=16"], "training.rows twice"),
+    ],
+)
+def test_sweeps_that_cannot_work_are_refused(sweeps, words, run):
+    with pytest.raises(UserError, match=words) as error:
+        sweep_runs(run, sweeps)
+    assert "\n" not in str(error.value)
+
+
+def test_every_run_is_validated_for_the_processes_of_the_job(run, profile):
+    assert prepare_job(run, SubmitOptions(profile=str(profile), nodes=2)).processes == 8
+    with pytest.raises(UserError, match="training.rows"):
+        prepare_job(run, SubmitOptions(profile=str(profile), nodes=2, sweeps=["training.rows=8,9"]))
+    with pytest.raises(UserError, match="--nodes is 0"):
+        prepare_job(run, SubmitOptions(profile=str(profile), nodes=0))
+
+
+@pytest.mark.parametrize("place", ["run_dir", "profile"])
+def test_a_secret_of_the_environment_is_never_written(place, run, profile, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    if place == "run_dir":
+        run = replace(run, run_dir=str(tmp_path / SECRET))
+    else:
+        profile.write_text(f"setup: ['export KEY={SECRET}']\n", encoding="utf-8")
+    with pytest.raises(UserError, match="WANDB_API_KEY") as error:
+        prepare_job(run, SubmitOptions(profile=str(profile), nodes=1))
+    assert SECRET not in str(error.value)
+
+
+def test_nothing_of_the_environment_enters_script_or_run_directory(run, profile, tmp_path, monkeypatch):
+    """SLURM is stood in for by a script that only says an id: what is looked at is what was written before."""
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    (commands / "sbatch").write_text("#!/bin/sh\npwd > pwd\necho 77\n", encoding="utf-8")
+    (commands / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands), prepend=":")
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    prepared = prepare_job(run, SubmitOptions(profile=str(profile), nodes=1, sweeps=["training.seed=1,2"]))
+    submission = submit(prepared, "mine")
+    folder = Path(run.run_dir)
+    assert submission.job_id == "77" and (folder / "pwd").read_text().strip() == str(folder)
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"job.sh", "config.yaml", "git.json", "submission.json"} <= {path.name for path in written}
+    assert all(SECRET not in path.read_text(encoding="utf-8") for path in written)
+    assert json.loads((folder / "task_1" / "job" / "submission.json").read_text())["job_id"] == "77_1"
+
+
+def test_the_git_state_holds_what_is_not_committed_but_no_secret(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    (tmp_path / "code.py").write_text("one\n", encoding="utf-8")
+    git("init")
+    git("add", "code.py")
+    git("commit", "-m", "first")
+    git("remote", "add", "origin", f"https://user:{SECRET}@host/project.git")
+    (tmp_path / "code.py").write_text(f"two {SECRET}\n", encoding="utf-8")
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    out = tmp_path / "out"
+    out.mkdir()
+    write_git_state(tmp_path, out)
+    state, diff = json.loads((out / "git.json").read_text()), (out / "git.diff").read_text()
+    assert len(state["commit"]) == 40 and state["changed_files"] == [" M code.py"]
+    assert state["remote"] == "https://host/project.git"
+    assert "-one" in diff and "+two <HF_TOKEN>" in diff and SECRET not in diff
+
+
+def test_dry_run_prints_the_script_and_writes_nothing(tmp_path, capsys):
+    run_dir = tmp_path / "it's a run"
+    arguments = ["submit", "--profile", "cpu", "--nodes", "2", "--dry-run", "--run_dir", str(run_dir)]
+    assert main([*arguments, "--layout.pipeline_parallel_size", "4"]) == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash\n")
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("command", ["status", "cancel", "logs"])
+def test_a_folder_without_a_run_is_refused_in_one_line(command, tmp_path, capsys):
+    assert main([command, str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and str(tmp_path) in error[0]

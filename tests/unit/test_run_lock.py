@@ -1,0 +1,116 @@
+"""One job a run directory, with real processes that hold the lock, stop, and die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from infini_train.config import RunConfig
+from infini_train.errors import UserError
+from infini_train.training import run_lock
+from infini_train.training.run_lock import RunDirectoryLock
+
+HOLD = """
+import sys, time
+from infini_train.config import RunConfig
+from infini_train.training.run_lock import RunDirectoryLock
+RunDirectoryLock(RunConfig(run_dir=sys.argv[1])).acquire()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def acquire(folder: Path) -> RunDirectoryLock:
+    lock = RunDirectoryLock(RunConfig(run_dir=str(folder)))
+    lock.acquire()
+    return lock
+
+
+def change(folder: Path, **values: object) -> None:
+    path = folder / "lock.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_second_job_is_refused_until_the_first_is_dead(holder, tmp_path):
+    with pytest.raises(UserError, match=rf"in use by another job \(host \S+, pid {holder.pid}\)"):
+        acquire(tmp_path)
+    holder.send_signal(signal.SIGSTOP)
+    with pytest.raises(UserError, match="in use"):
+        acquire(tmp_path)
+    holder.kill()
+    holder.wait()
+    started = time.monotonic()
+    acquire(tmp_path).require()
+    assert time.monotonic() - started < run_lock.SILENT_SECONDS / 2, "a dead process of this machine needs no watching"
+
+
+def test_a_requeued_slurm_job_takes_over_and_the_one_before_it_stops(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    first = acquire(tmp_path)
+    with pytest.raises(UserError, match="SLURM job 7"):
+        acquire(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    second = acquire(tmp_path)
+    second.require()
+    with pytest.raises(UserError, match="has taken over"):
+        first.require()
+    first.__exit__()
+    assert json.loads((tmp_path / "lock.json").read_text())["token"] == second.content["token"], "only its own lock is released"
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    with pytest.raises(UserError, match="in use by SLURM job 7"):
+        acquire(tmp_path)
+
+
+def test_a_job_on_another_machine_is_alive_while_its_beat_moves(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(run_lock, "SILENT_SECONDS", 1.5)
+    acquire(tmp_path)
+    change(tmp_path, machine="elsewhere", host="far", pid=os.getpid())
+
+    def beat() -> None:
+        time.sleep(0.5)
+        change(tmp_path, beat=1)
+
+    other = threading.Thread(target=beat)
+    other.start()
+    with pytest.raises(UserError, match="host far"):
+        acquire(tmp_path)
+    other.join()
+    started = time.monotonic()
+    acquire(tmp_path).require()
+    assert time.monotonic() - started > 1.4, "its beat was watched for long enough"
+
+
+def test_the_lock_beats_and_is_released(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
+    with RunDirectoryLock(RunConfig(run_dir=str(tmp_path))) as lock:
+        deadline = time.monotonic() + 10
+        while json.loads((tmp_path / "lock.json").read_text())["beat"] < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert json.loads((tmp_path / "lock.json").read_text())["beat"] >= 2
+        lock.require()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_someone_deleted_is_no_reason_to_stop(tmp_path):
+    lock = acquire(tmp_path)
+    (tmp_path / "lock.json").unlink()
+    lock.require()
