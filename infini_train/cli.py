@@ -43,7 +43,10 @@ CHECKPOINT_ACTIONS = {
 
 def build_parser() -> ArgumentParser:
     """The parser of all commands; its flags are part of the product."""
-    parser = ArgumentParser(prog="infini-train", description="Train Infini-attention language models.", exit_on_error=False)
+    # Beginnings of options are refused: what is unique today is ambiguous after the next key.
+    parser = ArgumentParser(
+        prog="infini-train", description="Train Infini-attention language models.", exit_on_error=False, allow_abbrev=False
+    )
     subcommands = parser.add_subcommands(dest="command", metavar="COMMAND")
     for name, help_text in COMMANDS.items():
         command = ArgumentParser(description=f"infini-train {name}: {help_text}.", exit_on_error=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from infini_train.cluster import slurm
 from infini_train.cluster.submission import RunFiles
@@ -37,6 +38,7 @@ def cancel(run_dir: Path, *, now: bool) -> list[str]:
     files.cancelled.touch()
     if state.state == "RUNNING" and not now:
         slurm.call("scancel", "--batch", "--signal=USR1", submission.job_id)
-        return [f"job {submission.job_id} saves and ends; `infini-train status {run_dir}` shows when (--now does not wait)"]
+        look = f"infini-train status {quote(str(run_dir))}"
+        return [f"job {submission.job_id} saves and ends; `{look}` shows when (--now does not wait)"]
     slurm.call("scancel", submission.job_id)
     return [f"job {submission.job_id} is cancelled"]

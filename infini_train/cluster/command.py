@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -59,7 +60,7 @@ def run_submit(run: RunConfig, arguments: Namespace) -> int:
     run_dir = prepared.job.run_dir
     runs = f" for {submission.tasks} runs" if submission.tasks is not None else ""
     print(f"job {submission.job_id}{runs}: {submission.nodes} nodes, {submission.processes} processes; {run_dir}")
-    print(f"infini-train status {run_dir}")
+    print(f"infini-train status {quote(str(run_dir))}")
     return 0
 
 

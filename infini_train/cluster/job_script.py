@@ -61,8 +61,8 @@ def validate_job(job: Job, profile: ClusterProfile) -> None:
     seconds = time_seconds("--time", job.time_limit)
     if seconds <= profile.signal_seconds:
         raise UserError(
-            f"--time is {job.time_limit}, no longer than signal_seconds of the profile ({profile.signal_seconds}), the time to save "
-            "before the limit; give more time or lower signal_seconds"
+            f"--time is {job.time_limit}, no longer than signal_seconds of the profile ({profile.signal_seconds}), the "
+            "time to save before the limit; give more time or lower signal_seconds"
         )
     # SLURM expands % and \ in names of output files, and an option ends where a line does.
     wrong = next((character for character in str(job.run_dir) if character in "%\\" or not character.isprintable()), None)

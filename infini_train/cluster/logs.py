@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from shlex import quote
 from typing import BinaryIO
 
 from infini_train.cluster import slurm
@@ -39,7 +40,7 @@ def show_logs(run_dir: Path, lines: int, follow: bool) -> None:
         raise UserError(f"{run_dir} is an array of {submission.tasks} runs; name one, for example {run_dir / 'task_0'}")
     path = newest_log(run_dir)
     if path is None and not (follow and submission is not None):
-        raise UserError(f"{run_dir} has no log yet; `infini-train status {run_dir}` says what its job waits for")
+        raise UserError(f"{run_dir} has no log yet; `infini-train status {quote(str(run_dir))}` says what its job waits for")
     while path is None:
         assert submission is not None
         _require_alive(submission.job_id, run_dir)

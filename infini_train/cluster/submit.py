@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 from infini_train.cluster import slurm
 from infini_train.cluster.git_state import write_git_state
@@ -116,6 +117,6 @@ def _refuse_second_job(parts: list[RunFiles]) -> None:
         state = slurm.job_state(submission.job_id) if submission is not None else None
         if state is not None and state.active:
             raise UserError(
-                f"run_dir {part.run_dir} has job {state.job_id}, which is {state.state}; `infini-train cancel {part.run_dir}` "
-                "ends it, or give this run another run_dir"
+                f"run_dir {part.run_dir} has job {state.job_id}, which is {state.state}; "
+                f"`infini-train cancel {quote(str(part.run_dir))}` ends it, or give this run another run_dir"
             )

@@ -6,11 +6,16 @@ groups for its own layout.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
 import queue
+import signal
+import tempfile
+import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 from tests.free_port import free_port
@@ -18,7 +23,8 @@ from tests.free_port import free_port
 JOB_SECONDS = 100.0
 
 
-def _serve(rank: int, world_size: int, port: int, jobs: Any, results: Any) -> None:
+def _serve(rank: int, world_size: int, port: int, jobs: Any, results: Any, stacks: Path) -> None:
+    faulthandler.register(signal.SIGUSR2, stacks.open("w"), all_threads=True)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -49,10 +55,15 @@ class ProcessPool:
         context = multiprocessing.get_context("spawn")
         self._results = context.Queue()
         self._jobs = [context.Queue() for _ in range(world_size)]
+        self._stacks = tempfile.TemporaryDirectory(prefix="stacks-")
         port = free_port()
         os.environ["OMP_NUM_THREADS"] = "1"
         self._ranks = [
-            context.Process(target=_serve, args=(rank, world_size, port, self._jobs[rank], self._results), daemon=True)
+            context.Process(
+                target=_serve,
+                args=(rank, world_size, port, self._jobs[rank], self._results, self._stack_file(rank)),
+                daemon=True,
+            )
             for rank in range(world_size)
         ]
         for rank in self._ranks:
@@ -78,9 +89,22 @@ class ProcessPool:
             else:
                 errors.append(f"rank {rank}: {error}")
         if len(answers) < self.world_size:
+            if not errors:
+                errors = [f"no answer from {self.world_size - len(answers)} ranks: a deadlock?", *self._dump_stacks()]
             self.close()
-            raise AssertionError("\n".join(errors) or f"no answer from {self.world_size - len(answers)} ranks: a deadlock?")
+            raise AssertionError("\n".join(errors))
         return [answers[rank] for rank in range(self.world_size)]
+
+    def _stack_file(self, rank: int) -> Path:
+        return Path(self._stacks.name) / f"{rank}.txt"
+
+    def _dump_stacks(self) -> list[str]:
+        """Where every rank stands, in all its threads."""
+        for rank in self._ranks:
+            if rank.pid is not None and rank.is_alive():
+                os.kill(rank.pid, signal.SIGUSR2)
+        time.sleep(1.0)
+        return [f"rank {rank}:\n{self._stack_file(rank).read_text()}" for rank in range(self.world_size)]
 
     @property
     def alive(self) -> bool:
@@ -94,3 +118,4 @@ class ProcessPool:
             if rank.is_alive():
                 rank.kill()
                 rank.join()
+        self._stacks.cleanup()

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.slurm.cluster import SlurmCluster
 
 from infini_train.config import CheckpointConfig, LayoutConfig, RunConfig, save_config
 from infini_train.data.prepare import prepare
 from tests.corpus import small_run, write_corpus
 from tests.distributed.test_checkpoint import metrics
-from tests.slurm.cluster import SlurmCluster
 
 REPOSITORY = Path(__file__).parents[2]
 START_SECONDS = 120.0
@@ -59,7 +59,9 @@ class Runs:
         assert result.returncode == expected, result.stdout
         return result.stdout
 
-    def submit(self, name: str, *arguments: str, run: RunConfig | None = None, expected: int = 0, **profile: object) -> RunConfig:
+    def submit(
+        self, name: str, *arguments: str, run: RunConfig | None = None, expected: int = 0, **profile: object
+    ) -> RunConfig:
         """Submit a run in a folder of its own (nodes 2 by default); its configuration."""
         run = replace(run or self.run, run_dir=str(self.folder / name))
         config, profile_path = self.folder / f"{name}.yaml", self.folder / f"{name} profile.yaml"
@@ -190,7 +192,9 @@ def test_scontrol_requeue_and_a_second_job_on_the_same_run_directory(unbroken, r
     # Past `submit`, by hand.
     script = Path(run.run_dir) / "job.sh"
     runs.pause(run)
-    second = cluster.run("sbatch", "--parsable", "--nodes=1", "--ntasks-per-node=2", f"--chdir={run.run_dir}", str(script)).strip()
+    second = cluster.run(
+        "sbatch", "--parsable", "--nodes=1", "--ntasks-per-node=2", f"--chdir={run.run_dir}", str(script)
+    ).strip()
     cluster.wait(second, "FAILED", START_SECONDS)
     assert cluster.job(second)["ExitCode"] == "2:0"
     assert f"is in use by SLURM job {job_id} " in runs.log(run)

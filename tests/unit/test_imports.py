@@ -22,7 +22,8 @@ ALLOWED = {
     "parallel": {"attention", "model", "data", *SIDE},
     "training": {"checkpoint", "infini_kernels", "attention", "model", "parallel", "data", "evaluation", *SIDE},
     "evaluation": {"checkpoint", "attention", "model", "parallel", "data", "training", *SIDE},
-    "cli": {"checkpoint", "data", "training", "evaluation", "validation", *SIDE},
+    "cluster": {"checkpoint", "config", "errors", "validation"},
+    "cli": {"checkpoint", "cluster", "data", "training", "evaluation", "validation", *SIDE},
     "__main__": {"cli"},
     "__init__": set(),
 }
