@@ -265,7 +265,8 @@ def test_a_job_that_always_crashes_stops_and_says_why(runs, cluster, tmp_path):
     history = runs.history(run).splitlines()
     assert "requeued: a rank crashed or was killed, exit code 137; failure 1 of 2" in history[1]
     assert history[-1].endswith(
-        "stopped: a rank crashed or was killed, exit code 137; 2 failures since the newest checkpoint (none), and max_failures is 2"
+        "stopped: a rank crashed or was killed, exit code 137; 2 failures since the newest checkpoint (none), "
+        "and max_failures is 2"
     )
     assert history[-1] in runs.command("status", run.run_dir)
 

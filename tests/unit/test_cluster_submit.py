@@ -58,7 +58,7 @@ def test_sweeps_that_cannot_work_are_refused(sweeps, words, run):
 
 def test_every_run_is_validated_for_the_processes_of_the_job(run, profile):
     assert prepare_job(run, SubmitOptions(profile=str(profile), nodes=2)).processes == 8
-    with pytest.raises(UserError, match="training.rows"):
+    with pytest.raises(UserError, match=r"training\.rows"):
         prepare_job(run, SubmitOptions(profile=str(profile), nodes=2, sweeps=["training.rows=8,9"]))
     with pytest.raises(UserError, match="--nodes is 0"):
         prepare_job(run, SubmitOptions(profile=str(profile), nodes=0))
