@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.free_port import free_port
 
-JOB_SECONDS = 100.0
+JOB_SECONDS = 240.0
 
 
 def _serve(rank: int, world_size: int, port: int, jobs: Any, results: Any, stacks: Path) -> None:
