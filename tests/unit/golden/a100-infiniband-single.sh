@@ -24,7 +24,11 @@ python=/home/user/infini_train/.venv/bin/python
 max_failures=3
 max_restarts=100
 
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=3
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+export NCCL_DEBUG=WARN
+export NCCL_NET=IB
+export NCCL_IB_TIMEOUT=22
 module load cuda/12.4
 
 job_dir=$run_dir/job

@@ -21,7 +21,9 @@ python=/home/user/infini_train/.venv/bin/python
 max_failures=3
 max_restarts=100
 
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=3
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+export NCCL_DEBUG=WARN
 export OMP_NUM_THREADS=1
 
 job_dir=$run_dir/job

@@ -27,7 +27,12 @@ python=/home/user/infini_train/.venv/bin/python
 max_failures=3
 max_restarts=100
 
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=3
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+export NCCL_DEBUG=WARN
+export FI_PROVIDER=efa
+export FI_EFA_USE_HUGE_PAGE=0
+export NCCL_SOCKET_IFNAME=en
 
 job_dir=$run_dir/job
 # A task's own number can be that of the whole array, so tasks are named by both.
