@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.slurm.cluster import PROGRAMS, SlurmCluster
+from tests.slurm.requirement import require_programs
+
+
+@pytest.fixture(scope="session")
+def shared_cluster() -> Iterator[SlurmCluster]:
+    require_programs(*PROGRAMS)
+    with SlurmCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def cluster(shared_cluster: SlurmCluster) -> SlurmCluster:
+    return shared_cluster
+
+
+@pytest.fixture(autouse=True)
+def _healed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test leaves the cluster whole and empty."""
+    yield
+    if "shared_cluster" in request.fixturenames:
+        request.getfixturevalue("shared_cluster").heal()

@@ -1,0 +1,26 @@
+"""What happens to a test whose programs are not installed: skipped on a developer's machine, failed where CI requires it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import NoReturn
+
+import pytest
+
+REQUIRE = "INFINI_TRAIN_REQUIRE_SLURM"
+# Where daemons are on Debian, although not in every user's PATH.
+SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+
+
+def unavailable(reason: str) -> NoReturn:
+    """Skip the test, or fail it with INFINI_TRAIN_REQUIRE_SLURM=1."""
+    if os.environ.get(REQUIRE) == "1":
+        pytest.fail(f"{reason}; {REQUIRE}=1 requires it", pytrace=False)
+    pytest.skip(reason)
+
+
+def require_programs(*programs: str) -> None:
+    missing = [program for program in programs if shutil.which(program, path=SEARCH_PATH) is None]
+    if missing:
+        unavailable(f"{', '.join(missing)} not installed: run tests/slurm/install.sh")
