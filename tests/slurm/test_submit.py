@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -94,10 +95,15 @@ class Runs:
         self.cluster.wait(job_id, reached, START_SECONDS)
 
     def pause(self, run: RunConfig) -> None:
-        """Stop rank 0, and with it the run, until a signal of SLURM wakes it: each brings a CONT."""
-        import json
+        """Stop rank 0, and with it the run; a TERM from SLURM brings a CONT that wakes it, other signals do not."""
+        self._signal(run, signal.SIGSTOP)
 
-        os.kill(json.loads((Path(run.run_dir) / "lock.json").read_text())["pid"], signal.SIGSTOP)
+    def wake_when_told_to_stop(self, run: RunConfig, job_id: str) -> None:
+        self.cluster.wait(job_id, lambda _: "told to stop; ranks save" in self.history(run), START_SECONDS)
+        self._signal(run, signal.SIGCONT)
+
+    def _signal(self, run: RunConfig, number: signal.Signals) -> None:
+        os.kill(json.loads((Path(run.run_dir) / "lock.json").read_text())["pid"], number)
 
     def finish(self, run: RunConfig, job_id: str) -> None:
         self.cluster.wait(job_id, "COMPLETED", START_SECONDS)
@@ -164,6 +170,7 @@ def test_at_the_time_limit_a_run_is_saved_requeued_and_resumed(unbroken, runs, c
     # Within the 120 s before the end in which SLURM signals; it looks every 30 s.
     end = datetime.now() + timedelta(seconds=115)
     cluster.run("scontrol", "update", f"JobId={job_id}", f"EndTime={end:%Y-%m-%dT%H:%M:%S}")
+    runs.wake_when_told_to_stop(run, job_id)
     runs.finish(run, job_id)
     assert cluster.job(job_id)["Restarts"] == "1"
     saved = re.search(r"requeued: told to stop, exit code 85; newest checkpoint: (step_\d+)", runs.history(run))
@@ -177,6 +184,7 @@ def test_a_preempted_run_is_saved_and_resumed(unbroken, runs, cluster):
     runs.wait_for_step(run, 3, job_id)
     runs.pause(run)
     high = cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=3", "--exclusive", "--wrap=sleep 1").strip()
+    runs.wake_when_told_to_stop(run, job_id)
     cluster.wait(high, "COMPLETED", START_SECONDS)
     runs.finish(run, job_id)
     assert "requeued: told to stop, exit code 85" in runs.history(run)

@@ -95,6 +95,7 @@ failed() {
 # Why the ranks stop: "requeue" (time limit or preemption is near) or "end" (scancel, or a requeue that SLURM does itself).
 stopping=
 ask_ranks_to_save() {
+  if [ -z "$stopping" ]; then say "told to stop; ranks save"; fi
   stopping=${stopping:-requeue}
   # Without --batch it reaches the ranks and not this script.
   scancel --signal=USR1 "$job"
