@@ -22,7 +22,7 @@ def add_submit_arguments(command: ArgumentParser) -> None:
     command.add_argument("--name", type=str | None, default=None, help="job name; the name of run_dir by default")
     command.add_argument(
         "--sweep",
-        type=list[str],
+        type=str,
         action="append",
         default=[],
         help="KEY=VALUE,VALUE: an array with a run for each; several make all combinations",

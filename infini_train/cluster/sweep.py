@@ -25,7 +25,7 @@ def sweep_runs(run: RunConfig, sweeps: list[str]) -> list[RunConfig]:
     keys = [key for key, _ in axes]
     if len(set(keys)) < len(keys):
         raise UserError(f"--sweep names {next(key for key in keys if keys.count(key) > 1)} twice; give all its values in one")
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(RunConfig)
     runs = []
     for number, values in enumerate(product(*(values for _, values in axes))):

@@ -64,6 +64,23 @@ def test_every_run_is_validated_for_the_processes_of_the_job(run, profile):
         prepare_job(run, SubmitOptions(profile=str(profile), nodes=0))
 
 
+def test_a_dry_run_prints_the_script_and_writes_nothing(run, profile, capfd):
+    options = [
+        "--profile",
+        str(profile),
+        "--nodes",
+        "2",
+        "--sweep",
+        "training.seed=1,2",
+        "--sweep",
+        "model.update_rule=linear,delta",
+    ]
+    assert main(["submit", "--run_dir", run.run_dir, "--layout.pipeline_parallel_size", "4", *options, "--dry-run"]) == 0
+    script = capfd.readouterr().out
+    assert script.startswith("#!/bin/bash\n") and "#SBATCH --array=0-3\n" in script and "#SBATCH --nodes=2\n" in script
+    assert not Path(run.run_dir).exists()
+
+
 @pytest.mark.parametrize("place", ["run_dir", "profile"])
 def test_a_secret_of_the_environment_is_never_written(place, run, profile, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
