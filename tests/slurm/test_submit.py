@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.slurm.cluster import SlurmCluster
 
 from infini_train.config import CheckpointConfig, LayoutConfig, RunConfig, save_config
 from infini_train.data.prepare import prepare
 from tests.corpus import small_run, write_corpus
 from tests.distributed.test_checkpoint import metrics
+from tests.slurm.cluster import SlurmCluster
 
 REPOSITORY = Path(__file__).parents[2]
 START_SECONDS = 120.0
