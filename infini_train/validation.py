@@ -5,6 +5,7 @@ Like `config` this imports neither torch nor a library that needs one."""
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
@@ -72,6 +73,11 @@ def validate_optimizer(config: RunConfig) -> None:
     _positive("checkpoint", config.checkpoint, "every timeout_seconds")
     if config.checkpoint.keep_every < 0:
         raise UserError(f"checkpoint.keep_every is {config.checkpoint.keep_every}; use 0 to keep only the newest")
+    if config.checkpoint.copy_to is not None and "@" in urlsplit(config.checkpoint.copy_to).netloc:
+        raise UserError(
+            "checkpoint.copy_to has a user or password in it, which would be written into the run directory; leave them out, and "
+            "give them as fsspec's backend reads them from the environment or its own files"
+        )
     if config.checkpoint.keep < 2:
         raise UserError(
             f"checkpoint.keep is {config.checkpoint.keep}; keep at least 2, or one damaged checkpoint loses the run"

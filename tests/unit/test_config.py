@@ -39,6 +39,7 @@ def test_the_defaults_are_valid():
         ("optimizer", {"schedule": "wsd"}, 1, "optimizer.decay_steps is 0"),
         ("optimizer", {"clip_grad_norm": -1.0}, 1, "use 0 to turn clipping off"),
         ("checkpoint", {"keep": 1}, 1, "checkpoint.keep is 1"),
+        ("checkpoint", {"copy_to": "s3://key:secret@bucket/runs"}, 1, "checkpoint.copy_to has a user or password"),
         ("evaluation", {"every": -1}, 1, "evaluation.every is -1"),
         ("health", {"max_consecutive_skips": 0}, 1, "health.max_consecutive_skips is 0"),
         ("health", {"max_rollbacks": 0}, 1, "health.max_rollbacks is 0"),
