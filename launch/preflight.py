@@ -1,0 +1,274 @@
+#!/usr/bin/env python3
+"""Check every node before a run spends its time: GPUs, folders, clocks, bandwidth.
+
+Started on every rank, with torch.distributed's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT). All ranks come to the same verdict; what it means stands in README.md beside this file. Exit codes: 0 all is fine,
+3 bad nodes were found (FOLDER/job/bad_nodes names them), 4 something is wrong that no node is to blame for, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.preflight_node import check_node, node_name, within
+from launch.preflight_store import collect, group_by_node, post, read, slurm_nodes, write_atomically
+from launch.preflight_verdict import BAD_NODES, NO_NODE_TO_BLAME, Node, Verdict, judge, table
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+PULSE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among all."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+
+
+def parse() -> tuple[argparse.Namespace, Rank]:
+    parser = argparse.ArgumentParser(description="Check every node before a run.")
+    parser.add_argument("--folder", type=Path, required=True, help="run directory")
+    parser.add_argument("--gpus_per_node", type=int, default=0, help="GPUs that each node must show; 0 for nodes without")
+    parser.add_argument("--minimum_gigabytes_per_second", type=float, default=0.0, help="between nodes; 0 only reports it")
+    parser.add_argument("--maximum_clock_skew_seconds", type=float, default=5.0, help="from most other nodes")
+    parser.add_argument("--timeout_seconds", type=float, default=120.0, help="for each of: own checks, measuring together")
+    arguments = parser.parse_args()
+    for name in ("gpus_per_node", "minimum_gigabytes_per_second"):
+        if getattr(arguments, name) < 0:
+            parser.error(f"--{name} is {getattr(arguments, name)}; it must not be negative")
+    for name in ("maximum_clock_skew_seconds", "timeout_seconds"):
+        if getattr(arguments, name) <= 0:
+            parser.error(f"--{name} is {getattr(arguments, name)}; it must be more than 0")
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        if not value.isdigit():
+            parser.error(f"{name} is {value!r} in the environment; start it on every rank with launch/multinode.py or srun")
+        numbers[name.lower()] = int(value)
+    address = os.environ.get("MASTER_ADDR")
+    if not address:
+        parser.error("MASTER_ADDR is not in the environment; start it on every rank with launch/multinode.py or srun")
+    return arguments, Rank(master_addr=address, **numbers)
+
+
+def connect(rank: Rank, timeout_seconds: float) -> Store:
+    """The store that rank 0 serves.
+
+    Raises:
+        RuntimeError: rank 0 does not answer in time.
+    """
+    import torch.distributed as dist
+
+    return dist.TCPStore(
+        rank.master_addr,
+        rank.master_port,
+        rank.world_size,
+        is_master=rank.rank == 0,
+        timeout=timedelta(seconds=timeout_seconds),
+        wait_for_workers=False,
+    )
+
+
+def measure_together(
+    store: Store, rank: Rank, nodes: list[list[int]], bandwidth: bool, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Clocks and bandwidth, on a thread that is given up when its time is over."""
+    progress: dict[str, Any] = {"stage": "meeting over gloo", "offsets": None, "all_ranks": None, "pairs": {}, "error": None}
+    timeout = timedelta(seconds=arguments.timeout_seconds)
+
+    def run() -> None:
+        import torch
+        import torch.distributed as dist
+
+        from launch.preflight_bandwidth import measure
+
+        try:
+            device = torch.device("cpu")
+            if arguments.gpus_per_node > 0:
+                device = torch.device("cuda", rank.local_rank % arguments.gpus_per_node)
+                torch.cuda.set_device(device)
+            gloo_store = dist.PrefixStore("gloo", store)
+            dist.init_process_group("gloo", store=gloo_store, rank=rank.rank, world_size=rank.world_size, timeout=timeout)
+            backend = ("nccl" if arguments.gpus_per_node > 0 else "gloo") if bandwidth else None
+            measure(rank.rank, nodes, backend, device, arguments.minimum_gigabytes_per_second, timeout, progress)
+        except Exception as error:
+            progress["error"] = " ".join(str(error).split())[:500]
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(arguments.timeout_seconds)
+    result = dict(progress)
+    if thread.is_alive():
+        result["error"] = f"not finished in {arguments.timeout_seconds:g} s"
+    return result
+
+
+def preside(store: Store, rank: Rank, arguments: argparse.Namespace, began: float) -> Verdict:
+    """What rank 0 does beside its share: gather reports, tell the others how to go on, judge."""
+    ranks = list(range(rank.world_size))
+    # Time to start and to connect, then time for the checks.
+    checks = collect(store, "checks", ranks, began + 2 * arguments.timeout_seconds)
+    names = {each: read(store, f"node/{each}", 1.0) for each in ranks if store.check([f"node/{each}"])}
+    nodes = [Node(name, members) for name, members in group_by_node(names, rank.world_size, rank.local_world_size)]
+    complete = len(checks) == rank.world_size
+    # A GPU that computes wrongly or is not there would make NCCL hang.
+    gpus = all(check["ok"] for found in checks.values() for check in found if check["name"] == "gpus")
+    plan = {"nodes": [node.ranks for node in nodes], "measure": complete, "bandwidth": gpus}
+    post(store, "plan", plan)
+    measured = None
+    if complete:
+        own = measure_together(store, rank, plan["nodes"], gpus, arguments)
+        post(store, "measured/0", own)
+        measured = collect(store, "measured", ranks, time.monotonic() + arguments.timeout_seconds)
+    return judge(
+        nodes,
+        checks,
+        measured,
+        minimum_gigabytes_per_second=arguments.minimum_gigabytes_per_second,
+        maximum_clock_skew_seconds=arguments.maximum_clock_skew_seconds,
+        timeout_seconds=2 * arguments.timeout_seconds,
+    )
+
+
+def write_verdict(verdict: Verdict, job: Path) -> None:
+    """preflight.json, and bad_nodes if there are any.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    job.mkdir(parents=True, exist_ok=True)
+    content = {**asdict(verdict), "bad_nodes": verdict.bad_nodes, "exit_code": verdict.exit_code}
+    write_atomically(job / "preflight.json", json.dumps(content, indent=1) + "\n")
+    (job / "bad_nodes").unlink(missing_ok=True)
+    named = [name for name in verdict.bad_nodes if not name.startswith("(")]
+    if named:
+        write_atomically(job / "bad_nodes", "".join(f"{name}\n" for name in named))
+
+
+def finish(verdict: Verdict, folder: Path, timeout_seconds: float) -> int:
+    """Print and write, on rank 0."""
+    print(table(verdict), flush=True)
+    written = within(timeout_seconds, "verdict", lambda: str(write_verdict(verdict, folder / "job")))
+    if not written.ok:
+        print(f"preflight: {folder / 'job'} cannot be written: {written.value}", file=sys.stderr)
+        return NO_NODE_TO_BLAME
+    return verdict.exit_code
+
+
+def pulse_file(folder: Path, rank: Rank) -> Path:
+    """Where rank 0 shows that it lives, to ranks that cannot reach it. The port is another one at each start."""
+    return folder / "job" / f".preflight-{rank.master_port}"
+
+
+def start_pulse(folder: Path, rank: Rank) -> None:
+    """Count up in the file from now on, on a thread; a folder that cannot be written is found out elsewhere."""
+
+    def beat() -> None:
+        path = pulse_file(folder, rank)
+        for count in itertools.count():
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(str(count))
+            time.sleep(PULSE_SECONDS)
+
+    threading.Thread(target=beat, daemon=True).start()
+
+
+def has_pulse(folder: Path, rank: Rank) -> bool:
+    try:
+        first = pulse_file(folder, rank).read_text()
+        time.sleep(5 * PULSE_SECONDS)
+        return pulse_file(folder, rank).read_text() != first
+    except OSError:
+        return False
+
+
+def without_rank_0(rank: Rank, folder: Path, error: Exception) -> int:
+    """Rank 0 does not answer: either its node is bad, or this one's network is, and then rank 0 still shows its pulse."""
+    reason = " ".join(str(error).split())[:300]
+    print(f"preflight: rank 0 at {rank.master_addr}:{rank.master_port} does not answer rank {rank.rank}: {reason}", file=sys.stderr)
+    nodes = slurm_nodes()
+    if not nodes or nodes[0] == node_name() or has_pulse(folder, rank):
+        return NO_NODE_TO_BLAME
+    first = Node(nodes[0], [0], problems={"answer": "rank 0 did not answer other ranks"})
+    try:
+        write_verdict(Verdict([first], []), folder / "job")
+    except OSError:
+        return NO_NODE_TO_BLAME
+    print(f"preflight: {nodes[0]} is bad", file=sys.stderr)
+    return BAD_NODES
+
+
+def run(arguments: argparse.Namespace, rank: Rank) -> int:
+    began = time.monotonic()
+    seconds = arguments.timeout_seconds
+    # NCCL's own handling would end the process before it can tell what happened; everything here has a time limit of its own.
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+    try:
+        store = connect(rank, seconds)
+        post(store, f"node/{rank.rank}", node_name())
+        if rank.rank == 0:
+            start_pulse(arguments.folder, rank)
+    except Exception as error:
+        return without_rank_0(rank, arguments.folder, error)
+    try:
+        post(
+            store,
+            f"checks/{rank.rank}",
+            check_node(arguments.folder, arguments.gpus_per_node, rank.local_rank, rank.local_world_size, seconds),
+        )
+        if rank.rank == 0:
+            verdict = preside(store, rank, arguments, began)
+            code = finish(verdict, arguments.folder, seconds)
+            post(store, "code", code)
+            # The store lives in this process: the others read the code first.
+            collect(store, "left", list(range(1, rank.world_size)), time.monotonic() + 5.0)
+            return code
+        plan = read(store, "plan", 3 * seconds)
+        if plan["measure"]:
+            post(
+                store,
+                f"measured/{rank.rank}",
+                measure_together(store, rank, plan["nodes"], plan["bandwidth"], arguments),
+            )
+        code = int(read(store, "code", 4 * seconds))
+        post(store, f"left/{rank.rank}", True)
+        return code
+    except Exception as error:
+        return without_rank_0(rank, arguments.folder, error)
+
+
+def main() -> int:
+    arguments, rank = parse()
+    code = run(arguments, rank)
+    if rank.rank == 0:
+        within(arguments.timeout_seconds, "pulse", lambda: str(pulse_file(arguments.folder, rank).unlink(missing_ok=True)))
+    return code
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads that hang in a driver or a file server would keep the interpreter from ending.
+    os._exit(code)

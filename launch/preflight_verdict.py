@@ -1,0 +1,172 @@
+"""From what all ranks report to a verdict: which nodes are bad, and what no node is to blame for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+FINE, BAD_NODES, NO_NODE_TO_BLAME = 0, 3, 4
+
+
+@dataclass
+class Node:
+    """All that is known of one node."""
+
+    name: str
+    ranks: list[int]
+    checks: dict[str, str] = field(default_factory=dict)
+    """What was found, by check."""
+    problems: dict[str, str] = field(default_factory=dict)
+    """What is wrong, by check."""
+
+
+@dataclass
+class Verdict:
+    nodes: list[Node]
+    general: list[str]
+    """What is wrong without being one node's fault."""
+    bandwidth: float | None = None
+    """GB/s of an all-reduce over all ranks, by the slowest."""
+
+    @property
+    def bad_nodes(self) -> list[str]:
+        return [node.name for node in self.nodes if node.problems]
+
+    @property
+    def exit_code(self) -> int:
+        if self.bad_nodes:
+            return BAD_NODES
+        return NO_NODE_TO_BLAME if self.general else FINE
+
+
+def take_from_nodes(nodes: list[Node], general: list[str]) -> None:
+    """A check that fails on every node of several is nobody's own fault: a wrong folder, a limit that nothing reaches."""
+    if len(nodes) < 2:
+        return
+    for check in sorted({name for node in nodes for name in node.problems}):
+        if all(check in node.problems for node in nodes):
+            general.append(f"{check} fails on every node: {nodes[0].problems[check]}")
+            for node in nodes:
+                node.checks[check] = node.problems.pop(check)
+
+
+def judge_clocks(nodes: list[Node], offsets: list[float], maximum: float, general: list[str]) -> None:
+    """A clock is wrong if it is too far from those of most other nodes; of two nodes neither can be told to be right.
+
+    Args:
+        offsets: seconds that each node is ahead of the first.
+    """
+    wrong = []
+    for node, own in zip(nodes, offsets, strict=True):
+        node.checks["clock"] = f"{own:+.3f} s"
+        far = sum(abs(own - other) > maximum for other in offsets)
+        if 2 * far > len(nodes) - 1:
+            wrong.append(node)
+    spread = max(offsets) - min(offsets)
+    if spread <= maximum:
+        return
+    if not wrong or 2 * len(wrong) >= len(nodes):
+        general.append(
+            f"clocks are {spread:.3f} s apart, more than {maximum:g}, and it cannot be told which of {len(nodes)} is right"
+        )
+        return
+    for node in wrong:
+        node.problems["clock"] = f"{node.checks['clock']} from the first node's, more than {maximum:g} s from most others"
+
+
+def judge_bandwidth(nodes: list[Node], measured: dict[int, dict[int, float]], minimum: float, general: list[str]) -> None:
+    """A node is slow if it is slow with every partner, and fewer than half of the nodes are.
+
+    Args:
+        measured: GB/s by node and its partner.
+    """
+    slow = []
+    for index, node in enumerate(nodes):
+        pairs = measured.get(index, {})
+        if pairs:
+            node.checks["bandwidth"] = ", ".join(f"{value:.2f} GB/s with {nodes[other].name}" for other, value in pairs.items())
+            if all(value < minimum for value in pairs.values()):
+                slow.append(node)
+    if slow and 2 * len(slow) < len(nodes):
+        for node in slow:
+            node.problems["bandwidth"] = f"{node.checks['bandwidth']}; the minimum is {minimum:g}"
+        return
+    found = [value for pairs in measured.values() for value in pairs.values()]
+    pairs_say = f"; pairs of nodes reach {min(found):.2f} to {max(found):.2f}" if found else ""
+    general.append(f"bandwidth is below the minimum of {minimum:g} GB/s, and no single node is the cause{pairs_say}")
+
+
+def judge(
+    nodes: list[Node],
+    checks: dict[int, list[dict[str, Any]]],
+    measured: dict[int, dict[str, Any]] | None,
+    *,
+    minimum_gigabytes_per_second: float,
+    maximum_clock_skew_seconds: float,
+    timeout_seconds: float,
+) -> Verdict:
+    """The verdict.
+
+    Args:
+        checks: by rank, what it found on its node; a rank that did not say so in time is missing.
+        measured: by rank, what `measure` told of its progress, with `error` if it failed; a rank that fell silent is missing.
+            None if it was not tried.
+    """
+    general: list[str] = []
+    for node in nodes:
+        for rank in node.ranks:
+            if rank not in checks:
+                node.problems["answer"] = f"rank {rank} did not answer within {timeout_seconds:g} s"
+                continue
+            for check in checks[rank]:
+                if not check["ok"]:
+                    node.problems.setdefault(check["name"], check["value"])
+                elif check["name"] not in node.problems:
+                    node.checks[check["name"]] = check["value"]
+    take_from_nodes(nodes, general)
+    verdict = Verdict(nodes, general)
+    if measured is None:
+        return verdict
+
+    silent = [(node, rank) for node in nodes for rank in node.ranks if rank not in measured]
+    for node, rank in silent:
+        node.problems["answer"] = f"rank {rank} fell silent while nodes were measured together"
+    offsets = next((each["offsets"] for each in measured.values() if each.get("offsets")), None)
+    if offsets is not None:
+        judge_clocks(nodes, offsets, maximum_clock_skew_seconds, general)
+    failed = {rank: each for rank, each in measured.items() if each.get("stage") is not None}
+    if failed:
+        # Whoever waits for a silent rank fails as well, and is not to blame.
+        if not silent:
+            rank, each = min(failed.items())
+            general.append(f"rank {rank} failed in {each['stage']}: {each.get('error')}")
+        return verdict
+    bandwidths = [each["all_ranks"] for each in measured.values() if each.get("all_ranks") is not None]
+    if bandwidths and not silent:
+        verdict.bandwidth = min(bandwidths)
+        if verdict.bandwidth < minimum_gigabytes_per_second and len(nodes) > 1:
+            pairs = {
+                index: {
+                    other: min(measured[rank]["pairs"][str(other)] for rank in node.ranks)
+                    for other in map(int, measured[node.ranks[0]]["pairs"])
+                }
+                for index, node in enumerate(nodes)
+            }
+            judge_bandwidth(nodes, pairs, minimum_gigabytes_per_second, general)
+    return verdict
+
+
+def table(verdict: Verdict) -> str:
+    """The verdict for a person: a row for each node, then what no node is to blame for."""
+    columns = [name for name in ("folder", "temp", "gpus", "clock", "bandwidth") if any(name in n.checks for n in verdict.nodes)]
+    rows = [["node", "ranks", *columns, "verdict"]]
+    for node in verdict.nodes:
+        ranks = f"{node.ranks[0]}-{node.ranks[-1]}" if len(node.ranks) > 1 else str(node.ranks[0])
+        cells = [node.checks.get(name, "bad" if name in node.problems else "") for name in columns]
+        wrong = "; ".join(f"{name}: {problem}" for name, problem in node.problems.items())
+        rows.append([node.name, ranks, *cells, f"BAD: {wrong}" if wrong else "fine"])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if verdict.bandwidth is not None:
+        lines.append(f"all-reduce over all ranks: {verdict.bandwidth:.2f} GB/s")
+    return "\n".join([*lines, *(f"no node to blame: {problem}" for problem in verdict.general)])
