@@ -6,13 +6,14 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 BIN := .venv/bin
 DEMO := configs/tiny.yaml
 
-.PHONY: help setup demo check test format clean
+.PHONY: help setup demo check test test-slurm format clean
 help:
-	@echo "make demo    train a small model on this machine and write its report (about ten minutes)"
-	@echo "make test    everything that CI runs"
-	@echo "make check   lint, types and unit tests, in under two minutes"
-	@echo "make format  let ruff format the code"
-	@echo "make clean   delete .venv and runs/"
+	@echo "make demo        train a small model on this machine and write its report (about ten minutes)"
+	@echo "make test        everything that CI runs; without SLURM on this machine its tests are skipped"
+	@echo "make test-slurm  install SLURM (as root, on Debian) and run its tests"
+	@echo "make check       lint, types and unit tests, in under two minutes"
+	@echo "make format      let ruff format the code"
+	@echo "make clean       delete .venv and runs/"
 
 setup: .venv/.installed
 
@@ -39,7 +40,11 @@ check: setup
 	OMP_NUM_THREADS=2 $(BIN)/pytest tests/unit
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/distributed
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/distributed tests/slurm
+
+test-slurm: setup
+	tests/slurm/install.sh
+	OMP_NUM_THREADS=1 INFINI_TRAIN_REQUIRE_SLURM=1 $(BIN)/pytest tests/slurm
 
 format: setup
 	$(BIN)/ruff check --fix .

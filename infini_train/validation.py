@@ -75,8 +75,8 @@ def validate_optimizer(config: RunConfig) -> None:
         raise UserError(f"checkpoint.keep_every is {config.checkpoint.keep_every}; use 0 to keep only the newest")
     if config.checkpoint.copy_to is not None and "@" in urlsplit(config.checkpoint.copy_to).netloc:
         raise UserError(
-            "checkpoint.copy_to has a user or password in it, which would be written into the run directory; leave them out, and "
-            "give them as fsspec's backend reads them from the environment or its own files"
+            "checkpoint.copy_to has a user or password in it, which would be written into the run directory; leave them "
+            "out, and give them as fsspec's backend reads them from the environment or its own files"
         )
     if config.checkpoint.keep < 2:
         raise UserError(

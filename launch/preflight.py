@@ -206,7 +206,10 @@ def has_pulse(folder: Path, rank: Rank) -> bool:
 def without_rank_0(rank: Rank, folder: Path, error: Exception) -> int:
     """Rank 0 does not answer: either its node is bad, or this one's network is, and then rank 0 still shows its pulse."""
     reason = " ".join(str(error).split())[:300]
-    print(f"preflight: rank 0 at {rank.master_addr}:{rank.master_port} does not answer rank {rank.rank}: {reason}", file=sys.stderr)
+    print(
+        f"preflight: rank 0 at {rank.master_addr}:{rank.master_port} does not answer rank {rank.rank}: {reason}",
+        file=sys.stderr,
+    )
     nodes = slurm_nodes()
     if not nodes or nodes[0] == node_name() or has_pulse(folder, rank):
         return NO_NODE_TO_BLAME

@@ -85,7 +85,8 @@ def check_folder(path: Path, free_bytes: int) -> str:
 def needed_bytes(run_dir: Path) -> int:
     """Free space for the run's next checkpoint, as far as one that exists tells its size."""
     sizes = [
-        sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) for folder in run_dir.glob("checkpoints/step_*")
+        sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        for folder in run_dir.glob("checkpoints/step_*")
     ]
     return max([FREE_BYTES, *sizes])
 

@@ -50,7 +50,9 @@ def preflight(folder: Path, *options: str, nodes: int = 3, fault: str = "none", 
             "TMPDIR": str(temp),
             **(environment if rank == at else {}),
         }
-        program = ["-m", "tests.distributed.preflight_fault", fault] if rank == at else [str(REPOSITORY / "launch/preflight.py")]
+        program = (
+            ["-m", "tests.distributed.preflight_fault", fault] if rank == at else [str(REPOSITORY / "launch/preflight.py")]
+        )
         ranks.append(
             subprocess.Popen(
                 [sys.executable, *program, "--folder", str(folder / "run"), *options],
@@ -160,7 +162,11 @@ def test_a_slow_node_is_found_by_pairs(tmp_path):
 
 @pytest.mark.parametrize(
     "options,words",
-    [(["--timeout_seconds=0"], "--timeout_seconds"), (["--gpus_per_node=-1"], "--gpus_per_node"), (["--nonsense"], "--nonsense")],
+    [
+        (["--timeout_seconds=0"], "--timeout_seconds"),
+        (["--gpus_per_node=-1"], "--gpus_per_node"),
+        (["--nonsense"], "--nonsense"),
+    ],
 )
 def test_wrong_usage_is_told_before_anything_is_started(options, words, tmp_path):
     outcome = preflight(tmp_path, *options, nodes=1)

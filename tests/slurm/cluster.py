@@ -90,7 +90,7 @@ class SlurmCluster:
         return parse_records(self.run("scontrol", "--oneliner", "show", "job"))
 
     def node_states(self) -> dict[str, str]:
-        """Each node's state as scontrol prints it: "IDLE", "DOWN", "ALLOCATED*" with a star where it does not answer."""
+        """Each node's state as scontrol prints it: "IDLE", "ALLOCATED", "DOWN+NOT_RESPONDING"."""
         records = parse_records(self.run("scontrol", "--oneliner", "show", "node"))
         return {record["NodeName"]: record["State"] for record in records}
 
@@ -121,7 +121,7 @@ class SlurmCluster:
         return self._configuration.temporary_folder(node)
 
     def kill_node(self, node: str, processes_too: bool = True) -> None:
-        """Lose a node without a word, so that only SLURM's own timeout (about 20 s) notices.
+        """Lose a node without a word, so that only SLURM's own timeout (about 25 s) notices.
 
         With `processes_too` everything on it is killed, as when power fails. Without, it is the network that fails: slurmd is
         gone and SLURM's step daemons are stopped, so that they say nothing; the processes of jobs live on and notice nothing.
@@ -178,7 +178,9 @@ class SlurmCluster:
             return False
         for node, state in states.items():
             if "DOWN" in state or "DRAIN" in state:
-                self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+                # Refused where the node came back by itself meanwhile.
+                resume = ["scontrol", "update", f"NodeName={node}", "State=RESUME"]
+                subprocess.run(resume, env=self.environment(), capture_output=True, check=False)
         return set(states) == set(self.nodes) and set(states.values()) == {"IDLE"}
 
     def _empty(self) -> bool:

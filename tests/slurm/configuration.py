@@ -51,8 +51,8 @@ ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-# A lost node is noticed within twice this time.
-SlurmdTimeout=15
+# A lost node is noticed within two to three times this time.
+SlurmdTimeout=10
 KillWait=20
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,max_rpc_cnt=0
