@@ -175,7 +175,10 @@ def test_wrong_usage_is_told_before_anything_is_started(options, words, tmp_path
 
 def test_torch_is_not_needed_to_refuse(tmp_path):
     """The environment of a rank is missing: said at once, without the seconds that torch takes."""
-    script = "import runpy, sys\nsys.modules['torch'] = None\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    script = (
+        "import runpy, sys\nsys.modules['torch'] = None\nsys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     result = subprocess.run(
         [sys.executable, "-c", script, str(REPOSITORY / "launch/preflight.py"), "--folder", str(tmp_path)],
         capture_output=True,

@@ -152,7 +152,7 @@ class SlurmCluster:
         until(self._empty, START_SECONDS, lambda: f"all nodes idle and no job\n{self._logs()}")
         for node in self.nodes:
             folder = self.temporary_folder(node)
-            shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
+            shutil.rmtree(folder) if folder.is_dir() and not folder.is_symlink() else folder.unlink(missing_ok=True)
             folder.mkdir()
 
     def close(self) -> None:

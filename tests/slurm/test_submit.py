@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -292,8 +293,9 @@ def test_an_error_that_a_restart_does_not_mend_stops_at_once(runs, cluster):
 
 def test_a_node_that_fails_the_preflight_is_left_out(unbroken, runs, cluster):
     bad = cluster.temporary_folder("n1")
-    bad.rmdir()
-    bad.write_text("a file where a folder should be")
+    shutil.rmtree(bad)
+    # A folder, or SLURM itself would replace it, in which nothing can be written, not even by root.
+    bad.symlink_to("/proc")
     run = runs.submit("bad node", "--name", "bad-node", preflight=True)
     job_id = runs.job_id()
     runs.finish(run, job_id)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def tracked_scripts() -> list[str]:
-    """Files that git knows and that end in .sh or begin with bash's or sh's shebang line; the golden job scripts are among them."""
+    """Files that git knows and that end in .sh or begin with a shell's shebang line; the golden job scripts are among them."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     names = [name for name in listed.split("\0") if name and (ROOT / name).is_file()]
     return [name for name in names if name.endswith(".sh") or (not Path(name).suffix and shebang(ROOT / name))]

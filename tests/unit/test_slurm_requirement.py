@@ -23,7 +23,7 @@ def test_a_missing_program_skips(monkeypatch):
 def test_a_missing_program_fails_where_it_is_required(monkeypatch):
     monkeypatch.setenv(REQUIRE, "1")
     require_programs("bash")
-    with pytest.raises(pytest.fail.Exception, match="no-such-program not installed.*INFINI_TRAIN_REQUIRE_SLURM=1"):
+    with pytest.raises(pytest.fail.Exception, match=r"no-such-program not installed.*INFINI_TRAIN_REQUIRE_SLURM=1"):
         require_programs("no-such-program")
 
 
