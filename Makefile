@@ -40,7 +40,7 @@ check: setup
 	OMP_NUM_THREADS=2 $(BIN)/pytest tests/unit
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/distributed tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=30 tests/distributed tests/slurm
 
 test-slurm: setup
 	tests/slurm/install.sh

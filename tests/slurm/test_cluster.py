@@ -111,8 +111,16 @@ def test_processes_live_on_where_only_the_network_is_lost(cluster):
     beat = cluster.folder / "work" / "beat"
     job_id = submit(cluster, f"srun bash -c 'while sleep 0.2; do date +%N >{beat}.$SLURMD_NODENAME; echo $SECONDS; done'")
     cluster.wait(job_id, lambda job: job["JobState"] == "RUNNING" and Path(f"{beat}.n1").exists())
+    # This one ends where SLURM cannot hear of it.
+    unheard = submit(cluster, f"while [ ! -e {beat}.end ]; do sleep 0.1; done", "--nodelist=n1")
+    cluster.wait(unheard, "RUNNING")
     before = set(wait_for_programs(cluster, "n1", "bash", 1))
+    assert len(wait_for_programs(cluster, "n1", "slurm_script", 2)) == 2
     cluster.kill_node("n1", processes_too=False)
+    Path(f"{beat}.end").touch()
+    time.sleep(2)
+    assert len(wait_for_programs(cluster, "n1", "slurm_script", 1)) == 1
+    assert cluster.job(unheard)["JobState"] == "RUNNING"
     job = cluster.wait(job_id, lambda job: job["Restarts"] == "1" and job["JobState"] == "RUNNING", LOST_SECONDS)
     assert job["BatchHost"] == "n2"
     assert cluster.node_states()["n1"] == "DOWN+NOT_RESPONDING"

@@ -90,7 +90,7 @@ class Runs:
         path = Path(run.run_dir) / "metrics.jsonl"
 
         def reached(job: dict[str, str]) -> bool:
-            assert job["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), self.log(run)
+            assert job["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING"), self.log(run)
             return path.is_file() and path.read_text(encoding="utf-8").count("\n") >= step
 
         self.cluster.wait(job_id, reached, START_SECONDS)
