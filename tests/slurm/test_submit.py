@@ -307,19 +307,20 @@ def test_a_node_that_fails_the_preflight_is_left_out(unbroken, runs, cluster):
 
 
 def test_an_array_of_three(runs, cluster):
-    single = replace(runs.run, layout=LayoutConfig(), training=replace(runs.run.training, steps=5))
-    single = replace(single, checkpoint=CheckpointConfig(every=5))
-    run = runs.submit("array", "--nodes", "1", "--sweep", "training.seed=1,2,3", run=single)
+    """The last task requeues itself: its own job id is that of the whole array, and the others must stay ended."""
+    single = replace(runs.run, layout=LayoutConfig(), checkpoint=CheckpointConfig(every=5))
+    run = runs.submit("array", "--nodes", "1", "--sweep", "training.steps=5,10,60", run=single)
     job_id = runs.job_id()
-    for task in range(3):
-        cluster.wait(f"{job_id}_{task}", "COMPLETED", START_SECONDS)
     parts = [replace(run, run_dir=f"{run.run_dir}/task_{task}") for task in range(3)]
-    losses = [metrics(part)[-1]["loss"] for part in parts]
-    assert len(set(losses)) == 3
-    lines = runs.command("status", run.run_dir).splitlines()
-    assert len(lines) == 4 and all("COMPLETED" in line and "step 5 of 5" in line for line in lines[1:])
-    assert "trained to step 5" in runs.command("logs", parts[2].run_dir)
-    # A task requeued by hand is itself alone, although its job id may be the array's.
-    cluster.run("scontrol", "requeue", f"{job_id}_2")
+    runs.wait_for_step(parts[2], 3, f"{job_id}_2")
+    runs.pause(parts[2])
+    for task in range(2):
+        cluster.wait(f"{job_id}_{task}", "COMPLETED", START_SECONDS)
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job_id}_2")
+    runs.wake_when_told_to_stop(parts[2], f"{job_id}_2")
     cluster.wait(f"{job_id}_2", lambda job: job["JobState"] == "COMPLETED" and job["Restarts"] == "1", START_SECONDS)
     assert [cluster.job(f"{job_id}_{task}")["Restarts"] for task in range(2)] == ["0", "0"]
+    assert [[record["step"] for record in metrics(part)] for part in parts] == [list(range(1, n + 1)) for n in (5, 10, 60)]
+    lines = runs.command("status", run.run_dir).splitlines()
+    assert len(lines) == 4 and all("COMPLETED" in line and "(100%)" in line for line in lines[1:])
+    assert "trained to step 10" in runs.command("logs", parts[1].run_dir)
