@@ -126,9 +126,8 @@ def measure_together(
 def preside(store: Store, rank: Rank, arguments: argparse.Namespace, began: float) -> Verdict:
     """What rank 0 does beside its share: gather reports, tell the others how to go on, judge."""
     ranks = list(range(rank.world_size))
-    # Time to start and to connect, then time for the checks.
-    checks = collect(store, "checks", ranks, began + 2 * arguments.timeout_seconds)
-    names = {each: read(store, f"node/{each}", 1.0) for each in ranks if store.check([f"node/{each}"])}
+    names = collect(store, "node", ranks, began + arguments.timeout_seconds)
+    checks = collect(store, "checks", list(names), time.monotonic() + arguments.timeout_seconds)
     nodes = [Node(name, members) for name, members in group_by_node(names, rank.world_size, rank.local_world_size)]
     complete = len(checks) == rank.world_size
     # A GPU that computes wrongly or is not there would make NCCL hang.
@@ -146,7 +145,7 @@ def preside(store: Store, rank: Rank, arguments: argparse.Namespace, began: floa
         measured,
         minimum_gigabytes_per_second=arguments.minimum_gigabytes_per_second,
         maximum_clock_skew_seconds=arguments.maximum_clock_skew_seconds,
-        timeout_seconds=2 * arguments.timeout_seconds,
+        timeout_seconds=arguments.timeout_seconds,
     )
 
 

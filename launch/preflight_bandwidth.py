@@ -114,12 +114,13 @@ def measure(
     if slowest.item() < minimum_gigabytes_per_second:
         mine = next(index for index, ranks in enumerate(nodes) if rank in ranks)
         for pairs in node_pairs(len(nodes)):
-            for pair in pairs:
+            progress["stage"] = "meeting in pairs of nodes"
+            # All ranks make all groups: those that only their members make got names that did not match.
+            groups = [dist.new_group(nodes[one] + nodes[other], timeout=timeout, backend=backend) for one, other in pairs]
+            for group, pair in zip(groups, pairs, strict=True):
                 if mine in pair:
                     other = pair[0] + pair[1] - mine
                     progress["stage"] = f"an all-reduce with node {other}"
-                    members = sorted(nodes[pair[0]] + nodes[pair[1]])
-                    group = dist.new_group(members, backend=backend, timeout=timeout, use_local_synchronization=True)
                     progress["pairs"][str(other)] = all_reduce_bandwidth(group, backend, device)
             progress["stage"] = "waiting for other pairs of nodes"
             dist.barrier()

@@ -155,7 +155,7 @@ def test_a_bandwidth_that_no_node_reaches_is_no_nodes_fault(tmp_path):
 
 
 def test_a_slow_node_is_found_by_pairs(tmp_path):
-    outcome = preflight(tmp_path, "--minimum_gigabytes_per_second=0.03", fault="slow", at=2)
+    outcome = preflight(tmp_path, "--minimum_gigabytes_per_second=0.05", fault="slow", at=2)
     assert outcome.codes == [3, 3, 3], outcome.output
     assert outcome.bad_nodes == ["node2"] and list(problems(outcome)["node2"]) == ["bandwidth"]
 
