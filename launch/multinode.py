@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""Run an infini-train command on several hosts, without SLURM: start this once on each of them, with the same arguments.
+
+    python launch/multinode.py --hosts hostA,hostB --processes_per_host 8 --preset infiniband pretrain --config configs/8b.yaml
+
+Each host finds itself in the list by its addresses, or by --node_rank. The launchers meet at the first host, start the ranks
+together, and leave with the same exit code: that of the rank that failed first. Instead of a command, `preflight` with its
+options checks the hosts (launch/preflight.py). README.md beside this file has more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from infini_train.cluster.environment import read_environment
+from infini_train.errors import UserError
+from launch.host_link import CannotMeet, Follower, Leader, gather, join
+from launch.hosts import own_rank, parse_hosts
+from launch.rank_processes import RankProcesses, check_configuration, free_port, rank_environments
+
+CANNOT_MEET_EXIT_CODE = 1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Run an infini-train command on several hosts: start this on each of them.",
+        usage="%(prog)s --hosts A,B --processes_per_host N [options] COMMAND [ARGUMENTS]",
+    )
+    parser.add_argument("--hosts", required=True, help="names or addresses, comma-separated; the ranks meet at the first")
+    parser.add_argument("--processes_per_host", type=int, required=True, help="one for each GPU")
+    parser.add_argument("--port", type=int, default=29400, help="where the launchers meet, on the first host")
+    parser.add_argument("--node_rank", type=int, default=None, help="which of --hosts this is, from 0; found by default")
+    parser.add_argument("--preset", default=None, help="file of launch/environments/, by name, or a path to one")
+    parser.add_argument("--meet_seconds", type=float, default=300.0, help="how long hosts wait for each other at the start")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="pretrain, evaluate, ... or preflight, with its arguments")
+    arguments = parser.parse_args()
+    if not arguments.command:
+        parser.error("a command is missing, such as pretrain --config FILE")
+    if arguments.processes_per_host < 1:
+        parser.error(f"--processes_per_host is {arguments.processes_per_host}; it must be at least 1")
+    if not 0 < arguments.port < 65536:
+        parser.error(f"--port is {arguments.port}; it is 1 to 65535")
+    return arguments
+
+
+def environment(preset: str | None) -> dict[str, str]:
+    """The preset's variables, under those that are set here, which are named where they differ.
+
+    Raises:
+        UserError: see `read_environment`.
+    """
+    variables = read_environment(preset) if preset is not None else {}
+    for name, value in variables.items():
+        if os.environ.get(name, value) != value:
+            print(f"launch: {name} is {os.environ[name]!r}, as set here, and not {value!r} as in {preset}", file=sys.stderr)
+    return {**variables, **os.environ}
+
+
+def main() -> int:
+    arguments = parse()
+    try:
+        hosts = parse_hosts(arguments.hosts)
+        host = own_rank(hosts, arguments.node_rank)
+        base = environment(arguments.preset)
+    except UserError as error:
+        print(f"launch: error: {error}", file=sys.stderr)
+        return error.exit_code
+    processes, command = arguments.processes_per_host, arguments.command
+    code = check_configuration(command, len(hosts) * processes)
+    if code is not None:
+        return code
+    job = {"--hosts": hosts, "--processes_per_host": processes, "the command": command}
+    link: Leader | Follower
+    try:
+        if host == 0:
+            leader = gather(hosts, arguments.port, job, arguments.meet_seconds)
+            link, port = leader, leader.start(free_port())
+        else:
+            follower = join(hosts, host, arguments.port, job, arguments.meet_seconds)
+            link, port = follower, follower.start()
+    except CannotMeet as error:
+        print(f"launch: error: {error}", file=sys.stderr)
+        return CANNOT_MEET_EXIT_CODE
+    program = ["-m", "infini_train", *command]
+    if command[0] == "preflight":
+        program = [str(Path(__file__).with_name("preflight.py")), *command[1:]]
+    environments = rank_environments(host, len(hosts), processes, hosts[0], port, base)
+    return RankProcesses([sys.executable, *program], environments, link).wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The rank processes of one host: started, watched, stopped together, with the exit code of the one that failed first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import FrameType
+from typing import Protocol
+
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 60.0
+"""How long the others may take to end after one process failed."""
+AGREED_EXIT_CODES = (2, 85, 87)
+"""All ranks find the same and end by themselves: wrong input, stopped and resumable, unhealthy."""
+HANG_EXIT_CODE = 86
+"""The watchdog of a rank found that the job hangs; all ranks that can still run have written their stacks and end."""
+HANG_GRACE_SECONDS = 2.0
+"""How long the others may take to end then; a stopped rank never does."""
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank_environments(
+    host: int, hosts: int, processes: int, master_addr: str, master_port: int, base: dict[str, str]
+) -> list[dict[str, str]]:
+    """torch.distributed's variables for each process of a host; a thread count in `base` is kept.
+
+    Args:
+        host: index of this host.
+        processes: on each host.
+    """
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    return [
+        {
+            "OMP_NUM_THREADS": str(threads),
+            **base,
+            "RANK": str(host * processes + local_rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(hosts * processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": master_addr,
+            "MASTER_PORT": str(master_port),
+        }
+        for local_rank in range(processes)
+    ]
+
+
+class OtherHosts(Protocol):
+    """What the launchers of other hosts know, see `host_link`."""
+
+    def exchange(self, code: int, what: str, ended: bool) -> tuple[int, str, bool]:
+        """Tell the state of this host, learn that of all.
+
+        Args:
+            code: exit code of this host's failure, 0 without one.
+            what: the failure in words.
+            ended: all processes of this host have ended.
+
+        Returns:
+            The same for the whole job: its first failure, and whether all hosts have ended.
+        """
+
+
+class NoOtherHosts:
+    def exchange(self, code: int, what: str, ended: bool) -> tuple[int, str, bool]:
+        return code, what, ended
+
+
+class RankProcesses:
+    """The ranks of a run on this host."""
+
+    def __init__(self, command: list[str], environments: list[dict[str, str]], others: OtherHosts | None = None) -> None:
+        """Start them.
+
+        Args:
+            environments: one for each process.
+            others: None if there are no other hosts; nothing is then said of a failure, which the rank itself has told.
+        """
+        self.stop_requested = False
+        self.others = others
+        signal.signal(signal.SIGINT, self._stop)
+        signal.signal(signal.SIGTERM, self._stop)
+        # A session of their own: a terminal's Ctrl-C reaches the ranks through this process, once, not twice.
+        self.ranks = [subprocess.Popen(command, env=environment, start_new_session=True) for environment in environments]
+        self.numbers = [environment["RANK"] for environment in environments]
+
+    def wait(self) -> int:
+        """Exit code of the run: 0 if every rank ended with 0, else the first code that was not."""
+        others = self.others or NoOtherHosts()
+        own_code, own_words, failed_at, told = 0, "", 0.0, ""
+        while True:
+            codes = [rank.poll() for rank in self.ranks]
+            own_code, own_words = self._failure(codes, own_code, own_words)
+            ended = None not in codes
+            code, words, all_ended = others.exchange(own_code, own_words, ended)
+            if code and not failed_at:
+                failed_at = time.monotonic()
+                if code not in AGREED_EXIT_CODES:
+                    # The others would wait for the lost rank until a time-out.
+                    self._send(signal.SIGTERM)
+            if self.others is not None and words != told:
+                print(f"launch: {words}", file=sys.stderr)
+                told = words
+            if ended and all_ended:
+                return code
+            if code and time.monotonic() - failed_at > (HANG_GRACE_SECONDS if code == HANG_EXIT_CODE else GRACE_SECONDS):
+                self._send(signal.SIGKILL)
+            time.sleep(POLL_SECONDS)
+
+    def _failure(self, codes: list[int | None], code: int, words: str) -> tuple[int, str]:
+        """The first failure of a rank; a hang, which the watchdog finds with others' help, outweighs the rest."""
+        failed = [(value, number) for value, number in zip(codes, self.numbers, strict=True) if value]
+        hung = [(value, number) for value, number in failed if value == HANG_EXIT_CODE]
+        if (not failed or code) and not (hung and code != HANG_EXIT_CODE):
+            return code, words
+        value, number = (hung or failed)[0]
+        # As a shell counts signals.
+        how = f"was killed by signal {-value}" if value < 0 else f"ended with exit code {value}"
+        return (value if value > 0 else 128 - value), f"rank {number} {how}"
+
+    def _send(self, number: int) -> None:
+        for rank in self.ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        if self.stop_requested:
+            self._send(signal.SIGKILL)
+            return
+        self.stop_requested = True
+        print("\nstopping at the end of this step and saving; once more to stop at once", file=sys.stderr)
+        self._send(signal.SIGTERM)
+
+
+def check_configuration(command: list[str], world_size: int) -> int | None:
+    """Let one process say what is wrong with a configuration before any other is started.
+
+    Returns:
+        The exit code to leave with; None to go on.
+    """
+    if command[0] != "pretrain":
+        return None
+    checked = subprocess.run(
+        [sys.executable, "-m", "infini_train", *command, "--check_only"],
+        env={**os.environ, "WORLD_SIZE": str(world_size)},
+        check=False,
+    )
+    if checked.returncode or "--print_config" in command or "--help" in command:
+        return checked.returncode
+    return None
