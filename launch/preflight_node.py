@@ -102,7 +102,7 @@ def check_run_dir(run_dir: Path) -> str:
 
 
 def temporary_folder() -> Path:
-    """The node's own temporary folder, as a run would use it: tempfile takes another where TMPDIR does not work."""
+    """The node's own temporary folder, also where it does not work and tempfile would silently take another."""
     return Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
 
 

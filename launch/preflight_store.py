@@ -1,4 +1,4 @@
-"""How the ranks of a preflight talk: reports in torch's key-value store, where a rank that hangs is missed, not waited for."""
+"""How the ranks of a preflight talk: over a key-value store, so that a rank that hangs is missed and not waited for."""
 
 from __future__ import annotations
 

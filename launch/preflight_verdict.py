@@ -158,9 +158,8 @@ def judge(
 
 def table(verdict: Verdict) -> str:
     """The verdict for a person: a row for each node, then what no node is to blame for."""
-    columns = [
-        name for name in ("folder", "temp", "gpus", "clock", "bandwidth") if any(name in n.checks for n in verdict.nodes)
-    ]
+    names = ("folder", "temp", "gpus", "clock", "bandwidth")
+    columns = [name for name in names if any(name in node.checks or name in node.problems for node in verdict.nodes)]
     rows = [["node", "ranks", *columns, "verdict"]]
     for node in verdict.nodes:
         ranks = f"{node.ranks[0]}-{node.ranks[-1]}" if len(node.ranks) > 1 else str(node.ranks[0])

@@ -16,6 +16,8 @@ import pytest
 from tests.distributed.command import REPOSITORY
 from tests.free_port import free_port
 
+PREFLIGHT = str(REPOSITORY / "launch" / "preflight.py")
+
 
 @dataclass
 class Outcome:
@@ -50,9 +52,7 @@ def preflight(folder: Path, *options: str, nodes: int = 3, fault: str = "none", 
             "TMPDIR": str(temp),
             **(environment if rank == at else {}),
         }
-        program = (
-            ["-m", "tests.distributed.preflight_fault", fault] if rank == at else [str(REPOSITORY / "launch/preflight.py")]
-        )
+        program = ["-m", "tests.distributed.preflight_fault", fault] if rank == at else [PREFLIGHT]
         ranks.append(
             subprocess.Popen(
                 [sys.executable, *program, "--folder", str(folder / "run"), *options],
@@ -161,26 +161,23 @@ def test_a_slow_node_is_found_by_pairs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options,words",
+    "option,words",
     [
-        (["--timeout_seconds=0"], "--timeout_seconds"),
-        (["--gpus_per_node=-1"], "--gpus_per_node"),
-        (["--nonsense"], "--nonsense"),
+        ("--timeout_seconds=0", "--timeout_seconds"),
+        ("--gpus_per_node=-1", "--gpus_per_node"),
+        ("--nonsense", "--nonsense"),
     ],
 )
-def test_wrong_usage_is_told_before_anything_is_started(options, words, tmp_path):
-    outcome = preflight(tmp_path, *options, nodes=1)
+def test_wrong_usage_is_told_before_anything_is_started(option, words, tmp_path):
+    outcome = preflight(tmp_path, option, nodes=1)
     assert outcome.codes == [2] and words in outcome.output[0] and outcome.verdict is None
 
 
 def test_torch_is_not_needed_to_refuse(tmp_path):
     """The environment of a rank is missing: said at once, without the seconds that torch takes."""
-    script = (
-        "import runpy, sys\nsys.modules['torch'] = None\nsys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
+    script = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     result = subprocess.run(
-        [sys.executable, "-c", script, str(REPOSITORY / "launch/preflight.py"), "--folder", str(tmp_path)],
+        [sys.executable, "-c", script, PREFLIGHT, "--folder", str(tmp_path)],
         capture_output=True,
         text=True,
         env={key: value for key, value in os.environ.items() if key != "RANK"},
