@@ -132,11 +132,11 @@ def preside(store: Store, rank: Rank, arguments: argparse.Namespace, began: floa
     complete = len(checks) == rank.world_size
     # A GPU that computes wrongly or is not there would make NCCL hang.
     gpus = all(check["ok"] for found in checks.values() for check in found if check["name"] == "gpus")
-    plan = {"nodes": [node.ranks for node in nodes], "measure": complete, "bandwidth": gpus}
-    post(store, "plan", plan)
+    members = [node.ranks for node in nodes]
+    post(store, "plan", {"nodes": members, "measure": complete, "bandwidth": gpus})
     measured = None
     if complete:
-        own = measure_together(store, rank, plan["nodes"], gpus, arguments)
+        own = measure_together(store, rank, members, gpus, arguments)
         post(store, "measured/0", own)
         measured = collect(store, "measured", ranks, time.monotonic() + arguments.timeout_seconds)
     return judge(
@@ -159,19 +159,24 @@ def write_verdict(verdict: Verdict, job: Path) -> None:
     content = {**asdict(verdict), "bad_nodes": verdict.bad_nodes, "exit_code": verdict.exit_code}
     write_atomically(job / "preflight.json", json.dumps(content, indent=1) + "\n")
     (job / "bad_nodes").unlink(missing_ok=True)
-    named = [name for name in verdict.bad_nodes if not name.startswith("(")]
-    if named:
-        write_atomically(job / "bad_nodes", "".join(f"{name}\n" for name in named))
+    if verdict.bad_nodes:
+        write_atomically(job / "bad_nodes", "".join(f"{name}\n" for name in verdict.bad_nodes))
 
 
-def finish(verdict: Verdict, folder: Path, timeout_seconds: float) -> int:
-    """Print and write, on rank 0."""
-    print(table(verdict), flush=True)
-    written = within(timeout_seconds, "verdict", lambda: str(write_verdict(verdict, folder / "job")))
-    if not written.ok:
-        print(f"preflight: {folder / 'job'} cannot be written: {written.value}", file=sys.stderr)
-        return NO_NODE_TO_BLAME
-    return verdict.exit_code
+def conclude(store: Store, rank: Rank, arguments: argparse.Namespace) -> int:
+    """All ranks take the verdict; the first rank of a good node writes it, because a bad one may not be able to."""
+    seconds = arguments.timeout_seconds
+    verdict = Verdict.from_dict(read(store, "verdict", 4 * seconds))
+    writer = next((node.ranks[0] for node in verdict.nodes if not node.problems), 0)
+    if rank.rank == writer:
+        job = arguments.folder / "job"
+        written = within(seconds, "verdict", lambda: write_verdict(verdict, job))
+        if not written.ok:
+            print(f"preflight: {job} cannot be written: {written.value}", file=sys.stderr)
+        post(store, "code", verdict.exit_code if written.ok else NO_NODE_TO_BLAME)
+    code = int(read(store, "code", 2 * seconds))
+    post(store, f"left/{rank.rank}", True)
+    return code
 
 
 def pulse_file(folder: Path, rank: Rank) -> Path:
@@ -241,20 +246,15 @@ def run(arguments: argparse.Namespace, rank: Rank) -> int:
         )
         if rank.rank == 0:
             verdict = preside(store, rank, arguments, began)
-            code = finish(verdict, arguments.folder, seconds)
-            post(store, "code", code)
+            print(table(verdict), flush=True)
+            post(store, "verdict", asdict(verdict))
+        elif (plan := read(store, "plan", 3 * seconds))["measure"]:
+            measured = measure_together(store, rank, plan["nodes"], plan["bandwidth"], arguments)
+            post(store, f"measured/{rank.rank}", measured)
+        code = conclude(store, rank, arguments)
+        if rank.rank == 0:
             # The store lives in this process: the others read the code first.
             collect(store, "left", list(range(1, rank.world_size)), time.monotonic() + 5.0)
-            return code
-        plan = read(store, "plan", 3 * seconds)
-        if plan["measure"]:
-            post(
-                store,
-                f"measured/{rank.rank}",
-                measure_together(store, rank, plan["nodes"], plan["bandwidth"], arguments),
-            )
-        code = int(read(store, "code", 4 * seconds))
-        post(store, f"left/{rank.rank}", True)
         return code
     except Exception as error:
         return without_rank_0(rank, arguments.folder, error)
@@ -264,7 +264,7 @@ def main() -> int:
     arguments, rank = parse()
     code = run(arguments, rank)
     if rank.rank == 0:
-        within(arguments.timeout_seconds, "pulse", lambda: str(pulse_file(arguments.folder, rank).unlink(missing_ok=True)))
+        within(arguments.timeout_seconds, "pulse", pulse_file(arguments.folder, rank).unlink)
     return code
 
 

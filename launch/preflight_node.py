@@ -38,7 +38,7 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def within(seconds: float, name: str, check: Callable[[], str]) -> Check:
+def within(seconds: float, name: str, check: Callable[[], object]) -> Check:
     """Run a check that may hang (a dead file server, a GPU that fell off the bus) for a limited time.
 
     Args:
@@ -48,7 +48,7 @@ def within(seconds: float, name: str, check: Callable[[], str]) -> Check:
 
     def run() -> None:
         try:
-            outcome.append(Check(name, True, check()))
+            outcome.append(Check(name, True, str(check())))
         except Exception as error:
             outcome.append(Check(name, False, " ".join(str(error).split()) or type(error).__name__))
 

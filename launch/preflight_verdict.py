@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FINE, BAD_NODES, NO_NODE_TO_BLAME = 0, 3, 4
+UNKNOWN = "("
+"""How the names of nodes begin that told no name and that SLURM does not know."""
 
 
 @dataclass
@@ -28,15 +30,21 @@ class Verdict:
     bandwidth: float | None = None
     """GB/s of an all-reduce over all ranks, by the slowest."""
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Verdict:
+        """What `dataclasses.asdict` made of one."""
+        return cls(**{**content, "nodes": [Node(**node) for node in content["nodes"]]})
+
     @property
     def bad_nodes(self) -> list[str]:
-        return [node.name for node in self.nodes if node.problems]
+        """Names of nodes with a problem, without those whose name is not known."""
+        return [node.name for node in self.nodes if node.problems and not node.name.startswith(UNKNOWN)]
 
     @property
     def exit_code(self) -> int:
         if self.bad_nodes:
             return BAD_NODES
-        return NO_NODE_TO_BLAME if self.general else FINE
+        return NO_NODE_TO_BLAME if self.general or any(node.problems for node in self.nodes) else FINE
 
 
 def take_from_nodes(nodes: list[Node], general: list[str]) -> None:

@@ -41,7 +41,7 @@ def main() -> None:
         all_reduce = dist.all_reduce
 
         def slow_all_reduce(*arguments: Any, **keywords: Any) -> Any:
-            time.sleep(0.2)
+            time.sleep(0.4)
             return all_reduce(*arguments, **keywords)
 
         dist.all_reduce = slow_all_reduce

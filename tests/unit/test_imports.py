@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +52,25 @@ def test_every_file_imports_only_what_its_part_may():
     for path in files:
         part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         wrong = imported_parts(path) - ALLOWED[part] - {part}
+        assert not wrong, f"{path.relative_to(ROOT)} must not import {sorted(wrong)}"
+
+
+def test_launchers_need_only_the_standard_library():
+    """They start before anything heavy is imported, and say what is missing. Only the preflight measures with torch."""
+    files = sorted((ROOT / "launch").glob("*.py"))
+    assert len(files) > 5
+    for path in files:
+        allowed = {"cluster.environment", "errors"} | ({"torch"} if path.name.startswith("preflight") else set())
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module)
+        names = {
+            name.removeprefix("infini_train.") if name.startswith("infini_train.") else name.split(".")[0] for name in names
+        }
+        wrong = names - allowed - set(sys.stdlib_module_names) - {"launch"}
         assert not wrong, f"{path.relative_to(ROOT)} must not import {sorted(wrong)}"
 
 

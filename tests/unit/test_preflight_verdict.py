@@ -88,6 +88,11 @@ def test_a_silent_rank_makes_its_node_bad():
     assert found.nodes[2].problems["answer"] == "rank 4 did not answer within 7 s"
 
 
+def test_a_node_without_a_name_cannot_be_left_out():
+    found = Verdict([Node("(unknown node of rank 2)", [2], problems={"answer": "none"}), Node("node0", [0])], [])
+    assert outcome(found) == (NO_NODE_TO_BLAME, [], 0)
+
+
 def test_who_waits_for_a_silent_rank_is_not_to_blame():
     stuck = {"stage": "an all-reduce over all ranks", "error": "timed out", "offsets": None, "all_ranks": None, "pairs": {}}
     found = verdict(measured={rank: stuck for rank in range(5)})
