@@ -68,6 +68,16 @@ class Line:
         self.connection.close()
 
 
+def weight(code: int) -> int:
+    """How far a failure explains others, which may be heard of first: ranks crash when they lose one that was killed.
+
+    Deaths by the launchers' own signals are not reported.
+    """
+    if code == HANG_EXIT_CODE:
+        return 3
+    return 2 if code > 128 else 1 if code else 0
+
+
 @dataclass
 class State:
     """Of one host, or of the job."""
@@ -77,8 +87,8 @@ class State:
     ended: bool = False
 
     def fail(self, code: int, what: str) -> None:
-        """The first failure counts; a hang, which the watchdog finds with others' help, outweighs it."""
-        if code and (not self.code or (code == HANG_EXIT_CODE != self.code)):
+        """The first failure counts, unless a later one explains it: see `weight`."""
+        if weight(code) > weight(self.code):
             self.code, self.what = code, what
 
 

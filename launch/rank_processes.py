@@ -99,7 +99,9 @@ class RankProcesses:
         own_code, own_words, failed_at, told = 0, "", 0.0, ""
         while True:
             codes = [rank.poll() for rank in self.ranks]
-            own_code, own_words = self._failure(codes, own_code, own_words)
+            if not failed_at or HANG_EXIT_CODE in codes:
+                # What comes later is the consequence, of signals from here too.
+                own_code, own_words = self._failure(codes, own_code, own_words)
             ended = None not in codes
             code, words, all_ended = others.exchange(own_code, own_words, ended)
             if code and not failed_at:
