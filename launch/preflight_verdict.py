@@ -104,6 +104,20 @@ def judge_bandwidth(nodes: list[Node], measured: dict[int, dict[int, float]], mi
     general.append(f"bandwidth is below the minimum of {minimum:g} GB/s, and no single node is the cause{pairs_say}")
 
 
+def pair_bandwidths(nodes: list[Node], measured: dict[int, dict[str, Any]]) -> dict[int, dict[int, float]]:
+    """GB/s by node and its partner: the best that a rank of the two saw, because one that was interrupted sees less."""
+    return {
+        one: {
+            other: max(
+                *(measured[rank]["pairs"][str(other)] for rank in node.ranks),
+                *(measured[rank]["pairs"][str(one)] for rank in nodes[other].ranks),
+            )
+            for other in map(int, measured[node.ranks[0]]["pairs"])
+        }
+        for one, node in enumerate(nodes)
+    }
+
+
 def judge(
     nodes: list[Node],
     checks: dict[int, list[dict[str, Any]]],
@@ -153,14 +167,7 @@ def judge(
     if bandwidths and not silent:
         verdict.bandwidth = min(bandwidths)
         if verdict.bandwidth < minimum_gigabytes_per_second and len(nodes) > 1:
-            pairs = {
-                index: {
-                    other: min(measured[rank]["pairs"][str(other)] for rank in node.ranks)
-                    for other in map(int, measured[node.ranks[0]]["pairs"])
-                }
-                for index, node in enumerate(nodes)
-            }
-            judge_bandwidth(nodes, pairs, minimum_gigabytes_per_second, general)
+            judge_bandwidth(nodes, pair_bandwidths(nodes, measured), minimum_gigabytes_per_second, general)
     return verdict
 
 

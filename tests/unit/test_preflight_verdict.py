@@ -8,7 +8,7 @@ import pytest
 
 from launch.preflight_node import Check, check_folder, check_run_dir, within
 from launch.preflight_store import group_by_node
-from launch.preflight_verdict import BAD_NODES, FINE, NO_NODE_TO_BLAME, Node, Verdict, judge, table
+from launch.preflight_verdict import BAD_NODES, FINE, NO_NODE_TO_BLAME, Node, Verdict, judge, pair_bandwidths, table
 
 
 def verdict(
@@ -131,6 +131,11 @@ def test_a_slow_node_is_slow_with_every_partner(pairs, expected):
     found = verdict(len({node for pair in pairs for node in pair}), pairs=pairs, all_ranks=0.1)
     assert outcome(found) == expected
     assert outcome(verdict(3, pairs=None, all_ranks=0.6)) == (FINE, [], 0)
+
+
+def test_a_rank_that_was_interrupted_does_not_make_a_pair_slow():
+    nodes = [Node(name, [rank]) for rank, name in enumerate("ab")]
+    assert pair_bandwidths(nodes, {0: {"pairs": {"1": 0.1}}, 1: {"pairs": {"0": 0.9}}}) == {0: {1: 0.9}, 1: {0: 0.9}}
 
 
 def test_the_table_names_what_is_wrong():
