@@ -34,6 +34,15 @@ class Operation:
     """Which of the device's chunks of layers, 0-based."""
 
 
+def pipeline_bubble(num_stages: int, num_micro_batches: int, *, virtual_stages: int = 1) -> float:
+    """The share of a step in which a device waits for others, where transfers take no time and chunks take the same.
+
+    `segment_schedule` reaches it: its docstring gives the time.
+    """
+    fewer, more = sorted((num_stages, num_micro_batches))
+    return 1.0 - virtual_stages * num_micro_batches / (virtual_stages * more + fewer - 1)
+
+
 def backward_order(num_micro_batches: int, micro_batches_per_window: int) -> list[int]:
     """Micro-batches in the order of their backwards; the last window may be shorter than the others."""
     order: list[int] = []

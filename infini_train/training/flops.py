@@ -1,4 +1,4 @@
-"""Model FLOPs of a training token, and the peak rate of known devices.
+"""Model FLOPs of a training token, and the peak rate of this process's device.
 
 Convention: a multiply and an add are two operations; the backward costs twice the forward; recomputation and element-wise work
 are not counted. Per token and layer, with H query heads, G key/value heads, head width D and segment length S:
@@ -11,19 +11,8 @@ are not counted. Per token and layer, with H query heads, G key/value heads, hea
 
 from __future__ import annotations
 
-import torch
-
-from infini_train import platform
 from infini_train.config import RunConfig
-
-# Dense bfloat16 peak in FLOP/s, from the vendor's data sheets. Longer names first: "H100 NVL" is not an "H100".
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-}
+from infini_train.hardware import bfloat16_peak
 
 
 def linear_parameters(run: RunConfig) -> int:
@@ -39,22 +28,31 @@ def output_matrix_parameters(run: RunConfig) -> int:
     return run.model.hidden_size * run.data.vocab_size
 
 
-def training_flops_per_token(run: RunConfig) -> float:
-    """FLOPs of one token's forward and backward."""
+def core_flops_per_token(run: RunConfig) -> tuple[float, float]:
+    """Forward FLOPs of one token in one layer outside of its matrices: (local or full attention, memory)."""
     model = run.model
     heads, groups, width = model.num_attention_heads, model.num_query_groups, model.head_dim
     context = run.micro_batch_tokens if model.attention == "full" else model.segment_length
-    per_layer = 2.0 * 2.0 * heads * width * context / 2
+    attention = 2.0 * 2.0 * heads * width * context / 2
+    memory = 0.0
     if model.attention == "infini":
-        per_layer += 2.0 * heads * width * (width + 1) + 2.0 * groups * width * width
+        memory = 2.0 * heads * width * (width + 1) + 2.0 * groups * width * width
         if model.update_rule == "delta":
-            per_layer += 2.0 * groups * width * (width + 1)
-    return 3.0 * (2.0 * linear_parameters(run) + model.num_layers * per_layer)
+            memory += 2.0 * groups * width * (width + 1)
+    return attention, memory
+
+
+def training_flops_per_token(run: RunConfig) -> float:
+    """FLOPs of one token's forward and backward."""
+    per_layer = sum(core_flops_per_token(run))
+    return 3.0 * (2.0 * linear_parameters(run) + run.model.num_layers * per_layer)
 
 
 def peak_flops() -> float | None:
     """Peak FLOP/s of this process's device; None where it is not known (a CPU)."""
-    if not platform.has_cuda():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    # Here, because the rest is asked by those who plan without torch.
+    import torch
+
+    from infini_train import platform
+
+    return bfloat16_peak(torch.cuda.get_device_name()) if platform.has_cuda() else None

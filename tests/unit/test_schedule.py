@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from infini_train.parallel.schedule import Operation, backward_order, segment_schedule
+from infini_train.parallel.schedule import Operation, backward_order, pipeline_bubble, segment_schedule
 
 SIZES = [(1, 1, 1), (1, 8, 4), (2, 8, 8), (2, 5, 2), (3, 7, 3), (4, 16, 4), (4, 3, 8), (8, 64, 16), (16, 40, 1)]
 """(P devices, N micro-batches, W micro-batches a window)"""
@@ -251,6 +251,8 @@ def test_every_small_size_is_as_fast_as_can_be_and_bounded():
                     size = f"P={devices} N={micro_batches} W={window} v={chunks}"
                     run = simulate(devices, micro_batches, window, chunks)
                     assert run.time == ideal_time(devices, micro_batches, chunks), size
+                    idle = 1 - 2 * chunks * micro_batches / run.time
+                    assert pipeline_bubble(devices, micro_batches, virtual_stages=chunks) == pytest.approx(idle), size
                     for device, most in enumerate(run.most_live):
                         assert most <= devices - device + window - 1 + (chunks - 1) * largest_block, size
                     assert largest_block <= 2 * devices + window - 2, size

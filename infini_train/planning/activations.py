@@ -1,0 +1,105 @@
+"""Bytes that a forward keeps for its backward, tensor by tensor as the layers save them.
+
+Each term names what saves it. `tests/distributed/test_plan_memory.py` compares the sums with the tensors that autograd really
+keeps.
+"""
+
+from __future__ import annotations
+
+from infini_train.planning.sizes import FLOAT32, Sizes
+
+INTEGER = 8
+"""Bytes of a token id."""
+
+
+def layer_bytes(sizes: Sizes) -> int:
+    """Everything that one transformer layer keeps of one micro-batch, without the memory that enters it."""
+    model, element = sizes.run.model, sizes.element
+    tokens, shard = sizes.tokens, sizes.shard_tokens
+    hidden, inner = model.hidden_size, model.ffn_hidden_size // sizes.tp
+    queries = tokens * sizes.heads * model.head_dim
+    norms = 2 * shard * (hidden * element + FLOAT32)  # their inputs, and one number a token
+    products = 2 * shard * hidden * element  # what enters linear_qkv and fc1
+    products += queries * element  # what enters linear_proj
+    products += tokens * 3 * inner * element  # what enters SwiGLU (two halves) and fc2
+    return norms + products + attention_bytes(sizes)
+
+
+def attention_bytes(sizes: Sizes) -> int:
+    """What core attention keeps: softmax attention, and the memory's arithmetic, which is float32 always."""
+    model, element, tokens = sizes.run.model, sizes.element, sizes.tokens
+    queries, keys = tokens * sizes.heads * model.head_dim, tokens * sizes.groups * model.head_dim
+    softmax = (2 * queries + 2 * keys) * element  # rotated q and k, v, and the output
+    softmax += tokens * sizes.heads * FLOAT32  # logarithm of the sum of exponentials
+    return softmax + (_memory_bytes(sizes, queries, keys) if sizes.has_memory else 0)
+
+
+def _memory_bytes(sizes: Sizes, queries: int, keys: int) -> int:
+    model, run = sizes.run.model, sizes.run
+    blocks = sizes.rows * sizes.segments
+    # A product over [row, segment, head] copies its arguments unless that is a view.
+    copied = blocks > 1 and sizes.groups > 1
+    grouped = sizes.groups > 1 and (sizes.heads > sizes.groups or blocks > 1)
+    total = keys  # σ(K)
+    total += keys if copied else 0  # σ(K) in σ(K)^T V
+    total += keys if copied or sizes.element < FLOAT32 else 0  # V in it
+    total += queries  # σ(Q)
+    total += queries if grouped else 0  # σ(Q) with the heads of a group side by side
+    total += 2 * sizes.tokens * sizes.heads  # 1 / (σ(Q) z + ε), and the same times the gate
+    states = blocks * sizes.groups * model.head_dim**2
+    total += states + states // model.head_dim  # M and z that enter each segment
+    if run.model.update_rule == "delta":
+        total += keys if copied else 0  # σ(K) in σ(K) z
+        total += sizes.tokens * sizes.groups  # its reciprocal
+        total += 2 * states  # what each segment removes, and from which M
+    if sizes.cp > 1:
+        one = sizes.rows * sizes.groups * model.head_dim**2
+        # The maps of every process's run, and the states between them.
+        total += sizes.cp * one * (3 if run.model.update_rule == "delta" else 2)
+    return total * FLOAT32
+
+
+def embedding_bytes(sizes: Sizes) -> int:
+    """Token ids; over a tensor group also a mask of the ids of other processes."""
+    return sizes.tokens * (INTEGER + (1 + INTEGER if sizes.tp > 1 else 0))
+
+
+def loss_chunk_tokens(sizes: Sizes) -> int:
+    """Tokens, over all rows, whose logits exist at one time."""
+    return min(sizes.tokens, sizes.run.training.loss_chunk_tokens * sizes.rows)
+
+
+def chunks_loss(sizes: Sizes) -> bool:
+    """Whether a micro-batch's loss is taken in several pieces, each computed again in the backward."""
+    return loss_chunk_tokens(sizes) < sizes.tokens
+
+
+def output_bytes(sizes: Sizes) -> int:
+    """Last norm, output layer and loss."""
+    hidden, element = sizes.run.model.hidden_size, sizes.element
+    total = sizes.shard_tokens * (hidden * element + FLOAT32)  # last norm
+    total += sizes.tokens * hidden * element  # what enters the output layer, gathered over the tensor group
+    total += sizes.tokens * FLOAT32  # loss mask
+    if chunks_loss(sizes):
+        return total + sizes.tokens * INTEGER  # targets
+    vocabulary = sizes.run.data.vocab_size // sizes.tp
+    return total + sizes.tokens * (vocabulary * FLOAT32 + 1 + INTEGER)  # softmax, mask of other ids, own ids
+
+
+def micro_batch_bytes(sizes: Sizes, stage: int, chunk: int, recompute: str | None = None) -> int:
+    """What one micro-batch keeps in one chunk of a stage between its forward and its backward, memory states apart.
+
+    Args:
+        recompute: training.recompute, or another in its place.
+    """
+    recompute = sizes.run.training.recompute if recompute is None else recompute
+    hidden_states = sizes.shard_tokens * sizes.run.model.hidden_size * sizes.element
+    first, last = sizes.is_first(stage, chunk), sizes.is_last(stage, chunk)
+    if recompute == "stage":
+        return 0 if first else hidden_states  # tokens stay on the host
+    total = embedding_bytes(sizes) if first else 0
+    if recompute == "layer":
+        total += sizes.chunk_layers * hidden_states
+    else:
+        total += sizes.chunk_layers * layer_bytes(sizes)
+    return total + (output_bytes(sizes) if last else hidden_states)

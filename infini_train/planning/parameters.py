@@ -1,0 +1,56 @@
+"""The parameters of a stage, by global name and shape, as the model builds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from infini_train.config import RunConfig
+from infini_train.planning.sizes import Sizes
+
+
+def stage_parameters(sizes: Sizes, stage: int) -> dict[str, tuple[int, ...]]:
+    """Global name -> shape of the slice that a process of this stage holds (before ZeRO splits it further)."""
+    run, tp = sizes.run, sizes.tp
+    model = run.model
+    vocabulary = (run.data.vocab_size // tp, model.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for chunk in range(run.layout.virtual_stages):
+        if sizes.is_first(stage, chunk):
+            shapes["embedding.word_embeddings.weight"] = vocabulary
+        start = (chunk * sizes.pp + stage) * sizes.chunk_layers
+        for layer in range(start, start + sizes.chunk_layers):
+            shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in _layer(sizes)}
+        if sizes.is_last(stage, chunk):
+            shapes["decoder.final_layernorm.weight"] = (model.hidden_size,)
+            if not model.tie_embeddings:
+                shapes["output_layer.weight"] = vocabulary
+    return shapes
+
+
+def _layer(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
+    model = sizes.run.model
+    hidden, width, inner = model.hidden_size, model.head_dim, model.ffn_hidden_size // sizes.tp
+    yield "input_layernorm.weight", (hidden,)
+    if sizes.has_memory:
+        yield "self_attention.core_attention.attention.gate", (sizes.heads,)
+    yield "self_attention.linear_proj.weight", (hidden, sizes.heads * width)
+    yield "self_attention.linear_qkv.weight", ((sizes.heads + 2 * sizes.groups) * width, hidden)
+    yield "pre_mlp_layernorm.weight", (hidden,)
+    yield "mlp.linear_fc1.weight", (2 * inner, hidden)
+    yield "mlp.linear_fc2.weight", (hidden, inner)
+
+
+def count(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Numbers in all of these tensors."""
+    return sum(prod(shape) for shape in shapes.values())
+
+
+def total_parameters(run: RunConfig) -> int:
+    """Parameters of the whole model."""
+    model = run.model
+    per_layer = model.hidden_size * (2 * model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim
+    per_layer += 3 * model.hidden_size * model.ffn_hidden_size + 2 * model.hidden_size
+    per_layer += model.num_attention_heads if model.attention == "infini" else 0
+    vocabulary = run.data.vocab_size * model.hidden_size
+    return model.num_layers * per_layer + model.hidden_size + vocabulary * (1 if model.tie_embeddings else 2)
