@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from infini_train.cluster import command as cluster
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
+from infini_train.planning import command as planning
 from infini_train.validation import validate
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -26,6 +27,7 @@ COMMANDS = {
     "generate": "continue a prompt with streaming inference",
     "report": "write report.html of a run directory",
     "checkpoint": "list, verify, inspect or consolidate checkpoints",
+    "plan": "what a run takes on so many GPUs, before they are asked for",
     "submit": "hand a run to SLURM",
     "status": "what a run and its job do",
     "cancel": "end the job of a run, after a checkpoint",
@@ -60,6 +62,8 @@ def build_parser() -> ArgumentParser:
         command.add_argument("--config", action="config", help="YAML file of the run; flags after it override its values")
         if name == "submit":
             cluster.add_submit_arguments(command)
+        if name == "plan":
+            planning.add_arguments(command)
         if name == "prepare":
             command.add_argument("--overwrite", action="store_true", help="replace shards that exist")
         if name in ("evaluate", "generate"):
@@ -245,6 +249,10 @@ def _checkpoint(arguments: Namespace) -> int:
         return commands.inspect(paths[-1])
     output = Path(arguments.output) if arguments.output else run_dir / f"{paths[-1].name}.safetensors"
     return commands.consolidate(paths[-1], output)
+
+
+def _plan(run: RunConfig, arguments: Namespace) -> int:
+    return planning.run_plan(run, arguments)
 
 
 def _submit(run: RunConfig, arguments: Namespace) -> int:

@@ -1,0 +1,70 @@
+"""Arguments and output of `infini-train plan`."""
+
+from __future__ import annotations
+
+from jsonargparse import ArgumentParser, Namespace
+
+from infini_train.config import RunConfig
+from infini_train.errors import UserError
+from infini_train.planning.plan import Plan, plan
+from infini_train.planning.report import GB, plan_lines, search_lines
+from infini_train.planning.search import layout_options, remedies, search
+
+
+def add_arguments(command: ArgumentParser) -> None:
+    """Options of `plan`, beside the run's own."""
+    command.add_argument("--gpus", type=int, required=True, help="GPUs of the job, one process each")
+    command.add_argument("--gpu", type=str, required=True, help="a100-40gb, a100-80gb, h100-80gb or h200-141gb")
+    command.add_argument("--search", action="store_true", help="rank the layouts of this run that fit")
+    command.add_argument("--top", type=int, default=10, help="layouts that --search shows")
+    command.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="run the real code of one rank on meta tensors and compare it with the plan",
+    )
+    command.add_argument("--rank", type=int, default=0, help="the rank of --dry-run")
+
+
+def run_plan(run: RunConfig, arguments: Namespace) -> int:
+    """Print the plan, the search or the comparison.
+
+    Raises:
+        UserError: the run is not valid, or does not fit; the line says what would make it fit.
+    """
+    if arguments.gpus < 1 or arguments.top < 1:
+        raise UserError(f"--gpus is {arguments.gpus} and --top {arguments.top}; both must be positive")
+    if arguments.search:
+        found = search(run, arguments.gpus, arguments.gpu, arguments.top)
+        if not found:
+            raise UserError(f"no layout of this run fits {arguments.gpus} × {arguments.gpu}; give it more GPUs or larger ones")
+        print(*search_lines(found), sep="\n")
+        print(f"the first: {' '.join(layout_options(found[0]))}")
+        return 0
+    planned = plan(run, arguments.gpus, arguments.gpu)
+    if arguments.dry_run:
+        from infini_train.planning.dry_run import compare
+
+        return compare(planned, arguments.rank)
+    refuse_too_large(planned)
+    print(*plan_lines(planned), sep="\n")
+    return 0
+
+
+def refuse_too_large(planned: Plan) -> None:
+    """Say what would make a run fit.
+
+    Raises:
+        UserError: the run does not fit.
+    """
+    if planned.fits:
+        return
+    memory, changes = planned.memory, remedies(planned)
+    largest = max(
+        ("weights", "gradients", "optimizer", "activations", "memory_states", "buffers"), key=lambda part: getattr(memory, part)
+    )
+    raise UserError(
+        f"the run needs {memory.total / GB:.1f} GB on a GPU of stage {memory.stage}, but {planned.gpu.name} has "
+        f"{planned.usable_memory / GB:.1f} GB to plan with ({largest.replace('_', ' ')} take {getattr(memory, largest) / GB:.1f} "
+        f"GB); it fits with {', or '.join(changes) if changes else 'no layout on any number of GPUs: make the model smaller'}"
+    )

@@ -1,0 +1,146 @@
+"""What one process of a stage sends in one optimizer step: kind, number of messages, bytes, and the link that carries them.
+
+Ranks lie as `infini_train.parallel.layout` makes them: neighbours form a tensor group, then context, data and pipeline. Nodes
+take consecutive ranks, so a group of n processes that lie s apart stays inside a node if n × s ≤ GPUs of a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from infini_train.planning import activations
+from infini_train.planning.parameters import count, stage_parameters
+from infini_train.planning.sizes import FLOAT32, Sizes
+
+Kind = Literal["tensor", "context", "pipeline", "data"]
+Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Messages of one process that are alike."""
+
+    kind: Kind
+    """Which group: over tensor, context, pipeline or data parallelism (the last includes context ranks)."""
+    operation: Operation
+    what: str
+    messages: int
+    """In one step, by one process."""
+    bytes: int
+    """Of one message: the whole tensor, the gathered one for a gather, the unreduced one for a reduction."""
+    size: int
+    """Processes of the group."""
+    stride: int
+    """Distance of their ranks."""
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that one process sends in one step with ring algorithms (arXiv 1909.09756, section 2)."""
+        parts = {"send": 1.0, "all_reduce": 2 * (self.size - 1) / self.size}
+        return self.messages * self.bytes * parts.get(self.operation, (self.size - 1) / self.size)
+
+    def per_node(self, gpus_per_node: int) -> int:
+        """Processes of the group in one node."""
+        return max(1, min(self.size, gpus_per_node // self.stride))
+
+    def link(self, gpus_per_node: int) -> Literal["NVLink", "network"]:
+        """The slowest link on the way."""
+        return "NVLink" if self.size * self.stride <= gpus_per_node else "network"
+
+
+def stage_traffic(sizes: Sizes, stage: int) -> list[Traffic]:
+    """All messages of one process of a stage in one step whose size depends on the model; empty groups are left out."""
+    micro_batches = sizes.run.micro_batches_per_step
+    passes = 2 if sizes.run.training.recompute != "none" else 1
+    traffic = [*_tensor(sizes, stage, passes), *_context(sizes, passes), *_pipeline(sizes, stage)]
+    per_step = [*_data(sizes, stage, passes, micro_batches)]
+    return [_times(item, micro_batches) for item in traffic if item.messages] + per_step
+
+
+def _times(item: Traffic, micro_batches: int) -> Traffic:
+    return Traffic(
+        item.kind, item.operation, item.what, item.messages * micro_batches, item.bytes, size=item.size, stride=item.stride
+    )
+
+
+def _tensor(sizes: Sizes, stage: int, passes: int) -> Iterator[Traffic]:
+    """Of one micro-batch, over the tensor group."""
+    if sizes.tp == 1:
+        return
+    run, layers = sizes.run, sizes.stage_layers
+    hidden = sizes.tokens * run.model.hidden_size * sizes.element
+    first, last = sizes.is_first(stage), sizes.is_last(stage)
+    # Forwards of the embedding: with recompute "layer" only the layers run again.
+    embeddings = (2 if run.training.recompute == "stage" else 1) * first
+    outputs = (2 if run.training.recompute == "stage" else 1) * last
+
+    def item(operation: Operation, what: str, messages: int, size: int) -> Traffic:
+        return Traffic("tensor", operation, what, messages, size, size=sizes.tp, stride=1)
+
+    if run.layout.sequence_parallel:
+        yield item("all_gather", "hidden states and their gradients", layers * (2 * passes + 4) + outputs + first, hidden)
+        yield item("reduce_scatter", "hidden states and their gradients", layers * (2 * passes + 2) + embeddings, hidden)
+        norms = 2 * layers + last
+        yield item("all_reduce", "gradients of norms", norms, run.model.hidden_size * sizes.element)
+    else:
+        yield item("all_reduce", "hidden states and their gradients", layers * (2 * passes + 2) + embeddings, hidden)
+    if last:
+        chunk = activations.loss_chunk_tokens(sizes)
+        chunks = -(-sizes.tokens // chunk)
+        # A loss that is taken in chunks is computed once more in the backward, chunk by chunk.
+        again = outputs + activations.chunks_loss(sizes)
+        yield item("all_reduce", "gradient of the output layer's input", chunks, chunk * run.model.hidden_size * sizes.element)
+        yield item("all_reduce", "maximum, sum and target of the logits", 3 * chunks * again, chunk * FLOAT32)
+
+
+def _context(sizes: Sizes, passes: int) -> Iterator[Traffic]:
+    """Of one micro-batch, over the context group: maps of memory states forward, their gradients backward."""
+    if sizes.cp == 1 or not sizes.has_memory:
+        return
+    model = sizes.run.model
+    width, layers = model.head_dim, sizes.stage_layers
+    heads = sizes.cp * sizes.rows * sizes.groups * FLOAT32
+    factor = width if model.update_rule == "delta" else 1
+    for name, size in (("z", heads * (width + 1)), ("M", heads * width * (width + factor))):
+        for operation, what, messages in (
+            ("all_gather", f"memory maps, {name}", layers * passes),
+            ("all_reduce", f"gradients of memory maps, {name}", layers),
+        ):
+            yield Traffic("context", operation, what, messages, size, size=sizes.cp, stride=sizes.tp)  # type: ignore[arg-type]
+
+
+def _pipeline(sizes: Sizes, stage: int) -> Iterator[Traffic]:
+    """Of one micro-batch, to the neighbouring stages. Memory states never leave their stage, and so neither their gradients."""
+    if sizes.pp == 1:
+        return
+    hidden = sizes.shard_tokens * sizes.run.model.hidden_size * sizes.element
+    stride = sizes.tp * sizes.cp * sizes.dp
+    chunks = sizes.run.layout.virtual_stages
+    for what, messages in (
+        ("hidden states", chunks - sizes.is_last(stage)),
+        ("gradients of hidden states", chunks - sizes.is_first(stage)),
+    ):
+        yield Traffic("pipeline", "send", what, messages, hidden, size=sizes.pp, stride=stride)
+
+
+def _data(sizes: Sizes, stage: int, passes: int, micro_batches: int) -> Iterator[Traffic]:
+    """Of one step, over the processes that hold the same weights: what DeepSpeed reduces and gathers."""
+    if sizes.replicas == 1:
+        return
+    run = sizes.run
+    weights = count(stage_parameters(sizes, stage)) * sizes.element
+    zero = run.layout.zero_stage
+
+    def item(operation: Operation, what: str, messages: int) -> Traffic:
+        return Traffic("data", operation, what, messages, weights, size=sizes.replicas, stride=sizes.tp)
+
+    # Seen with DeepSpeed 0.19: stages 0 to 2 all-reduce, stage 2 in every backward; bfloat16 gradients travel in bfloat16.
+    if zero == 3:
+        yield item("reduce_scatter", "gradients", micro_batches)
+        yield item("all_gather", "weights", micro_batches * (1 + passes))
+        return
+    yield item("all_reduce", "gradients", micro_batches if zero == 2 else 1)
+    if zero:
+        yield item("all_gather", "updated weights", 1)

@@ -1,0 +1,150 @@
+"""Other layouts of the same run: the best of those that fit, and the smallest change that makes a run fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import product
+
+from infini_train.config import RunConfig
+from infini_train.errors import UserError
+from infini_train.planning.plan import Plan, plan, with_layout, with_training
+
+MOST_GPUS = 8192
+"""More are not suggested."""
+SIMPLICITY = 0.01
+"""Layouts within this share of the best time are equals; the simpler one comes first."""
+
+
+def layouts(run: RunConfig, gpus: int, gpus_per_node: int) -> Iterator[RunConfig]:
+    """The same training spread in other ways: every layout, recomputation and cut of a window into micro-batches that fits the
+    processes. What a step computes is the same in all of them."""
+    window = run.training.segments_per_micro_batch * run.training.micro_batches_per_window
+    cuts = [run.training.segments_per_micro_batch]
+    if run.model.attention != "full":  # its context is the micro-batch
+        cuts = [segments for segments in (1, 2, 4, 8, 16) if window % segments == 0]
+    for tp, cp, pp in product(_powers(gpus_per_node), _powers(window), _powers(run.model.num_layers)):
+        if gpus % (tp * cp * pp):
+            continue
+        precision = run.training.precision
+        for zero, virtual, recompute, segments in product(
+            [1] if precision == "bfloat16" else [0, 1, 2, 3], (1, 2, 4), ("none", "layer", "stage"), cuts
+        ):
+            changed = with_layout(
+                run,
+                tensor_parallel_size=tp,
+                context_parallel_size=cp,
+                pipeline_parallel_size=pp,
+                virtual_stages=virtual,
+                sequence_parallel=tp > 1,
+                zero_stage=zero,
+            )
+            yield with_training(
+                changed,
+                recompute=recompute,
+                segments_per_micro_batch=segments,
+                micro_batches_per_window=window // segments,
+            )
+
+
+def _powers(limit: int) -> list[int]:
+    return [1 << exponent for exponent in range(limit.bit_length()) if 1 << exponent <= limit]
+
+
+def _valid(runs: Iterable[RunConfig], gpus: int, gpu: str) -> Iterator[Plan]:
+    for run in runs:
+        try:
+            yield plan(run, gpus, gpu)
+        except UserError:
+            continue
+
+
+def search(run: RunConfig, gpus: int, gpu: str, count: int = 10) -> list[Plan]:
+    """The fastest layouts that fit, best first; among equals, the one with fewer kinds of parallelism.
+
+    Raises:
+        UserError: the GPU is not known.
+    """
+    given = find(gpu)
+    fitting = [each for each in _valid(layouts(run, gpus, given), gpus, gpu) if each.fits]
+    if not fitting:
+        return []
+    best = min(each.time.total for each in fitting)
+    fitting.sort(key=lambda each: (int((each.time.total / best - 1) / SIMPLICITY), _complexity(each), each.time.total))
+    return fitting[:count]
+
+
+def find(gpu: str) -> int:
+    """GPUs of a node."""
+    from infini_train.hardware import find_gpu
+
+    return find_gpu(gpu).gpus_per_node
+
+
+def _complexity(each: Plan) -> int:
+    sizes = each.sizes
+    kinds = sum(size > 1 for size in (sizes.tp, sizes.cp, sizes.pp, sizes.run.layout.virtual_stages))
+    return kinds + (sizes.run.training.recompute != "none")
+
+
+def remedies(refused: Plan) -> list[str]:
+    """Single changes after which a run that does not fit would, smallest first; else a layout, or more GPUs with one."""
+    run, gpus, gpu = refused.sizes.run, refused.sizes.processes, refused.gpu.name
+    layout = run.layout
+    found = []
+    for recompute in ("layer", "stage"):
+        if recompute != run.training.recompute and _fits(with_training(run, recompute=recompute), gpus, gpu):
+            found.append(f"--training.recompute {recompute}")
+            break
+    if run.training.precision == "float32":
+        for zero in range(layout.zero_stage + 1, 4):
+            if _fits(with_layout(run, zero_stage=zero), gpus, gpu):
+                found.append(f"--layout.zero_stage {zero}")
+                break
+    for key in ("tensor_parallel_size", "pipeline_parallel_size"):
+        for size in _powers(gpus):
+            if size > getattr(layout, key) and _fits(with_layout(run, **{key: size}), gpus, gpu):
+                found.append(f"--layout.{key} {size}")
+                break
+    more = _more_gpus(run, gpus, gpu)
+    if more is not None:
+        found.append(f"--gpus {more}")
+    return found or _other_layout(run, gpus, gpu)
+
+
+def _fits(run: RunConfig, gpus: int, gpu: str) -> bool:
+    return any(each.fits for each in _valid([run], gpus, gpu))
+
+
+def _more_gpus(run: RunConfig, gpus: int, gpu: str) -> int | None:
+    return next((number for number in _doubled(gpus) if _fits(run, number, gpu)), None)
+
+
+def _doubled(gpus: int) -> Iterator[int]:
+    while (gpus := 2 * gpus) <= MOST_GPUS:
+        yield gpus
+
+
+def _other_layout(run: RunConfig, gpus: int, gpu: str) -> list[str]:
+    for number in (gpus, *_doubled(gpus)):
+        best = search(run, number, gpu, count=1)
+        if best:
+            options = " ".join(layout_options(best[0]))
+            return [f"--gpus {number} {options}" if number != gpus else options]
+    return []
+
+
+def layout_options(each: Plan) -> list[str]:
+    """What to write on the command line to get this layout; defaults are left out."""
+    layout, training = each.sizes.run.layout, each.sizes.run.training
+    options = {
+        "layout.tensor_parallel_size": (layout.tensor_parallel_size, 1),
+        "layout.sequence_parallel": (str(layout.sequence_parallel).lower(), "false"),
+        "layout.context_parallel_size": (layout.context_parallel_size, 1),
+        "layout.pipeline_parallel_size": (layout.pipeline_parallel_size, 1),
+        "layout.virtual_stages": (layout.virtual_stages, 1),
+        "layout.zero_stage": (layout.zero_stage, 1),
+        "training.recompute": (training.recompute, "none"),
+        "training.segments_per_micro_batch": (training.segments_per_micro_batch, 0),
+        "training.micro_batches_per_window": (training.micro_batches_per_window, 0),
+    }
+    return [f"--{key} {value}" for key, (value, default) in options.items() if value != default]
