@@ -49,7 +49,7 @@ def _head(plan: Plan) -> list[str]:
         f"parameters            {plan.parameters:,}",
         f"FLOPs per token       {plan.flops_per_token:.4g}, forward and backward: 6 × matrix parameters, causal attention inside "
         "a segment, memory",
-        f"tokens                {run.tokens_per_step:,} a step × {run.training.steps:,} steps = {budget / 1e9:,.1f} billion",
+        f"tokens                {run.tokens_per_step:,} a step × {run.training.steps:,} steps = {budget / 1e9:,.4g} billion",
         f"micro-batches         {run.micro_batches_per_step} a step of {sizes.rows} rows × {run.micro_batch_tokens:,} tokens a "
         f"process group; windows of {run.training.micro_batches_per_window}",
     ]
