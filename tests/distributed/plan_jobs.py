@@ -137,8 +137,9 @@ def _gradients(parts: Parts) -> Iterator[Tensor]:
             yield parameter.grad
     zero = parts.engine.deepspeed.optimizer
     yield from getattr(zero, "fp32_groups_gradients_flat", [])
-    for group in (getattr(zero, "averaged_gradients", None) or {}).values():
-        yield from group or []
+    for kept in ("averaged_gradients", "all_grad_tensors"):
+        for group in (getattr(zero, kept, None) or {}).values():
+            yield from group or []
     flat = getattr(zero, "grad_partitions_flat_buffer", None)
     if flat is not None:
         yield flat
