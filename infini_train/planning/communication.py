@@ -79,13 +79,16 @@ def _tensor(sizes: Sizes, stage: int, passes: int) -> Iterator[Traffic]:
     def item(operation: Operation, what: str, messages: int, size: int) -> Traffic:
         return Traffic("tensor", operation, what, messages, size, size=sizes.tp, stride=1)
 
+    # What enters linear_proj and fc2 is reduced behind them. A layer that is computed again stops at what fc2 keeps, before it.
+    reduced = {"none": 2, "layer": 3, "stage": 4}[run.training.recompute]
+
     if run.layout.sequence_parallel:
         yield item("all_gather", "hidden states and their gradients", layers * (2 * passes + 4) + outputs + first, hidden)
-        yield item("reduce_scatter", "hidden states and their gradients", layers * (2 * passes + 2) + embeddings, hidden)
+        yield item("reduce_scatter", "hidden states and their gradients", layers * (reduced + 2) + embeddings, hidden)
         norms = 2 * layers + last
         yield item("all_reduce", "gradients of norms", norms, run.model.hidden_size * sizes.element)
     else:
-        yield item("all_reduce", "hidden states and their gradients", layers * (2 * passes + 2) + embeddings, hidden)
+        yield item("all_reduce", "hidden states and their gradients", layers * (reduced + 2) + embeddings, hidden)
     if last:
         chunk = activations.loss_chunk_tokens(sizes)
         chunks = -(-sizes.tokens // chunk)

@@ -77,12 +77,20 @@ def stage_memory(sizes: Sizes, stage: int) -> StageMemory:
         per_micro_batch=kept // sum(live),
         in_flight=sum(live),
         activations=kept,
-        # Of each chunk, what leaves its newest, and what left a micro-batch whose window is being taken back; two gradients.
-        memory_states=states * (sum(live) + len(live) * min(2, sizes.run.training.windows_per_step) + 2),
+        memory_states=states * (sum(live) + _states_beside(sizes, len(live))),
         backward_buffers=max(_backward_bytes(sizes, stage, chunk) for chunk in range(len(live))),
         step_buffers=step,
         constant_buffers=rotary + bucket,
     )
+
+
+def _states_beside(sizes: Sizes, chunks: int) -> int:
+    """Memory states beside those that enter the micro-batches in flight."""
+    training = sizes.run.training
+    # Of each chunk, what left its newest micro-batch, and the newest of a window that is already being taken back.
+    leaving = chunks * (min(2, training.windows_per_step) if training.micro_batches_per_window > 1 else 1)
+    # Gradients of what leaves a micro-batch and of what entered it; a window's ends have none.
+    return leaving + min(2, training.micro_batches_per_window - 1)
 
 
 def worst_stage(sizes: Sizes) -> StageMemory:
@@ -128,6 +136,13 @@ def _backward_bytes(sizes: Sizes, stage: int, chunk: int) -> int:
     feed_forward = tokens * 3 * inner * element
     queries = tokens * sizes.heads * width
     attention = (4 * FLOAT32 if sizes.has_memory else 3 * element) * queries
+    if sizes.has_memory:
+        # Gradients of the states at every segment, and of what a context group exchanged.
+        delta = model.update_rule == "delta"
+        states = sizes.rows * sizes.segments * sizes.groups * width * width
+        exchanged = sizes.cp * sizes.rows * sizes.groups * width * width if sizes.cp > 1 else 0
+        attention += FLOAT32 * (2 + 2 * delta) * (states + exchanged)
+        attention += FLOAT32 * 3 * delta * tokens * sizes.groups * width
     inside = max(feed_forward, attention) + 2 * hidden_states
     if not sizes.is_last(stage, chunk):
         return again + inside
