@@ -43,9 +43,9 @@ def run_plan(run: RunConfig, arguments: Namespace) -> int:
         return 0
     planned = plan(run, arguments.gpus, arguments.gpu)
     if arguments.dry_run:
-        from infini_train.planning.dry_run import compare
+        from infini_train.planning.rehearsal import rehearse
 
-        return compare(planned, arguments.rank)
+        return rehearse(planned, arguments.rank)
     refuse_too_large(planned)
     print(*plan_lines(planned), sep="\n")
     return 0

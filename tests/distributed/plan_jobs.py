@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from infini_train.config import RunConfig
-from infini_train.parallel.optimizer_state import stepped_tensors
+from infini_train.planning.engine_tensors import gradient_tensors, optimizer_tensors, weight_tensors
 from infini_train.planning.observe import Message, Observer, tensor_bytes
 from infini_train.training.setup import Parts, build_parts
 from infini_train.training.signals import StopRequest
@@ -83,15 +83,15 @@ def measured_step(run: RunConfig) -> dict[str, Any]:
     parts = build_parts(run)
     train_step(parts, StopRequest())
     kept = KeptTensors(parts)
-    weights, optimizer = [*_weights(parts)], [*_optimizer(parts)]
+    weights, optimizer = [*weight_tensors(parts.engine)], [*optimizer_tensors(parts.engine)]
     states = [part for state in parts.state.memory.values() for part in state]
-    observer = Observer([*weights, *optimizer, *_gradients(parts), *states])
+    observer = Observer([*weights, *optimizer, *gradient_tensors(parts.engine), *states])
     at_step: dict[str, int] = {}
     step = parts.engine.step
 
     def counted_step(number: int) -> float:
         # Up to here, because AdamW on a CPU has temporaries of its own that the fused one on a GPU has not.
-        at_step.update(gradients=tensor_bytes(_gradients(parts)), peak=observer.peak)
+        at_step.update(gradients=tensor_bytes(gradient_tensors(parts.engine)), peak=observer.peak)
         return step(number)
 
     parts.engine.step = counted_step  # type: ignore[method-assign]
@@ -112,34 +112,3 @@ def measured_step(run: RunConfig) -> dict[str, Any]:
         **at_step,
         "messages": messages,
     }
-
-
-def _weights(parts: Parts) -> Iterator[Tensor]:
-    for parameter in parts.engine.module.parameters():
-        yield parameter
-        if hasattr(parameter, "ds_tensor"):
-            yield parameter.ds_tensor
-
-
-def _optimizer(parts: Parts) -> Iterator[Tensor]:
-    masters = stepped_tensors(parts.engine)
-    if parts.run.layout.zero_stage:
-        yield from masters
-    for tensor in masters:
-        for value in parts.engine.adamw.state[tensor].values():
-            if value.dim():
-                yield value
-
-
-def _gradients(parts: Parts) -> Iterator[Tensor]:
-    for parameter in parts.engine.module.parameters():
-        if parameter.grad is not None:
-            yield parameter.grad
-    zero = parts.engine.deepspeed.optimizer
-    yield from getattr(zero, "fp32_groups_gradients_flat", [])
-    for kept in ("averaged_gradients", "all_grad_tensors"):
-        for group in (getattr(zero, kept, None) or {}).values():
-            yield from group or []
-    flat = getattr(zero, "grad_partitions_flat_buffer", None)
-    if flat is not None:
-        yield flat

@@ -1,0 +1,55 @@
+"""`infini-train plan --dry_run`: a rank's dry run beside the plan, line by line."""
+
+from __future__ import annotations
+
+from infini_train.planning.communication import stage_traffic
+from infini_train.planning.compare import message_differences
+from infini_train.planning.dry_run import DryRun, dry_run
+from infini_train.planning.memory import stage_memory
+from infini_train.planning.parameters import count, stage_parameters
+from infini_train.planning.plan import Plan
+from infini_train.planning.report import GB, layout_text
+
+WITHIN = 0.10
+"""Largest difference of a part of the memory."""
+DIFFERS = 1
+"""Exit code of a dry run that differs from the plan."""
+
+
+def rehearse(plan: Plan, rank: int) -> int:
+    """Run one rank dry and print the comparison; returns 0, or DIFFERS."""
+    sizes = plan.sizes
+    seen = dry_run(sizes.run, sizes.processes, rank)
+    planned = stage_parameters(sizes, seen.stage)
+    differences = [
+        f"parameter {name}: planned {planned.get(name)}, seen {seen.parameters.get(name)}"
+        for name in sorted(planned.keys() | seen.parameters.keys())
+        if planned.get(name) != seen.parameters.get(name)
+    ]
+    differences += message_differences(sizes, seen.stage, seen.messages)
+    print(f"dry run of rank {rank} of {sizes.processes} (stage {seen.stage}): {layout_text(plan)}")
+    print(f"parameters      {len(seen.parameters)} tensors, {count(seen.parameters):,} numbers; planned {count(planned):,}")
+    for name, (expected, found) in _memory(plan, seen).items():
+        print(f"{name:<16}{found / GB:.3f} GB; planned {expected / GB:.3f} GB")
+        if abs(expected - found) > WITHIN * found:
+            differences.append(f"{name}: planned {expected:,} bytes, seen {found:,}")
+    for item in stage_traffic(sizes, seen.stage):
+        print(f"{item.kind:<16}{item.messages:,} × {item.operation} of {item.bytes / 1e6:.3f} MB: {item.what}")
+    print(*(f"differs: {line}" for line in differences), sep="\n", end="\n" if differences else "")
+    if not differences:
+        print("the real code does what the plan says: shapes and messages are equal, memory within 10%")
+    return DIFFERS if differences else 0
+
+
+def _memory(plan: Plan, seen: DryRun) -> dict[str, tuple[int, int]]:
+    """Planned and seen bytes by part."""
+    memory = stage_memory(plan.sizes, seen.stage)
+    peak = memory.weights + memory.gradients + memory.optimizer + memory.constant_buffers
+    peak += memory.memory_states + memory.activations + memory.backward_buffers
+    return {
+        "weights": (memory.weights, seen.weights),
+        "gradients": (memory.gradients, seen.gradients),
+        "optimizer": (memory.optimizer, seen.optimizer),
+        "memory states": (plan.sizes.stage_layers * plan.sizes.state_bytes, seen.state),
+        "peak": (peak, seen.peak),
+    }
