@@ -144,6 +144,10 @@ def _backward_bytes(sizes: Sizes, stage: int, chunk: int) -> int:
         attention += FLOAT32 * (2 + 2 * delta) * (states + exchanged)
         attention += FLOAT32 * 3 * delta * tokens * sizes.groups * width
     inside = max(feed_forward, attention) + 2 * hidden_states
+    if run.layout.sequence_parallel:
+        inside += tokens * model.hidden_size * element  # gathered for a weight's gradient
+    if sizes.pp > 1:
+        inside += 2 * hidden_states  # the gradient that was received, and the one that is sent
     if not sizes.is_last(stage, chunk):
         return again + inside
     # Logits, their softmax and its gradient; without chunks the softmax is kept by the forward already.

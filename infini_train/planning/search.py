@@ -7,6 +7,7 @@ from itertools import product
 
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
+from infini_train.hardware import find_gpu
 from infini_train.planning.plan import Plan, plan, with_layout, with_training
 
 MOST_GPUS = 8192
@@ -64,20 +65,13 @@ def search(run: RunConfig, gpus: int, gpu: str, count: int = 10) -> list[Plan]:
     Raises:
         UserError: the GPU is not known.
     """
-    given = find(gpu)
-    fitting = [each for each in _valid(layouts(run, gpus, given), gpus, gpu) if each.fits]
+    candidates = layouts(run, gpus, find_gpu(gpu).gpus_per_node)
+    fitting = [each for each in _valid(candidates, gpus, gpu) if each.fits]
     if not fitting:
         return []
     best = min(each.time.total for each in fitting)
     fitting.sort(key=lambda each: (int((each.time.total / best - 1) / SIMPLICITY), _complexity(each), each.time.total))
     return fitting[:count]
-
-
-def find(gpu: str) -> int:
-    """GPUs of a node."""
-    from infini_train.hardware import find_gpu
-
-    return find_gpu(gpu).gpus_per_node
 
 
 def _complexity(each: Plan) -> int:
@@ -87,7 +81,8 @@ def _complexity(each: Plan) -> int:
 
 
 def remedies(refused: Plan) -> list[str]:
-    """Single changes after which a run that does not fit would, smallest first; else a layout, or more GPUs with one."""
+    """What makes a run fit that does not: single changes, or else another layout on as many GPUs; and more GPUs, or else more GPUs
+    in another layout. Empty if nothing up to MOST_GPUS does."""
     run, gpus, gpu = refused.sizes.run, refused.sizes.processes, refused.gpu.name
     layout = run.layout
     found = []
@@ -105,18 +100,16 @@ def remedies(refused: Plan) -> list[str]:
             if size > getattr(layout, key) and _fits(with_layout(run, **{key: size}), gpus, gpu):
                 found.append(f"--layout.{key} {size}")
                 break
-    more = _more_gpus(run, gpus, gpu)
+    if not found:
+        found += _best_layout(run, gpus, gpu)
+    more = next((number for number in _doubled(gpus) if _fits(run, number, gpu)), None)
     if more is not None:
         found.append(f"--gpus {more}")
-    return found or _other_layout(run, gpus, gpu)
+    return found or _layout_on_more(run, gpus, gpu)
 
 
 def _fits(run: RunConfig, gpus: int, gpu: str) -> bool:
     return any(each.fits for each in _valid([run], gpus, gpu))
-
-
-def _more_gpus(run: RunConfig, gpus: int, gpu: str) -> int | None:
-    return next((number for number in _doubled(gpus) if _fits(run, number, gpu)), None)
 
 
 def _doubled(gpus: int) -> Iterator[int]:
@@ -124,12 +117,14 @@ def _doubled(gpus: int) -> Iterator[int]:
         yield gpus
 
 
-def _other_layout(run: RunConfig, gpus: int, gpu: str) -> list[str]:
-    for number in (gpus, *_doubled(gpus)):
-        best = search(run, number, gpu, count=1)
-        if best:
-            options = " ".join(layout_options(best[0]))
-            return [f"--gpus {number} {options}" if number != gpus else options]
+def _best_layout(run: RunConfig, gpus: int, gpu: str) -> list[str]:
+    return [" ".join(layout_options(each)) for each in search(run, gpus, gpu, count=1)]
+
+
+def _layout_on_more(run: RunConfig, gpus: int, gpu: str) -> list[str]:
+    for number in _doubled(gpus):
+        if best := _best_layout(run, number, gpu):
+            return [f"--gpus {number} {best[0]}"]
     return []
 
 

@@ -1,0 +1,253 @@
+"""The plan's formulas: small cases by hand, and how they move when a run changes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from infini_train.config import DataConfig, LayoutConfig, ModelConfig, RunConfig, TrainingConfig
+from infini_train.errors import UserError
+from infini_train.hardware import GPUS, bfloat16_peak
+from infini_train.planning.activations import layer_bytes, micro_batch_bytes
+from infini_train.planning.communication import Traffic, stage_traffic
+from infini_train.planning.estimate import MESSAGE_SECONDS, traffic_seconds
+from infini_train.planning.memory import stage_memory
+from infini_train.planning.parameters import count, stage_parameters, total_parameters
+from infini_train.planning.plan import Plan, plan, with_layout, with_training
+from infini_train.planning.sizes import Sizes
+from infini_train.training.flops import training_flops_per_token
+
+
+def small(**training: object) -> RunConfig:
+    """Two layers of 2 query heads and 1 key/value head, 4 tokens a segment."""
+    return RunConfig(
+        model=ModelConfig(
+            num_layers=2, hidden_size=8, num_attention_heads=2, num_query_groups=1, head_dim=4, ffn_hidden_size=6, segment_length=4
+        ),
+        data=DataConfig(vocab_size=10),
+        training=TrainingConfig(**{"rows": 1, "micro_batches_per_window": 2, "precision": "bfloat16", **training}),
+    )
+
+
+def large(**training: object) -> RunConfig:
+    """About a billion parameters."""
+    return RunConfig(
+        model=ModelConfig(
+            num_layers=16, hidden_size=2048, num_attention_heads=16, num_query_groups=8, head_dim=128, ffn_hidden_size=8192
+        ),
+        training=TrainingConfig(**{"rows": 64, "precision": "bfloat16", **training}),
+    )
+
+
+def planned(run: RunConfig, gpus: int = 8, **layout: object) -> Plan:
+    return plan(with_layout(run, **layout), gpus, "h100-80gb")
+
+
+def test_parameters_by_hand():
+    # Per layer: qkv 4 heads × 4 × 8, projection 8 × 8, fc1 12 × 8, fc2 8 × 6, two norms, two gates.
+    layer = 128 + 64 + 96 + 48 + 16 + 2
+    assert total_parameters(small()) == 2 * layer + 8 + 2 * 80
+    assert count(stage_parameters(Sizes(small(), 1), 0)) == total_parameters(small())
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 4}])
+def test_stages_hold_the_whole_model_once(layout):
+    sizes = Sizes(with_layout(large(), **layout), 8)
+    by_stage = [stage_parameters(sizes, stage) for stage in range(sizes.pp)]
+    names = [name for shapes in by_stage for name in shapes]
+    assert len(names) == len(set(names))
+    held = sum(count(shapes) for shapes in by_stage)
+    norms = sum(count({name: shape}) for shapes in by_stage for name, shape in shapes.items() if "layernorm" in name)
+    assert sizes.tp * (held - norms) + norms == total_parameters(large())
+
+
+def test_flops_by_hand():
+    linear = 2 * (128 + 64 + 96 + 48) + 80
+    attention, read, write = 2 * 2 * 2 * 4 * 4 / 2, 2 * 2 * 4 * 5, 2 * 1 * 4 * 4
+    assert training_flops_per_token(small()) == 6 * linear + 3 * 2 * (attention + read + write)
+
+
+def test_activations_of_a_layer_by_hand():
+    norms = 2 * (4 * 8 * 2 + 4 * 4)
+    products = 2 * 4 * 8 * 2 + 4 * 8 * 2 + 4 * 18 * 2
+    softmax = (2 * 32 + 2 * 16) * 2 + 4 * 2 * 4
+    memory = (16 + 16 + 32 + 2 * 4 * 2 + 16 + 4) * 4  # σ(K), V, σ(Q), two scales, M, z; one head and row: nothing is copied
+    assert layer_bytes(Sizes(small(), 1)) == norms + products + softmax + memory
+
+
+def test_what_recomputation_keeps_by_hand():
+    sizes = Sizes(with_layout(small(recompute="layer"), pipeline_parallel_size=2), 2)
+    hidden = 4 * 8 * 2
+    assert micro_batch_bytes(sizes, 0, 0) == 4 * 8 + hidden + hidden  # token ids, the layer's input, what is sent
+    assert micro_batch_bytes(sizes, 1, 0, recompute="stage") == hidden
+    assert micro_batch_bytes(sizes, 0, 0, recompute="stage") == 0
+
+
+@pytest.mark.parametrize(
+    "precision,zero,weights,gradients,optimizer",
+    [
+        ("bfloat16", 1, 2, 4, 12 / 8),
+        ("float32", 0, 4, 4, 8),
+        ("float32", 1, 4, 4, 12 / 8),
+        ("float32", 2, 4, 4 / 8, 12 / 8),
+        ("float32", 3, 4 / 8, 4 / 8, 12 / 8),
+    ],
+)
+def test_bytes_a_parameter(precision, zero, weights, gradients, optimizer):
+    run = large(precision=precision)
+    memory = planned(run, zero_stage=zero).memory
+    number = total_parameters(run)
+    assert memory.weights == pytest.approx(weights * number, rel=1e-3)
+    assert memory.gradients == pytest.approx(gradients * number, rel=1e-3)
+    assert memory.optimizer == pytest.approx(optimizer * number, rel=1e-3)
+
+
+def test_memory_states_by_hand():
+    """One row of 8 key/value heads in 16 layers, 8 micro-batches in flight in one window; what leaves, and two gradients."""
+    run = large(rows=8)
+    state = 16 * 8 * (128 * 128 + 128) * 4
+    assert planned(run).memory.in_flight == 8
+    assert planned(run).memory.memory_states == (8 + 1 + 2) * state
+
+
+def test_parts_add_up_to_the_total():
+    memory = planned(large()).memory
+    parts = memory.weights + memory.gradients + memory.optimizer + memory.activations + memory.memory_states
+    assert memory.total == parts + memory.buffers
+    assert memory.buffers > 0
+
+
+@pytest.mark.parametrize(
+    "less,more",
+    [
+        ({"recompute": "stage"}, {"recompute": "layer"}),
+        ({"recompute": "layer"}, {"recompute": "none"}),
+        ({"micro_batches_per_window": 4}, {"micro_batches_per_window": 8}),
+        ({"rows": 32}, {"rows": 64}),
+    ],
+)
+def test_activations_grow_with(less, more):
+    assert planned(large(**less)).memory.activations < planned(large(**more)).memory.activations
+
+
+def test_recomputing_a_stage_pays_when_the_window_is_long():
+    """In a short one, a whole stage computed again at once takes more than its layers' inputs."""
+
+    def total(recompute: str, window: int) -> int:
+        return planned(large(rows=8, recompute=recompute, micro_batches_per_window=window)).memory.total
+
+    assert total("layer", 4) < total("stage", 4)
+    assert total("stage", 512) < total("layer", 512) < total("none", 512)
+
+
+@pytest.mark.parametrize("layout", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}])
+def test_splitting_the_model_saves_weights_and_gradients(layout):
+    whole, split = planned(large()).memory, planned(large(), **layout).memory
+    assert split.weights < 0.6 * whole.weights
+    assert split.gradients < 0.6 * whole.gradients
+
+
+def test_more_micro_batches_make_the_bubble_smaller():
+    def share(windows: int) -> float:
+        time = planned(large(windows_per_step=windows), pipeline_parallel_size=4).time
+        return time.bubble / (time.compute + time.communication + time.bubble)
+
+    assert share(1) == pytest.approx(3 / 11)
+    assert share(4) == pytest.approx(3 / 35)
+
+
+def test_recomputation_costs_a_third_and_no_mfu_is_won_by_it():
+    none, layer = planned(large(rows=8)), planned(large(rows=8, recompute="layer"))
+    assert 1.2 < layer.time.compute / none.time.compute < 1.36
+    assert layer.mfu < none.mfu < 1
+
+
+def test_ring_bytes_by_hand():
+    def sent(operation: str) -> float:
+        return Traffic("data", operation, "", messages=3, bytes=100, size=4, stride=1).wire_bytes  # type: ignore[arg-type]
+
+    assert sent("all_reduce") == 3 * 2 * 75
+    assert sent("all_gather") == sent("reduce_scatter") == 3 * 75
+    assert sent("send") == 3 * 100
+
+
+def test_links_follow_the_order_of_ranks():
+    """Tensor, context, data, pipeline: on nodes of 8, tp 4 × cp 2 fill one, and everything else goes over the network."""
+    run = large(segments_per_micro_batch=2)
+    sizes = Sizes(with_layout(run, tensor_parallel_size=4, context_parallel_size=2, pipeline_parallel_size=2), 32)
+    links = {item.kind: item.link(8) for item in stage_traffic(sizes, 0)}
+    assert links == {"tensor": "NVLink", "context": "NVLink", "pipeline": "network", "data": "network"}
+
+
+def test_seconds_of_a_message_by_hand():
+    """Over nodes with two members in each, two adapters carry the ring."""
+    item = Traffic("data", "all_reduce", "", messages=1, bytes=10**9, size=8, stride=4)
+    gpu = GPUS["h100-80gb"]
+    assert item.per_node(8) == 2
+    assert traffic_seconds(item, gpu) == pytest.approx(1.75e9 / (2 * 50e9 * 0.8) + MESSAGE_SECONDS["network"])
+
+
+def test_a_context_group_exchanges_states_whatever_the_segment_length():
+    def sizes(length: int) -> list[int]:
+        run = large(segments_per_micro_batch=2)
+        run = with_layout(replace(run, model=replace(run.model, segment_length=length)), context_parallel_size=2)
+        return [item.bytes for item in stage_traffic(Sizes(run, 8), 0) if item.kind == "context"]
+
+    assert sizes(512) == sizes(4096)
+    assert len(sizes(512)) == 4
+
+
+def test_nothing_is_sent_by_one_process():
+    assert stage_traffic(Sizes(large(), 1), 0) == []
+
+
+def test_unknown_gpu_lists_the_known_ones():
+    with pytest.raises(UserError, match="'h100' is not known; known are a100-40gb, a100-80gb, h100-80gb, h200-141gb"):
+        plan(large(), 8, "h100")
+
+
+def test_impossible_layouts_are_refused_as_by_pretrain():
+    with pytest.raises(UserError, match="does not fit 6 process"):
+        planned(large(), 6, tensor_parallel_size=4)
+    with pytest.raises(UserError, match="training.rows is 64"):
+        planned(large(), 128)
+
+
+@pytest.mark.parametrize(
+    "name,peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("Quadro RTX 8000", None),
+    ],
+)
+def test_training_reads_the_same_table_by_the_name_that_cuda_gives(name, peak):
+    assert bfloat16_peak(name) == peak
+
+
+def test_every_known_gpu_plans():
+    totals = {plan(large(), 8, name).memory.total for name in GPUS}
+    assert len(totals) == 1, "what a run needs does not depend on the GPU"
+    times = [plan(with_training(large(), rows=8), 8, name).time.total for name in GPUS]
+    assert times == sorted(times, reverse=True)
+
+
+def test_memory_of_a_pipeline_is_that_of_its_worst_stage():
+    each = planned(large(), pipeline_parallel_size=4)
+    assert each.memory.total == max(stage_memory(each.sizes, stage).total for stage in range(4))
+
+
+def test_planning_imports_no_torch():
+    code = (
+        "import sys; from infini_train.config import RunConfig; from infini_train.planning.plan import plan; "
+        "print(plan(RunConfig(), 8, 'h100-80gb').fits); assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() in ("True", "False")

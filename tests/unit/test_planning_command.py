@@ -1,0 +1,166 @@
+"""`infini-train plan` as a user sees it: refusals with remedies, ranked layouts, and configurations whose heads say what it prints."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from infini_train.cli import _parse, _run_config, main
+from infini_train.planning.plan import plan
+from infini_train.planning.report import headline, layout_text
+from infini_train.planning.search import layout_options, layouts, remedies, search
+from infini_train.validation import validate
+from tests.unit.test_planning import large, with_layout
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+PLANNED = re.compile(r"# Planned, not measured \(infini-train (plan --config configs/(\S+) --gpus (\d+) --gpu (\S+))\):\n#   (.+)\n")
+
+
+def load(path: Path, gpus: int, gpu: str, *options: str):
+    return _run_config(_parse(["plan", "--config", str(path), "--gpus", str(gpus), "--gpu", gpu, *options]).plan)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_fits_what_its_head_names_and_the_head_quotes_the_plan(path):
+    text = path.read_text(encoding="utf-8")
+    found = PLANNED.search(text)
+    if path.name == "tiny.yaml":  # for two CPU processes; it would fit anywhere
+        assert found is None
+        assert plan(load(path, 2, "a100-40gb"), 2, "a100-40gb").fits
+        return
+    assert found is not None, "the head says what `plan` prints"
+    assert found[2] == path.name
+    gpus, gpu = int(found[3]), found[4]
+    each = plan(load(path, gpus, gpu), gpus, gpu)
+    assert each.fits
+    assert found[5] == headline(each)
+    assert f"# Hardware: {gpus} × {gpu}. Layout: {layout_text(each)}.\n" in text
+
+
+def test_8b_has_the_geometry_of_llama_3_8b():
+    model = load(CONFIGS / "8b.yaml", 64, "h100-80gb").model
+    assert (model.num_layers, model.hidden_size, model.num_attention_heads) == (32, 4096, 32)
+    assert (model.num_query_groups, model.head_dim, model.ffn_hidden_size) == (8, 128, 14336)
+
+
+def test_streams_of_a_million_tokens_are_one_window():
+    run = load(CONFIGS / "8b-1m.yaml", 64, "h100-80gb")
+    assert run.training.micro_batches_per_window * run.micro_batch_tokens == 1_048_576
+    assert run.model.segment_length == 2048
+
+
+def test_paper_is_table_2():
+    run = load(CONFIGS / "paper.yaml", 8, "a100-80gb")
+    model = run.model
+    assert (model.num_layers, model.num_attention_heads, model.head_dim, model.ffn_hidden_size) == (12, 8, 128, 4096)
+    assert (model.segment_length, run.training.rows) == (2048, 64)
+    assert run.micro_batches_per_step * run.micro_batch_tokens == 32768
+
+
+def test_the_table_names_every_part(capsys):
+    assert main(["plan", "--config", str(CONFIGS / "8b-1m.yaml"), "--gpus", "64", "--gpu", "h100-80gb"]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "planned, not measured (GB are 10^9 bytes)",
+        "parameters            8,028,165,120",
+        *("weights", "gradients", "optimizer", "activations", "memory states", "buffers", "64 in flight"),
+        *("context   all_gather", "pipeline  send", "data      all_reduce", "NVLink", "network"),
+        *("pipeline bubble", "MFU", "days", "assumed: "),
+    ):
+        assert words in printed, words
+
+
+def refused(capsys, *arguments: str) -> str:
+    assert main(["plan", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_a_run_that_does_not_fit_is_refused_with_what_makes_it_fit(capsys):
+    job = ["--config", str(CONFIGS / "8b.yaml"), "--gpu", "a100-40gb", "--training.recompute", "none"]
+    line = refused(capsys, *job, "--gpus", "64")
+    assert "has 36.0 GB to plan with (activations take" in line
+    changes = line.split("it fits with ")[1].strip().split(", or ")
+    assert changes
+    for change in changes:
+        # `--gpus 128` takes the place of --gpus 64; others come after it.
+        assert main(["plan", *job, "--gpus", "64", *shlex.split(change)]) == 0, change
+        capsys.readouterr()
+
+
+def test_where_no_single_change_helps_a_whole_layout_is_named(capsys):
+    job = ["--config", str(CONFIGS / "8b-1m.yaml"), "--gpu", "a100-40gb", "--training.recompute", "none"]
+    job += ["--layout.context_parallel_size", "1", "--layout.pipeline_parallel_size", "1", "--gpus", "4"]
+    change = refused(capsys, *job).split("it fits with ")[1].strip()
+    assert change.startswith("--gpus 8 --layout.")
+    assert main(["plan", *job, *shlex.split(change)]) == 0
+
+
+def test_another_layout_on_the_same_gpus_comes_before_more_of_them(capsys):
+    job = ["--config", str(CONFIGS / "8b.yaml"), "--gpu", "h100-80gb", "--gpus", "8"]
+    layout, more = refused(capsys, *job).split("it fits with ")[1].strip().split(", or ")
+    assert "--layout.tensor_parallel_size" in layout
+    assert more == "--gpus 32"
+    assert main(["plan", *job, *shlex.split(layout)]) == 0
+
+
+def test_a_model_that_fits_nowhere(capsys):
+    line = refused(capsys, "--gpu", "a100-40gb", "--gpus", "1", "--model.hidden_size", "4000000", "--model.num_layers", "1")
+    assert "make the model smaller" in line
+
+
+def test_unknown_gpu_and_wrong_counts_are_one_line(capsys):
+    assert "known are a100-40gb, a100-80gb, h100-80gb, h200-141gb" in refused(capsys, "--gpus", "8", "--gpu", "v100")
+    assert "--gpus is 0" in refused(capsys, "--gpus", "0", "--gpu", "h100-80gb")
+    assert "--rank is 8" in refused(capsys, "--gpus", "8", "--gpu", "h100-80gb", "--dry_run", "--rank", "8")
+
+
+def test_search_proposes_only_what_fits_and_is_valid_best_first():
+    found = search(large(), 16, "a100-80gb", count=30)
+    assert len(found) == 30
+    for each in found:
+        validate(each.sizes.run, 16)
+        assert each.fits
+        assert each.sizes.run.tokens_per_step == large().tokens_per_step
+    best = found[0].time.total
+    ranks = [int((each.time.total / best - 1) / 0.01) for each in found]
+    assert ranks == sorted(ranks)
+
+
+def test_search_leaves_out_what_validation_refuses():
+    """Three rows cannot be shared by 16 processes, so only layouts with one row group are left."""
+    run = large(rows=1)
+    assert {each.sizes.dp for each in search(run, 16, "a100-80gb", count=100)} == {1}
+    tried = list(layouts(run, 16, 8))
+    assert any(16 // each.layout.model_processes > 1 for each in tried)
+
+
+def test_search_prints_options_that_give_the_first_layout(capsys):
+    job = ["plan", "--config", str(CONFIGS / "1b.yaml"), "--gpus", "8", "--gpu", "h100-80gb"]
+    assert main([*job, "--search", "--top", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    options = lines[-1].removeprefix("the first: ").split()
+    first = search(load(CONFIGS / "1b.yaml", 8, "h100-80gb"), 8, "h100-80gb", count=1)[0]
+    again = plan(load(CONFIGS / "1b.yaml", 8, "h100-80gb", *options), 8, "h100-80gb")
+    assert again.sizes.run.layout == first.sizes.run.layout
+    assert again.time.total == first.time.total
+
+
+def test_zero_is_a_remedy_in_float32():
+    run = large(rows=8, precision="float32", recompute="stage")
+    run = with_layout(replace(run, model=replace(run.model, num_layers=32)), zero_stage=0)
+    each = plan(run, 8, "a100-40gb")
+    assert not each.fits
+    assert "--layout.zero_stage 1" in remedies(each)
+
+
+def test_options_leave_out_defaults():
+    each = plan(large(), 8, "h100-80gb")
+    assert layout_options(each) == ["--training.segments_per_micro_batch 1", "--training.micro_batches_per_window 8"]
