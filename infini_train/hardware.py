@@ -4,7 +4,7 @@ Sources (figures without sparsity, NVLink as one direction of the total that the
     A100  https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
     H100  https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet
     H200  https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446
-    Network between nodes: one adapter a GPU, as in DGX A100 (8 × 200 Gb/s HDR InfiniBand) and DGX H100 / H200 (8 × 400 Gb/s NDR).
+    Network between nodes: one adapter a GPU, as in DGX A100 (8 × 200 Gb/s InfiniBand) and DGX H100 / H200 (8 × 400 Gb/s).
 """
 
 from __future__ import annotations

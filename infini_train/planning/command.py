@@ -43,6 +43,9 @@ def run_plan(run: RunConfig, arguments: Namespace) -> int:
         return 0
     planned = plan(run, arguments.gpus, arguments.gpu)
     if arguments.dry_run:
+        if not 0 <= arguments.rank < arguments.gpus:
+            raise UserError(f"--rank is {arguments.rank}; the job has ranks 0 to {arguments.gpus - 1}")
+        # Torch, Megatron-core and DeepSpeed take seconds to import; the rest needs none of them.
         from infini_train.planning.rehearsal import rehearse
 
         return rehearse(planned, arguments.rank)
@@ -65,6 +68,6 @@ def refuse_too_large(planned: Plan) -> None:
     )
     raise UserError(
         f"the run needs {memory.total / GB:.1f} GB on a GPU of stage {memory.stage}, but {planned.gpu.name} has "
-        f"{planned.usable_memory / GB:.1f} GB to plan with ({largest.replace('_', ' ')} take {getattr(memory, largest) / GB:.1f} "
-        f"GB); it fits with {', or '.join(changes) if changes else 'no layout on any number of GPUs: make the model smaller'}"
+        f"{planned.usable_memory / GB:.1f} GB to plan with ({largest.replace('_', ' ')} take "
+        f"{getattr(memory, largest) / GB:.1f} GB); it fits with {', or '.join(changes) if changes else 'no layout on any number of GPUs: make the model smaller'}"
     )

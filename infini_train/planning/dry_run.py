@@ -1,9 +1,9 @@
 """One rank of a large job, rehearsed in this process: the real code on meta tensors and torch's fake process group.
 
-Real are the process groups' ranks, the model, DeepSpeed's engine and its optimizer, the pipeline with its schedule and transport,
-every micro-batch's forward and backward, and the optimizer step. Tensors have shapes and no values, messages have sizes and no
-other side. Softmax attention is the flash attention that torch runs on a GPU; norms run as on a CPU. Not covered: reading data, initial
-values, evaluation, checkpoints, what fused kernels of a GPU set aside, and how long anything takes.
+Real are the process groups' ranks, the model, DeepSpeed's engine and its optimizer, the pipeline with its schedule and
+transport, every micro-batch's forward and backward, and the optimizer step. Tensors have shapes and no values, messages have
+sizes and no other side. Softmax attention is the flash attention that torch runs on a GPU; norms run as on a CPU. Not covered:
+reading data, initial values, evaluation, checkpoints, what fused kernels of a GPU set aside, and how long anything takes.
 """
 
 from __future__ import annotations
@@ -79,18 +79,18 @@ def meta_process(rank: int, processes: int) -> Iterator[None]:
         raise UserError("--dry_run needs a process of its own; call `infini-train plan` without a launcher")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    platform.has_cuda = lambda: False  # type: ignore[assignment]
+    platform.has_cuda = lambda: False
     platform.install()
     from deepspeed.accelerator import get_accelerator
 
     accelerator, autocast = get_accelerator(), torch.is_autocast_enabled
     torch.cuda.current_device = lambda: META  # type: ignore[assignment, return-value]
-    platform.device = lambda: META  # type: ignore[assignment]
+    platform.device = lambda: META
     accelerator.device_name = lambda *_: "meta"
     accelerator.current_device_name = lambda: "meta"
     accelerator.on_accelerator = lambda tensor: tensor.is_meta
-    torch.is_autocast_enabled = lambda kind="cuda": False if kind == "meta" else autocast(kind)  # type: ignore[assignment]
-    local.flash_attention_for = lambda *_: FlashAttention  # type: ignore[assignment, return-value]
+    torch.is_autocast_enabled = lambda kind="cuda": False if kind == "meta" else autocast(kind)
+    local.flash_attention_for = lambda *_: FlashAttention  # type: ignore[assignment]
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(processes))
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
     quiet = io.StringIO()
@@ -102,11 +102,12 @@ def meta_process(rank: int, processes: int) -> Iterator[None]:
 def dry_run(run: RunConfig, processes: int, rank: int) -> DryRun:
     """One training step of one rank; call it once in the life of a process.
 
+    Args:
+        rank: below processes.
+
     Raises:
-        UserError: no such rank, or this process belongs to a job already.
+        UserError: this process belongs to a job already.
     """
-    if not 0 <= rank < processes:
-        raise UserError(f"--rank is {rank}; the job has ranks 0 to {processes - 1}")
     with meta_process(rank, processes):
         return _step(run)
 

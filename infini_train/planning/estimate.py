@@ -13,7 +13,12 @@ from infini_train.planning import activations
 from infini_train.planning.communication import Traffic, stage_traffic
 from infini_train.planning.parameters import count, stage_parameters
 from infini_train.planning.sizes import FLOAT32, Sizes
-from infini_train.training.flops import core_flops_per_token, linear_parameters, output_matrix_parameters, training_flops_per_token
+from infini_train.training.flops import (
+    core_flops_per_token,
+    linear_parameters,
+    output_matrix_parameters,
+    training_flops_per_token,
+)
 
 MATMUL_SHARE = 0.70
 """Share of the peak that large matrix products reach. FlashAttention-3 (arXiv 2407.08608, section 1) puts optimised products on

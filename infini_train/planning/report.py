@@ -47,8 +47,8 @@ def _head(plan: Plan) -> list[str]:
         "planned, not measured (GB are 10^9 bytes)",
         f"{sizes.processes} × {plan.gpu.name}: {layout_text(plan)}",
         f"parameters            {plan.parameters:,}",
-        f"FLOPs per token       {plan.flops_per_token:.4g}, forward and backward: 6 × matrix parameters, causal attention inside "
-        "a segment, memory",
+        f"FLOPs per token       {plan.flops_per_token:.4g}, forward and backward: 6 × matrix parameters, causal attention in a "
+        "segment, memory",
         f"tokens                {run.tokens_per_step:,} a step × {run.training.steps:,} steps = {budget / 1e9:,.4g} billion",
         f"micro-batches         {run.micro_batches_per_step} a step of {sizes.rows} rows × {run.micro_batch_tokens:,} tokens a "
         f"process group; windows of {run.training.micro_batches_per_window}",
@@ -112,15 +112,15 @@ def _assumptions(plan: Plan) -> list[str]:
     return [
         f"assumed: matrix products reach {estimate.MATMUL_SHARE:.0%} of the peak, attention {attention:.0%}, memory "
         f"{estimate.MEMORY_SHARE:.0%} of the float32 peak; {links}; {USABLE_MEMORY:.0%} of the memory may be used;",
-        f"  {plan.gpu.gpus_per_node} GPUs a node, consecutive ranks, one {plan.gpu.network_bandwidth * 8 / GB:.0f} Gb/s adapter "
-        "a GPU. Sources: infini_train/planning/estimate.py and infini_train/hardware.py",
+        f"  {plan.gpu.gpus_per_node} GPUs a node, consecutive ranks, one {plan.gpu.network_bandwidth * 8 / GB:.0f} Gb/s "
+        "adapter a GPU. Sources: infini_train/planning/estimate.py and infini_train/hardware.py",
     ]
 
 
 def search_lines(plans: list[Plan]) -> list[str]:
     """Layouts, best first."""
-    lines = [f"{'':>3} {'tokens/s':>10} {'MFU':>5} {'GB':>6} {'tp':>3} {'cp':>3} {'pp':>3} {'chunks':>6} {'dp':>4} {'ZeRO':>4} "]
-    lines[0] += f"{'recompute':>9} {'segments × micro-batches':>25}"
+    head = f"{'':>3} {'tokens/s':>10} {'MFU':>5} {'GB':>6} {'tp':>3} {'cp':>3} {'pp':>3} {'chunks':>6} {'dp':>4} {'ZeRO':>4} "
+    lines = [f"{head}{'recompute':>9} {'segments × micro-batches':>25}"]
     for number, each in enumerate(plans, 1):
         sizes, layout, training = each.sizes, each.sizes.run.layout, each.sizes.run.training
         lines.append(

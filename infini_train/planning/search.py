@@ -81,8 +81,8 @@ def _complexity(each: Plan) -> int:
 
 
 def remedies(refused: Plan) -> list[str]:
-    """What makes a run fit that does not: single changes, or else another layout on as many GPUs; and more GPUs, or else more GPUs
-    in another layout. Empty if nothing up to MOST_GPUS does."""
+    """What makes a run fit that does not: single changes, or else another layout on as many GPUs; and more GPUs, or else more
+    GPUs in another layout. Empty if nothing up to MOST_GPUS does."""
     run, gpus, gpu = refused.sizes.run, refused.sizes.processes, refused.gpu.name
     layout = run.layout
     found = []

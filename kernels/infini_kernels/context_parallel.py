@@ -71,8 +71,8 @@ class _Wait(torch.autograd.Function):
     def forward(ctx: Any, gathered: Tensor, exchange: RunExchange) -> Tensor:
         ctx.exchange = exchange
         exchange.work.wait()
-        # It holds views of what was gathered, whose graph refers to the exchange: a circle through C++ that no garbage collection
-        # sees. A graph that is computed again and never walked backward, as under checkpointing, would stay for good.
+        # It holds views of what was gathered, whose graph refers to the exchange: a circle through C++ that no garbage
+        # collection sees. A graph that is computed again and never walked backward, as under checkpointing, would stay for good.
         exchange.work = None
         return gathered.view_as(gathered)
 

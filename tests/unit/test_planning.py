@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from infini_train.config import DataConfig, LayoutConfig, ModelConfig, RunConfig, TrainingConfig
+from infini_train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from infini_train.errors import UserError
 from infini_train.hardware import GPUS, bfloat16_peak
 from infini_train.planning.activations import layer_bytes, micro_batch_bytes
@@ -25,7 +25,13 @@ def small(**training: object) -> RunConfig:
     """Two layers of 2 query heads and 1 key/value head, 4 tokens a segment."""
     return RunConfig(
         model=ModelConfig(
-            num_layers=2, hidden_size=8, num_attention_heads=2, num_query_groups=1, head_dim=4, ffn_hidden_size=6, segment_length=4
+            num_layers=2,
+            hidden_size=8,
+            num_attention_heads=2,
+            num_query_groups=1,
+            head_dim=4,
+            ffn_hidden_size=6,
+            segment_length=4,
         ),
         data=DataConfig(vocab_size=10),
         training=TrainingConfig(**{"rows": 1, "micro_batches_per_window": 2, "precision": "bfloat16", **training}),
@@ -53,7 +59,9 @@ def test_parameters_by_hand():
     assert count(stage_parameters(Sizes(small(), 1), 0)) == total_parameters(small())
 
 
-@pytest.mark.parametrize("layout", [{}, {"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 4}])
+@pytest.mark.parametrize(
+    "layout", [{}, {"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 4}], ids=str
+)
 def test_stages_hold_the_whole_model_once(layout):
     sizes = Sizes(with_layout(large(), **layout), 8)
     by_stage = [stage_parameters(sizes, stage) for stage in range(sizes.pp)]
@@ -212,7 +220,7 @@ def test_unknown_gpu_lists_the_known_ones():
 def test_impossible_layouts_are_refused_as_by_pretrain():
     with pytest.raises(UserError, match="does not fit 6 process"):
         planned(large(), 6, tensor_parallel_size=4)
-    with pytest.raises(UserError, match="training.rows is 64"):
+    with pytest.raises(UserError, match=r"training\.rows is 64"):
         planned(large(), 128)
 
 
