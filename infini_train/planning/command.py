@@ -66,8 +66,9 @@ def refuse_too_large(planned: Plan) -> None:
     largest = max(
         ("weights", "gradients", "optimizer", "activations", "memory_states", "buffers"), key=lambda part: getattr(memory, part)
     )
+    part = largest.replace("_", " ")
     raise UserError(
         f"the run needs {memory.total / GB:.1f} GB on a GPU of stage {memory.stage}, but {planned.gpu.name} has "
-        f"{planned.usable_memory / GB:.1f} GB to plan with ({largest.replace('_', ' ')} take "
-        f"{getattr(memory, largest) / GB:.1f} GB); it fits with {', or '.join(changes) if changes else 'no layout on any number of GPUs: make the model smaller'}"
+        f"{planned.usable_memory / GB:.1f} GB to plan with ({part} take {getattr(memory, largest) / GB:.1f} GB); it fits with "
+        f"{', or '.join(changes) if changes else 'no layout on any number of GPUs: make the model smaller'}"
     )

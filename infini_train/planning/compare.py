@@ -19,8 +19,8 @@ _Key = tuple[str, int, int]
 def message_differences(sizes: Sizes, stage: int, messages: Iterable[Message]) -> list[str]:
     """What one step's messages have that the plan has not, or the other way round; empty if they agree.
 
-    Over tensor, context and pipeline groups each size must occur exactly as often as planned. What DeepSpeed reduces and gathers
-    is cut into parameter groups and filled up to equal shares: there the sum of bytes must agree within 1%.
+    Over tensor, context and pipeline groups each size must occur exactly as often as planned. What DeepSpeed reduces and
+    gathers is cut into parameter groups and filled up to equal shares: there the sum of bytes must agree within 1%.
     """
     found: dict[_Key, Counter[int]] = {}
     for message in messages:

@@ -16,8 +16,8 @@ from infini_train.training.flops import training_flops_per_token
 from infini_train.validation import validate, validate_model
 
 USABLE_MEMORY = 0.90
-"""Share of the data sheet's memory that a plan may fill. The rest is for CUDA's context, NCCL's buffers and what the allocator loses
-to fragments. A guess: no source."""
+"""Share of the data sheet's memory that a plan may fill. The rest is for CUDA's context, NCCL's buffers and what the allocator
+loses to fragments. A guess: no source."""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class _Wait(torch.autograd.Function):
         ctx.exchange = exchange
         exchange.work.wait()
         # It holds views of what was gathered, whose graph refers to the exchange: a circle through C++ that no garbage
-        # collection sees. A graph that is computed again and never walked backward, as under checkpointing, would stay for good.
+        # collection sees. A graph that is computed again and never walked backward, as under checkpointing, would stay.
         exchange.work = None
         return gathered.view_as(gathered)
 

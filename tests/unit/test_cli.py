@@ -77,8 +77,7 @@ def test_every_config_file_is_valid(path):
     from infini_train.cli import _parse, _run_config
 
     run = _run_config(_parse(["pretrain", "--config", str(path)]).pretrain)
-    processes = run.layout.tensor_parallel_size * run.layout.pipeline_parallel_size
-    validate(run, processes)
+    validate(run, run.layout.model_processes)
     assert path.read_text(encoding="utf-8").startswith("#"), "a comment at its head says which hardware and layout"
 
 

@@ -10,10 +10,11 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "infini_train"
 
 # What each part may import from this project besides itself.
-SIDE = {"config", "errors", "platform"}
+SIDE = {"config", "errors", "hardware", "platform"}
 ALLOWED = {
     "errors": set(),
     "config": set(),
+    "hardware": {"errors"},
     "validation": {"config", "errors"},
     "platform": set(),
     "data": {"config", "errors", "validation"},
@@ -23,8 +24,9 @@ ALLOWED = {
     "parallel": {"attention", "model", "data", *SIDE},
     "training": {"checkpoint", "infini_kernels", "attention", "model", "parallel", "data", "evaluation", *SIDE},
     "evaluation": {"checkpoint", "attention", "model", "parallel", "data", "training", *SIDE},
-    "cluster": {"checkpoint", "config", "errors", "validation"},
-    "cli": {"checkpoint", "cluster", "data", "training", "evaluation", "validation", *SIDE},
+    "planning": {"infini_kernels", "model", "parallel", "data", "training", "validation", *SIDE},
+    "cluster": {"checkpoint", "config", "errors", "planning", "validation"},
+    "cli": {"checkpoint", "cluster", "data", "training", "evaluation", "planning", "validation", *SIDE},
     "__main__": {"cli"},
     "__init__": set(),
 }

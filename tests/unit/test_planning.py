@@ -259,3 +259,43 @@ def test_planning_imports_no_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() in ("True", "False")
+
+
+@pytest.fixture
+def observed():
+    """A pipeline's run, and messages exactly as planned for its second stage."""
+    from infini_train.planning.observe import Message
+
+    run = with_layout(large(rows=8), tensor_parallel_size=2, pipeline_parallel_size=2)
+    sizes = Sizes(run, 8)
+    messages = []
+    for item in stage_traffic(sizes, 1):
+        ranks = tuple(range(0, item.size * item.stride, item.stride))
+        messages += [Message(item.operation, ranks, item.bytes)] * item.messages
+    return sizes, messages
+
+
+def test_messages_as_planned_do_not_differ(observed):
+    from infini_train.planning.compare import message_differences
+
+    sizes, messages = observed
+    assert message_differences(sizes, 1, messages) == []
+    assert message_differences(sizes, 1, [*messages, replace(messages[0], bytes=4)]) == [], "flags are not planned"
+
+
+@pytest.mark.parametrize("change", ["one missing", "one more", "another size", "another group", "unplanned"])
+def test_messages_that_differ_are_named(observed, change):
+    from infini_train.planning.compare import message_differences
+
+    sizes, messages = observed
+    send = next(message for message in messages if message.operation == "send")
+    tensor = next(message for message in messages if message.ranks == (0, 1))
+    rest = [message for message in messages if message is not tensor]
+    changed = {
+        "one missing": [message for message in messages if message is not send],
+        "one more": [*messages, tensor],
+        "another size": [*rest, replace(tensor, bytes=tensor.bytes + 2)],
+        "another group": [replace(message, ranks=(0, 4)) if message.ranks == (0, 1) else message for message in messages],
+        "unplanned": [*messages, replace(tensor, operation="all_to_all")],
+    }[change]
+    assert message_differences(sizes, 1, changed)
