@@ -37,9 +37,10 @@ def attention_bytes(sizes: Sizes) -> int:
 def _memory_bytes(sizes: Sizes, queries: int, keys: int) -> int:
     model, run = sizes.run.model, sizes.run
     blocks = sizes.rows * sizes.segments
-    # A product over [row, segment, head] copies its arguments unless that is a view.
-    copied = blocks > 1 and sizes.groups > 1
-    grouped = sizes.groups > 1 and (sizes.heads > sizes.groups or blocks > 1)
+    # Tokens come before rows in memory, so a product over [row, segment, head] copies its arguments unless two of the three are 1;
+    # and heads of a group side by side are a copy unless there is one row and one group, or one head a group.
+    copied = sum(size > 1 for size in (sizes.rows, sizes.segments, sizes.groups)) > 1
+    grouped = sizes.rows * sizes.groups > 1 if sizes.heads > sizes.groups else copied
     total = keys  # σ(K)
     total += keys if copied else 0  # σ(K) in σ(K)^T V
     total += keys if copied or sizes.element < FLOAT32 else 0  # V in it

@@ -1,4 +1,4 @@
-"""The plan's formulas against real runs: every part of the memory within 10%, shapes and messages exactly."""
+"""The plan's formulas against real runs: every part of the memory within 10% or less, shapes and messages exactly."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from infini_train.planning.parameters import stage_parameters
 from infini_train.planning.sizes import Sizes
 from tests.distributed.cases import Case
 
-WITHIN = 0.10
-PARTS = ("weights", "gradients", "optimizer", "activations", "memory_states")
+WITHIN = {"weights": 0.01, "gradients": 0.01, "optimizer": 0.01, "activations": 0.07, "memory_states": 0.01, "peak": 0.10}
+"""Asked for are 10%. Activations are planned for micro-batches without padding; those with some copy a little less. ZeRO-3 gathers
+weights that autograd keeps beside them."""
 
 CASES = [
     ("bfloat16", Case(window=(1, 4))),
@@ -53,11 +54,11 @@ def test_plan_against_a_real_run(precision, case, pool, run_config):
         assert stage_parameters(sizes, stage) == measured["parameters"]
         memory = stage_memory(sizes, stage)
         assert memory.in_flight == measured["in_flight"]
-        for part in PARTS:
-            assert getattr(memory, part) == pytest.approx(measured[part], rel=WITHIN), part
+        for part in WITHIN.keys() - {"peak"}:
+            assert getattr(memory, part) == pytest.approx(measured[part], rel=WITHIN[part]), part
         # DeepSpeed's bucket has one size for every model, which would hide everything else here.
         bucket = 4 * REDUCE_BUCKET if precision == "float32" and case.zero else 0
         static = memory.weights + memory.gradients + memory.optimizer + memory.memory_states + memory.constant_buffers
         peak = static + memory.activations + memory.backward_buffers
-        assert peak - bucket == pytest.approx(measured["peak"] - bucket, rel=WITHIN), "peak"
+        assert peak - bucket == pytest.approx(measured["peak"] - bucket, rel=WITHIN["peak"]), "peak"
         assert message_differences(sizes, stage, measured["messages"]) == []
