@@ -60,6 +60,8 @@ def run_submit(run: RunConfig, arguments: Namespace) -> int:
     run_dir = prepared.job.run_dir
     runs = f" for {submission.tasks} runs" if submission.tasks is not None else ""
     print(f"job {submission.job_id}{runs}: {submission.nodes} nodes, {submission.processes} processes; {run_dir}")
+    if prepared.expected is not None:
+        print(f"planned: {prepared.expected}")
     print(f"infini-train status {quote(str(run_dir))}")
     return 0
 

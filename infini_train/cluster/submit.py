@@ -18,6 +18,9 @@ from infini_train.cluster.submission import RunFiles, Submission
 from infini_train.cluster.sweep import sweep_runs
 from infini_train.config import RunConfig, dump_config
 from infini_train.errors import UserError
+from infini_train.planning.plan import plan
+from infini_train.planning.refusal import refuse_too_large
+from infini_train.planning.report import headline
 from infini_train.validation import validate
 
 
@@ -42,6 +45,8 @@ class Prepared:
     script: str
     runs: list[RunConfig]
     profile: ClusterProfile
+    expected: str | None = None
+    """What `infini-train plan` says of the run, where the profile names its GPU."""
 
     @property
     def processes(self) -> int:
@@ -71,12 +76,30 @@ def prepare_job(run: RunConfig, options: SubmitOptions) -> Prepared:
         exclude=options.exclude,
     )
     script = render_job(job, profile)
+    processes = job.nodes * profile.processes
     for each in runs:
-        validate(each, job.nodes * profile.processes)
+        validate(each, processes)
+    expected = _expected(runs, processes, profile) if profile.gpu is not None else None
     refuse_secrets("the job's script", script)
     for each in runs:
         refuse_secrets("the configuration", dump_config(each))
-    return Prepared(job, script, runs, profile)
+    return Prepared(job, script, runs, profile, expected)
+
+
+def _expected(runs: list[RunConfig], processes: int, profile: ClusterProfile) -> str:
+    """What the first run is planned to take, in one line.
+
+    Raises:
+        UserError: a run does not fit the profile's GPUs.
+    """
+    assert profile.gpu is not None
+    plans = [plan(each, processes, profile.gpu) for each in runs]
+    for each in plans:
+        try:
+            refuse_too_large(each)
+        except UserError as error:
+            raise UserError(f"{error} (--gpus is --nodes × {profile.processes})") from error
+    return headline(plans[0])
 
 
 def submit(prepared: Prepared, profile_name: str) -> Submission:

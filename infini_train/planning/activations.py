@@ -37,8 +37,8 @@ def attention_bytes(sizes: Sizes) -> int:
 def _memory_bytes(sizes: Sizes, queries: int, keys: int) -> int:
     model, run = sizes.run.model, sizes.run
     blocks = sizes.rows * sizes.segments
-    # Tokens come before rows in memory, so a product over [row, segment, head] copies its arguments unless two of the three are 1;
-    # and heads of a group side by side are a copy unless there is one row and one group, or one head a group.
+    # Tokens come before rows in memory, so a product over [row, segment, head] copies its arguments unless two of the three are
+    # 1; and heads of a group side by side are a copy unless there is one row and one group, or one head a group.
     copied = sum(size > 1 for size in (sizes.rows, sizes.segments, sizes.groups)) > 1
     grouped = sizes.rows * sizes.groups > 1 if sizes.heads > sizes.groups else copied
     total = keys  # σ(K)

@@ -6,9 +6,10 @@ from jsonargparse import ArgumentParser, Namespace
 
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
-from infini_train.planning.plan import Plan, plan
-from infini_train.planning.report import GB, plan_lines, search_lines
-from infini_train.planning.search import layout_options, remedies, search
+from infini_train.planning.plan import plan
+from infini_train.planning.refusal import refuse_too_large
+from infini_train.planning.report import plan_lines, search_lines
+from infini_train.planning.search import layout_options, search
 
 
 def add_arguments(command: ArgumentParser) -> None:
@@ -52,23 +53,3 @@ def run_plan(run: RunConfig, arguments: Namespace) -> int:
     refuse_too_large(planned)
     print(*plan_lines(planned), sep="\n")
     return 0
-
-
-def refuse_too_large(planned: Plan) -> None:
-    """Say what would make a run fit.
-
-    Raises:
-        UserError: the run does not fit.
-    """
-    if planned.fits:
-        return
-    memory, changes = planned.memory, remedies(planned)
-    largest = max(
-        ("weights", "gradients", "optimizer", "activations", "memory_states", "buffers"), key=lambda part: getattr(memory, part)
-    )
-    part = largest.replace("_", " ")
-    raise UserError(
-        f"the run needs {memory.total / GB:.1f} GB on a GPU of stage {memory.stage}, but {planned.gpu.name} has "
-        f"{planned.usable_memory / GB:.1f} GB to plan with ({part} take {getattr(memory, largest) / GB:.1f} GB); it fits with "
-        f"{', or '.join(changes) if changes else 'no layout on any number of GPUs: make the model smaller'}"
-    )

@@ -14,8 +14,8 @@ from infini_train.planning.sizes import Sizes
 from tests.distributed.cases import Case
 
 WITHIN = {"weights": 0.01, "gradients": 0.01, "optimizer": 0.01, "activations": 0.07, "memory_states": 0.01, "peak": 0.10}
-"""Asked for are 10%. Activations are planned for micro-batches without padding; those with some copy a little less. ZeRO-3 gathers
-weights that autograd keeps beside them."""
+"""Asked for are 10%. Activations are planned for micro-batches without padding; those with some copy a little less. ZeRO-3
+gathers weights that autograd keeps beside them."""
 
 CASES = [
     ("bfloat16", Case(window=(1, 4))),

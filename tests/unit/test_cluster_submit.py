@@ -81,6 +81,19 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(run, profile, capfd):
     assert not Path(run.run_dir).exists()
 
 
+def test_a_run_that_does_not_fit_the_profiles_gpus_is_refused(tmp_path, capsys):
+    profile = tmp_path / "small.yaml"
+    profile.write_text("gpus_per_node: 8\ngpu: a100-40gb\n", encoding="utf-8")
+    options = ["submit", "--config", "configs/8b.yaml", "--profile", str(profile), "--dry-run", "--nodes"]
+    assert main([*options, "1"]) == 2
+    error = capsys.readouterr().err
+    assert "a100-40gb has 36.0 GB" in error and error.endswith("(--gpus is --nodes × 8)\n") and error.count("\n") == 1
+    assert main([*options, "16"]) == 0
+    profile.write_text("gpus_per_node: 8\ngpu: b300\n", encoding="utf-8")
+    assert main([*options, "1"]) == 2
+    assert "h100-80gb" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("place", ["run_dir", "profile"])
 def test_a_secret_of_the_environment_is_never_written(place, run, profile, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
