@@ -243,9 +243,12 @@ def _stacks_of_silent_process(pid: int, path: Path) -> None:
         os.kill(pid, STACK_SIGNAL)
         if stopped:
             os.kill(pid, signal.SIGCONT)
-        deadline = time.monotonic() + 2.0
-        while time.monotonic() < deadline and not path.stat().st_size:
+        # Lines are written one by one: finished is what has stopped growing.
+        deadline, size, since = time.monotonic() + 2.0, 0, time.monotonic()
+        while time.monotonic() < deadline and not (size and time.monotonic() - since > 0.1):
             time.sleep(0.01)
+            if (now := path.stat().st_size) != size:
+                size, since = now, time.monotonic()
         if stopped:
             os.kill(pid, signal.SIGSTOP)
     except OSError:
