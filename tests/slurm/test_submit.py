@@ -26,7 +26,7 @@ from tests.distributed.test_checkpoint import metrics
 from tests.slurm.cluster import SlurmCluster
 
 REPOSITORY = Path(__file__).parents[2]
-START_SECONDS = 120.0
+START_SECONDS = 240.0
 STEPS = 60
 
 PROFILE = {
