@@ -36,25 +36,26 @@ def attention_bytes(sizes: Sizes) -> int:
 
 def _memory_bytes(sizes: Sizes, queries: int, keys: int) -> int:
     model, run = sizes.run.model, sizes.run
-    blocks = sizes.rows * sizes.segments
-    # Tokens come before rows in memory, so a product over [row, segment, head] copies its arguments unless two of the three are
-    # 1; and heads of a group side by side are a copy unless there is one row and one group, or one head a group.
-    copied = sum(size > 1 for size in (sizes.rows, sizes.segments, sizes.groups)) > 1
-    grouped = sizes.rows * sizes.groups > 1 if sizes.heads > sizes.groups else copied
+    rows, segments, groups = sizes.rows, sizes.segments, sizes.groups
+    # A product over [row, segment, head] copies what is no view in that order. Keys and queries lie token by token, then row by
+    # row, then head by head; values were copied row by row, so that what surrounds them can be let go.
+    keys_copied = segments > 1 and rows * groups > 1
+    values_copied = rows * segments > 1 and groups > 1
+    queries_copied = rows * groups > 1 if sizes.heads > groups else keys_copied
     total = keys  # σ(K)
-    total += keys if copied else 0  # σ(K) in σ(K)^T V
-    total += keys if copied or sizes.element < FLOAT32 else 0  # V in it
+    total += keys if keys_copied else 0  # σ(K) in σ(K)^T V
+    total += keys if values_copied or sizes.element < FLOAT32 else 0  # V in it
     total += queries  # σ(Q)
-    total += queries if grouped else 0  # σ(Q) with the heads of a group side by side
+    total += queries if queries_copied else 0  # σ(Q) with the heads of a group side by side
     total += 2 * sizes.tokens * sizes.heads  # 1 / (σ(Q) z + ε), and the same times the gate
-    states = blocks * sizes.groups * model.head_dim**2
+    states = rows * segments * groups * model.head_dim**2
     total += states + states // model.head_dim  # M and z that enter each segment
     if run.model.update_rule == "delta":
-        total += keys if copied else 0  # σ(K) in σ(K) z
+        total += keys if keys_copied else 0  # σ(K) in σ(K) z
         total += sizes.tokens * sizes.groups  # its reciprocal
         total += 2 * states  # what each segment removes, and from which M
     if sizes.cp > 1:
-        one = sizes.rows * sizes.groups * model.head_dim**2
+        one = rows * groups * model.head_dim**2
         # The maps of every process's run, and the states between them.
         total += sizes.cp * one * (3 if run.model.update_rule == "delta" else 2)
     return total * FLOAT32

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from infini_kernels import local
+from infini_kernels import MemoryState, local
 from infini_train import platform
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
@@ -60,8 +60,11 @@ class DryRun:
     gradients: int
     optimizer: int
     """Bytes."""
-    state: int
-    """Bytes of the memory that leaves the step, over the stage's layers."""
+    in_flight: int
+    """Micro-batches (and chunks) between forward and backward when most were."""
+    activations: int
+    memory_states: int
+    """Bytes that they kept."""
     peak: int
     """Bytes that were alive at most before the optimizer step."""
     messages: list[Message] = field(default_factory=list)
@@ -119,6 +122,7 @@ def _step(run: RunConfig) -> DryRun:
     from infini_train.parallel.optimizer_state import initialize_moments
     from infini_train.parallel.pipeline import SegmentPipeline
     from infini_train.planning.engine_tensors import gradient_tensors, optimizer_tensors, weight_tensors
+    from infini_train.planning.kept import KeptTensors
 
     layout = initialize_layout(run)
     rows = len(layout.rows(run.training.rows))
@@ -132,8 +136,9 @@ def _step(run: RunConfig) -> DryRun:
     pipeline = SegmentPipeline(engine, run, layout, rows)
     weights, optimizer = [*weight_tensors(engine)], [*optimizer_tensors(engine)]
     batches = [_batch(run, rows, layout.cp_size) for _ in range(run.micro_batches_per_step)]
+    kept = KeptTensors(pipeline)
     with MetaObserver([*weights, *optimizer, *gradient_tensors(engine)]) as observer:
-        _, memory = pipeline.train_step(batches, {}, loss_scale=1.0)
+        pipeline.train_step(batches, _memory(run, pipeline, rows, layout.tp_size), loss_scale=1.0)
         peak, gradients = observer.peak, tensor_bytes(gradient_tensors(engine))
         engine.step(0)
     return DryRun(
@@ -142,10 +147,21 @@ def _step(run: RunConfig) -> DryRun:
         weights=tensor_bytes(weights),
         gradients=gradients,
         optimizer=tensor_bytes(optimizer),
-        state=tensor_bytes(part for state in memory.values() for part in state),
+        in_flight=kept.most_live,
+        activations=kept.most_activations,
+        memory_states=kept.most_states,
         peak=peak,
         messages=observer.messages,
     )
+
+
+def _memory(run: RunConfig, pipeline: Any, rows: int, tensor_processes: int) -> Any:
+    """What a step before this one left."""
+    if run.model.attention != "infini":
+        return {}
+    width, groups = run.model.head_dim, run.model.num_query_groups // tensor_processes
+    layers = sorted(set().union(*pipeline.chunk_layers))
+    return {layer: MemoryState.zeros(rows, groups, width, width, device=META) for layer in layers}
 
 
 def _batch(run: RunConfig, rows: int, context_processes: int) -> Any:

@@ -41,7 +41,7 @@ class StageMemory:
     activations: int
     """Of all that are in flight."""
     memory_states: int
-    """M and z that enter the micro-batches in flight, that leave the newest, and the gradients of two micro-batches'."""
+    """M and z that enter and leave the micro-batches in flight, and their gradients in a backward."""
     backward_buffers: int
     """What a backward needs for itself at its peak: recomputed activations, logits, gradients inside a layer."""
     step_buffers: int
@@ -63,7 +63,8 @@ class StageMemory:
 
 def stage_memory(sizes: Sizes, stage: int) -> StageMemory:
     """The memory of one stage's processes."""
-    live = sizes.most_live(stage)
+    in_flight = sizes.in_flight(stage)
+    live = in_flight.micro_batches
     chunks = [activations.micro_batch_bytes(sizes, stage, chunk) for chunk in range(len(live))]
     kept = sum(number * size for number, size in zip(live, chunks, strict=True))
     states = sizes.chunk_layers * sizes.state_bytes
@@ -77,20 +78,11 @@ def stage_memory(sizes: Sizes, stage: int) -> StageMemory:
         per_micro_batch=kept // sum(live),
         in_flight=sum(live),
         activations=kept,
-        memory_states=states * (sum(live) + _states_beside(sizes, len(live))),
+        memory_states=states * in_flight.states,
         backward_buffers=max(_backward_bytes(sizes, stage, chunk) for chunk in range(len(live))),
         step_buffers=step,
         constant_buffers=rotary + bucket,
     )
-
-
-def _states_beside(sizes: Sizes, chunks: int) -> int:
-    """Memory states beside those that enter the micro-batches in flight."""
-    training = sizes.run.training
-    # Of each chunk, what left its newest micro-batch, and the newest of a window that is already being taken back.
-    leaving = chunks * (min(2, training.windows_per_step) if training.micro_batches_per_window > 1 else 1)
-    # Gradients of what leaves a micro-batch and of what entered it; a window's ends have none.
-    return leaving + min(2, training.micro_batches_per_window - 1)
 
 
 def worst_stage(sizes: Sizes) -> StageMemory:

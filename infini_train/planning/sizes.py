@@ -12,6 +12,16 @@ FLOAT32 = 4
 
 
 @dataclass(frozen=True)
+class InFlight:
+    """The most that a stage keeps at one time during a step."""
+
+    micro_batches: list[int]
+    """For each of its chunks, those between forward and backward, when they are most over all chunks."""
+    states: int
+    """Memories of one chunk's layers, with their gradients."""
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Sizes of one process of a validated run on `processes` processes."""
 
@@ -101,23 +111,27 @@ class Sizes:
         last = self.run.layout.virtual_stages - 1
         return stage == self.pp - 1 and (last if chunk is None else chunk) == last
 
-    def most_live(self, stage: int) -> list[int]:
-        """For each chunk of a stage, the micro-batches between forward and backward when the stage holds most of them.
-
-        From the schedule itself, a count at the moment just after a forward.
-        """
-        layout, training = self.run.layout, self.run.training
-        live = [0] * layout.virtual_stages
-        most = list(live)
+    def in_flight(self, stage: int) -> InFlight:
+        """What a stage keeps, counted along the schedule itself."""
+        layout, window = self.run.layout, self.run.training.micro_batches_per_window
+        live: list[set[int]] = [set() for _ in range(layout.virtual_stages)]
+        most, most_states = [0], 0
         operations = segment_schedule(
-            self.pp,
-            stage,
-            self.run.micro_batches_per_step,
-            training.micro_batches_per_window,
-            virtual_stages=layout.virtual_stages,
+            self.pp, stage, self.run.micro_batches_per_step, window, virtual_stages=layout.virtual_stages
         )
+        last = self.run.micro_batches_per_step - 1
         for operation in operations:
-            live[operation.chunk] += 1 if operation.kind == "forward" else -1
-            if sum(live) > sum(most):
-                most = list(live)
-        return most
+            index, gradients = operation.micro_batch, 0
+            if operation.kind == "forward":
+                live[operation.chunk].add(index)
+                if sum(map(len, live)) > sum(most):
+                    most = [len(each) for each in live]
+            else:
+                # Of the memory that left this micro-batch, and of what entered it: a window's ends have none.
+                gradients = (index % window != window - 1 and index != last) + (index % window != 0)
+            # What leaves one micro-batch enters the next.
+            states = sum(len(each | {number + 1 for number in each}) for each in live)
+            most_states = max(most_states, states + gradients)
+            if operation.kind == "backward":
+                live[operation.chunk].remove(index)
+        return InFlight(most, most_states)

@@ -13,9 +13,7 @@ from infini_train.planning.parameters import stage_parameters
 from infini_train.planning.sizes import Sizes
 from tests.distributed.cases import Case
 
-WITHIN = {"weights": 0.01, "gradients": 0.01, "optimizer": 0.01, "activations": 0.07, "memory_states": 0.01, "peak": 0.10}
-"""Asked for are 10%. Activations are planned for micro-batches without padding; those with some copy a little less. ZeRO-3
-gathers weights that autograd keeps beside them."""
+WITHIN = {"weights": 0.01, "gradients": 0.01, "optimizer": 0.01, "activations": 0.02, "memory_states": 0.01, "peak": 0.10}
 
 CASES = [
     ("bfloat16", Case(window=(1, 4))),
@@ -55,7 +53,10 @@ def test_plan_against_a_real_run(precision, case, pool, run_config):
         memory = stage_memory(sizes, stage)
         assert memory.in_flight == measured["in_flight"]
         for part in WITHIN.keys() - {"peak"}:
-            assert getattr(memory, part) == pytest.approx(measured[part], rel=WITHIN[part]), part
+            # ZeRO-3 gathers weights that autograd keeps beside the activations. On the host a context share of the tokens is a
+            # view of all of them.
+            within = 0.10 if case.zero == 3 else 0.03 if case.cp > 1 else WITHIN[part]
+            assert getattr(memory, part) == pytest.approx(measured[part], rel=within), part
         # DeepSpeed's bucket has one size for every model, which would hide everything else here.
         bucket = 4 * REDUCE_BUCKET if precision == "float32" and case.zero else 0
         static = memory.weights + memory.gradients + memory.optimizer + memory.memory_states + memory.constant_buffers
