@@ -76,6 +76,16 @@ def test_the_table_names_every_part(capsys):
         assert words in printed, words
 
 
+def test_the_readme_shows_what_is_printed(capsys):
+    text = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\n\$ infini-train (plan [^\n]+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for command, shown in blocks:
+        main(command.replace("configs/", f"{CONFIGS}/").split())
+        captured = capsys.readouterr()
+        assert captured.out + captured.err == shown
+
+
 def refused(capsys, *arguments: str) -> str:
     assert main(["plan", *arguments]) == 2
     captured = capsys.readouterr()
