@@ -50,8 +50,8 @@ def _head(plan: Plan) -> list[str]:
         f"FLOPs per token       {plan.flops_per_token:.4g}, forward and backward: 6 × matrix parameters, causal attention in a "
         "segment, memory",
         f"tokens                {run.tokens_per_step:,} a step × {run.training.steps:,} steps = {budget / 1e9:,.4g} billion",
-        f"micro-batches         {run.micro_batches_per_step} a step, windows of {run.training.micro_batches_per_window}; on one "
-        f"process each is {sizes.rows} rows × {run.micro_batch_tokens // sizes.cp:,} tokens",
+        f"micro-batches         {run.micro_batches_per_step} a step, windows of {run.training.micro_batches_per_window}; on "
+        f"one process each is {sizes.rows} rows × {run.micro_batch_tokens // sizes.cp:,} tokens",
     ]
 
 

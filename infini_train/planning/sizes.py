@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 from infini_train.config import RunConfig
 from infini_train.parallel.schedule import segment_schedule
@@ -15,7 +17,7 @@ FLOAT32 = 4
 class InFlight:
     """The most that a stage keeps at one time during a step."""
 
-    micro_batches: list[int]
+    micro_batches: tuple[int, ...]
     """For each of its chunks, those between forward and backward, when they are most over all chunks."""
     states: int
     """Memories of one chunk's layers, with their gradients."""
@@ -113,25 +115,38 @@ class Sizes:
 
     def in_flight(self, stage: int) -> InFlight:
         """What a stage keeps, counted along the schedule itself."""
-        layout, window = self.run.layout, self.run.training.micro_batches_per_window
-        live: list[set[int]] = [set() for _ in range(layout.virtual_stages)]
-        most, most_states = [0], 0
-        operations = segment_schedule(
-            self.pp, stage, self.run.micro_batches_per_step, window, virtual_stages=layout.virtual_stages
+        training = self.run.training
+        return _in_flight(
+            self.pp,
+            stage,
+            self.run.micro_batches_per_step,
+            training.micro_batches_per_window,
+            self.run.layout.virtual_stages,
         )
-        last = self.run.micro_batches_per_step - 1
-        for operation in operations:
-            index, gradients = operation.micro_batch, 0
-            if operation.kind == "forward":
-                live[operation.chunk].add(index)
-                if sum(map(len, live)) > sum(most):
-                    most = [len(each) for each in live]
-            else:
-                # Of the memory that left this micro-batch, and of what entered it: a window's ends have none.
-                gradients = (index % window != window - 1 and index != last) + (index % window != 0)
-            # What leaves one micro-batch enters the next.
-            states = sum(len(each | {number + 1 for number in each}) for each in live)
-            most_states = max(most_states, states + gradients)
-            if operation.kind == "backward":
-                live[operation.chunk].remove(index)
-        return InFlight(most, most_states)
+
+
+@cache
+def _in_flight(num_stages: int, stage: int, num_micro_batches: int, window: int, chunks: int) -> InFlight:
+    live = [0] * chunks
+    states: Counter[tuple[int, int]] = Counter()
+    most, most_states = list(live), 0
+    for operation in segment_schedule(num_stages, stage, num_micro_batches, window, virtual_stages=chunks):
+        index, chunk, gradients = operation.micro_batch, operation.chunk, 0
+        # What leaves one micro-batch enters the next.
+        both = (chunk, index), (chunk, index + 1)
+        if operation.kind == "forward":
+            live[chunk] += 1
+            states.update(both)
+            if sum(live) > sum(most):
+                most = list(live)
+        else:
+            # Of the memory that left this micro-batch, and of what entered it: a window's ends have none.
+            gradients = (index % window != window - 1 and index != num_micro_batches - 1) + (index % window != 0)
+        most_states = max(most_states, len(states) + gradients)
+        if operation.kind == "backward":
+            live[chunk] -= 1
+            for state in both:
+                states[state] -= 1
+                if not states[state]:
+                    del states[state]
+    return InFlight(tuple(most), most_states)
