@@ -136,15 +136,22 @@ def _backward_bytes(sizes: Sizes, stage: int, chunk: int) -> int:
         attention += FLOAT32 * (2 + 2 * delta) * (states + exchanged)
         attention += FLOAT32 * 3 * delta * tokens * sizes.groups * width
     inside = max(feed_forward, attention) + 2 * hidden_states
+    # In bfloat16 a weight's own gradient exists beside the float32 sums until it is added to them.
+    own_gradients = run.training.precision == "bfloat16"
+    inside += 2 * inner * model.hidden_size * element if own_gradients else 0
     if run.layout.sequence_parallel:
         inside += tokens * model.hidden_size * element  # gathered for a weight's gradient
     if sizes.pp > 1:
         inside += 2 * hidden_states  # the gradient that was received, and the one that is sent
     if not sizes.is_last(stage, chunk):
         return again + inside
-    # Logits, their softmax and its gradient; without chunks the softmax is kept by the forward already.
+    # A gradient as wide as the logits; a chunk also has its logits and softmax, which the forward keeps where there are no
+    # chunks.
     vocabulary = run.data.vocab_size // sizes.tp
-    pieces = FLOAT32 + element + (FLOAT32 if activations.chunks_loss(sizes) else 0)
+    pieces = element + (2 * FLOAT32 if activations.chunks_loss(sizes) else 0)
     logits = activations.loss_chunk_tokens(sizes) * vocabulary * pieces + hidden_states
-    # The loss comes first in the backward: a layer that is computed again does not exist yet.
-    return max(again + inside, logits + (again if recompute == "stage" else 0))
+    logits += vocabulary * model.hidden_size * element if own_gradients else 0
+    # The loss comes first in the backward: a layer that is computed again does not exist yet, and what the loss kept is let go
+    # before the layers.
+    freed = activations.output_bytes(sizes) if recompute == "layer" else 0
+    return max(again + inside - freed, logits + (again if recompute == "stage" else 0))
