@@ -72,6 +72,8 @@ def deepspeed_config(run: RunConfig, rows_per_process: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bfloat16, "immediate_grad_update": bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
+        # In bfloat16 DeepSpeed would round the float32 sums of each process to bfloat16 before it adds them.
+        "communication_data_type": "fp32",
         "steps_per_print": None,
     }
 

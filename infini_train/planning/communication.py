@@ -133,17 +133,18 @@ def _data(sizes: Sizes, stage: int, passes: int, micro_batches: int) -> Iterator
     if sizes.replicas == 1:
         return
     run = sizes.run
-    weights = count(stage_parameters(sizes, stage)) * sizes.element
+    numbers = count(stage_parameters(sizes, stage))
+    weights, gradients = numbers * sizes.element, numbers * FLOAT32
     zero = run.layout.zero_stage
 
-    def item(operation: Operation, what: str, messages: int) -> Traffic:
-        return Traffic("data", operation, what, messages, weights, size=sizes.replicas, stride=sizes.tp)
+    def item(operation: Operation, what: str, messages: int, size: int) -> Traffic:
+        return Traffic("data", operation, what, messages, size, size=sizes.replicas, stride=sizes.tp)
 
-    # Seen with DeepSpeed 0.19: stages 0 to 2 all-reduce, stage 2 in every backward; bfloat16 gradients travel in bfloat16.
+    # Seen with DeepSpeed 0.19: stages 0 to 2 all-reduce, stage 2 in every backward.
     if zero == 3:
-        yield item("reduce_scatter", "gradients", micro_batches)
-        yield item("all_gather", "weights", micro_batches * (1 + passes))
+        yield item("reduce_scatter", "gradients", micro_batches, gradients)
+        yield item("all_gather", "weights", micro_batches * (1 + passes), weights)
         return
-    yield item("all_reduce", "gradients", micro_batches if zero == 2 else 1)
+    yield item("all_reduce", "gradients", micro_batches if zero == 2 else 1, gradients)
     if zero:
-        yield item("all_gather", "updated weights", 1)
+        yield item("all_gather", "updated weights", 1, weights)

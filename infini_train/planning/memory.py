@@ -96,8 +96,8 @@ def _parameter_bytes(sizes: Sizes, stage: int) -> tuple[int, int, int, int, int]
     number, replicas, zero = count(shapes), sizes.replicas, sizes.run.layout.zero_stage
     share = -(-number // replicas)
     if sizes.run.training.precision == "bfloat16":
-        # Gradients travel in bfloat16, as a copy of the float32 sums.
-        return 2 * number, FLOAT32 * number, 3 * FLOAT32 * share, 2 * number, 0
+        # The float32 sums are reduced where they are.
+        return 2 * number, FLOAT32 * number, 3 * FLOAT32 * share, 0, 0
     whole, part = FLOAT32 * number, FLOAT32 * share
     optimizer = 0 if sizes.run.layout.offload_optimizer else 3 * part
     largest = max(prod(shape) for shape in shapes.values())
