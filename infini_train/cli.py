@@ -137,7 +137,9 @@ def _parse(argv: list[str]) -> Namespace:
         arguments = parser.parse_args(argv)
         return parser.instantiate_classes(arguments)
     except ArgumentError as error:
-        raise UserError(" ".join(str(error).split()) + _suggestion(str(error))) from error
+        # jsonargparse names a missing option by its place in the namespace.
+        message = re.sub(r"(required: ?|, )\w+\.(\w+)", r"\1--\2", " ".join(str(error).split()))
+        raise UserError(message + _suggestion(str(error))) from error
 
 
 def _suggestion(message: str) -> str:
@@ -258,9 +260,7 @@ def _plan(run: RunConfig, arguments: Namespace) -> int:
 def _submit(run: RunConfig, arguments: Namespace) -> int:
     from infini_train.data.dataset import check_dataset
 
-    if not arguments.dry_run:
-        check_dataset(run)
-    return cluster.run_submit(run, arguments)
+    return cluster.run_submit(run, arguments, check=lambda: check_dataset(run))
 
 
 def _status(arguments: Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 
@@ -42,7 +43,12 @@ def add_run_argument(name: str, command: ArgumentParser) -> None:
         command.add_argument("--lines", type=int, default=50, help="lines to begin with")
 
 
-def run_submit(run: RunConfig, arguments: Namespace) -> int:
+def run_submit(run: RunConfig, arguments: Namespace, check: Callable[[], None]) -> int:
+    """Submit, or print the script with --dry-run.
+
+    Args:
+        check: raises where the run cannot start; a dry run does without.
+    """
     options = SubmitOptions(
         profile=arguments.profile,
         nodes=arguments.nodes,
@@ -56,6 +62,7 @@ def run_submit(run: RunConfig, arguments: Namespace) -> int:
     if arguments.dry_run:
         print(prepared.script, end="")
         return 0
+    check()
     submission = submit(prepared, arguments.profile)
     run_dir = prepared.job.run_dir
     runs = f" for {submission.tasks} runs" if submission.tasks is not None else ""

@@ -39,6 +39,9 @@ def test_flags_are_frozen():
         (["prepare", "--data.source", "nowhere"], "nowhere"),
         (["report", "--run_dir", "nowhere"], "metrics.jsonl"),
         (["evaluate-all"], "evaluate-all"),
+        (["submit"], "required: --profile"),
+        (["plan"], "required: --gpus, --gpu"),
+        (["submit", "--profile", "no-such-cluster"], "known are a100-infiniband"),
         (["pretrain", "--layout.virtual_stage", "2"], "did you mean layout.virtual_stages?"),
     ],
 )
