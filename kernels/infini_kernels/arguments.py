@@ -130,6 +130,19 @@ def check_reset(reset: Tensor | None, batch_size: int, num_segments: int) -> Non
         )
 
 
+def check_repeats(repeats: Tensor | None, batch_size: int, num_segments: int) -> None:
+    """repeats [B, N], at least 1; values are checked where they are on the CPU."""
+    if repeats is None:
+        return
+    if list(repeats.shape) != [batch_size, num_segments]:
+        raise ValueError(
+            f"repeats has shape {list(repeats.shape)}, but {batch_size} rows of {num_segments} segments need "
+            f"{[batch_size, num_segments]}"
+        )
+    if repeats.device.type == "cpu" and bool((repeats < 1).any()):
+        raise ValueError(f"repeats holds {float(repeats.min())}, but a segment is written at least once")
+
+
 def check_lengths(lengths: Tensor | None, batch_size: int, num_tokens: int, segment_length: int) -> None:
     """lengths [B] in 0 .. T or [B, N] in 0 .. tokens of the segment.
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from infini_kernels.backward import FeatureMap, ScaledProduct, WeightedGram
+from infini_kernels.ageing import removal, repeated_removal
+from infini_kernels.backward import FeatureMap, ScaledProduct
 from infini_kernels.context_parallel import RunExchange
 from infini_kernels.memory import MemoryState
 
@@ -50,7 +51,7 @@ class SegmentMemory:
 
     sigma_k [B, N, W, G, D], zero at padding; v [B, N, W, G, Dv]; memory that enters the first segment, None for zeros;
     reset [B, N] bool, the memory is zeroed before that segment; group: processes over which the segments are spread, None if
-    they are all here.
+    they are all here; repeats [B, N], how often each segment's update counts, None for once.
     """
 
     def __init__(
@@ -62,13 +63,20 @@ class SegmentMemory:
         update_rule: str,
         eps: float,
         group: ProcessGroup | None = None,
+        repeats: Tensor | None = None,
     ) -> None:
         batch_size, num_segments, _, num_groups, key_width = sigma_k.shape
         sigma_k_t = sigma_k.permute(0, 1, 3, 4, 2)  # [B, N, G, D, W]
         self._written = sigma_k_t @ v.permute(0, 1, 3, 2, 4)  # [B, N, G, D, Dv]
-        self._written_z = sigma_k.sum(dim=2)  # [B, N, G, D]
+        once_z = sigma_k.sum(dim=2)  # [B, N, G, D]
+        self._written_z = once_z
+        if repeats is not None:
+            counts = repeats.to(once_z)[:, :, None, None]
+            self._written_z = counts * once_z
+            if update_rule == "linear":
+                self._written = counts.unsqueeze(-1) * self._written
         self._reset, self._group = reset, group
-        self._nothing_enters = memory is None and num_segments == 1 and group is None
+        self._nothing_enters = memory is None and num_segments == 1 and group is None and repeats is None
         if self._nothing_enters:
             return
         if memory is None:
@@ -80,8 +88,12 @@ class SegmentMemory:
             _, run_z = _walk(torch.zeros_like(memory.z), self._written_z, reset)
             self._exchange_z = RunExchange(kept, run_z, group)
         self._removed = None
-        if update_rule == "delta":
-            self._removed = _removal(sigma_k_t, self._carried_z[0], eps)  # M needs z here, so z is waited for
+        if update_rule == "delta":  # M needs z here, so z is waited for
+            entering_z = self._carried_z[0]
+            if repeats is None:
+                self._removed = removal(sigma_k_t, entering_z, eps)
+            else:
+                self._removed, self._written = repeated_removal(sigma_k_t, self._written, entering_z, once_z, repeats, eps)
         if group is not None:
             factor = kept.unsqueeze(2).expand(-1, -1, key_width, 1)
             if self._removed is not None:
@@ -136,12 +148,6 @@ def _transition(removed: Tensor, reset: Tensor | None) -> Tensor:
     """T of all segments together under the delta rule, [B, G, D, D]: what they do to the memory that enters the first."""
     identity = torch.eye(removed.shape[-1], dtype=removed.dtype, device=removed.device).expand_as(removed[:, 0])
     return _walk(identity, torch.zeros_like(removed), reset, removed)[1]
-
-
-def _removal(sigma_k_t: Tensor, entering_z: Tensor, eps: float) -> Tensor:
-    """I - T_s of the delta rule: σ(K)^T diag(1 / (σ(K) z_{s-1} + ε)) σ(K), [B, N, G, D, D]."""
-    scale = (entering_z.unsqueeze(-2) @ sigma_k_t + eps).reciprocal()  # [B, N, G, 1, W]
-    return WeightedGram.apply(sigma_k_t, scale)
 
 
 def read_and_mix(

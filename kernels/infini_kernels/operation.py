@@ -13,6 +13,7 @@ from infini_kernels.arguments import (
     check_heads,
     check_lengths,
     check_memory,
+    check_repeats,
     check_reset,
     check_rotary,
     check_segment_length,
@@ -39,6 +40,7 @@ def infini_attention(
     eps: float = 1e-6,
     backend: str = "auto",
     group: ProcessGroup | None = None,
+    repeats: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Local softmax attention mixed with a compressive memory of all earlier segments (arXiv 2404.07143, Eq. 3 to 10).
 
@@ -61,6 +63,8 @@ def infini_attention(
         backend: 'auto', 'reference' or 'triton'.
         group: processes over which the segments are spread: each passes a contiguous run of whole segments, in rank order, and
             the same memory; each gets the memory after the last process's run. Its gradient is the sum over the processes.
+        repeats: [B, ceil(T / segment_length)], at least 1: how often each segment is written, as if it came so many times in a
+            row ('delta' takes whole numbers, and walks more than two in runs that share a normaliser). None writes each once.
 
     Returns:
         out [B, T, H, Dv] in v's type, zero at padding, and the memory after the last segment. Gradients flow through q,
@@ -83,6 +87,7 @@ def infini_attention(
     check_rotary(rotary, q, segment_length, "segment_length")
     check_reset(reset, q.shape[0], -(-q.shape[1] // segment_length))
     check_lengths(lengths, q.shape[0], q.shape[1], segment_length)
+    check_repeats(repeats, q.shape[0], -(-q.shape[1] // segment_length))
     return infini_attention_reference(
         q,
         k,
@@ -97,4 +102,5 @@ def infini_attention(
         first_segment=first_segment,
         eps=eps,
         group=group,
+        repeats=repeats,
     )

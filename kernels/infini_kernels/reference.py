@@ -29,6 +29,7 @@ def infini_attention_reference(
     first_segment: str,
     eps: float,
     group: ProcessGroup | None = None,
+    repeats: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """`infini_attention` for arguments that have been checked."""
     dtype = memory_dtype(v.dtype)
@@ -47,7 +48,8 @@ def infini_attention_reference(
         sigma_k = feature_map(k, dtype)  # [B, T, G, D]
         if padding is not None:
             sigma_k = sigma_k.masked_fill(padding, 0)  # σ(0) is 1: a zero key would still be written
-        written = SegmentMemory(layout.fold(sigma_k), layout.fold(v.to(dtype)), memory, reset, update_rule, eps, group)
+        folded = layout.fold(sigma_k), layout.fold(v.to(dtype))
+        written = SegmentMemory(*folded, memory, reset, update_rule, eps, group, repeats)
     # Here, so that the exchange of a group that is now under way overlaps with it.
     local = segment_attention(layout.fold(q), layout.fold(k), layout.fold(v), rotary)  # [B, N, W, H, Dv]
     with full_precision(q):

@@ -1,0 +1,102 @@
+"""Memory ageing: r updates by one segment, against writing it r times."""
+
+import pytest
+import torch
+
+from infini_kernels import MemoryState, infini_attention
+
+B, N, S, H, G, D, V = 2, 3, 4, 4, 2, 6, 5
+
+
+def inputs(dtype=torch.float64, segments=N):
+    generator = torch.Generator().manual_seed(segments)
+    shapes = {"q": (B, segments * S, H, D), "k": (B, segments * S, G, D), "v": (B, segments * S, G, V), "gate": (H,)}
+    return {name: torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for name, shape in shapes.items()}
+
+
+def entering(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(7)
+    M = torch.randn(B, G, D, V, generator=generator, dtype=dtype)
+    z = torch.rand(B, G, D, generator=generator, dtype=dtype) * 20 + 5
+    return MemoryState(M.requires_grad_(), z.requires_grad_())
+
+
+def written_out(x, memory, repeats, rule):
+    """Segment by segment, each as often as `repeats` says; its output is that of the first time, which reads before it writes."""
+    outs = []
+    for segment in range(N):
+        part = {name: value[:, segment * S : (segment + 1) * S] for name, value in x.items() if name != "gate"}
+        row_states = []
+        for row in range(B):
+            one = {name: value[row : row + 1] for name, value in part.items()}
+            state = MemoryState(memory.M[row : row + 1], memory.z[row : row + 1])
+            for time in range(int(repeats[row, segment])):
+                out, state = infini_attention(**one, gate=x["gate"], memory=state, segment_length=S, update_rule=rule)
+                if time == 0:
+                    outs.append((segment, row, out))
+            row_states.append(state)
+        memory = MemoryState(*(torch.cat([getattr(state, name) for state in row_states]) for name in ("M", "z")))
+    rows = [torch.cat([out for _, r, out in sorted(outs, key=lambda o: o[:2]) if r == row], dim=1) for row in range(B)]
+    return torch.cat(rows), memory
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_up_to_two_writes_are_exact_in_output_memory_and_every_gradient(rule):
+    repeats = torch.tensor([[1, 2, 1], [2, 1, 2]])
+    results = []
+    for aged in (True, False):
+        x, memory = inputs(), entering()
+        if aged:
+            out, state = infini_attention(**x, memory=memory, segment_length=S, update_rule=rule, repeats=repeats)
+        else:
+            out, state = written_out(x, memory, repeats, rule)
+        (out.square().sum() + state.M.square().sum() + state.z.square().sum()).backward()
+        results.append([out, state.M, state.z, *(value.grad for value in x.values()), memory.M.grad, memory.z.grad])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_linear_rule_is_exact_for_any_number():
+    repeats = torch.tensor([[1, 7, 3], [40, 1, 5]])
+    x, memory = inputs(), entering()
+    out, state = infini_attention(**x, memory=memory, segment_length=S, repeats=repeats)
+    expected, expected_state = written_out(x, memory, repeats, "linear")
+    for found, wanted in ((out, expected), (state.M, expected_state.M), (state.z, expected_state.z)):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("times", [3, 7, 20, 100])
+def test_many_writes_by_the_delta_rule_come_near(times):
+    """Runs of applications share a normaliser: M is near, z is exact."""
+    repeats = torch.full((B, N), times)
+    x, memory = inputs(), entering()
+    _, state = infini_attention(**x, memory=memory, segment_length=S, update_rule="delta", repeats=repeats)
+    _, expected = written_out(x, memory, repeats, "delta")
+    torch.testing.assert_close(state.z, expected.z, rtol=1e-10, atol=1e-10)
+    error = (state.M - expected.M).norm() / expected.M.norm()
+    assert error < 0.02, error
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_once_is_the_operation_without_it(rule):
+    x = inputs(torch.float32)
+    out, state = infini_attention(**x, segment_length=S, update_rule=rule)
+    aged, aged_state = infini_attention(**x, segment_length=S, update_rule=rule, repeats=torch.ones(B, N))
+    for found, wanted in ((aged, out), (aged_state.M, state.M), (aged_state.z, state.z)):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_four_thousand_writes_into_an_empty_memory_stay_finite(rule):
+    x = inputs(torch.float32)
+    reset = torch.tensor([[True, False, True], [True, False, False]])
+    repeats = torch.tensor([[4000, 1, 4000], [1, 4000, 2]])
+    out, state = infini_attention(**x, segment_length=S, update_rule=rule, reset=reset, repeats=repeats)
+    (out.sum() + state.M.sum() / 4000).backward()
+    assert all(torch.isfinite(value).all() for value in (out, state.M, state.z, *(y.grad for y in x.values())))
+
+
+@pytest.mark.parametrize("repeats,words", [(torch.ones(B, 2), "need \\[2, 3\\]"), (torch.zeros(B, N), "at least once")])
+def test_wrong_counts_are_refused(repeats, words):
+    with pytest.raises(ValueError, match=words):
+        infini_attention(**inputs(), segment_length=S, repeats=repeats)
