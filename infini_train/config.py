@@ -132,6 +132,13 @@ class TrainingConfig:
     """With more than one process, first train a tiny model in the run's layout and compare it with one process."""
     deterministic: bool = False
     """Refuse operations whose result depends on timing (torch.use_deterministic_algorithms): equal bits on CUDA too."""
+    memory_ageing: int = 1
+    """Not in the paper: while training, a segment's update may count up to this many times, as if the segment came so often in
+    a row. Gradients then see a memory as diluted as that of a very long stream. 1 turns it off; the bound starts at 1."""
+    memory_ageing_share: float = 0.5
+    """Share of the segments whose update counts more than once; how often is log-uniform up to the bound."""
+    memory_ageing_rise: float = 0.6
+    """Share of the steps over which the bound rises, geometrically, from 1 to memory_ageing."""
     loss_chunk_tokens: int = 1024
     """Positions of a row whose logits exist at one time; larger micro-batches compute the loss chunk by chunk."""
     precision: Literal["float32", "bfloat16"] = "float32"

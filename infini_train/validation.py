@@ -42,6 +42,16 @@ def validate_model(config: RunConfig) -> None:
     _divides("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
     if model.head_dim % 2:
         raise UserError(f"model.head_dim is {model.head_dim}; rotary embedding needs an even width")
+    if training.memory_ageing < 1:
+        raise UserError(f"training.memory_ageing is {training.memory_ageing}; use 1 to turn it off")
+    if training.memory_ageing > 1 and config.model.attention != "infini":
+        raise UserError(
+            f"training.memory_ageing is {training.memory_ageing}, but model.attention {config.model.attention} has no "
+            "memory to age; set it to 1"
+        )
+    for key in ("memory_ageing_share", "memory_ageing_rise"):
+        if not 0.0 <= (value := getattr(training, key)) <= 1.0:
+            raise UserError(f"training.{key} is {value}; it is a share between 0 and 1")
     segments = training.segments_per_micro_batch * training.micro_batches_per_window
     if segments < 2:
         raise UserError(

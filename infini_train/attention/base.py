@@ -55,6 +55,7 @@ class Attention(nn.Module):
         lengths: Tensor,
         memory: LayerMemory | None,
         group: ProcessGroup | None = None,
+        repeats: Tensor | None = None,
     ) -> tuple[Tensor, LayerMemory | None]:
         """One micro-batch.
 
@@ -65,6 +66,7 @@ class Attention(nn.Module):
             reset: [B, N] bool, True where a document begins in that segment.
             lengths: [B, N] valid tokens of each segment.
             group: processes over which the segments of a micro-batch are spread in contiguous runs; None if this one has all.
+            repeats: [B, N] how often each segment's update of the memory counts; None is once.
             memory: what the layer returned for the stream's previous micro-batch; None at the stream's start.
 
         Returns:

@@ -29,6 +29,7 @@ class FullAttention(Attention):
         lengths: Tensor,
         memory: LayerMemory | None,
         group: ProcessGroup | None = None,
+        repeats: Tensor | None = None,
     ) -> tuple[Tensor, LayerMemory | None]:
         rotary = self.rotary(q.shape[1], q.device)
         out = document_attention(q, k, v, segment_length=self.model.segment_length, reset=reset, lengths=lengths, rotary=rotary)

@@ -30,6 +30,7 @@ class InfiniAttention(Attention):
         lengths: Tensor,
         memory: LayerMemory | None,
         group: ProcessGroup | None = None,
+        repeats: Tensor | None = None,
     ) -> tuple[Tensor, LayerMemory | None]:
         return infini_attention(
             q,
@@ -45,6 +46,7 @@ class InfiniAttention(Attention):
             first_segment=self.model.first_segment,
             eps=self.model.memory_eps,
             group=group,
+            repeats=repeats,
         )
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, cache: SegmentCache) -> tuple[Tensor, SegmentCache]:

@@ -22,6 +22,7 @@ class LocalAttention(Attention):
         lengths: Tensor,
         memory: LayerMemory | None,
         group: ProcessGroup | None = None,
+        repeats: Tensor | None = None,
     ) -> tuple[Tensor, LayerMemory | None]:
         rotary = self.rotary(self.model.segment_length, q.device)
         return local_attention(q, k, v, segment_length=self.model.segment_length, rotary=rotary, lengths=lengths), None

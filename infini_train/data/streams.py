@@ -24,6 +24,8 @@ class StreamBatch:
     lengths: torch.Tensor  # [B, N] int64, valid tokens of each segment, at its start
     reset: torch.Tensor  # [B, N] bool, a document begins in this segment; also true in a row that has ended
     segment_index: torch.Tensor  # [B, N] int64, number of the segment within its document
+    draws: torch.Tensor  # [B, N, 2] float64, random numbers in [0, 1) of the segment: the same in every layout
+    repeats: torch.Tensor  # [B, N] int64, how often its update of the memory counts: once, unless training says more
 
     @property
     def num_valid(self) -> int:
@@ -119,6 +121,7 @@ class StreamReader:
         lengths = np.zeros((B, N), dtype=np.int64)
         reset = np.ones((B, N), dtype=bool)
         segment_index = np.zeros((B, N), dtype=np.int64)
+        draws = np.zeros((B, N, 2))
         for b in range(B):
             filled = 0
             while filled < N and not self._ended(b):
@@ -132,6 +135,7 @@ class StreamReader:
                 lengths[place] = np.minimum(count - S * np.arange(segments), S)
                 segment_index[place] = offset // S + np.arange(segments)
                 reset[place] = segment_index[place] == 0
+                draws[place] = self._draws(b, document, offset // S, segments)
                 filled += segments
                 self._advance(b, count)
         loss_mask = np.arange(S) < lengths[:, :, None]  # [B, N, S]
@@ -142,7 +146,15 @@ class StreamReader:
             lengths=torch.from_numpy(lengths),
             reset=torch.from_numpy(reset),
             segment_index=torch.from_numpy(segment_index),
+            draws=torch.from_numpy(draws),
+            repeats=torch.ones(B, N, dtype=torch.int64),
         )
+
+    def _draws(self, b: int, document: int, first_segment: int, segments: int) -> np.ndarray:
+        """[segments, 2] random numbers of a document's segments in the row's epoch."""
+        generator = np.random.PCG64(np.random.SeedSequence([self.seed, int(self._position[b, 0]), document]))
+        generator.advance(2 * first_segment)
+        return (generator.random_raw(2 * segments) >> np.uint64(11)).reshape(segments, 2) / 2.0**53
 
     def state(self) -> torch.Tensor:
         """Where every row stands: [B, 3] int64 of epoch, index in the row's share, token offset in the document."""

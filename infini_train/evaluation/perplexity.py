@@ -79,6 +79,8 @@ def _padding(rows: int, num_segments: int, segment_length: int) -> StreamBatch:
         lengths=segments,
         reset=torch.ones_like(segments, dtype=torch.bool),
         segment_index=segments,
+        draws=torch.zeros(*segments.shape, 2, dtype=torch.float64),
+        repeats=torch.ones_like(segments),
     )
 
 

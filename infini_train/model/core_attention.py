@@ -59,6 +59,7 @@ class CoreAttention(MegatronModule):
                 lengths=micro_batch.lengths,
                 memory=micro_batch.memory_in.get(self.layer_number),
                 group=micro_batch.cp_group,
+                repeats=micro_batch.repeats,
             )
             if memory is not None:
                 micro_batch.memory_out[self.layer_number] = memory

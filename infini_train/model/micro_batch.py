@@ -27,6 +27,8 @@ class MicroBatch(PackedSeqParams):
     """[B, N] bool, True where a document begins in that segment."""
     lengths: Tensor | None = None
     """[B, N] valid tokens of each segment."""
+    repeats: Tensor | None = None
+    """[B, N] how often each segment's update of the memory counts; None is once."""
     memory_in: Memory = field(default_factory=dict)
     """Memory that enters, by layer; a missing layer starts empty."""
     memory_out: Memory = field(default_factory=dict)

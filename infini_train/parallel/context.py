@@ -21,4 +21,6 @@ def context_share(batch: StreamBatch, layout: Layout) -> StreamBatch:
         lengths=batch.lengths[:, by_segment],
         reset=batch.reset[:, by_segment],
         segment_index=batch.segment_index[:, by_segment],
+        draws=batch.draws[:, by_segment],
+        repeats=batch.repeats[:, by_segment],
     )

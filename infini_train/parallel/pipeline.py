@@ -171,7 +171,13 @@ class SegmentPipeline:
         is_last = chunk == self.last_chunk
         reset = torch.ones_like(batch.reset) if empty_memory else batch.reset
         # Lengths and resets stay on the host: the attention decides there what it can leave out.
-        micro_batch = MicroBatch(reset=reset, lengths=batch.lengths, memory_in=dict(memory), cp_group=self.context_group)
+        micro_batch = MicroBatch(
+            reset=reset,
+            lengths=batch.lengths,
+            repeats=batch.repeats if bool((batch.repeats > 1).any()) else None,
+            memory_in=dict(memory),
+            cp_group=self.context_group,
+        )
         output = self.engine.forward(
             chunk=chunk,
             hidden=hidden,

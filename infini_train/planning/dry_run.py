@@ -177,4 +177,6 @@ def _batch(run: RunConfig, rows: int, context_processes: int) -> Any:
         lengths=torch.full((rows, segments), run.model.segment_length),
         reset=torch.zeros(rows, segments, dtype=torch.bool),
         segment_index=torch.zeros(rows, segments, dtype=torch.int64),
+        draws=torch.zeros(rows, segments, 2, dtype=torch.float64),
+        repeats=torch.ones(rows, segments, dtype=torch.int64),
     )

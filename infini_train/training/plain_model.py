@@ -16,6 +16,7 @@ from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.streams import StreamBatch, StreamReader
 from infini_train.parallel.learning_rate import learning_rate_factor
+from infini_train.training.memory_ageing import memory_repeats
 
 
 def _rotary(run: RunConfig, positions: int) -> tuple[Tensor, Tensor]:
@@ -48,6 +49,7 @@ def _attention(
         lengths=batch.lengths,
         first_segment=model.first_segment,
         eps=model.memory_eps,
+        repeats=batch.repeats,
     )
 
 
@@ -115,6 +117,7 @@ def train_plainly(run: RunConfig, dataset: TokenDataset, initial: dict[str, Tens
         total = 0.0
         for window in windows:
             assert window is not None
+            window.repeats = memory_repeats(training, step, window.draws)
             memory = {layer: state.detach() for layer, state in memory.items()}
             loss = (token_losses(run, weights, window, memory) * window.loss_mask).sum() / valid
             loss.backward()

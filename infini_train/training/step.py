@@ -12,6 +12,7 @@ from infini_train.parallel.context import context_share
 from infini_train.parallel.layout import all_reduce_sum, raise_everywhere
 from infini_train.training.flops import peak_flops, training_flops_per_token
 from infini_train.training.health import memory_after_skip
+from infini_train.training.memory_ageing import memory_repeats
 from infini_train.training.setup import Parts
 from infini_train.training.signals import StopRequest
 
@@ -86,4 +87,5 @@ def _read(parts: Parts) -> tuple[list[StreamBatch], UserError | None]:
 def _next(parts: Parts) -> StreamBatch:
     batch = parts.state.reader.next(parts.run.training.segments_per_micro_batch)
     assert batch is not None, "a training stream has no end"
+    batch.repeats = memory_repeats(parts.run.training, parts.state.step, batch.draws)
     return context_share(batch, parts.layout)

@@ -25,6 +25,8 @@ class Case:
     """Segments a micro-batch, micro-batches a window."""
     recompute: str = "none"
     rule: str = "linear"
+    ageing: int = 1
+    """Bound of how often an update of the memory counts."""
     loss_chunk: int = 1024
     """Positions whose logits exist at one time."""
 
@@ -38,6 +40,7 @@ class Case:
             [f"tp{self.tp}", f"cp{self.cp}", f"pp{self.pp}", f"v{self.virtual}", f"dp{self.dp}", f"zero{self.zero}"]
             + ["sp"] * self.sequence_parallel
             + [f"{self.window[0]}x{self.window[1]}", self.recompute, self.rule]
+            + [f"ageing{self.ageing}"] * (self.ageing != 1)
             + [f"loss{self.loss_chunk}"] * (self.loss_chunk != 1024)
         )
 
@@ -60,13 +63,15 @@ class Case:
                 segments_per_micro_batch=segments,
                 micro_batches_per_window=micro_batches,
                 recompute=self.recompute,
+                memory_ageing=self.ageing,
+                memory_ageing_rise=0.0,
                 loss_chunk_tokens=self.loss_chunk,
             ),
         )
 
     def reference(self) -> Case:
         """The same run in one process."""
-        return Case(window=self.window, rule=self.rule)
+        return Case(window=self.window, rule=self.rule, ageing=self.ageing)
 
 
 VALUES = {
@@ -81,6 +86,7 @@ VALUES = {
     "recompute": ("none", "layer", "stage"),
     "rule": ("linear", "delta"),
     "loss_chunk": (1024, 13),
+    "ageing": (1, 40),
 }
 MAX_PROCESSES = 8
 

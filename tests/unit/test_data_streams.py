@@ -141,6 +141,8 @@ def test_shapes_and_types() -> None:
         "lengths": ((2, 5), torch.int64),
         "reset": ((2, 5), torch.bool),
         "segment_index": ((2, 5), torch.int64),
+        "draws": ((2, 5, 2), torch.float64),
+        "repeats": ((2, 5), torch.int64),
     }
     assert batch.num_slots == 40 and batch.num_valid == batch.loss_mask.sum()
 
@@ -255,3 +257,12 @@ def test_longest_first_reads_by_falling_length():
             lengths.append(0)
         lengths[-1] += int(batch.lengths[0, 0])
     assert lengths == sorted((length - 1 for length in LENGTHS), reverse=True)
+
+
+def test_random_numbers_belong_to_segments() -> None:
+    """What they do not depend on is seen above, like that of everything in a batch; no two segments have the same."""
+    whole = reader().next(12)
+    assert whole is not None
+    assert float(whole.draws.min()) >= 0 and float(whole.draws.max()) < 1
+    used = whole.draws[whole.lengths > 0]
+    assert len(used.unique()) == used.numel()

@@ -22,7 +22,7 @@ def entering(dtype=torch.float64):
 
 
 def written_out(x, memory, repeats, rule):
-    """Segment by segment, each as often as `repeats` says; its output is that of the first time, which reads before it writes."""
+    """Segment by segment, each as often as `repeats` says; its output is that of the first time."""
     outs = []
     for segment in range(N):
         part = {name: value[:, segment * S : (segment + 1) * S] for name, value in x.items() if name != "gate"}
