@@ -15,10 +15,13 @@ from tests.distributed.assemble import global_memory, global_weights
 STEPS = 4
 
 
-@pytest.mark.parametrize("rule,first_segment", [("linear", "paper"), ("delta", "local_only")])
-def test_a_run_equals_plain_torch(rule, first_segment, pool, run_config):
+@pytest.mark.parametrize(
+    "rule,first_segment,ageing", [("linear", "paper", 1), ("linear", "paper", 40), ("delta", "local_only", 40)]
+)
+def test_a_run_equals_plain_torch(rule, first_segment, ageing, pool, run_config):
     model = replace(run_config.model, update_rule=rule, first_segment=first_segment, initial_gate=0.3)
-    run = replace(run_config, model=model)
+    training = replace(run_config.training, memory_ageing=ageing, memory_ageing_rise=0.0)
+    run = replace(run_config, model=model, training=training)
     results = pool(1).run("tests.distributed.jobs", "train", run, STEPS)
     dataset = TokenDataset(Path(run.data.path), "train")
     expected = train_plainly(run, dataset, global_weights(results, "initial"), STEPS)
