@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from infini_train.cluster import command as cluster
-from infini_train.config import RunConfig
+from infini_train.config import TASK_KINDS, RunConfig
 from infini_train.errors import UserError
 from infini_train.planning import command as planning
 from infini_train.validation import validate
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         that stopped itself because training is unhealthy, printed in one line.
     """
     try:
-        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        arguments = _parse(_spelled_out(sys.argv[1:] if argv is None else argv))
         section = arguments[arguments.command]
         if arguments.command in WITHOUT_CONFIG:
             look: Callable[[Namespace], int] = globals()[f"_{arguments.command}"]
@@ -126,6 +126,19 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("infini-train: interrupted", file=sys.stderr)
         return 130
+
+
+def _spelled_out(argv: list[str]) -> list[str]:
+    """`--task passkey` is short for `--task.kind passkey`; a file or a mapping after --task stays what it is."""
+    kinds = "|".join(TASK_KINDS)
+    spelled: list[str] = []
+    for word in argv:
+        if re.fullmatch(rf"--task=({kinds})", word):
+            word = word.replace("--task", "--task.kind", 1)
+        elif spelled[-1:] == ["--task"] and re.fullmatch(kinds, word):
+            spelled[-1] = "--task.kind"
+        spelled.append(word)
+    return spelled
 
 
 def _parse(argv: list[str]) -> Namespace:
@@ -174,9 +187,10 @@ def _check(run: RunConfig) -> None:
 
 def _prepare(run: RunConfig, arguments: Namespace) -> int:
     from infini_train.data.prepare import prepare
-    from infini_train.validation import validate_data
+    from infini_train.validation import validate_data, validate_task
 
     validate_data(run)
+    validate_task(run)
     prepare(run, overwrite=arguments.overwrite)
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import yaml
 
@@ -76,6 +76,57 @@ class DataConfig:
     its documents out, in every process alike. Held-out shards are always fatal: a part of them measures something else."""
     verify_checksums: bool = True
     """Read every shard once at the start, divided among the processes, and compare its checksum; false compares sizes only."""
+
+
+TaskKind = Literal["passkey", "multi_key", "multi_value", "associative_recall", "babi"]
+TASK_KINDS: tuple[str, ...] = get_args(TaskKind)
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """A retrieval task: a fact somewhere in a long text, asked at its end. Its data, and what `evaluate passkey` measures."""
+
+    kind: TaskKind | None = None
+    """null: `prepare` makes shards of data.source's text. passkey: one number, as in the paper; multi_key: numbers with names,
+    one asked; multi_value: several numbers, all asked; associative_recall: pairs of words, one asked; babi: persons move
+    between places, the last place of one is asked. `evaluate passkey` reads null as passkey. `--task KIND` is short for it."""
+    keys: int = 1
+    """Facts in a text: numbers, pairs or moves; passkey has 1."""
+    digits: int = 5
+    """Digits of a number, each a token."""
+    filler: Literal["repeated", "text"] = "repeated"
+    """What stands around the facts. repeated: the paper's sentences (The grass is green. ...); text: documents of data.source,
+    the training split's in training data and the held-out split's elsewhere."""
+    samples: int = 4000
+    """Texts in the training split, each a document."""
+    held_out_samples: int = 64
+    """Texts in the held-out split."""
+    min_tokens: int = 256
+    """Shortest text of both splits, in tokens from the begin token to the answer's last."""
+    max_tokens: int = 512
+    """Longest text of both splits."""
+    length_distribution: Literal["uniform", "log_uniform"] = "uniform"
+    """Distribution of lengths between the two; log_uniform makes as many of 256 to 512 tokens as of 512 to 1,024."""
+    late_share: float = 0.15
+    """Share of the texts whose fact is in the last 15% of the filler; the rest is uniform over all of it."""
+    border_share: float = 0.15
+    """Share of the texts whose fact is in the last three segments before the question, half of them across a border between
+    two segments."""
+    answer_weight: float = 1.0
+    """Weight of an answer's tokens in the loss, which is Σ w·loss / Σ w."""
+    other_weight: float = 0.2
+    """Weight of all other tokens; positive, because a step may hold no answer."""
+    seed: int = 0
+    """Fixes the samples. Training, held-out and evaluation samples have different seeds under the same number."""
+    lengths: list[int] = field(default_factory=lambda: [512, 2048, 8192, 32768, 131072])
+    """Lengths that `evaluate passkey` measures, in tokens from the begin token to the answer's last; a million and more are
+    streamed."""
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    """Depths that it measures: 0 puts the fact at the start, 1 right before the question."""
+    samples_per_cell: int = 20
+    """Texts for each pair of length and depth."""
+    rows: int = 20
+    """Texts that it reads side by side."""
 
 
 @dataclass(kw_only=True)
@@ -249,6 +300,7 @@ class RunConfig:
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, report.html."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

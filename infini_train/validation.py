@@ -10,6 +10,9 @@ from urllib.parse import urlsplit
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
 
+MOST_KEYS = {"passkey": 1, "multi_key": 109, "associative_recall": 54}
+"""Facts that a text of a task can have; a test compares them with the words at hand."""
+
 
 def _positive(section: str, config: Any, names: str) -> None:
     for name in names.split():
@@ -195,6 +198,38 @@ def validate_data(config: RunConfig) -> None:
         _positive("data", data, "max_text_mb")
 
 
+def validate_task(config: RunConfig) -> None:
+    """Refuse impossible values of the task section.
+
+    Raises:
+        UserError: naming the key, its value and the remedy.
+    """
+    task = config.task
+    _positive(
+        "task",
+        task,
+        "keys digits samples held_out_samples min_tokens answer_weight other_weight samples_per_cell rows",
+    )
+    most = MOST_KEYS.get(task.kind or "passkey")
+    if most is not None and task.keys > most:
+        raise UserError(f"task.keys is {task.keys} with task.kind {task.kind or 'passkey'}, which has at most {most}")
+    if task.max_tokens < task.min_tokens:
+        raise UserError(f"task.max_tokens is {task.max_tokens}, less than task.min_tokens {task.min_tokens}; exchange them")
+    for name in ("late_share", "border_share"):
+        if not 0 <= getattr(task, name) <= 1:
+            raise UserError(f"task.{name} is {getattr(task, name)}; it must lie between 0 and 1")
+    if task.late_share + task.border_share > 1:
+        raise UserError(
+            f"task.late_share {task.late_share} + task.border_share {task.border_share} is more than 1; lower one of them"
+        )
+    if task.seed < 0:
+        raise UserError(f"task.seed is {task.seed}; use 0 or a positive number")
+    if not task.lengths or min(task.lengths) < 1:
+        raise UserError(f"task.lengths is {task.lengths}; give one or more positive numbers of tokens")
+    if not task.depths or not all(0 <= depth <= 1 for depth in task.depths):
+        raise UserError(f"task.depths is {task.depths}; give one or more numbers between 0 and 1")
+
+
 def validate(config: RunConfig, world_size: int) -> None:
     """Refuse a run that cannot work, before a process group or a GPU is touched.
 
@@ -203,5 +238,6 @@ def validate(config: RunConfig, world_size: int) -> None:
     """
     validate_model(config)
     validate_data(config)
+    validate_task(config)
     validate_optimizer(config)
     validate_layout(config, world_size)

@@ -32,10 +32,13 @@ class TokenDataset:
         available: [num_documents] bool, whether the document can be read.
         vocab_size: token ids are below it.
         tokenizer_fingerprint: SHA-256 of the tokenizer that made the tokens.
+        weighted: whether its tokens have loss weights of their own; otherwise each counts 1.
 
     Raises:
         UserError: if dataset.json, the index or a shard is missing, damaged or of another size than recorded.
     """
+
+    weighted = False
 
     def __init__(self, path: Path, split: str, bad_shards: frozenset[str] = frozenset()) -> None:
         self.path = Path(path)
@@ -51,7 +54,9 @@ class TokenDataset:
         for shard in facts.shards:
             if shard.file not in bad_shards and (damage := shard_damage(self.path, shard, checksum=False)) is not None:
                 raise UserError(f"{damage}; {REMEDY}")
-        self._shard, self._offset, self.document_lengths = self._load_index(facts)
+        self.weighted = manifest.weight_levels is not None
+        self._weight_levels = np.array(manifest.weight_levels or [1.0], dtype=np.float32)
+        self._shard, self._offset, self.document_lengths, self._weight_offset = self._load_index(facts)
         self.available = ~np.array([shard.file in bad_shards for shard in facts.shards])[self._shard]
         self._open: OrderedDict[int, int] = OrderedDict()
 
@@ -69,20 +74,37 @@ class TokenDataset:
             IndexError: if the document does not have these tokens.
             UserError: if the shard holds something else than tokens there.
         """
+        tokens = self._read(document, start, count, self._offset, self._token_type, self.vocab_size)
+        return tokens.astype(np.int64)
+
+    def read_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        """Loss weights of tokens start .. start + count - 1 of a document of a `weighted` split: what predicting each counts.
+
+        Returns:
+            [count] float32.
+
+        Raises:
+            IndexError, UserError: as for `read`.
+        """
+        levels = self._read(document, start, count, self._weight_offset, np.dtype(np.uint8), len(self._weight_levels))
+        return self._weight_levels[levels]
+
+    def _read(self, document: int, start: int, count: int, offset: np.ndarray, kind: np.dtype, limit: int) -> np.ndarray:
+        """Numbers below `limit`, one a token, of a document whose first is `offset` bytes into its shard."""
         if not 0 <= document < self.num_documents:
             raise IndexError(f"document is {document}; the {self.split} split has {self.num_documents}")
         length = int(self.document_lengths[document])
         if start < 0 or count < 0 or start + count > length:
             raise IndexError(f"tokens {start} to {start + count} of document {document}, which has {length}")
-        shard, width = int(self._shard[document]), self._token_type.itemsize
+        shard, width = int(self._shard[document]), kind.itemsize
         try:
-            data = _read_fully(self._descriptor(shard), count * width, int(self._offset[document]) + start * width)
+            data = _read_fully(self._descriptor(shard), count * width, int(offset[document]) + start * width)
         except OSError as error:
             raise UserError(f"{self._files[shard]} cannot be read ({error.strerror}); {REMEDY}") from error
-        tokens = np.frombuffer(data, dtype=self._token_type).astype(np.int64)
-        if len(tokens) != count or (count and tokens.max() >= self.vocab_size):
+        numbers = np.frombuffer(data, dtype=kind)
+        if len(numbers) != count or (count and numbers.max() >= limit):
             raise UserError(f"{self._files[shard]} is damaged in document {document}; {REMEDY}")
-        return tokens
+        return numbers
 
     def close(self) -> None:
         """Close the shards; a later read opens them again."""
@@ -106,23 +128,25 @@ class TokenDataset:
             raise UserError(f"{self._files[shard]} cannot be opened ({error.strerror}); {REMEDY}") from error
         return self._open[shard]
 
-    def _load_index(self, facts: SplitFacts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _load_index(self, facts: SplitFacts) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         path = self.path / index_file(self.split)
         try:
             with np.load(path) as index:
                 shard, offset, tokens = index["shard"], index["offset"], index["tokens"]
+                weight_offset = index["weight_offset"] if self.weighted else np.zeros_like(offset)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} is missing or damaged ({error}); {REMEDY}") from error
         sizes = np.array([entry.bytes for entry in facts.shards])
         fits = (
-            len(shard) == len(offset) == len(tokens) == facts.documents
+            len(shard) == len(offset) == len(tokens) == len(weight_offset) == facts.documents
             and int(tokens.sum()) == facts.tokens
             and shard.max(initial=-1) < len(sizes)
             and bool((offset + tokens * self._token_type.itemsize <= sizes[shard]).all())
+            and (not self.weighted or bool((weight_offset + tokens <= sizes[shard]).all()))
         )
         if not fits:
             raise UserError(f"{path} does not belong to dataset.json; {REMEDY}")
-        return shard, offset, tokens.astype(np.int64)
+        return shard, offset, tokens.astype(np.int64), weight_offset
 
 
 def _read_fully(descriptor: int, size: int, offset: int) -> bytes:

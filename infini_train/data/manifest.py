@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from infini_train.errors import UserError
 
@@ -13,6 +14,8 @@ FORMAT_VERSION = 2
 SPLITS = ("train", "held_out")
 MANIFEST_FILE = "dataset.json"
 TOKENIZER_FILE = "tokenizer.model"
+WEIGHT_MEMBER = "weights.u8"
+"""Extension of the tar member that holds a document's loss weights, where there are some."""
 REMEDY = "run `infini-train prepare --config FILE --overwrite` again"
 
 
@@ -22,7 +25,8 @@ def token_format(vocab_size: int) -> tuple[str, str]:
 
 
 def index_file(split: str) -> str:
-    """Name of a split's index: arrays `shard`, `offset` (bytes into the tar) and `tokens`, one entry per document."""
+    """Name of a split's index: arrays `shard`, `offset` (bytes into the tar) and `tokens`, one entry per document; with loss
+    weights `weight_offset` too."""
     return f"{split}.index.npz"
 
 
@@ -64,9 +68,15 @@ class Manifest:
     """Extension of the tar member that holds a document's tokens: u16 or u32."""
     splits: dict[str, SplitFacts]
     format_version: int = FORMAT_VERSION
+    weight_levels: list[float] | None = None
+    """Loss weights, float32. A document then has a member of type u8 beside its tokens: for each token the number in this list
+    of the weight with which predicting it counts. Without it every token counts 1."""
+    task: dict[str, Any] | None = None
+    """The task section of the configuration, if a task's generator made the documents."""
 
     def save(self, folder: Path) -> None:
-        (folder / MANIFEST_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        record = {key: value for key, value in asdict(self).items() if value is not None}
+        (folder / MANIFEST_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -1,12 +1,13 @@
-"""The `prepare` command: text becomes a tokenizer, shards and an index, once."""
+"""The `prepare` command: text or the samples of a task become a tokenizer, shards and an index, once."""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,11 @@ from infini_train.data.dataset import TokenDataset
 from infini_train.data.documents import Document, DocumentSource
 from infini_train.data.manifest import SPLITS, TOKENIZER_FILE, load_manifest
 from infini_train.data.shards import write_shards
+from infini_train.data.task_data import make_filler, split_samples, task_texts, write_task_shards
 from infini_train.data.tokenizer import Tokenizer, train_tokenizer
 from infini_train.errors import UserError
-from infini_train.validation import validate_data, validate_model
+from infini_train.tasks import Sample
+from infini_train.validation import validate_data, validate_model, validate_task
 
 
 @dataclass
@@ -80,6 +83,8 @@ class PrepareSummary:
 def prepare(config: RunConfig, overwrite: bool = False) -> PrepareSummary:
     """Make the folder `data.path`: tokenizer.model, shards, indexes and dataset.json; print what it holds.
 
+    The shards hold the text of data.source or, with task.kind, samples of that task.
+
     The folder appears when everything is written; a run that fails leaves what was there. Progress goes to stderr, the
     summary to stdout.
 
@@ -91,28 +96,40 @@ def prepare(config: RunConfig, overwrite: bool = False) -> PrepareSummary:
     """
     validate_model(config)
     validate_data(config)
+    validate_task(config)
     data, target = config.data, Path(config.data.path)
     source = DocumentSource(data.source, data.text_key, data.max_text_mb)
     given = None if data.tokenizer is None else _given_tokenizer(Path(data.tokenizer), data.vocab_size)
     console = Console(file=sys.stderr)
-    if source.is_standard_library:
+    # The paper's filler needs no text.
+    reads_source = config.task.kind is None or config.task.filler == "text"
+    if source.is_standard_library and reads_source:
         console.print("Corpus: the source files of Python's standard library (data.source is stdlib)")
     try:
         with atomic_folder(target, overwrite) as folder, _progress(console) as progress:
             model = folder / TOKENIZER_FILE
             if given is None:
-                texts = (document.text for document in _watched(source, progress, "Training the tokenizer"))
+                texts: Iterable[str] = []
+                if reads_source:
+                    texts = (document.text for document in _watched(source, progress, "Training the tokenizer"))
+                if config.task.kind is not None:
+                    texts = chain(texts, task_texts(config.task))
                 train_tokenizer(texts, model, data.vocab_size)
             else:
                 shutil.copyfile(given.path, model)
-            write_shards(
-                _watched(source, progress, "Writing shards"),
-                Tokenizer(model),
-                folder,
-                source=data.source,
-                held_out_fraction=data.held_out_fraction,
-                shard_size_mb=data.shard_size_mb,
-            )
+            tokenizer = Tokenizer(model)
+            if config.task.kind is not None:
+                samples = _samples(config, tokenizer, progress)
+                write_task_shards(samples, config, tokenizer, folder, data.source if reads_source else "repeated")
+            else:
+                write_shards(
+                    _watched(source, progress, "Writing shards"),
+                    tokenizer,
+                    folder,
+                    source=data.source,
+                    held_out_fraction=data.held_out_fraction,
+                    shard_size_mb=data.shard_size_mb,
+                )
     except OSError as error:
         raise UserError(
             f"data.path {target} cannot be written ({error.strerror or error}); free space or choose another path"
@@ -120,6 +137,19 @@ def prepare(config: RunConfig, overwrite: bool = False) -> PrepareSummary:
     summary = _summary(target, config.model.segment_length, source)
     print(summary)
     return summary
+
+
+def _samples(config: RunConfig, tokenizer: Tokenizer, progress: Progress) -> Iterator[tuple[str, Sample]]:
+    """(split, sample) of a task, while a progress line follows them."""
+    total = config.task.samples + config.task.held_out_samples
+    line = progress.add_task("Writing samples", total=total, documents=0)
+    done = 0
+    for split in SPLITS:
+        filler = make_filler(config, tokenizer, held_out=split == "held_out")
+        for sample in split_samples(config, tokenizer, split, filler):
+            yield split, sample
+            done += 1
+            progress.update(line, completed=done, documents=done)
 
 
 def _given_tokenizer(path: Path, vocab_size: int) -> Tokenizer:

@@ -14,7 +14,16 @@ import numpy as np
 import webdataset
 
 from infini_train.data.documents import Document
-from infini_train.data.manifest import SPLITS, Manifest, Shard, SplitFacts, file_digest, index_file, token_format
+from infini_train.data.manifest import (
+    SPLITS,
+    WEIGHT_MEMBER,
+    Manifest,
+    Shard,
+    SplitFacts,
+    file_digest,
+    index_file,
+    token_format,
+)
 from infini_train.data.tokenizer import Tokenizer, usable_cores
 from infini_train.errors import UserError
 
@@ -50,7 +59,7 @@ def write_shards(
         UserError: if a split would be empty; names the fraction that would fill it.
     """
     token_type, member = token_format(tokenizer.vocab_size)
-    writers = {split: _SplitWriter(folder, split, int(shard_size_mb * 1e6), member) for split in SPLITS}
+    writers = {split: SplitWriter(folder, split, int(shard_size_mb * 1e6), member) for split in SPLITS}
     lowest, highest, number = 1.0, 0.0, 0
     try:
         for document, ids in _tokenised(documents, tokenizer):
@@ -62,6 +71,20 @@ def write_shards(
         for writer in writers.values():
             writer.close()
     _check_both_filled(lowest, highest, number, held_out_fraction)
+    return finish_shards(folder, tokenizer, source, writers)
+
+
+def finish_shards(
+    folder: Path,
+    tokenizer: Tokenizer,
+    source: str,
+    writers: dict[str, SplitWriter],
+    *,
+    weight_levels: list[float] | None = None,
+    task: dict[str, Any] | None = None,
+) -> Manifest:
+    """Write the indexes and `dataset.json` of closed writers, one per split."""
+    token_type, member = token_format(tokenizer.vocab_size)
     manifest = Manifest(
         source=source,
         tokenizer_fingerprint=tokenizer.fingerprint,
@@ -71,9 +94,11 @@ def write_shards(
         token_type=token_type,
         token_member=member,
         splits={split: writer.facts() for split, writer in writers.items()},
+        weight_levels=weight_levels,
+        task=task,
     )
     for split, facts in manifest.splits.items():
-        _write_index(folder, split, facts, member, np.dtype(token_type).itemsize)
+        _write_index(folder, split, facts, member, np.dtype(token_type).itemsize, weighted=weight_levels is not None)
     manifest.save(folder)
     return manifest
 
@@ -130,7 +155,7 @@ def _short_number(lowest: float, highest: float, from_below: bool) -> str:
 
 
 @dataclass
-class _SplitWriter:
+class SplitWriter:
     """Writes one split, a shard at a time."""
 
     folder: Path
@@ -144,14 +169,21 @@ class _SplitWriter:
     _size: int = 0
     _writer: Any = None
 
-    def write(self, document: Document, tokens: np.ndarray) -> None:
-        record = {"source": document.name, "characters": len(document.text), "tokens": len(tokens)}
+    def write(self, document: Document, tokens: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """Append a document.
+
+        Args:
+            tokens: [n], in the split's token type.
+            weights: [n] uint8, numbers of loss weights.
+        """
+        record: dict[str, Any] = {"source": document.name, "characters": len(document.text), "tokens": len(tokens)}
         # A generous bound for the json member and both headers; the exact size decides nothing.
-        size = tokens.nbytes + 8 * TAR_BLOCK
+        size = tokens.nbytes + (0 if weights is None else weights.nbytes) + 8 * TAR_BLOCK
         if self._writer is None or (self._size > TAR_END and self._size + size > self.max_bytes):
             self._next_shard()
         # The key is unique in the split, so that shards can be mixed or joined.
-        self._writer.write({"__key__": f"{self.documents:010d}", self.member: tokens.tobytes(), "json": record})
+        members = {"__key__": f"{self.documents:010d}", self.member: tokens.tobytes(), "json": record}
+        self._writer.write(members if weights is None else members | {WEIGHT_MEMBER: weights.tobytes()})
         self._size += size
         self.documents += 1
         self.tokens += len(tokens)
@@ -176,9 +208,9 @@ class _SplitWriter:
         return SplitFacts(self.documents, self.tokens, self.characters, shards)
 
 
-def _write_index(folder: Path, split: str, facts: SplitFacts, member: str, token_bytes: int) -> None:
-    """Where each document's tokens lie, read from the finished tars, so the index says what is on disk."""
-    shard, offset, tokens = [], [], []
+def _write_index(folder: Path, split: str, facts: SplitFacts, member: str, token_bytes: int, *, weighted: bool = False) -> None:
+    """Where each document's tokens and weights lie, read from the finished tars, so the index says what is on disk."""
+    shard, offset, tokens, weight_offset = [], [], [], []
     for number, entry in enumerate(facts.shards):
         with tarfile.open(folder / entry.file) as tar:
             for item in tar:
@@ -186,10 +218,13 @@ def _write_index(folder: Path, split: str, facts: SplitFacts, member: str, token
                     shard.append(number)
                     offset.append(item.offset_data)
                     tokens.append(item.size // token_bytes)
+                elif item.name.endswith("." + WEIGHT_MEMBER):
+                    weight_offset.append(item.offset_data)
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would remember every member
     np.savez(
         folder / index_file(split),
         shard=np.array(shard, dtype=np.int32),
         offset=np.array(offset, dtype=np.int64),
         tokens=np.array(tokens, dtype=np.int64),
+        **({"weight_offset": np.array(weight_offset, dtype=np.int64)} if weighted else {}),
     )

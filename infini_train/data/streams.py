@@ -20,7 +20,7 @@ class StreamBatch:
 
     tokens: torch.Tensor  # [B, T] int64
     targets: torch.Tensor  # [B, T] int64, the token after each
-    loss_mask: torch.Tensor  # [B, T] float32, 1 where there is a target
+    loss_mask: torch.Tensor  # [B, T] float32, 0 where there is no target, otherwise the target's weight: 1 in ordinary data
     lengths: torch.Tensor  # [B, N] int64, valid tokens of each segment, at its start
     reset: torch.Tensor  # [B, N] bool, a document begins in this segment; also true in a row that has ended
     segment_index: torch.Tensor  # [B, N] int64, number of the segment within its document
@@ -31,6 +31,11 @@ class StreamBatch:
     def num_valid(self) -> int:
         """Positions with a target."""
         return int(self.lengths.sum())
+
+    @property
+    def loss_weight(self) -> float:
+        """Σ w over the targets; num_valid in ordinary data."""
+        return float(self.loss_mask.sum(dtype=torch.float64))
 
     @property
     def num_slots(self) -> int:
@@ -118,6 +123,7 @@ class StreamReader:
         B, N, S = len(self.rows), num_segments, self.segment_length
         tokens = np.zeros((B, N * S), dtype=np.int64)
         targets = np.zeros((B, N * S), dtype=np.int64)
+        weights = np.ones((B, N * S), dtype=np.float32)
         lengths = np.zeros((B, N), dtype=np.int64)
         reset = np.ones((B, N), dtype=bool)
         segment_index = np.zeros((B, N), dtype=np.int64)
@@ -131,6 +137,8 @@ class StreamReader:
                 ids = self.dataset.read(document, offset, count + 1)
                 tokens[b, filled * S : filled * S + count] = ids[:-1]
                 targets[b, filled * S : filled * S + count] = ids[1:]
+                if self.dataset.weighted:
+                    weights[b, filled * S : filled * S + count] = self.dataset.read_weights(document, offset + 1, count)
                 place = np.s_[b, filled : filled + segments]
                 lengths[place] = np.minimum(count - S * np.arange(segments), S)
                 segment_index[place] = offset // S + np.arange(segments)
@@ -138,11 +146,11 @@ class StreamReader:
                 draws[place] = self._draws(b, document, offset // S, segments)
                 filled += segments
                 self._advance(b, count)
-        loss_mask = np.arange(S) < lengths[:, :, None]  # [B, N, S]
+        has_target = np.arange(S) < lengths[:, :, None]  # [B, N, S]
         return StreamBatch(
             tokens=torch.from_numpy(tokens),
             targets=torch.from_numpy(targets),
-            loss_mask=torch.from_numpy(loss_mask.reshape(B, N * S).astype(np.float32)),
+            loss_mask=torch.from_numpy(has_target.reshape(B, N * S).astype(np.float32) * weights),
             lengths=torch.from_numpy(lengths),
             reset=torch.from_numpy(reset),
             segment_index=torch.from_numpy(segment_index),

@@ -117,7 +117,7 @@ def _by_position(with_memory: HeldOutLoss, emptied: HeldOutLoss | None) -> list[
     rows = []
     for first, last in position_bins(with_memory):
         part = slice(first, last + 1)
-        tokens = with_memory.tokens[part].sum()
+        tokens, weight = with_memory.tokens[part].sum(), with_memory.weights[part].sum()
         if tokens == 0:
             continue
         rows.append(
@@ -125,8 +125,8 @@ def _by_position(with_memory: HeldOutLoss, emptied: HeldOutLoss | None) -> list[
                 "first_segment": first,
                 "last_segment": last,
                 "tokens": int(tokens),
-                "loss": float(with_memory.loss_sum[part].sum() / tokens),
-                "loss_memory_emptied": None if emptied is None else float(emptied.loss_sum[part].sum() / tokens),
+                "loss": float(with_memory.loss_sum[part].sum() / weight),
+                "loss_memory_emptied": None if emptied is None else float(emptied.loss_sum[part].sum() / weight),
             }
         )
     return rows

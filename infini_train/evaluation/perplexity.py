@@ -25,15 +25,19 @@ MAX_POSITIONS = 4096
 
 @dataclass
 class HeldOutLoss:
-    """Summed loss and tokens by segment number in the document, over all processes."""
+    """By segment number in the document, over all processes: token losses summed by weight, the weights, and tokens.
+
+    In ordinary data every weight is 1.
+    """
 
     loss_sum: np.ndarray
+    weights: np.ndarray
     tokens: np.ndarray
 
     @property
     def loss(self) -> float:
         """Nats per token."""
-        return float(self.loss_sum.sum() / max(1.0, self.tokens.sum()))
+        return float(self.loss_sum.sum() / (self.weights.sum() or 1.0))
 
 
 def _batches(run: RunConfig, layout: Layout, dataset: TokenDataset, limit: int | None) -> Iterator[StreamBatch]:
@@ -102,6 +106,7 @@ def held_out_loss(
     """
     dataset = TokenDataset(Path(run.data.path), "held_out")
     loss_sum = torch.zeros(MAX_POSITIONS, dtype=torch.float64)
+    weights = torch.zeros(MAX_POSITIONS, dtype=torch.float64)
     tokens = torch.zeros(MAX_POSITIONS, dtype=torch.float64)
 
     def add(batch: StreamBatch, losses: Tensor) -> None:
@@ -110,27 +115,29 @@ def held_out_loss(
         positions = batch.segment_index.clamp(max=MAX_POSITIONS - 1).repeat_interleave(run.model.segment_length, dim=1)
         mask = batch.loss_mask.double()
         loss_sum.index_add_(0, positions.flatten(), (losses.cpu().double() * mask).flatten())
-        tokens.index_add_(0, positions.flatten(), mask.flatten())
+        weights.index_add_(0, positions.flatten(), mask.flatten())
+        tokens.index_add_(0, positions.flatten(), (mask > 0).double().flatten())
 
     memory: Memory = {}
     for count, batch in enumerate(_batches(run, layout, dataset, limit), start=1):
         memory = pipeline.evaluate([batch], memory, add, empty_memory=empty_memory)
         if on_batch is not None:
             on_batch(count)
-    total = all_reduce_sum([*loss_sum.tolist(), *tokens.tolist()])
-    return HeldOutLoss(np.array(total[:MAX_POSITIONS]), np.array(total[MAX_POSITIONS:]))
+    total = np.array(all_reduce_sum([*loss_sum.tolist(), *weights.tolist(), *tokens.tolist()]))
+    return HeldOutLoss(*total.reshape(3, MAX_POSITIONS))
 
 
 def unigram_entropy(dataset: TokenDataset) -> float:
     """Entropy of the token frequencies of a split, in nats per token: what a model without any context reaches at best.
 
-    Counts targets: every token of a document but its first.
+    Counts targets, by their loss weights: every token of a document but its first.
     """
-    counts = np.zeros(dataset.vocab_size, dtype=np.int64)
+    counts = np.zeros(dataset.vocab_size)
     for document, length in enumerate(dataset.document_lengths):
         for start in range(1, int(length), 1 << 20):
             part = dataset.read(document, start, min(1 << 20, int(length) - start))
-            counts += np.bincount(part, minlength=dataset.vocab_size)
+            weights = dataset.read_weights(document, start, len(part)) if dataset.weighted else None
+            counts += np.bincount(part, weights=weights, minlength=dataset.vocab_size)
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 

@@ -74,8 +74,8 @@ class SegmentPipeline:
             loss_scale: factor on the summed token losses before back-propagation.
 
         Returns:
-            Summed loss over the valid tokens of this process's rows in nats (0 before the last stage), and the memory that
-            leaves.
+            Loss summed over the tokens of this process's rows by their weights, in nats (0 before the last stage), and the
+            memory that leaves.
         """
         window = self.run.training.micro_batches_per_window
         recompute = self.run.training.recompute == "stage"
@@ -167,7 +167,7 @@ class SegmentPipeline:
     def _forward(
         self, batch: StreamBatch, chunk: int, hidden: Tensor | None, memory: Memory, *, empty_memory: bool = False
     ) -> tuple[Tensor, Memory, Tensor]:
-        """Output of a chunk (token losses [B, T] of the last), memory that leaves, and the summed loss of valid tokens."""
+        """Output of a chunk (token losses [B, T] of the last), memory that leaves, and the weighted sum of token losses."""
         is_last = chunk == self.last_chunk
         reset = torch.ones_like(batch.reset) if empty_memory else batch.reset
         # Lengths and resets stay on the host: the attention decides there what it can leave out.

@@ -113,13 +113,13 @@ def train_plainly(run: RunConfig, dataset: TokenDataset, initial: dict[str, Tens
     segments = training.segments_per_micro_batch * training.micro_batches_per_window // parts
     for step in range(steps):
         windows = [reader.next(segments) for _ in range(training.windows_per_step * parts)]
-        valid = sum(window.num_valid for window in windows if window is not None)
+        weight = sum(window.loss_weight for window in windows if window is not None)
         total = 0.0
         for window in windows:
             assert window is not None
             window.repeats = memory_repeats(training, step, window.draws)
             memory = {layer: state.detach() for layer, state in memory.items()}
-            loss = (token_losses(run, weights, window, memory) * window.loss_mask).sum() / valid
+            loss = (token_losses(run, weights, window, memory) * window.loss_mask).sum() / weight
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(weights.values(), optimizer_config.clip_grad_norm or float("inf"))

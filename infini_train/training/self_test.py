@@ -25,7 +25,9 @@ TOLERANCE = 1e-4
 
 
 class RandomDocuments(TokenDataset):
-    """Documents of random tokens, short enough that some end inside every window."""
+    """Documents of random tokens, short enough that some end inside every window, with random loss weights."""
+
+    weighted = True
 
     def __init__(self, vocab_size: int, segment_length: int, documents: int, seed: int) -> None:
         self.path, self.split = Path("self-test"), "train"
@@ -35,6 +37,8 @@ class RandomDocuments(TokenDataset):
         self.document_lengths = generator.integers(2, 4 * segment_length, documents)
         self.available = np.ones(documents, dtype=bool)
         self._tokens = [generator.integers(0, vocab_size, length) for length in self.document_lengths]
+        # Processes that hold as many tokens as each other must not hold the same weight, or a wrong mean would look right.
+        self._weights = [generator.choice(np.float32([0.25, 1.0]), length) for length in self.document_lengths]
 
     @property
     def num_documents(self) -> int:
@@ -42,6 +46,9 @@ class RandomDocuments(TokenDataset):
 
     def read(self, document: int, start: int, count: int) -> np.ndarray:
         return self._tokens[document][start : start + count]
+
+    def read_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        return self._weights[document][start : start + count]
 
     def close(self) -> None:
         pass

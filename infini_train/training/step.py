@@ -30,21 +30,25 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     activity.begin("reading data")
     batches, unreadable = _read(parts)
 
-    # Each token is counted once: by the first stage's first tensor rank.
+    # Each token is counted once: by the first stage's first tensor rank. Counts say how much was read, weights what the loss is
+    # a mean over; in ordinary data they are equal.
     counts_here = layout.is_first_stage and layout.tp_rank == 0
     valid = float(sum(batch.num_valid for batch in batches)) if counts_here else 0.0
+    weight = sum(batch.loss_weight for batch in batches) if counts_here else 0.0
     activity.begin("agreement on the step's data", waits=True)
-    total_valid, signals, failed = all_reduce_sum([valid, float(stop.signal_number is not None), float(unreadable is not None)])
+    total_valid, total_weight, signals, failed = all_reduce_sum(
+        [valid, weight, float(stop.signal_number is not None), float(unreadable is not None)]
+    )
     if failed:
         raise_everywhere(unreadable)
 
-    # DeepSpeed averages over data and context parallelism; the loss is a mean over the global batch's tokens.
-    loss_scale = layout.dp_size * layout.cp_size / total_valid
+    # DeepSpeed averages over data and context parallelism; the loss is a weighted mean over the global batch's tokens.
+    loss_scale = layout.dp_size * layout.cp_size / total_weight
     loss_sum, state.memory = parts.pipeline.train_step(batches, state.memory, loss_scale)
     activity.begin("optimizer step", waits=True)
     grad_norm = parts.engine.step(state.step)
     activity.begin("agreement on the loss", waits=True)
-    loss = all_reduce_sum([loss_sum if layout.tp_rank == 0 else 0.0])[0] / total_valid
+    loss = all_reduce_sum([loss_sum if layout.tp_rank == 0 else 0.0])[0] / total_weight
 
     activity.begin("metrics")
     activity.set_limit("step")

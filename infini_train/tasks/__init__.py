@@ -1,0 +1,10 @@
+"""Retrieval tasks: a fact somewhere in a long text, and a question at its end. Generators only; they know no model."""
+
+from infini_train.tasks.draws import Purpose
+from infini_train.tasks.filler import RepeatedFiller, TextFiller
+from infini_train.tasks.placement import at_depth, training_placement
+from infini_train.tasks.sample import Sample
+from infini_train.tasks.stories import STORIES
+from infini_train.tasks.task import Task
+
+__all__ = ["STORIES", "Purpose", "RepeatedFiller", "Sample", "Task", "TextFiller", "at_depth", "training_placement"]

@@ -1,0 +1,47 @@
+"""The text around the needles, at any place of an endless sequence, without building it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from infini_train.data.tokenizer import Tokenizer
+from infini_train.errors import UserError
+
+SENTENCES = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+"""Mohtashami and Jaggi, Landmark Attention (arXiv 2305.16300), section 4.2; the Infini-attention paper uses the same."""
+
+
+class TextFiller:
+    """Real text, repeated when a sample is longer than it is.
+
+    Args:
+        tokens: [n] token ids of one or more documents, one after another.
+    """
+
+    starts_anywhere = True
+    """Whether a sample begins at a random place of the text."""
+
+    def __init__(self, tokens: np.ndarray | Sequence[int]) -> None:
+        self._tokens = np.asarray(tokens)
+        if not len(self._tokens):
+            raise UserError("task.filler is text, but there is no text to take it from; give more documents in data.source")
+
+    @property
+    def period(self) -> int:
+        """Tokens after which the filler repeats."""
+        return len(self._tokens)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count - 1 of the endless repetition, [count] int64."""
+        return self._tokens.take(np.arange(start, start + count), mode="wrap").astype(np.int64)
+
+
+class RepeatedFiller(TextFiller):
+    """The sentences of the passkey task, over and over."""
+
+    starts_anywhere = False
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer.encode(SENTENCES + " "))

@@ -1,0 +1,121 @@
+"""What each task tells and asks, in words; `task.py` turns it into tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from infini_train.tasks.draws import Draws
+from infini_train.tasks.words import MOVES, OBJECTS, PERSONS, PLACES
+
+KEY_INTRODUCTION = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there.\n"
+)
+"""The prompt's beginning in Mohtashami and Jaggi's passkey task."""
+FACTS_INTRODUCTION = "Remember the facts that are hidden in this text.\n"
+
+
+@dataclass(frozen=True)
+class Story:
+    """Needles, a question and its answer.
+
+    The needle that is asked comes after all of `before`, which stand in this order; the needles of `anywhere` are independent.
+    """
+
+    introduction: str
+    needle: str
+    question: str
+    """Ends so that the answer's first token follows at once."""
+    answer: str
+    before: tuple[str, ...] = ()
+    anywhere: tuple[str, ...] = ()
+    unscored: str = ""
+    """Characters of the answer that separate its parts and count for nothing."""
+
+
+def passkey(draws: Draws, keys: int, digits: int) -> Story:
+    """The passkey task as in the Infini-attention paper, from Mohtashami and Jaggi (arXiv 2305.16300); `keys` is 1."""
+    key = draws.digits(digits)
+    return Story(
+        introduction=KEY_INTRODUCTION,
+        needle=f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n",
+        question="\nWhat is the pass key? The pass key is ",
+        answer=key,
+    )
+
+
+def multi_key(draws: Draws, keys: int, digits: int) -> Story:
+    """Several named keys, one of which is asked."""
+    needles = []
+    names = draws.distinct(OBJECTS, keys)
+    values = [draws.digits(digits) for _ in names]
+    for name, value in zip(names, values, strict=True):
+        needles.append(f"\nThe pass key of the {name} is {value}. Remember it. {value} is the pass key of the {name}.\n")
+    return Story(
+        introduction=KEY_INTRODUCTION,
+        needle=needles[0],
+        anywhere=tuple(needles[1:]),
+        question=f"\nWhat is the pass key of the {names[0]}? The pass key of the {names[0]} is ",
+        answer=values[0],
+    )
+
+
+def multi_value(draws: Draws, keys: int, digits: int) -> Story:
+    """Several values of one key, all asked in the order of the text; depth is that of the last."""
+    values = [draws.digits(digits) for _ in range(keys)]
+    needles = tuple(f"\nOne pass key is {value}. Remember it. {value} is a pass key.\n" for value in values)
+    return Story(
+        introduction=KEY_INTRODUCTION,
+        needle=needles[-1],
+        before=needles[:-1],
+        question="\nWhat are the pass keys? The pass keys are ",
+        answer=" ".join(values),
+        unscored=" ",
+    )
+
+
+def associative_recall(draws: Draws, keys: int, digits: int) -> Story:
+    """Pairs of random words, one of which is asked."""
+    words = draws.distinct(OBJECTS, 2 * keys)
+    pairs = list(zip(words[:keys], words[keys:], strict=True))
+    needles = tuple(f"\nThe word {first} goes with the word {second}.\n" for first, second in pairs)
+    return Story(
+        introduction=FACTS_INTRODUCTION,
+        needle=needles[0],
+        anywhere=needles[1:],
+        question=f"\nWhich word goes with {pairs[0][0]}? The word {pairs[0][0]} goes with the word",
+        answer=f" {pairs[0][1]}",
+    )
+
+
+def babi(draws: Draws, keys: int, digits: int) -> Story:
+    """Persons move between places, and the last move of one of them is asked: bAbI's first task (Weston et al., arXiv
+    1502.05698), in long text as in BABILong (Kuratov et al., arXiv 2406.10149).
+
+    Of the `keys` facts, every second is about the person who is asked, and comes before the last one.
+    """
+    person, *others = draws.distinct(PERSONS, len(PERSONS))
+    place = draws.one_of(PLACES)
+    elsewhere = [other for other in PLACES if other != place]
+
+    def fact(who: str, where: str) -> str:
+        return f"\n{who} {draws.one_of(MOVES)} the {where}.\n"
+
+    return Story(
+        introduction=FACTS_INTRODUCTION,
+        needle=fact(person, place),
+        before=tuple(fact(person, draws.one_of(elsewhere)) for _ in range(keys // 2)),
+        anywhere=tuple(fact(draws.one_of(others), draws.one_of(PLACES)) for _ in range(keys - 1 - keys // 2)),
+        question=f"\nWhere is {person}? {person} is in the",
+        answer=f" {place}",
+    )
+
+
+STORIES: dict[str, Callable[[Draws, int, int], Story]] = {
+    "passkey": passkey,
+    "multi_key": multi_key,
+    "multi_value": multi_value,
+    "associative_recall": associative_recall,
+    "babi": babi,
+}

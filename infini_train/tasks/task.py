@@ -1,0 +1,127 @@
+"""A task under one tokenizer: samples of an exact number of tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from infini_train.config import TaskConfig
+from infini_train.data.tokenizer import Tokenizer
+from infini_train.errors import UserError
+from infini_train.tasks.draws import Draws, Purpose, sample_seed
+from infini_train.tasks.filler import TextFiller
+from infini_train.tasks.placement import Placement, Room
+from infini_train.tasks.sample import Fixed, Part, Sample
+from infini_train.tasks.stories import STORIES, Story
+
+
+class Task:
+    """Makes samples.
+
+    Args:
+        config: kind, number of keys and of digits.
+        tokenizer: must encode a digit as one token wherever it stands.
+        filler: the text around the needles.
+
+    Raises:
+        UserError: if the tokenizer joins digits.
+    """
+
+    def __init__(self, config: TaskConfig, tokenizer: Tokenizer, filler: TextFiller) -> None:
+        self.config = config
+        self.kind = config.kind or "passkey"
+        self.tokenizer = tokenizer
+        self.filler = filler
+        check_digits(tokenizer)
+
+    def sample(self, seed: int, purpose: Purpose, index: tuple[int, ...], length: int, placement: Placement) -> Sample:
+        """The sample that (seed, purpose, index) names.
+
+        Args:
+            length: tokens from the begin token to the answer's last.
+            placement: where the asked needle goes.
+
+        Raises:
+            UserError: if the text without any filler is longer.
+        """
+        draws = Draws(sample_seed(seed, purpose, *index))
+        return self._assemble(tell(self.config, draws), draws, length, placement)
+
+    def _assemble(self, story: Story, draws: Draws, length: int, placement: Placement) -> Sample:
+        encode = self.tokenizer.encode
+        head = [self.tokenizer.bos_id, *encode(story.introduction)]
+        needle, question, answer = encode(story.needle), encode(story.question), encode(story.answer)
+        before, anywhere = [encode(text) for text in story.before], [encode(text) for text in story.anywhere]
+        fixed = sum(map(len, [head, needle, question, answer, *before, *anywhere]))
+        filler = length - fixed
+        if filler < 0:
+            raise UserError(
+                f"a text of {length} tokens is too short for the task {self.kind}: without any filler it takes {fixed}; use "
+                "longer texts or a smaller task.keys"
+            )
+        first = draws.between(0, self.filler.period - 1) if self.filler.starts_anywhere else 0
+        free = sorted(draws.between(0, filler) for _ in anywhere)
+        room = Room(
+            head=len(head),
+            filler=filler,
+            needle=len(needle),
+            before=sum(map(len, before)),
+            others=tuple((offset, len(tokens)) for offset, tokens in zip(free, anywhere, strict=True)),
+        )
+        asked = placement(room, draws)
+        earlier = sorted(draws.between(0, asked) for _ in before)
+        # With equal offsets the asked needle comes last, as `Room.start` has it.
+        placed = sorted(
+            [
+                *((offset, 0, tokens) for offset, tokens in zip(earlier + free, before + anywhere, strict=True)),
+                (asked, 1, needle),
+            ],
+            key=lambda entry: entry[:2],
+        )
+        parts, done = [Part(Fixed(head), 0, len(head))], 0
+        positions, place = [], len(head)
+        for offset, _, tokens in placed:
+            parts.append(Part(self.filler, first + done, offset - done))
+            parts.append(Part(Fixed(tokens), 0, len(tokens)))
+            positions.append(place + offset - done)
+            place += offset - done + len(tokens)
+            done = offset
+        parts.append(Part(self.filler, first + done, filler - done))
+        parts.append(Part(Fixed(question + answer), 0, len(question) + len(answer)))
+        separators = {token for character in story.unscored for token in encode(character)}
+        return Sample(
+            parts=tuple(parts),
+            answer_start=length - len(answer),
+            answer=np.array(answer, dtype=np.int64),
+            scored=np.array([token not in separators for token in answer]),
+            facts={
+                "task": self.kind,
+                "needle": story.needle.strip(),
+                "needle_start": room.start(asked),
+                "needle_tokens": len(needle),
+                "needle_starts": positions,
+                "question": story.question.strip(),
+                "answer": story.answer.strip(),
+            },
+        )
+
+
+def tell(config: TaskConfig, draws: Draws) -> Story:
+    """A story of the configured task."""
+    return STORIES[config.kind or "passkey"](draws, config.keys, config.digits)
+
+
+def check_digits(tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer under which a number is not one token a digit.
+
+    Raises:
+        UserError: naming the tokenizer.
+    """
+    digits = [tokenizer.encode(digit) for digit in "0123456789"]
+    number = "8105726439"
+    one_by_one = [token for digit in number for token in digits[int(digit)]]
+    before, after = tokenizer.encode("is "), tokenizer.encode(".")
+    if any(len(tokens) != 1 for tokens in digits) or tokenizer.encode(f"is {number}.") != before + one_by_one + after:
+        raise UserError(
+            f"{tokenizer.path} does not encode a number digit by digit, so that the digits of an answer cannot be scored one "
+            "by one; use a tokenizer trained with split_digits, as `infini-train prepare` trains it"
+        )

@@ -1,0 +1,239 @@
+"""Retrieval samples: exact lengths and places, one token a digit, seeds that are never shared, any length in little memory."""
+
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from infini_train.config import TASK_KINDS, RunConfig, TaskConfig
+from infini_train.data.task_data import task_texts
+from infini_train.data.tokenizer import Tokenizer, train_tokenizer
+from infini_train.errors import UserError
+from infini_train.tasks import STORIES, Purpose, RepeatedFiller, Sample, Task, TextFiller, at_depth, training_placement
+from infini_train.tasks.draws import Draws, sample_seed
+from infini_train.tasks.filler import SENTENCES
+from infini_train.tasks.placement import Placement, Room
+from infini_train.tasks.words import OBJECTS
+from infini_train.validation import MOST_KEYS, validate_task
+
+KEYS = {"passkey": 1, "multi_key": 4, "multi_value": 3, "associative_recall": 5, "babi": 6}
+Make = Callable[..., Sample]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    texts = [text for kind in TASK_KINDS for text in list(task_texts(TaskConfig(kind=kind, keys=KEYS[kind])))[:100]]
+    train_tokenizer(texts, path, 512)
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def make(tokenizer: Tokenizer) -> Make:
+    def sample(kind: str, number: int = 0, length: int = 700, place: Placement | float = 0.5, filler: object = None) -> Sample:
+        config = TaskConfig(kind=kind, keys=KEYS[kind])
+        task = Task(config, tokenizer, filler or RepeatedFiller(tokenizer))
+        return task.sample(3, Purpose.TRAIN, (number,), length, place if callable(place) else at_depth(place))
+
+    return sample
+
+
+def text_of(tokenizer: Tokenizer, sample: Sample) -> str:
+    return tokenizer.decode(sample.tokens.tolist())
+
+
+@pytest.mark.parametrize("kind,depth", product(TASK_KINDS, [0.0, 0.37, 1.0]))
+@pytest.mark.parametrize("length", [400, 401, 4097])
+def test_length_place_and_answer_are_exact(make: Make, tokenizer: Tokenizer, kind: str, depth: float, length: int) -> None:
+    for number in range(5):
+        sample = make(kind, number, length, depth)
+        tokens = sample.tokens
+        assert len(tokens) == sample.length == length and tokens.dtype == np.int64 and tokens[0] == tokenizer.bos_id
+        assert tokens[sample.answer_start :].tolist() == sample.answer.tolist() and len(sample.scored) == sample.answer_length
+        assert tokenizer.decode(sample.answer.tolist()).strip() == sample.facts["answer"]
+        start, count = sample.facts["needle_start"], sample.facts["needle_tokens"]
+        assert tokenizer.decode(tokens[start : start + count].tolist()).strip() == sample.facts["needle"]
+        assert text_of(tokenizer, sample).rstrip().endswith(sample.facts["question"] + " " + sample.facts["answer"])
+        head = len(tokens) if depth else start
+        assert head == len(tokens) or start == min(sample.facts["needle_starts"]) or kind in ("multi_value", "babi")
+
+
+def test_the_passkey_is_the_papers(make: Make, tokenizer: Tokenizer) -> None:
+    sample = make("passkey", length=700, place=1.0)
+    key = sample.facts["answer"]
+    text = text_of(tokenizer, sample)
+    assert len(key) == 5 and key.isdigit() and sample.answer_length == 5 and sample.scored.all()
+    assert f"The pass key is {key}. Remember it. {key} is the pass key." in text and text.count(key) == 3
+    assert f"{SENTENCES} {SENTENCES}" in text
+    # At depth 1 nothing but a line end is between needle and question.
+    assert f"{key} is the pass key.\n\nWhat is the pass key? The pass key is {key}" in text
+    assert tokenizer.decode(make("passkey", place=0.0).tokens.tolist()).index("The pass key is") < 200
+
+
+def test_digits_are_single_tokens(make: Make, tokenizer: Tokenizer) -> None:
+    digits = {tokenizer.encode(digit)[0] for digit in "0123456789"}
+    assert len(digits) == 10
+    assert set(make("passkey").answer.tolist()) <= digits
+    sample = make("multi_value")
+    assert sample.answer_length == 3 * 5 + 2 and sample.scored.sum() == 15
+    assert set(sample.answer[sample.scored].tolist()) <= digits and not set(sample.answer[~sample.scored].tolist()) & digits
+
+
+def test_a_tokenizer_that_joins_digits_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "joined.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"{SENTENCES} is {n}" for n in range(100, 400)]),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=360,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["\n", "\n\n", "\t"],
+        minloglevel=2,
+    )
+    joined = Tokenizer(path)
+    with pytest.raises(UserError, match=r"joined\.model does not encode a number digit by digit.*split_digits"):
+        Task(TaskConfig(kind="passkey"), joined, RepeatedFiller(joined))
+
+
+def test_stories_can_be_answered_from_their_text(make: Make, tokenizer: Tokenizer) -> None:
+    """An independent reader of the text finds the answer by the rules of the task."""
+    for number in range(20):
+        place = training_placement(0.2, 0.3, 64)
+        text = text_of(tokenizer, make("multi_key", number, 900, place))
+        name = text.rsplit("The pass key of the ", 1)[1].split(" is ")[0]
+        keys = dict(line.split("The pass key of the ")[1].split(". Rem")[0].split(" is ") for line in text.split("\n") if "Rem" in line and "of the" in line)  # fmt: skip
+        assert len(keys) == 4 and keys[name] == text[-5:]
+
+        text = text_of(tokenizer, make("multi_value", number, 900, place))
+        values = [line.split("One pass key is ")[1][:5] for line in text.split("\n") if line.startswith("One pass key")]
+        assert " ".join(values) == text[-17:]
+
+        text = text_of(tokenizer, make("associative_recall", number, 900, place))
+        pairs = dict(line[9:-1].split(" goes with the word ") for line in text.split("\n") if line.startswith("The word") and line.endswith("."))  # fmt: skip
+        assert len(pairs) == 5 and pairs[text.rsplit("The word ", 1)[1].split()[0]] == text.rsplit(" ", 1)[1]
+
+        text = text_of(tokenizer, make("babi", number, 900, place))
+        person = text.rsplit("Where is ", 1)[1].split("?")[0]
+        moves = [line for line in text.split("\n") if line.startswith(person + " ") and line.endswith(".")]
+        assert len(moves) == 4 and moves[-1].split(" the ")[1] == text.rsplit(" ", 1)[1] + "."
+        assert moves[0].split(" the ")[1] != moves[-1].split(" the ")[1], "an earlier fact must mislead"
+
+
+def test_read_and_chunks_are_the_text(make: Make) -> None:
+    sample = make("multi_key", length=3001)
+    whole = sample.tokens
+    for start, count in [(0, 1), (0, 3001), (17, 900), (2990, 11), (1500, 0)]:
+        assert sample.read(start, count).tolist() == whole[start : start + count].tolist()
+    for size in (1, 7, 64, 5000):
+        assert np.concatenate(list(sample.chunks(size))).tolist() == whole.tolist()
+    for start, count in [(-1, 2), (3000, 2), (0, -1)]:
+        with pytest.raises(IndexError, match="a text of 3001"):
+            sample.read(start, count)
+
+
+def test_ten_million_tokens_are_read_in_little_memory(make: Make) -> None:
+    tracemalloc.start()
+    sample = make("passkey", length=10_000_000, place=0.5)
+    total = sum(len(chunk) for chunk in sample.chunks(65_536))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total == 10_000_000
+    assert peak < 8_000_000, f"{peak:,} bytes for chunks of half a megabyte"
+
+
+def test_text_filler_is_the_text_and_starts_anywhere(make: Make) -> None:
+    filler = TextFiller(np.arange(1000, 1300, dtype=np.int32))
+    starts = set()
+    for number in range(20):
+        tokens = make("passkey", number, 900, 1.0, filler).tokens
+        body = tokens[(tokens >= 1000) & (tokens < 1300)]
+        assert (np.diff(body) % 300 == 1).all() and len(body) > 600
+        starts.add(int(body[0]))
+    assert len(starts) > 15
+    with pytest.raises(UserError, match=r"task\.filler is text"):
+        TextFiller(np.empty(0, dtype=np.int64))
+
+
+def test_equal_seeds_give_equal_bytes_and_purposes_never_share_one(make: Make) -> None:
+    assert make("babi", 5).tokens.tobytes() == make("babi", 5).tokens.tobytes()
+    assert make("babi", 5).tokens.tobytes() != make("babi", 6).tokens.tobytes()
+    seen = {}
+    for purpose, number in product(Purpose, range(500)):
+        for index in [(number,), (number, 0), (number, 1)]:
+            state = tuple(sample_seed(7, purpose, *index).generate_state(4).tolist())
+            assert state not in seen, f"{purpose, index} is {seen[state]}"
+            seen[state] = (purpose, index)
+
+
+def test_choices_are_frozen() -> None:
+    """Data made with another numpy is the same: numpy promises the raw bits of PCG64."""
+    draws = Draws(sample_seed(0, Purpose.TRAIN, 0))
+    assert (draws.digits(8), draws.between(5, 9), draws.distinct("abcde", 3)) == FROZEN
+    values = [draws.fraction() for _ in range(2000)]
+    assert 0 <= min(values) < 0.01 < 0.99 < max(values) < 1
+
+
+FROZEN = ("", 0, [])
+
+
+def test_training_places_are_late_and_across_borders_as_often_as_asked(make: Make) -> None:
+    samples = [make("multi_key", n, 1000, training_placement(0.2, 0.4, 64)) for n in range(600)]
+    facts = [sample.facts for sample in samples]
+    crossing = [f["needle_start"] // 64 != (f["needle_start"] + f["needle_tokens"] - 1) // 64 for f in facts]
+    question = 1000 - 64  # about
+    near = np.array([f["needle_start"] > question - 4 * 64 - 40 for f in facts])
+    assert 0.5 < near.mean() < 0.75, "40% near the question, a part of the last 15%, and of the rest"
+    only_border = [make("multi_key", n, 1000, training_placement(0.0, 1.0, 64)).facts for n in range(300)]
+    crossed = np.mean([f["needle_start"] // 64 != (f["needle_start"] + f["needle_tokens"] - 1) // 64 for f in only_border])
+    assert crossed > np.mean(crossing)
+    assert min(f["needle_start"] for f in only_border) > question - 4 * 64 - 64
+    assert np.mean([f["needle_start"] for f in facts]) < np.mean([f["needle_start"] for f in only_border])
+
+
+def test_room_finds_offsets_for_positions() -> None:
+    room = Room(head=10, filler=100, needle=7, before=3, others=((20, 5), (60, 9)))
+    assert room.start(0) == 13 and room.start(19) == 32 and room.start(20) == 38 and room.last_start == room.start(100) == 127
+    for offset in range(101):
+        assert room.offset(room.start(offset)) == offset
+    assert room.offset(35) == 19, "inside another needle: before it"
+    assert room.offset(0) == 0 and room.offset(500) == 100
+
+
+def test_too_short_texts_are_refused(make: Make) -> None:
+    with pytest.raises(UserError, match=r"a text of 60 tokens is too short for the task multi_key.*it takes \d+.*task\.keys"):
+        make("multi_key", length=60)
+
+
+def test_validation_knows_the_words() -> None:
+    assert set(STORIES) == set(TASK_KINDS)
+    assert {"passkey": 1, "multi_key": len(OBJECTS), "associative_recall": len(OBJECTS) // 2} == MOST_KEYS
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"keys": 2}, "task.keys is 2 with task.kind passkey, which has at most 1"),
+        ({"kind": "associative_recall", "keys": 80}, "task.keys is 80"),
+        ({"min_tokens": 600}, "task.max_tokens is 512"),
+        ({"late_share": -0.1}, "task.late_share is -0.1"),
+        ({"late_share": 0.6, "border_share": 0.6}, "is more than 1"),
+        ({"other_weight": 0.0}, "task.other_weight is 0.0; it must be positive"),
+        ({"depths": [1.5]}, "task.depths is [1.5]"),
+        ({"lengths": []}, "task.lengths is []"),
+        ({"seed": -1}, "task.seed is -1"),
+    ],
+)
+def test_impossible_tasks_are_refused(change: dict, words: str) -> None:
+    run = RunConfig()
+    validate_task(run)
+    with pytest.raises(UserError) as refused:
+        validate_task(replace(run, task=replace(run.task, **change)))
+    assert words in str(refused.value)
