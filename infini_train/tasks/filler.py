@@ -35,7 +35,8 @@ class TextFiller:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count - 1 of the endless repetition, [count] int64."""
-        return self._tokens.take(np.arange(start, start + count), mode="wrap").astype(np.int64)
+        start %= self.period
+        return self._tokens[np.arange(start, start + count) % self.period].astype(np.int64)
 
 
 class RepeatedFiller(TextFiller):

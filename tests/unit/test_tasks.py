@@ -59,8 +59,12 @@ def test_length_place_and_answer_are_exact(make: Make, tokenizer: Tokenizer, kin
         start, count = sample.facts["needle_start"], sample.facts["needle_tokens"]
         assert tokenizer.decode(tokens[start : start + count].tolist()).strip() == sample.facts["needle"]
         assert text_of(tokenizer, sample).rstrip().endswith(sample.facts["question"] + " " + sample.facts["answer"])
-        head = len(tokens) if depth else start
-        assert head == len(tokens) or start == min(sample.facts["needle_starts"]) or kind in ("multi_value", "babi")
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.1, 0.5, 0.93, 1.0])
+def test_depth_is_the_share_of_filler_before_the_needle(make: Make, depth: float) -> None:
+    first, last, between = (make("passkey", place=d).facts["needle_start"] for d in (0.0, 1.0, depth))
+    assert between == first + round(depth * (last - first)) and last - first > 500
 
 
 def test_the_passkey_is_the_papers(make: Make, tokenizer: Tokenizer) -> None:
@@ -87,9 +91,9 @@ def test_digits_are_single_tokens(make: Make, tokenizer: Tokenizer) -> None:
 def test_a_tokenizer_that_joins_digits_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "joined.model"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([f"{SENTENCES} is {n}" for n in range(100, 400)]),
+        sentence_iterator=iter([f"{SENTENCES} is {n}" for n in range(1000, 9999, 7)]),
         model_prefix=str(path.with_suffix("")),
-        vocab_size=360,
+        vocab_size=480,
         model_type="bpe",
         byte_fallback=True,
         normalization_rule_name="identity",
@@ -109,7 +113,8 @@ def test_stories_can_be_answered_from_their_text(make: Make, tokenizer: Tokenize
         place = training_placement(0.2, 0.3, 64)
         text = text_of(tokenizer, make("multi_key", number, 900, place))
         name = text.rsplit("The pass key of the ", 1)[1].split(" is ")[0]
-        keys = dict(line.split("The pass key of the ")[1].split(". Rem")[0].split(" is ") for line in text.split("\n") if "Rem" in line and "of the" in line)  # fmt: skip
+        told = [line for line in text.split("\n") if "Remember it." in line]
+        keys = dict(line.split("The pass key of the ")[1].split(". Rem")[0].split(" is ") for line in told)
         assert len(keys) == 4 and keys[name] == text[-5:]
 
         text = text_of(tokenizer, make("multi_value", number, 900, place))
@@ -117,7 +122,8 @@ def test_stories_can_be_answered_from_their_text(make: Make, tokenizer: Tokenize
         assert " ".join(values) == text[-17:]
 
         text = text_of(tokenizer, make("associative_recall", number, 900, place))
-        pairs = dict(line[9:-1].split(" goes with the word ") for line in text.split("\n") if line.startswith("The word") and line.endswith("."))  # fmt: skip
+        told = [line for line in text.split("\n") if line.startswith("The word") and line.endswith(".")]
+        pairs = dict(line[9:-1].split(" goes with the word ") for line in told)
         assert len(pairs) == 5 and pairs[text.rsplit("The word ", 1)[1].split()[0]] == text.rsplit(" ", 1)[1]
 
         text = text_of(tokenizer, make("babi", number, 900, place))
@@ -181,7 +187,7 @@ def test_choices_are_frozen() -> None:
     assert 0 <= min(values) < 0.01 < 0.99 < max(values) < 1
 
 
-FROZEN = ("", 0, [])
+FROZEN = ("00504239", 8, ["b", "a", "c"])
 
 
 def test_training_places_are_late_and_across_borders_as_often_as_asked(make: Make) -> None:
