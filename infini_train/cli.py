@@ -23,7 +23,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 COMMANDS = {
     "prepare": "turn text into a tokenizer and shards",
     "pretrain": "train, or go on from the newest checkpoint of the run directory",
-    "evaluate": "held-out perplexity by position, with memory and without",
+    "evaluate": "held-out perplexity by position, with memory and without; or passkey: retrieval by length and depth",
     "generate": "continue a prompt with streaming inference",
     "report": "write report.html of a run directory",
     "checkpoint": "list, verify, inspect or consolidate checkpoints",
@@ -66,6 +66,14 @@ def build_parser() -> ArgumentParser:
             planning.add_arguments(command)
         if name == "prepare":
             command.add_argument("--overwrite", action="store_true", help="replace shards that exist")
+        if name == "evaluate":
+            command.add_argument(
+                "what",
+                nargs="?",
+                choices=["perplexity", "passkey"],
+                default="perplexity",
+                help="perplexity of the held-out split (the default), or passkey: accuracy on the retrieval task of the task section",
+            )
         if name in ("evaluate", "generate"):
             command.add_argument(
                 "--from_checkpoint",
@@ -208,7 +216,18 @@ def _pretrain(run: RunConfig, arguments: Namespace) -> int:
 
 
 def _evaluate(run: RunConfig, arguments: Namespace) -> int:
+    if arguments.what == "passkey":
+        return _evaluate_passkey(run, arguments)
     return _with_model(run, arguments, lambda commands, run, checkpoint: commands.evaluate(run, checkpoint))
+
+
+def _evaluate_passkey(run: RunConfig, arguments: Namespace) -> int:
+    from infini_train.evaluation import retrieval_command
+
+    def measure(commands: Any, run: RunConfig, checkpoint: Path) -> None:
+        retrieval_command.evaluate_passkey(retrieval_command.evaluation_run(run, _world_size()), checkpoint)
+
+    return _with_model(run, arguments, measure)
 
 
 def _generate(run: RunConfig, arguments: Namespace) -> int:

@@ -98,19 +98,19 @@ def prepare(config: RunConfig, overwrite: bool = False) -> PrepareSummary:
     validate_data(config)
     validate_task(config)
     data, target = config.data, Path(config.data.path)
-    source = DocumentSource(data.source, data.text_key, data.max_text_mb)
+    # Samples in the paper's filler need no text.
+    reads_source = config.task.kind is None or config.task.filler == "text"
+    source = DocumentSource(data.source, data.text_key, data.max_text_mb) if reads_source else None
     given = None if data.tokenizer is None else _given_tokenizer(Path(data.tokenizer), data.vocab_size)
     console = Console(file=sys.stderr)
-    # The paper's filler needs no text.
-    reads_source = config.task.kind is None or config.task.filler == "text"
-    if source.is_standard_library and reads_source:
+    if source is not None and source.is_standard_library:
         console.print("Corpus: the source files of Python's standard library (data.source is stdlib)")
     try:
         with atomic_folder(target, overwrite) as folder, _progress(console) as progress:
             model = folder / TOKENIZER_FILE
             if given is None:
                 texts: Iterable[str] = []
-                if reads_source:
+                if source is not None:
                     texts = (document.text for document in _watched(source, progress, "Training the tokenizer"))
                 if config.task.kind is not None:
                     texts = chain(texts, task_texts(config.task))
@@ -118,9 +118,9 @@ def prepare(config: RunConfig, overwrite: bool = False) -> PrepareSummary:
             else:
                 shutil.copyfile(given.path, model)
             tokenizer = Tokenizer(model)
-            if config.task.kind is not None:
+            if source is None or config.task.kind is not None:
                 samples = _samples(config, tokenizer, progress)
-                write_task_shards(samples, config, tokenizer, folder, data.source if reads_source else "repeated")
+                write_task_shards(samples, config, tokenizer, folder, "repeated" if source is None else data.source)
             else:
                 write_shards(
                     _watched(source, progress, "Writing shards"),
@@ -186,7 +186,7 @@ def _watched(source: DocumentSource, progress: Progress, description: str) -> It
     progress.update(task, completed=1.0)
 
 
-def _summary(folder: Path, segment_length: int, source: DocumentSource) -> PrepareSummary:
+def _summary(folder: Path, segment_length: int, source: DocumentSource | None) -> PrepareSummary:
     manifest = load_manifest(folder)
     splits = {}
     for split in SPLITS:
@@ -197,8 +197,8 @@ def _summary(folder: Path, segment_length: int, source: DocumentSource) -> Prepa
         path=folder,
         vocab_size=manifest.vocab_size,
         segment_length=segment_length,
-        skipped_empty=source.skipped_empty,
-        skipped_not_utf8=source.skipped_not_utf8,
+        skipped_empty=source.skipped_empty if source else 0,
+        skipped_not_utf8=source.skipped_not_utf8 if source else 0,
         splits=splits,
     )
 

@@ -10,6 +10,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from infini_train.model.micro_batch import MicroBatch
+
 
 class ChunkedLossGPTModel(GPTModel):
     """Megatron-core's GPT with the output matrix and the loss taken together.
@@ -32,11 +34,12 @@ class ChunkedLossGPTModel(GPTModel):
         *,
         labels: Tensor | None,
         runtime_gather_output: bool | None,
+        packed_seq_params: Any = None,
         **_: Any,
     ) -> Tensor:
-        """hidden_states [T, B, h] -> themselves before the last stage; loss per token [B, T] for labels [B, T]; or logits
+        """hidden_states [T, B, h] -> themselves before the last stage or if the output layer is not wanted; loss per token [B, T] for labels [B, T]; or logits
         [B, T, V / tp]."""
-        if not self.post_process:
+        if not self.post_process or (isinstance(packed_seq_params, MicroBatch) and packed_seq_params.skip_output_layer):
             return hidden_states
         if self.config.sequence_parallel:
             # The output layer sums gradients over the tensor group, so the backward of this gather takes only a slice.

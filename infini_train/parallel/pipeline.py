@@ -157,6 +157,35 @@ class SegmentPipeline:
         self.transport.wait_sends()
         return memory
 
+    @torch.no_grad()
+    def predict(self, batches: Sequence[StreamBatch], memory: Memory, *, wanted: bool) -> tuple[Memory, Tensor]:
+        """Forward only, in one pipeline stage: the most likely next token at every position.
+
+        Args:
+            memory: memory that enters the first micro-batch.
+            wanted: false leaves the output layer out, for what is read only to be remembered.
+
+        Returns:
+            The memory that leaves, and [B, T of all micro-batches] token ids; [B, 0] if they are not wanted.
+        """
+        assert self.layout.pp_size == 1, "the whole model is in this stage"
+        found = [torch.empty(len(batches[0].tokens), 0, dtype=torch.int64, device=self.device)]
+        for batch in batches:
+            micro_batch = MicroBatch(
+                reset=batch.reset, lengths=batch.lengths, memory_in=dict(memory), skip_output_layer=not wanted
+            )
+            output = self.engine.forward(
+                input_ids=batch.tokens.to(self.device),
+                position_ids=None,
+                attention_mask=None,
+                packed_seq_params=micro_batch,
+                runtime_gather_output=True,
+            )
+            memory = micro_batch.memory_out
+            if wanted:
+                found.append(output.argmax(dim=-1))  # [B, T]
+        return memory, torch.cat(found, dim=1)
+
     def _schedule(self, num_micro_batches: int, window: int) -> list[Operation]:
         layout = self.layout
         return segment_schedule(layout.pp_size, layout.pp_rank, num_micro_batches, window, virtual_stages=layout.virtual_stages)

@@ -24,7 +24,7 @@ ALLOWED = {
     "checkpoint": {"config", "errors"},
     "parallel": {"attention", "model", "data", *SIDE},
     "training": {"checkpoint", "infini_kernels", "attention", "model", "parallel", "data", "evaluation", *SIDE},
-    "evaluation": {"checkpoint", "attention", "model", "parallel", "data", "training", *SIDE},
+    "evaluation": {"checkpoint", "attention", "model", "parallel", "data", "tasks", "training", *SIDE},
     "planning": {"infini_kernels", "model", "parallel", "data", "training", "validation", *SIDE},
     "cluster": {"checkpoint", "config", "errors", "planning", "validation"},
     "cli": {"checkpoint", "cluster", "data", "training", "evaluation", "planning", "validation", *SIDE},
@@ -81,6 +81,15 @@ def test_training_and_evaluation_form_no_cycle_of_files():
     """Training measures held-out loss, and the evaluation commands load what training saved: by file it still goes one way."""
     assert "training" not in imported_parts(PACKAGE / "evaluation" / "perplexity.py")
     assert "training" not in imported_parts(PACKAGE / "evaluation" / "generation.py")
+
+
+def test_data_and_tasks_form_no_cycle_of_files():
+    """`prepare` writes a task's samples, and they need a tokenizer: of data, tasks know that alone."""
+    for path in (PACKAGE / "tasks").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+        assert {name for name in modules if name.startswith("infini_train.data")} <= {"infini_train.data.tokenizer"}, path
+    assert "tasks" not in imported_parts(PACKAGE / "data" / "tokenizer.py")
 
 
 def test_kernels_know_only_torch():

@@ -1,0 +1,117 @@
+"""What `infini-train evaluate passkey` does: a grid of lengths and depths, a table, and RUN/passkey.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from infini_train.config import RunConfig
+from infini_train.data.manifest import TOKENIZER_FILE
+from infini_train.data.task_data import make_filler
+from infini_train.data.tokenizer import Tokenizer
+from infini_train.errors import UserError
+from infini_train.evaluation.commands import load_model
+from infini_train.evaluation.retrieval import Cell, measure_cell
+from infini_train.parallel.pipeline import SegmentPipeline
+from infini_train.tasks import Task
+
+RESULT_FILE = "passkey.json"
+FORWARD_TOKENS = 16_384
+"""Tokens over all rows of a process that one forward reads, at least, where the attention allows it."""
+
+
+def evaluation_run(run: RunConfig, world_size: int) -> RunConfig:
+    """The run with larger micro-batches: how many segments go together changes no result and saves time.
+
+    Raises:
+        UserError: a layout that spreads a text over processes.
+    """
+    layout = run.layout
+    if world_size > 1 and (layout.pipeline_parallel_size > 1 or layout.context_parallel_size > 1):
+        raise UserError(
+            f"layout.pipeline_parallel_size is {layout.pipeline_parallel_size} and layout.context_parallel_size is "
+            f"{layout.context_parallel_size}; evaluate passkey spreads no text over processes: start it as one process"
+        )
+    dp = run.data_parallel_size(world_size)
+    rows = min(run.task.rows, -(-run.task.samples_per_cell // dp) * dp)
+    if rows % dp:
+        raise UserError(f"task.rows is {rows}, which the data-parallel size {dp} does not divide; change one of the two")
+    segments = run.training.segments_per_micro_batch
+    # Full attention's context is the micro-batch, so there its size is part of the model.
+    if run.model.attention != "full":
+        segments = max(segments, FORWARD_TOKENS // (rows // dp * run.model.segment_length))
+    training = replace(run.training, segments_per_micro_batch=segments)
+    return replace(run, training=training, task=replace(run.task, rows=rows))
+
+
+def evaluate_passkey(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
+    """Measure every cell, shortest texts first; what is measured is written after each cell, so that Ctrl-C loses one."""
+    loaded = load_model(run, checkpoint)
+    layout = loaded.layout
+    tokenizer = Tokenizer(Path(run.data.path) / TOKENIZER_FILE)
+    task = Task(run.task, tokenizer, make_filler(run, tokenizer, held_out=True))
+    pipeline = SegmentPipeline(loaded.engine, run, layout, len(layout.rows(run.task.rows)))
+    report: dict[str, Any] = {
+        "checkpoint": str(checkpoint),
+        "step": loaded.step,
+        "task": {**asdict(run.task), "kind": task.kind},
+        "filler_period": task.filler.period,
+        "cells": [],
+        "complete": False,
+    }
+    lengths = sorted(run.task.lengths)
+    batches = -(-run.task.samples_per_cell // run.task.rows)
+    target = Path(run.run_dir) / RESULT_FILE
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not layout.is_main) as progress:
+        line = progress.add_task(task.kind, total=sum(length - 1 for length in lengths) * len(run.task.depths) * batches)
+        for length in lengths:
+            for depth in run.task.depths:
+                progress.update(line, description=f"{task.kind}, {length:,} tokens, depth {depth:g}")
+                cell = measure_cell(run, layout, pipeline, task, length, depth, lambda count: progress.advance(line, count))
+                report["cells"].append(asdict(cell))
+                report["complete"] = len(report["cells"]) == len(lengths) * len(run.task.depths)
+                if layout.is_main:
+                    _write(target, report)
+    if layout.is_main:
+        print(*table(report), sep="\n")
+        print(f"every cell: {target}", file=sys.stderr)
+    return report
+
+
+def _write(target: Path, report: dict[str, Any]) -> None:
+    """Replace the file at once: a reader, or Ctrl-C, never sees half of it."""
+    replacement = target.with_suffix(".new")
+    replacement.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    replacement.replace(target)
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """Lines of a table, lengths down and depths across: exact match and token accuracy in per cent."""
+    cells = [Cell(**cell) for cell in report["cells"]]
+    depths = sorted({cell.depth for cell in cells})
+    by_place = {(cell.length, cell.depth): cell for cell in cells}
+    lines = [
+        f"checkpoint {report['checkpoint']}, {report['task']['kind']}, {cells[0].samples} texts a cell",
+        "exact match under greedy decoding / token accuracy under teacher forcing, in per cent, by depth of the fact",
+        f"{'tokens':>12}" + "".join(f"{depth:>14g}" for depth in depths),
+    ]
+    for length in sorted({cell.length for cell in cells}):
+        row = [by_place[length, depth] for depth in depths if (length, depth) in by_place]
+        lines.append(
+            f"{length:>12,}" + "".join(f"{100 * cell.exact_match:>8.0f} /{100 * cell.token_accuracy:>4.0f}" for cell in row)
+        )
+    return lines
