@@ -72,7 +72,7 @@ def build_parser() -> ArgumentParser:
                 nargs="?",
                 choices=["perplexity", "passkey"],
                 default="perplexity",
-                help="perplexity of the held-out split (the default), or passkey: accuracy on the retrieval task of the task section",
+                help="perplexity of the held-out split (default), or passkey: accuracy on the task of the section task",
             )
         if name in ("evaluate", "generate"):
             command.add_argument(

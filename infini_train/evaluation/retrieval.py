@@ -101,19 +101,19 @@ def _answers(
     last = samples[0].length - 1  # positions with a target; the answer's last token is never read
     # The first answer token is predicted one position before it stands.
     starts = range(0, last, T)
-    answers_from = (min(sample.answer_start for sample in samples) - 1) // T
+    first = min(sample.answer_start for sample in samples) - 1
+    answers_from = first // T
     memory: Memory = {}
     for start in starts[:answers_from]:
-        memory, _ = pipeline.predict([_micro_batch(run, samples, start, None)], memory, wanted=False)
+        memory, _ = pipeline.predict([_micro_batch(run, samples, start, None)], memory, None)
         on_tokens(T)
     said = [sample.answer for sample in samples]
     forced: list[np.ndarray] | None = None
     while True:
         batches = [_micro_batch(run, samples, start, said) for start in starts[answers_from:]]
-        _, predictions = pipeline.predict(batches, memory, wanted=True)
-        found = predictions.cpu().numpy()  # [B, tokens of these micro-batches]
-        offset = starts[answers_from] + 1
-        now = [found[b, s.answer_start - offset :][: s.answer_length] for b, s in enumerate(samples)]
+        _, predictions = pipeline.predict(batches, memory, first - starts[answers_from])
+        found = predictions.cpu().numpy()  # [B, positions from `first` on], what follows each
+        now = [found[b, s.answer_start - 1 - first :][: s.answer_length] for b, s in enumerate(samples)]
         forced = forced or now
         # Only what stands before an answer's last token is read again.
         if all(np.array_equal(a[:-1], b[:-1]) for a, b in zip(now, said, strict=True)):

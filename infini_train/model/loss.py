@@ -37,9 +37,9 @@ class ChunkedLossGPTModel(GPTModel):
         packed_seq_params: Any = None,
         **_: Any,
     ) -> Tensor:
-        """hidden_states [T, B, h] -> themselves before the last stage or if the output layer is not wanted; loss per token [B, T] for labels [B, T]; or logits
-        [B, T, V / tp]."""
-        if not self.post_process or (isinstance(packed_seq_params, MicroBatch) and packed_seq_params.skip_output_layer):
+        """hidden_states [T, B, h] -> themselves before the last stage; loss per token [B, T] for labels [B, T]; or logits
+        [B, T, V / tp], of the micro-batch's `output_positions` alone where it names some."""
+        if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
             # The output layer sums gradients over the tensor group, so the backward of this gather takes only a slice.
@@ -48,6 +48,8 @@ class ChunkedLossGPTModel(GPTModel):
             )
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         if labels is None:
+            if isinstance(packed_seq_params, MicroBatch) and packed_seq_params.output_positions is not None:
+                hidden_states = hidden_states[packed_seq_params.output_positions]
             logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=runtime_gather_output)
             return logits.transpose(0, 1).contiguous()
 

@@ -33,7 +33,7 @@ class MicroBatch(PackedSeqParams):
     """Memory that enters, by layer; a missing layer starts empty."""
     memory_out: Memory = field(default_factory=dict)
     """Memory that leaves, by layer; written by the layers."""
-    skip_output_layer: bool = False
-    """The last chunk gives hidden states, for a caller that wants only the memory."""
+    output_positions: slice | None = None
+    """Positions whose logits the last chunk gives where there are no labels; None gives all."""
     caches: dict[int, Any] | None = None
     """Streaming caches by layer. When set, layers run `Attention.step` and leave the new cache here."""

@@ -158,23 +158,26 @@ class SegmentPipeline:
         return memory
 
     @torch.no_grad()
-    def predict(self, batches: Sequence[StreamBatch], memory: Memory, *, wanted: bool) -> tuple[Memory, Tensor]:
-        """Forward only, in one pipeline stage: the most likely next token at every position.
+    def predict(self, batches: Sequence[StreamBatch], memory: Memory, first: int | None) -> tuple[Memory, Tensor]:
+        """Forward only, in one pipeline stage: the most likely token after each position.
 
         Args:
-            memory: memory that enters the first micro-batch.
-            wanted: false leaves the output layer out, for what is read only to be remembered.
+            batches: micro-batches whose rows are of equal length, so that only the last may end in padding.
+            memory: memory that enters the first.
+            first: position, counted from the first micro-batch's start, from which on predictions are wanted; None wants
+                none, and runs no output layer.
 
         Returns:
-            The memory that leaves, and [B, T of all micro-batches] token ids; [B, 0] if they are not wanted.
+            The memory that leaves, and token ids [B, positions from `first` to the last valid one].
         """
         assert self.layout.pp_size == 1, "the whole model is in this stage"
         found = [torch.empty(len(batches[0].tokens), 0, dtype=torch.int64, device=self.device)]
+        start = 0
         for batch in batches:
-            micro_batch = MicroBatch(
-                reset=batch.reset, lengths=batch.lengths, memory_in=dict(memory), skip_output_layer=not wanted
-            )
-            output = self.engine.forward(
+            valid = int(batch.lengths[0].sum())
+            wanted = slice(valid if first is None else min(max(first - start, 0), valid), valid)
+            micro_batch = MicroBatch(reset=batch.reset, lengths=batch.lengths, memory_in=dict(memory), output_positions=wanted)
+            logits = self.engine.forward(
                 input_ids=batch.tokens.to(self.device),
                 position_ids=None,
                 attention_mask=None,
@@ -182,8 +185,8 @@ class SegmentPipeline:
                 runtime_gather_output=True,
             )
             memory = micro_batch.memory_out
-            if wanted:
-                found.append(output.argmax(dim=-1))  # [B, T]
+            found.append(logits.argmax(dim=-1))
+            start += valid
         return memory, torch.cat(found, dim=1)
 
     def _schedule(self, num_micro_batches: int, window: int) -> list[Operation]:
