@@ -221,10 +221,11 @@ def _write_index(folder: Path, split: str, facts: SplitFacts, member: str, token
                 elif item.name.endswith("." + WEIGHT_MEMBER):
                     weight_offset.append(item.offset_data)
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would remember every member
-    np.savez(
-        folder / index_file(split),
-        shard=np.array(shard, dtype=np.int32),
-        offset=np.array(offset, dtype=np.int64),
-        tokens=np.array(tokens, dtype=np.int64),
-        **({"weight_offset": np.array(weight_offset, dtype=np.int64)} if weighted else {}),
-    )
+    arrays: dict[str, Any] = {
+        "shard": np.array(shard, dtype=np.int32),
+        "offset": np.array(offset, dtype=np.int64),
+        "tokens": np.array(tokens, dtype=np.int64),
+    }
+    if weighted:
+        arrays["weight_offset"] = np.array(weight_offset, dtype=np.int64)
+    np.savez(folder / index_file(split), **arrays)

@@ -13,6 +13,7 @@ from infini_train.evaluation import charts, memory_charts, plotting
 from infini_train.evaluation.charts import Chart, number, perplexity
 from infini_train.evaluation.page import page
 from infini_train.evaluation.records import HeldOut, Records, held_out, positions, read_json, read_metrics
+from infini_train.evaluation.retrieval_chart import retrieval_chart
 
 LONGEST_PROMPT = 1200
 """Characters of the prompt that are shown: its end, next to the continuation."""
@@ -25,8 +26,8 @@ NO_DIFFERENCE = 0.01
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run directory from what the run recorded there.
 
-    Reads metrics.jsonl and, where present, evaluation.json, generation.json and config.yaml (shown as it stands). The
-    page needs no network and no other file.
+    Reads metrics.jsonl and, where present, evaluation.json, passkey.json, generation.json and config.yaml (shown as it
+    stands). The page needs no network and no other file.
 
     Returns:
         The path of the page.
@@ -38,6 +39,7 @@ def write_report(run_dir: Path) -> Path:
     notes = list(records.notes)
     evaluation = read_json(run_dir / "evaluation.json", "infini-train evaluate", notes)
     generation = read_json(run_dir / "generation.json", "infini-train generate", notes)
+    retrieval = read_json(run_dir / "passkey.json", "infini-train evaluate passkey", notes)
     held = held_out(records, evaluation)
     config_file = run_dir / "config.yaml"
     config = config_file.read_text(encoding="utf-8", errors="replace") if config_file.exists() else None
@@ -46,6 +48,7 @@ def write_report(run_dir: Path) -> Path:
         _cards(records, held),
         "".join(f'<p class="note">{_text(note)}</p>' for note in notes),
         *_chart_sections(records, evaluation, held),
+        _retrieval(retrieval),
         _sample(generation),
         _reading(records),
         _config(config),
@@ -205,6 +208,12 @@ def _figure(chart: Chart) -> str:
         f'<figure class="{"wide" if chart.wide else "half"}"><h3>{_text(chart.title)}</h3>'
         f'<div class="plot">{chart.svg}</div><figcaption>{_text(chart.caption)}</figcaption></figure>'
     )
+
+
+def _retrieval(result: dict[str, Any] | None) -> str:
+    """Left out where nothing was measured: most runs train on text that holds no task."""
+    chart = retrieval_chart(result)
+    return "" if chart is None else _section("Does it find a fact?", "", [chart], "")
 
 
 def _sample(generation: dict[str, Any] | None) -> str:

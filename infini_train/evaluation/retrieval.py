@@ -73,16 +73,17 @@ def measure_cell(
             if number >= config.samples_per_cell:
                 continue  # fills up the rows of the last batch
             right = (by_greed == sample.answer)[sample.scored]
-            counts += sample.scored.sum(), (by_force == sample.answer)[sample.scored].sum(), right.sum(), right.all()
+            forced_right = (by_force == sample.answer)[sample.scored].sum()
+            counts += np.array([sample.scored.sum(), forced_right, right.sum(), right.all()], dtype=float)
     if layout.tp_rank != 0:
         counts[:] = 0
-    tokens, by_force, by_greed, exact = all_reduce_sum(counts.tolist())
+    tokens, forced_sum, greedy_sum, exact = all_reduce_sum(counts.tolist())
     return Cell(
         length,
         depth,
         config.samples_per_cell,
-        by_force / tokens,
-        by_greed / tokens,
+        forced_sum / tokens,
+        greedy_sum / tokens,
         exact / config.samples_per_cell,
         config.seed,
     )

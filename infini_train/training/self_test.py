@@ -38,7 +38,7 @@ class RandomDocuments(TokenDataset):
         self.available = np.ones(documents, dtype=bool)
         self._tokens = [generator.integers(0, vocab_size, length) for length in self.document_lengths]
         # Processes that hold as many tokens as each other must not hold the same weight, or a wrong mean would look right.
-        self._weights = [generator.choice(np.float32([0.25, 1.0]), length) for length in self.document_lengths]
+        self._weights = [generator.choice(np.array([0.25, 1.0], dtype=np.float32), length) for length in self.document_lengths]
 
     @property
     def num_documents(self) -> int:
