@@ -1,0 +1,78 @@
+"""`evaluate passkey`: what is counted is what the model says, however its texts are cut into micro-batches."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from infini_train.config import LayoutConfig, RunConfig, TaskConfig, save_config
+from infini_train.data.prepare import prepare
+from tests.corpus import small_run
+from tests.distributed.command import call
+
+JOBS = "tests.distributed.retrieval_jobs"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Weights so large that an untrained model says different things in different places."""
+    folder = tmp_path_factory.mktemp("retrieval")
+    run = small_run(folder)
+    task = TaskConfig(
+        kind="passkey", samples=24, held_out_samples=4, min_tokens=120, max_tokens=200, rows=4, samples_per_cell=6
+    )
+    run = replace(
+        run,
+        data=replace(run.data, vocab_size=384),
+        task=task,
+        model=replace(run.model, init_std=0.4),
+        training=replace(run.training, segments_per_micro_batch=3),
+    )
+    prepare(run)
+    return run
+
+
+@pytest.mark.parametrize("kind,keys", [("passkey", 1), ("associative_recall", 2)])
+def test_answers_equal_streaming_generation(kind, keys, run, pool):
+    """Lengths with answers inside a micro-batch of 48 positions, at its border, and across it."""
+    run = replace(run, task=replace(run.task, kind=kind, keys=keys))
+    result = pool(1).run(JOBS, "answers", run, [191, 192, 193, 194, 196, 198, 200, 240])[0]
+    assert result["ours"] == result["expected"]
+    said = [tuple(greedy) for _, greedy in result["ours"]]
+    assert len(set(said)) > 8, "the model should say different things"
+    assert any(forced != greedy for forced, greedy in result["ours"]), "the two decodings should differ somewhere"
+
+
+def test_layouts_measure_the_same(run, pool):
+    one = pool(1).run(JOBS, "cells", run, 193)[0]
+    assert [cell["samples"] for cell in one] == [6, 6]
+    for layout in (LayoutConfig(tensor_parallel_size=2), LayoutConfig()):
+        for result in pool(2).run(JOBS, "cells", replace(run, layout=layout), 193):
+            assert result == one
+
+
+def test_counts_are_those_of_the_definition(run, pool):
+    """Six texts, two of them with a wrong second digit: forced 28 of 30 tokens, greedy 22 of 30, exact 4 of 6."""
+    cell = pool(1).run(JOBS, "cells_of_a_model_that_knows", run, 193, 2)[0]
+    assert cell["token_accuracy"] == pytest.approx(28 / 30)
+    assert cell["greedy_token_accuracy"] == pytest.approx(22 / 30)
+    assert cell["exact_match"] == pytest.approx(4 / 6)
+
+
+def test_the_command_writes_cells_a_table_and_a_heat_map(run, tmp_path):
+    task = replace(run.task, lengths=[300, 150], depths=[0.0, 1.0])
+    run = replace(run, run_dir=str(tmp_path / "run"), task=task, training=replace(run.training, steps=3))
+    save_config(run, tmp_path / "run.yaml")
+    config = ["--config", str(tmp_path / "run.yaml")]
+    call("pretrain", *config)
+    output = call("evaluate", "passkey", *config)
+    result = json.loads((tmp_path / "run" / "passkey.json").read_text())
+    assert [(cell["length"], cell["depth"]) for cell in result["cells"]] == [(150, 0.0), (150, 1.0), (300, 0.0), (300, 1.0)]
+    assert all(cell["samples"] == 6 and cell["seed"] == 0 and 0 <= cell["exact_match"] <= 1 for cell in result["cells"])
+    assert result["complete"] is True and result["step"] == 3 and result["task"]["kind"] == "passkey"
+    assert "exact match under greedy decoding" in output and "300" in output
+    call("report", *config)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Does it find a fact?" in page and "Exact match on the retrieval task" in page and "6 texts a cell" in page
