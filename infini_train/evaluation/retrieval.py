@@ -146,4 +146,6 @@ def _micro_batch(run: RunConfig, samples: Sequence[Sample], start: int, said: Se
         lengths=by_segment,
         reset=reset,
         segment_index=start // S + torch.arange(N).expand(len(samples), N),
+        draws=torch.zeros(*by_segment.shape, 2, dtype=torch.float64),
+        repeats=torch.ones_like(by_segment),
     )

@@ -58,7 +58,7 @@ def cells(run: RunConfig, length: int) -> list[dict[str, Any]]:
 
 def cells_of_a_model_that_knows(run: RunConfig, length: int, wrong_rows: int) -> dict[str, Any]:
     """A cell where predictions are the true next tokens, but for the second answer token of the first rows: counts by hand."""
-    parts, pipeline, task = _parts(run)
+    parts, _, task = _parts(run)
     samples = [
         task.sample(run.task.seed, Purpose.EVALUATION, (length, 0, number), length, at_depth(0.0))
         for number in range(run.task.samples_per_cell)
