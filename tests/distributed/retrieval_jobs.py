@@ -49,13 +49,6 @@ def answers(run: RunConfig, lengths: list[int]) -> dict[str, Any]:
     return {"ours": ours, "expected": expected, "truth": truth, "starts": starts}
 
 
-def cells(run: RunConfig, length: int) -> list[dict[str, Any]]:
-    """Two cells as `evaluate passkey` measures them."""
-    parts, pipeline, task = _parts(run)
-    pipeline = SegmentPipeline(pipeline.engine, run, parts.layout, len(parts.layout.rows(run.task.rows)))
-    return [vars(measure_cell(run, parts.layout, pipeline, task, length, depth, lambda count: None)) for depth in (0.0, 1.0)]
-
-
 def cells_of_a_model_that_knows(run: RunConfig, length: int, wrong_rows: int) -> dict[str, Any]:
     """A cell where predictions are the true next tokens, but for the second answer token of the first rows: counts by hand."""
     parts, _, task = _parts(run)
@@ -64,22 +57,22 @@ def cells_of_a_model_that_knows(run: RunConfig, length: int, wrong_rows: int) ->
         for number in range(run.task.samples_per_cell)
     ]
 
+    here = parts.layout.rows(len(samples))
+
     class Knowing:
         """Stands where the pipeline does; after a wrong token it says wrong ones only."""
-
-        batch = 0
 
         def predict(self, batches: list[Any], memory: Any, first: int | None) -> Any:
             if first is None:
                 return memory, None
             start = int(batches[0].segment_index[0, 0]) * run.model.segment_length + first
             rows = []
-            for row in range(run.task.rows):
-                sample = samples[min(self.batch + row, len(samples) - 1)]
+            for number in here:
+                sample = samples[number]
                 right = torch.from_numpy(sample.read(start + 1, length - 1 - start)).clone()
-                shown = torch.cat([b.tokens[row][: int(b.lengths[row].sum())] for b in batches])[first:]
+                shown = torch.cat([b.tokens[number - here[0]][: int(b.lengths[0].sum())] for b in batches])[first:]
                 place = sample.answer_start - 1 - start
-                if self.batch + row < wrong_rows:
+                if number < wrong_rows:
                     right[place + 1] = -1
                     if bool((shown[place + 2 :] != torch.from_numpy(sample.answer[1:-1])).any()):
                         right[place + 2 :] = -1

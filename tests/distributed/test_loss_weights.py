@@ -17,7 +17,7 @@ from tests.corpus import small_run
 from tests.distributed.assemble import global_weights
 from tests.distributed.test_layouts import assert_same_run
 
-STEPS = 3
+STEPS = 2
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def weighted(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A passkey task whose few heavy tokens are spread unevenly over rows and segments."""
     folder = tmp_path_factory.mktemp("weighted")
     run = small_run(folder)
-    task = TaskConfig(kind="passkey", samples=24, held_out_samples=4, min_tokens=120, max_tokens=200, other_weight=0.05)
+    task = TaskConfig(kind="passkey", samples=24, held_out_samples=4, min_tokens=140, max_tokens=200, other_weight=0.05)
     run = replace(run, data=replace(run.data, vocab_size=384), task=task)
     prepare(run)
     return run

@@ -21,7 +21,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("retrieval")
     run = small_run(folder)
     task = TaskConfig(
-        kind="passkey", samples=24, held_out_samples=4, min_tokens=120, max_tokens=200, rows=4, samples_per_cell=6
+        kind="passkey", samples=24, held_out_samples=4, min_tokens=140, max_tokens=200, rows=4, samples_per_cell=6
     )
     run = replace(
         run,
@@ -45,20 +45,20 @@ def test_answers_equal_streaming_generation(kind, keys, run, pool):
     assert any(forced != greedy for forced, greedy in result["ours"]), "the two decodings should differ somewhere"
 
 
-def test_layouts_measure_the_same(run, pool):
-    one = pool(1).run(JOBS, "cells", run, 193)[0]
-    assert [cell["samples"] for cell in one] == [6, 6]
-    for layout in (LayoutConfig(tensor_parallel_size=2), LayoutConfig()):
-        for result in pool(2).run(JOBS, "cells", replace(run, layout=layout), 193):
-            assert result == one
+def test_tensor_parallel_processes_say_the_same(run, pool):
+    one = pool(1).run(JOBS, "answers", run, [193])[0]
+    two = pool(2).run(JOBS, "answers", replace(run, layout=LayoutConfig(tensor_parallel_size=2)), [193])
+    assert [result["ours"] for result in two] == [one["ours"]] * 2
 
 
-def test_counts_are_those_of_the_definition(run, pool):
+@pytest.mark.parametrize("processes,tp", [(1, 1), (2, 1), (2, 2)])
+def test_counts_are_those_of_the_definition(processes, tp, run, pool):
     """Six texts, two of them with a wrong second digit: forced 28 of 30 tokens, greedy 22 of 30, exact 4 of 6."""
-    cell = pool(1).run(JOBS, "cells_of_a_model_that_knows", run, 193, 2)[0]
-    assert cell["token_accuracy"] == pytest.approx(28 / 30)
-    assert cell["greedy_token_accuracy"] == pytest.approx(22 / 30)
-    assert cell["exact_match"] == pytest.approx(4 / 6)
+    layout = LayoutConfig(tensor_parallel_size=tp)
+    for cell in pool(processes).run(JOBS, "cells_of_a_model_that_knows", replace(run, layout=layout), 193, 2):
+        assert cell["token_accuracy"] == pytest.approx(28 / 30)
+        assert cell["greedy_token_accuracy"] == pytest.approx(22 / 30)
+        assert cell["exact_match"] == pytest.approx(4 / 6)
 
 
 def test_the_command_writes_cells_a_table_and_a_heat_map(run, tmp_path):
