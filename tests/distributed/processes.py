@@ -113,8 +113,9 @@ class ProcessPool:
     def close(self) -> None:
         for jobs in self._jobs:
             jobs.put(None)
+        deadline = time.monotonic() + 5.0
         for rank in self._ranks:
-            rank.join(timeout=5.0)
+            rank.join(timeout=max(0.0, deadline - time.monotonic()))
             if rank.is_alive():
                 rank.kill()
                 rank.join()
