@@ -39,16 +39,9 @@ check: setup
 	$(BIN)/mypy
 	OMP_NUM_THREADS=2 $(BIN)/pytest tests/unit
 
-# A job on SLURM mostly waits for SLURM: those tests run beside the others, and what they print comes in one piece.
+# One after the other: beside the tests on several processes, jobs on SLURM ran out of their time limits on two cores.
 test: check
-	@$(MAKE) --no-print-directory -j2 test-distributed test-slurm-beside
-
-.PHONY: test-distributed test-slurm-beside
-test-distributed: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=30 tests/distributed
-
-test-slurm-beside: setup
-	@out=$$(mktemp); OMP_NUM_THREADS=1 $(BIN)/pytest --durations=10 tests/slurm > $$out 2>&1; code=$$?; cat $$out; rm -f $$out; exit $$code
+	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=30 tests/distributed tests/slurm
 
 test-slurm: setup
 	tests/slurm/install.sh

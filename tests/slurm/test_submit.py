@@ -172,6 +172,9 @@ def test_at_the_time_limit_a_run_is_saved_requeued_and_resumed(unbroken, runs, c
     end = datetime.now() + timedelta(seconds=115)
     cluster.run("scontrol", "update", f"JobId={job_id}", f"EndTime={end:%Y-%m-%dT%H:%M:%S}")
     runs.wake_when_told_to_stop(run, job_id)
+    cluster.wait(job_id, lambda job: job["Restarts"] == "1", START_SECONDS)
+    # It would keep the short limit, in which a slow machine gets nowhere.
+    cluster.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=30")
     runs.finish(run, job_id)
     assert cluster.job(job_id)["Restarts"] == "1"
     saved = re.search(r"requeued: told to stop, exit code 85; newest checkpoint: (step_\d+)", runs.history(run))
