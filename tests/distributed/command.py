@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.warm.interpreter import launcher, python
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -18,13 +19,13 @@ def call(
     Args:
         processes: start so many, with launch/local.py or with torchrun; None calls the command itself.
     """
-    launcher = ["-m", "infini_train"]
+    command = [python(), "-m", "infini_train"]
     if torchrun:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *launcher]
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     elif processes:
-        launcher = [str(REPOSITORY / "launch" / "local.py"), str(processes)]
+        command = [*launcher(REPOSITORY / "launch" / "local.py"), str(processes)]
     result = subprocess.run(
-        [sys.executable, *launcher, *arguments],
+        [*command, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

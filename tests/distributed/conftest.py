@@ -1,4 +1,4 @@
-"""Process pools by world size, and a small prepared corpus."""
+"""Ranks by world size, and a small prepared corpus."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ import pytest
 from infini_train.config import RunConfig
 from infini_train.data.prepare import prepare
 from tests.corpus import small_run, write_corpus
-from tests.distributed.processes import ProcessPool
+from tests.distributed.processes import Ranks
+from tests.warm.interpreter import warm_python
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter() -> Iterator[None]:
+    with warm_python():
+        yield
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Callable[[int], ProcessPool]]:
-    """A function from world size to its pool; a pool that died is started anew."""
-    pools: dict[int, ProcessPool] = {}
-
-    def get(world_size: int) -> ProcessPool:
-        if world_size not in pools or not pools[world_size].alive:
-            pools[world_size] = ProcessPool(world_size)
-        return pools[world_size]
-
-    yield get
-    for each in pools.values():
-        each.close()
+def pool() -> Callable[[int], Ranks]:
+    """A function from world size to ranks."""
+    return Ranks
 
 
 @pytest.fixture(scope="session")

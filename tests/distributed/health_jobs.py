@@ -118,12 +118,13 @@ def skip_a_step(run: RunConfig, rank: int, parameter: str | None, value: float) 
     memory = {layer: (state.M.clone(), state.z.clone()) for layer, state in parts.state.memory.items()}
     consecutive = parts.state.health.consecutive_skips
     records.append(train_step(parts, StopRequest())[0])
+    changed = set(_differing(before, _everything(parts)))
     return {
         "skipped": [record["skipped"] for record in records],
         "grad_norm": [record["grad_norm"] for record in records],
         "tokens": [record["tokens"] for record in records],
         "changed_by_the_skipped_step": kept,
-        "unchanged_by_the_next": [name for name in before if name not in _differing(before, _everything(parts))],
+        "unchanged_by_the_next": [name for name in before if name not in changed],
         "memory": memory,
         "rows": list(parts.layout.rows(run.training.rows)),
         "health": (consecutive, parts.state.health.state_dict()),

@@ -1,122 +1,83 @@
-"""Real gloo processes for tests: started once per world size, given one job after another.
-
-Importing the libraries takes seconds a process, so a pool lives for the whole test session and every job makes its own process
-groups for its own layout.
-"""
+"""Real gloo processes for tests: a job is a function that every rank calls, in a process group that is theirs alone."""
 
 from __future__ import annotations
 
-import faulthandler
-import importlib
-import multiprocessing
 import os
-import queue
+import pickle
 import signal
+import subprocess
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
+from launch.rank_processes import rank_environments
 from tests.free_port import free_port
+from tests.warm.interpreter import python
 
 JOB_SECONDS = 240.0
+GRACE_SECONDS = 5.0
+"""How long the others may take to end after a rank failed."""
+REPOSITORY = Path(__file__).parents[2]
 
 
-def _serve(rank: int, world_size: int, port: int, jobs: Any, results: Any, stacks: Path) -> None:
-    faulthandler.register(signal.SIGUSR2, stacks.open("w"), all_threads=True)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    from infini_train import platform
-
-    platform.install()
-    import torch
-
-    torch.set_num_threads(1)
-    while (job := jobs.get()) is not None:
-        module, function, arguments = job
-        try:
-            results.put((rank, getattr(importlib.import_module(module), function)(*arguments), None))
-        except BaseException:
-            results.put((rank, None, traceback.format_exc()))
-
-
-class ProcessPool:
-    """`world_size` ranks of one process group, alive between jobs."""
+class Ranks:
+    """`world_size` processes for one job."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        context = multiprocessing.get_context("spawn")
-        self._results = context.Queue()
-        self._jobs = [context.Queue() for _ in range(world_size)]
-        self._stacks = tempfile.TemporaryDirectory(prefix="stacks-")
-        port = free_port()
-        os.environ["OMP_NUM_THREADS"] = "1"
-        self._ranks = [
-            context.Process(
-                target=_serve,
-                args=(rank, world_size, port, self._jobs[rank], self._results, self._stack_file(rank)),
-                daemon=True,
-            )
-            for rank in range(world_size)
-        ]
-        for rank in self._ranks:
-            rank.start()
 
     def run(self, module: str, function: str, *arguments: Any) -> list[Any]:
         """Call a function on every rank; its results in rank order. Arguments and results are pickled.
 
         Raises:
-            AssertionError: a rank raised (with its traceback) or did not answer in time.
+            AssertionError: a rank raised (with its traceback) or did not answer in time (with everyone's stacks).
         """
-        for jobs in self._jobs:
-            jobs.put((module, function, arguments))
-        answers: dict[int, Any] = {}
-        errors: list[str] = []
-        while len(answers) + len(errors) < self.world_size:
+        with tempfile.TemporaryDirectory(prefix="ranks-") as name:
+            folder = Path(name)
+            (folder / "job").write_bytes(pickle.dumps((module, function, arguments)))
+            environments = rank_environments(
+                0, 1, self.world_size, "127.0.0.1", free_port(), {**os.environ, "OMP_NUM_THREADS": "1"}
+            )
+            command = [python(), "-m", "tests.distributed.rank", name]
+            ranks = [subprocess.Popen(command, env=environment, cwd=REPOSITORY) for environment in environments]
             try:
-                rank, answer, error = self._results.get(timeout=JOB_SECONDS if not errors else 5.0)
-            except queue.Empty:
-                break
-            if error is None:
-                answers[rank] = answer
-            else:
-                errors.append(f"rank {rank}: {error}")
-        if len(answers) < self.world_size:
-            if not errors:
-                errors = [f"no answer from {self.world_size - len(answers)} ranks: a deadlock?", *self._dump_stacks()]
-            self.close()
-            raise AssertionError("\n".join(errors))
-        return [answers[rank] for rank in range(self.world_size)]
+                errors = self._wait(ranks, folder)
+            finally:
+                for rank in ranks:
+                    rank.kill()
+                    rank.wait()
+            if errors:
+                raise AssertionError("\n".join(errors))
+            return [pickle.loads((folder / f"answer{rank}").read_bytes()) for rank in range(self.world_size)]
 
-    def _stack_file(self, rank: int) -> Path:
-        return Path(self._stacks.name) / f"{rank}.txt"
+    def _wait(self, ranks: list[subprocess.Popen[bytes]], folder: Path) -> list[str]:
+        """Until all have answered or one has failed and the others had their time: what went wrong."""
+        deadline = time.monotonic() + JOB_SECONDS
+        failed: set[int] = set()
+        answered: set[int] = set()
+        while len(failed | answered) < self.world_size and time.monotonic() < deadline:
+            time.sleep(0.02)
+            answered = {rank for rank in range(self.world_size) if (folder / f"answer{rank}").exists()}
+            for rank, process in enumerate(ranks):
+                if process.poll() is not None and rank not in failed and not (folder / f"answer{rank}").exists():
+                    failed.add(rank)
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if len(answered) == self.world_size:
+            return []
+        if not failed:
+            late = f"no answer from {self.world_size - len(answered)} ranks: a deadlock?"
+            return [late, *self._dump_stacks(ranks, folder)]
+        return [f"rank {rank}, exit code {ranks[rank].returncode}: {self._error(folder, rank)}" for rank in sorted(failed)]
 
-    def _dump_stacks(self) -> list[str]:
+    def _error(self, folder: Path, rank: int) -> str:
+        path = folder / f"error{rank}"
+        return path.read_text() if path.exists() else "it said nothing"
+
+    def _dump_stacks(self, ranks: list[subprocess.Popen[bytes]], folder: Path) -> list[str]:
         """Where every rank stands, in all its threads."""
-        for rank in self._ranks:
-            if rank.pid is not None and rank.is_alive():
-                os.kill(rank.pid, signal.SIGUSR2)
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(signal.SIGUSR2)
         time.sleep(1.0)
-        return [f"rank {rank}:\n{self._stack_file(rank).read_text()}" for rank in range(self.world_size)]
-
-    @property
-    def alive(self) -> bool:
-        return all(rank.is_alive() for rank in self._ranks)
-
-    def close(self) -> None:
-        for jobs in self._jobs:
-            jobs.put(None)
-        deadline = time.monotonic() + 5.0
-        for rank in self._ranks:
-            rank.join(timeout=max(0.0, deadline - time.monotonic()))
-            if rank.is_alive():
-                rank.kill()
-                rank.join()
-        self._stacks.cleanup()
+        return [f"rank {rank}:\n{(folder / f'stacks{rank}').read_text()}" for rank in range(self.world_size)]

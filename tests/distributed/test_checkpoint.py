@@ -6,8 +6,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from infini_train.config import CheckpointConfig, LayoutConfig, RunConfig, save_config
 from tests.distributed.assemble import global_memory, global_weights
 from tests.distributed.cases import Case
+from tests.warm.interpreter import launcher
 
 REPOSITORY = Path(__file__).parents[2]
 TIMED = {
@@ -29,14 +30,14 @@ TIMED = {
 }
 
 
-def start(run: RunConfig, processes: int) -> subprocess.Popen[str]:
+def start(run: RunConfig, processes: int, command: Callable[[Path], list[str]] = launcher) -> subprocess.Popen[str]:
     """`pretrain` through the launcher, as a user starts it."""
     path = Path(run.run_dir)
     path.mkdir(parents=True, exist_ok=True)
     config = path.with_suffix(".yaml")
     save_config(run, config)
     return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "launch" / "local.py"), str(processes), "pretrain", "--config", str(config)],
+        [*command(REPOSITORY / "launch" / "local.py"), str(processes), "pretrain", "--config", str(config)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

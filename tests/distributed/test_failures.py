@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import CheckpointConfig, LayoutConfig, RunConfig, save_config
 from tests.distributed.command import REPOSITORY
 from tests.distributed.test_checkpoint import elsewhere, metrics
+from tests.warm.interpreter import python
 
 RUN_WITH_A_FAULT = """
 import importlib.util, sys
@@ -35,7 +35,7 @@ def pretrain(run: RunConfig, processes: int, fault: str | None = None) -> subpro
     module = ["infini_train"] if fault is None else ["tests.distributed.faults", fault]
     launcher = str(REPOSITORY / "launch" / "local.py")
     return subprocess.run(
-        [sys.executable, "-c", RUN_WITH_A_FAULT, launcher, str(processes), *module, "pretrain", "--config", str(config)],
+        [python(), "-c", RUN_WITH_A_FAULT, launcher, str(processes), *module, "pretrain", "--config", str(config)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

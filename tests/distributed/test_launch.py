@@ -18,6 +18,7 @@ from tests.corpus import small_run, write_corpus
 from tests.distributed.command import REPOSITORY
 from tests.distributed.test_checkpoint import finish, metrics, start, wait_for_step
 from tests.free_port import free_port
+from tests.warm.interpreter import launcher
 
 HOSTS = ["127.0.0.1", "127.0.0.2"]
 
@@ -40,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 def launch(host: int, port: int, *command: str, options: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
     arguments = ["--hosts", ",".join(HOSTS), "--processes_per_host", "1", "--port", str(port), "--node_rank", str(host)]
     return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "launch" / "multinode.py"), *arguments, *options, *command],
+        [*launcher(REPOSITORY / "launch" / "multinode.py"), *arguments, *options, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

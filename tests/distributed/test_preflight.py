@@ -15,6 +15,7 @@ import pytest
 
 from tests.distributed.command import REPOSITORY
 from tests.free_port import free_port
+from tests.warm.interpreter import python
 
 PREFLIGHT = str(REPOSITORY / "launch" / "preflight.py")
 
@@ -55,7 +56,7 @@ def preflight(folder: Path, *options: str, nodes: int = 3, fault: str = "none", 
         program = ["-m", "tests.distributed.preflight_fault", fault] if rank == at else [PREFLIGHT]
         ranks.append(
             subprocess.Popen(
-                [sys.executable, *program, "--folder", str(folder / "run"), *options],
+                [python(), *program, "--folder", str(folder / "run"), *options],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

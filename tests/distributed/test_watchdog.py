@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def stacks(run):
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_rank_is_named_and_the_job_ends(stopped, run):
-    process = start(run, 2)
+    # Ranks that are whole processes: SIGSTOP cannot be passed on.
+    process = start(run, 2, lambda script: [sys.executable, str(script)])
     wait_for_step(run, 3, process)
     ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     os.kill(ranks[stopped], signal.SIGSTOP)

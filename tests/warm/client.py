@@ -1,0 +1,38 @@
+"""Stands for a forked process: passes signals on to it, dies with it and as it died. It starts often, so it imports little."""
+
+import json
+import os
+import signal
+import socket
+import sys
+
+
+def main() -> None:
+    address = os.environ.get("WARM_PYTHON_SOCKET")
+    if address is None:
+        os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
+    passed_on = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+    # Held back until there is a process to pass them on to.
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)
+    request = json.dumps({"arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}).encode()
+    socket.send_fds(connection, [len(request).to_bytes(4, "little")], [0, 1, 2])
+    connection.sendall(request)
+    answers = connection.makefile()
+    pid = int(answers.readline())
+    for number in passed_on:
+        signal.signal(number, lambda number, _: os.kill(pid, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
+    status = answers.readline()
+    if not status:
+        os._exit(120)
+    code = os.waitstatus_to_exitcode(int(status))
+    if code >= 0:
+        os._exit(code)
+    if -code not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+
+
+main()
