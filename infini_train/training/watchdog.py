@@ -119,9 +119,12 @@ class Watchdog:
         self._thread.join()
         faulthandler.unregister(STACK_SIGNAL)
         self._stack_file.close()
-        if self._rank == 0:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            shutil.rmtree(self._stacks, ignore_errors=True)
+        # Each its own, and the last one the folders: another process may still be writing its beat.
+        for file in (self._folder / f"rank_{self._rank}.json", self._stacks / f"rank_{self._rank}.txt"):
+            with suppress(OSError):
+                file.unlink()
+            with suppress(OSError):
+                file.parent.rmdir()
 
     def _watch(self) -> None:
         suspicious = 0

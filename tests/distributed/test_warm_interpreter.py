@@ -1,0 +1,73 @@
+"""The interpreter that tests start ranks with behaves like one: arguments, files, exit codes, signals."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.warm.interpreter import python
+
+LOADED = "import sys; assert 'deepspeed' in sys.modules; "
+
+
+def call(*arguments: str) -> tuple[int, str, str]:
+    result = subprocess.run([python(), *arguments], input="typed", capture_output=True, text=True, check=False)
+    return result.returncode, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    "code", ["print(sys.argv[1:], sys.stdin.read())", "sys.exit(3)", "sys.exit('words')", "raise ValueError('words')"]
+)
+def test_it_ends_and_says_what_an_interpreter_does(code):
+    expected = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}", "a", "b c"], input="typed", capture_output=True, text=True, check=False
+    )
+    returncode, output, error = call("-c", LOADED + code, "a", "b c")
+    assert (returncode, output) == (expected.returncode, expected.stdout)
+    assert error.splitlines()[-1:] == expected.stderr.splitlines()[-1:]
+
+
+def test_scripts_and_modules_find_what_lies_beside_them(tmp_path):
+    (tmp_path / "beside.py").write_text("value = 'found'\n")
+    (tmp_path / "script.py").write_text("import sys, beside\nif __name__ == '__main__': print(beside.value, sys.argv)\n")
+    script = str(tmp_path / "script.py")
+    assert call(script, "x") == (0, f"found {[script, 'x']}\n", "")
+    result = subprocess.run([python(), "-m", "script", "x"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.stdout == f"found {[script, 'x']}\n", result.stderr
+
+
+def forked(code: str) -> tuple[subprocess.Popen[str], int]:
+    """A process, and the pid of the one that it stands for."""
+    process = subprocess.Popen(
+        [python(), "-u", "-c", f"import os, signal, sys, time; print(os.getpid(), flush=True); {code}"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return process, int(process.stdout.readline())
+
+
+def test_a_death_by_a_signal_is_one():
+    process, _ = forked("os.kill(os.getpid(), signal.SIGKILL)")
+    assert process.wait(30) == -signal.SIGKILL
+
+
+def test_signals_are_passed_on():
+    process, pid = forked("signal.signal(signal.SIGTERM, lambda *_: sys.exit(85)); print('armed', flush=True); time.sleep(60)")
+    assert process.stdout.readline() == "armed\n" and pid != process.pid
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 85
+
+
+def test_who_is_killed_takes_the_process_along():
+    process, pid = forked("time.sleep(60)")
+    process.kill()
+    process.wait(30)
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{pid}").exists()
