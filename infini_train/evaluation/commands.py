@@ -18,12 +18,22 @@ from infini_train.data.dataset import TokenDataset
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.errors import UserError
 from infini_train.evaluation.generation import StreamingModel, sample_tokens
-from infini_train.evaluation.perplexity import HeldOutLoss, held_out_loss, position_bins, unigram_entropy
+from infini_train.evaluation.perplexity import (
+    HeldOutLoss,
+    Treatment,
+    held_out_loss,
+    position_bins,
+    shuffled_run,
+    unigram_entropy,
+)
 from infini_train.model import build_stage, parameter_placements
 from infini_train.parallel.engine import InferenceEngine
 from infini_train.parallel.layout import Layout, initialize_layout
 from infini_train.parallel.pipeline import SegmentPipeline
 from infini_train.training.checkpoint import Checkpointer
+
+MEASURED_SHARE = 0.9
+"""Of a range's tokens, at least, for its loss to be given."""
 
 
 @dataclass
@@ -77,9 +87,11 @@ def load_model(run: RunConfig, checkpoint: Path) -> Loaded:
 def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
     """Held-out perplexity by position; writes evaluation.json in the run directory and prints a table."""
     loaded = load_model(run, checkpoint)
-    pipeline = SegmentPipeline(loaded.engine, run, loaded.layout, len(loaded.layout.rows(run.training.rows)))
-    with_memory = _measure(loaded, pipeline, empty_memory=False)
-    emptied = _measure(loaded, pipeline, empty_memory=True) if run.model.attention == "infini" else None
+    with_memory = _measure(loaded, run, "kept")
+    emptied = shuffled = None
+    if run.model.attention == "infini":
+        emptied = _measure(loaded, run, "emptied")
+        shuffled = _measure(loaded, shuffled_run(run, loaded.layout), "shuffled")
     entropy = unigram_entropy(TokenDataset(Path(run.data.path), "held_out"))
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint),
@@ -87,8 +99,9 @@ def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
         "tokens": int(with_memory.tokens.sum()),
         "with_memory": _summary(with_memory),
         "memory_emptied": None if emptied is None else _summary(emptied),
+        "memory_shuffled": None if shuffled is None or not shuffled.tokens.sum() else _summary(shuffled),
         "unigram_entropy": entropy,
-        "by_position": _by_position(with_memory, emptied),
+        "by_position": _by_position(with_memory, emptied, shuffled),
     }
     if loaded.layout.is_main:
         (Path(run.run_dir) / "evaluation.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -96,52 +109,65 @@ def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
     return report
 
 
-def _measure(loaded: Loaded, pipeline: SegmentPipeline, *, empty_memory: bool) -> HeldOutLoss:
-    title = "held-out, memory emptied" if empty_memory else "held-out"
+def _measure(loaded: Loaded, run: RunConfig, memory: Treatment) -> HeldOutLoss:
+    pipeline = SegmentPipeline(loaded.engine, run, loaded.layout, len(loaded.layout.rows(run.training.rows)))
     with Progress(console=Console(stderr=True), disable=not loaded.layout.is_main or not sys.stderr.isatty()) as progress:
-        task = progress.add_task(title, total=None)
+        task = progress.add_task("held-out" if memory == "kept" else f"held-out, memory {memory}", total=None)
         return held_out_loss(
-            loaded.run,
-            loaded.layout,
-            pipeline,
-            empty_memory=empty_memory,
-            on_batch=lambda count: progress.update(task, completed=count),
+            run, loaded.layout, pipeline, memory=memory, on_batch=lambda count: progress.update(task, completed=count)
         )
 
 
 def _summary(result: HeldOutLoss) -> dict[str, float]:
-    return {"loss": result.loss, "perplexity": math.exp(result.loss)}
+    return {"loss": result.loss, "perplexity": math.exp(result.loss), "tokens": int(result.tokens.sum())}
 
 
-def _by_position(with_memory: HeldOutLoss, emptied: HeldOutLoss | None) -> list[dict[str, Any]]:
+def _by_position(kept: HeldOutLoss, emptied: HeldOutLoss | None, shuffled: HeldOutLoss | None) -> list[dict[str, Any]]:
+    """One entry for each range of segments; a loss stands there if nearly all tokens of the range were measured for it."""
     rows = []
-    for first, last in position_bins(with_memory):
+    for first, last in position_bins(kept):
         part = slice(first, last + 1)
-        tokens, weight = with_memory.tokens[part].sum(), with_memory.weights[part].sum()
+        tokens = int(kept.tokens[part].sum())
         if tokens == 0:
             continue
+
+        def loss(result: HeldOutLoss | None, part: slice = part, tokens: int = tokens) -> float | None:
+            if result is None or result.tokens[part].sum() < MEASURED_SHARE * tokens:
+                return None
+            return float(result.loss_sum[part].sum() / result.weights[part].sum())
+
         rows.append(
             {
                 "first_segment": first,
                 "last_segment": last,
-                "tokens": int(tokens),
-                "loss": float(with_memory.loss_sum[part].sum() / weight),
-                "loss_memory_emptied": None if emptied is None else float(emptied.loss_sum[part].sum() / weight),
+                "tokens": tokens,
+                "loss": loss(kept),
+                "loss_memory_emptied": loss(emptied),
+                "loss_memory_shuffled": loss(shuffled),
             }
         )
     return rows
 
 
 def _print_evaluation(report: dict[str, Any]) -> None:
+    def shown(loss: float | None) -> str:
+        return "-" if loss is None else f"{math.exp(loss):.3f}"
+
+    def line(name: str, tokens: int, *losses: float | None) -> str:
+        return f"{name:>20}  {tokens:>10,}" + "".join(f"  {shown(loss):>12}" for loss in losses)
+
     print(f"checkpoint {report['checkpoint']}, {report['tokens']:,} held-out tokens")
-    print(f"{'segment of document':>20}  {'tokens':>10}  {'with memory':>12}  {'emptied':>12}   (perplexity)")
+    print(f"{'segment of document':>20}  {'tokens':>10}  {'with memory':>12}  {'emptied':>12}  {'shuffled':>12}   (perplexity)")
     for row in report["by_position"]:
-        name = f"{row['first_segment']}-{row['last_segment']}"
-        emptied = row["loss_memory_emptied"]
-        other = "-" if emptied is None else f"{math.exp(emptied):.3f}"
-        print(f"{name:>20}  {row['tokens']:>10,}  {math.exp(row['loss']):>12.3f}  {other:>12}")
-    other = "-" if report["memory_emptied"] is None else f"{report['memory_emptied']['perplexity']:.3f}"
-    print(f"{'all':>20}  {report['tokens']:>10,}  {report['with_memory']['perplexity']:>12.3f}  {other:>12}")
+        losses = (row["loss"], row["loss_memory_emptied"], row["loss_memory_shuffled"])
+        print(line(f"{row['first_segment']}-{row['last_segment']}", row["tokens"], *losses))
+    kinds = [report[kind] for kind in ("with_memory", "memory_emptied", "memory_shuffled")]
+    print(line("all", report["tokens"], *(None if kind is None else kind["loss"] for kind in kinds)))
+    if report["memory_shuffled"] is not None:
+        print(
+            f"emptied: at every segment; shuffled: each row reads another row's, measured for "
+            f"{report['memory_shuffled']['tokens'] / report['tokens']:.0%} of the tokens"
+        )
     loss = report["with_memory"]["loss"]
     print(f"held-out loss {loss:.4f} nats per token; unigram entropy of the held-out text {report['unigram_entropy']:.4f}")
 

@@ -28,25 +28,32 @@ def position_chart(entries: list[dict[str, Any]], has_memory: bool) -> Chart | N
     names = [f"segment{'' if label.isdigit() else 's'} {label}" for label in labels]
     x = np.arange(len(entries), dtype=float)
     kept = np.array([perplexity(entry["loss"]) for entry in entries])
-    losses_emptied = [entry.get("loss_memory_emptied") for entry in entries]
-    emptied = np.array([np.nan if loss is None else perplexity(loss) for loss in losses_emptied])
+
+    def other(key: str) -> np.ndarray:
+        return np.array([np.nan if entry.get(key) is None else perplexity(entry[key]) for entry in entries])
+
+    emptied, shuffled = other("loss_memory_emptied"), other("loss_memory_shuffled")
     with chart_figure(WIDE, 3.8) as (figure, axes):
+        if np.isfinite(shuffled).any():
+            p.line(axes, x, shuffled, p.SHUFFLED, "memory of another row", marked=True)
         p.line(axes, x, emptied, p.EMPTIED, "memory emptied at every segment", marked=True)
         p.line(axes, x, kept, p.WITH_MEMORY, "with memory" if has_memory else None, marked=True)
-        p.value_axis(axes, "perplexity", log=p.log_if_wide(np.concatenate([kept, emptied])))
+        p.value_axis(axes, "perplexity", log=p.log_if_wide(np.concatenate([kept, emptied, shuffled])))
         show = [f"{a}\n{p.compact(n)} tok." if isinstance(n, int) else a for a, n in zip(labels, tokens, strict=True)]
         every = math.ceil(len(x) / 14)
         axes.set_xticks(x[::every], show[::every])
         axes.set_xlabel("segment of the document, counted from 0; below it the held-out tokens measured there")
         axes.set_xlim(-0.4, len(x) - 0.6)
         if has_memory:
-            p.legend_above(axes, columns=2)
+            p.legend_above(axes, columns=3)
         svg = p.svg_of(figure, "positions", "Held-out perplexity by position in the document")
     far = len(x) - 1
     caption = f"In {names[far]} perplexity is {number(kept[far])}" + (" with memory" if has_memory else "")
     if np.isfinite(emptied[far]):
         change = emptied[far] / kept[far] - 1
         caption += f" and {number(emptied[far])} with the memory emptied ({change:+.1%})"
+    if np.isfinite(shuffled[far]):
+        caption += f" and {number(shuffled[far])} with that of another row ({shuffled[far] / kept[far] - 1:+.1%})"
     caption += f", against {number(kept[0])} in {names[0]}" if far else ""
     if has_memory and entries[0]["first_segment"] == entries[0].get("last_segment") == 0:
         caption += "; in segment 0 the memory is still empty, so there the two must meet"
@@ -92,6 +99,39 @@ def gate_map_chart(records: Records) -> Chart | None:
         "at 0.5 local attention and memory count equally."
     )
     return Chart("Gates, sigmoid(β), of every head", svg, caption)
+
+
+LOCAL_BELOW, MEMORY_ABOVE = 0.1, 0.9
+"""A head is specialised in local attention or in memory beyond these gates, and mixes the two between them."""
+
+
+def gate_histogram_chart(records: Records) -> Chart | None:
+    """How many heads specialise and how many mix, as in Figure 3 of the paper."""
+    found = records.nested("gates", 2)
+    if found is None:
+        return None
+    steps, history = found
+    first, last = history[0].ravel(), history[-1].ravel()
+    edges = np.linspace(0.0, 1.0, 21)
+    with chart_figure(WIDE, 3.0) as (figure, axes):
+        for low, high in ((0.0, LOCAL_BELOW), (MEMORY_ABOVE, 1.0)):
+            axes.axvspan(low, high, color=p.GRID, alpha=0.5, linewidth=0)
+        axes.hist(last, bins=edges, color=p.GATES, rwidth=0.9, label=f"step {steps[-1]:,.0f}")
+        axes.hist(first, bins=edges, histtype="step", color=p.INK, linewidth=1.2, label=f"step {steps[0]:,.0f}")
+        p.value_axis(axes, "heads")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("sigmoid(β): 0 is local attention only, 1 is memory only; shaded: specialised heads")
+        p.legend_above(axes, columns=2)
+        svg = p.svg_of(figure, "gate-histogram", f"Histogram of gates at step {steps[-1]:.0f}")
+    local, memory = int((last < LOCAL_BELOW).sum()), int((last > MEMORY_ABOVE).sum())
+    balanced = int((abs(last - 0.5) < 0.1).sum())
+    caption = (
+        f"Of {last.size} heads {local} specialise in local attention (below {LOCAL_BELOW}), {memory} in memory (above "
+        f"{MEMORY_ABOVE}), and {last.size - local - memory} mix the two; {balanced} of these are within 0.1 "
+        "of 0.5."
+    )
+    return Chart("Specialised and mixing heads", svg, caption, wide=True)
 
 
 def _gate_height(layers: int) -> float:

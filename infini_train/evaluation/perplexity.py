@@ -1,15 +1,18 @@
-"""Held-out loss, by position in the document, with memory and with the memory emptied at every segment."""
+"""Held-out loss by position in the document: with memory as it is, emptied at every segment, and of another row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from infini_train.attention import LayerMemory
 from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.streams import StreamBatch, StreamReader
@@ -21,6 +24,9 @@ from infini_train.parallel.pipeline import SegmentPipeline
 
 MAX_POSITIONS = 4096
 """Segments of a document told apart; later ones count with the last."""
+Treatment = Literal["kept", "emptied", "shuffled"]
+"""Of the memory. kept: as in training; emptied: reset at every segment; shuffled: each row reads the memory that another row
+has written so far, of the same age in kind but of another document, and its own is carried on unread."""
 
 
 @dataclass
@@ -88,43 +94,90 @@ def _padding(rows: int, num_segments: int, segment_length: int) -> StreamBatch:
     )
 
 
+class LossByPosition:
+    """Sums this process's token losses by segment of the document."""
+
+    def __init__(self, segment_length: int, counts: bool) -> None:
+        """Args: counts: whether this process adds, so that of those with the same losses one does."""
+        self.segment_length, self.counts = segment_length, counts
+        self.sums = torch.zeros(3, MAX_POSITIONS, dtype=torch.float64)
+
+    def add(self, batch: StreamBatch, losses: Tensor, rows: Tensor | None = None) -> None:
+        """Args: losses: [B, T] nats; rows: [B] bool, those that count; None is all."""
+        if not self.counts:
+            return
+        positions = batch.segment_index.clamp(max=MAX_POSITIONS - 1).repeat_interleave(self.segment_length, dim=1).flatten()
+        mask = batch.loss_mask.double()
+        if rows is not None:
+            mask = mask * rows[:, None]
+        for sums, values in zip(self.sums, (losses.cpu().double() * mask, mask, (mask > 0).double()), strict=True):
+            sums.index_add_(0, positions, values.flatten())
+
+    def total(self) -> HeldOutLoss:
+        """Over all processes."""
+        return HeldOutLoss(*np.array(all_reduce_sum(self.sums.flatten().tolist())).reshape(3, MAX_POSITIONS))
+
+
+def shuffled_run(run: RunConfig, layout: Layout) -> RunConfig:
+    """The run whose pipeline measures with shuffled memory: in the smallest micro-batches: inside one a row reads its own
+    memory."""
+    return replace(run, training=replace(run.training, segments_per_micro_batch=layout.cp_size))
+
+
 def held_out_loss(
     run: RunConfig,
     layout: Layout,
     pipeline: SegmentPipeline,
     *,
-    empty_memory: bool = False,
+    memory: Treatment = "kept",
     limit: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> HeldOutLoss:
     """Loss over the held-out split; a collective over all processes.
 
     Args:
-        empty_memory: reset the memory at every segment.
+        run: whose pipeline this is; for shuffled memory that of `shuffled_run`.
+        memory: what is done to it. With shuffled memory only tokens count for which another row of this process had one.
         limit: micro-batches of every row to read, from the longest documents; None reads every document once.
         on_batch: called with the number of micro-batches done, to show progress.
     """
     dataset = TokenDataset(Path(run.data.path), "held_out")
-    loss_sum = torch.zeros(MAX_POSITIONS, dtype=torch.float64)
-    weights = torch.zeros(MAX_POSITIONS, dtype=torch.float64)
-    tokens = torch.zeros(MAX_POSITIONS, dtype=torch.float64)
-
-    def add(batch: StreamBatch, losses: Tensor) -> None:
-        if layout.tp_rank != 0:
-            return
-        positions = batch.segment_index.clamp(max=MAX_POSITIONS - 1).repeat_interleave(run.model.segment_length, dim=1)
-        mask = batch.loss_mask.double()
-        loss_sum.index_add_(0, positions.flatten(), (losses.cpu().double() * mask).flatten())
-        weights.index_add_(0, positions.flatten(), mask.flatten())
-        tokens.index_add_(0, positions.flatten(), (mask > 0).double().flatten())
-
-    memory: Memory = {}
+    by_position = LossByPosition(run.model.segment_length, counts=layout.tp_rank == 0)
+    carried: Memory = {}
     for count, batch in enumerate(_batches(run, layout, dataset, limit), start=1):
-        memory = pipeline.evaluate([batch], memory, add, empty_memory=empty_memory)
+        if memory == "shuffled":
+            others, rows = memory_of_other_rows(carried, len(batch.tokens))
+            pipeline.evaluate([batch], others, partial(by_position.add, rows=rows))
+            carried = pipeline.evaluate([batch], carried, lambda *_: None)
+        else:
+            carried = pipeline.evaluate([batch], carried, by_position.add, empty_memory=memory == "emptied")
         if on_batch is not None:
             on_batch(count)
-    total = np.array(all_reduce_sum([*loss_sum.tolist(), *weights.tolist(), *tokens.tolist()]))
-    return HeldOutLoss(*total.reshape(3, MAX_POSITIONS))
+    return by_position.total()
+
+
+def memory_of_other_rows(memory: Memory, num_rows: int) -> tuple[Memory, Tensor]:
+    """Each row's memory replaced by that of the next row that has written any.
+
+    Returns:
+        The memory, and [num_rows] bool: rows for which there was such a row. The others keep their own.
+    """
+    if not memory:
+        return {}, torch.zeros(num_rows, dtype=torch.bool)
+    # Every layer of every stage and tensor rank has written in the same rows: σ(K) is positive.
+    written = next(iter(memory.values())).z.flatten(1).ne(0).any(dim=1).cpu()
+    filled = [row for row in range(num_rows) if written[row]]
+    donors = list(range(num_rows))
+    for row in range(num_rows):
+        others = [other for other in filled if other != row]
+        if others:
+            donors[row] = next((other for other in others if other > row), others[0])
+    index = torch.tensor(donors)
+    shuffled = {
+        layer: LayerMemory(state.M[index.to(state.M.device)], state.z[index.to(state.z.device)])
+        for layer, state in memory.items()
+    }
+    return shuffled, index != torch.arange(num_rows)
 
 
 def unigram_entropy(dataset: TokenDataset) -> float:

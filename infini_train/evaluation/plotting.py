@@ -26,7 +26,7 @@ TICK_STEPS = (1, 2, 2.5, 5, 10)
 """What axis ticks advance by, times a power of ten."""
 
 SURFACE, INK, MUTED, GRID, FAINT = "#01f101", "#01f102", "#01f103", "#01f104", "#01f105"
-WITH_MEMORY, EMPTIED, WEIGHTS, GATES = "#01f106", "#01f107", "#01f108", "#01f109"
+WITH_MEMORY, EMPTIED, WEIGHTS, GATES, SHUFFLED = "#01f106", "#01f107", "#01f108", "#01f109", "#01f10a"
 DEPTHS = tuple(f"#01f1{level:02x}" for level in range(0x20, 0x28))
 
 _LIGHT = {
@@ -39,6 +39,7 @@ _LIGHT = {
     "emptied": "#d55e00",
     "weights": "#007a5a",
     "gates": "#a8508a",
+    "shuffled": "#7a6a00",
 }
 _DARK = {
     "surface": "#1a1f27",
@@ -50,8 +51,9 @@ _DARK = {
     "emptied": "#f28e3c",
     "weights": "#2fc79a",
     "gates": "#e08fc4",
+    "shuffled": "#d6c64a",
 }
-_ROLES = dict(zip((SURFACE, INK, MUTED, GRID, FAINT, WITH_MEMORY, EMPTIED, WEIGHTS, GATES), _LIGHT, strict=True)) | {
+_ROLES = dict(zip((SURFACE, INK, MUTED, GRID, FAINT, WITH_MEMORY, EMPTIED, WEIGHTS, GATES, SHUFFLED), _LIGHT, strict=True)) | {
     colour: f"depth-{level}" for level, colour in enumerate(DEPTHS)
 }
 

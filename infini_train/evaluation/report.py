@@ -152,7 +152,11 @@ def _chart_sections(records: Records, evaluation: dict[str, Any] | None, held: H
     missing_gates = "This run recorded no gates: its attention has no memory (local or full)."
     if records.has_memory:
         missing_gates = "The recorded gates are not finite: the run has diverged."
-    gates = [memory_charts.gate_map_chart(records), memory_charts.gate_course_chart(records)]
+    gates = [
+        memory_charts.gate_map_chart(records),
+        memory_charts.gate_course_chart(records),
+        memory_charts.gate_histogram_chart(records),
+    ]
     memory = memory_charts.memory_charts(records)
     health = [
         charts.learning_rate_chart(records),
@@ -161,8 +165,9 @@ def _chart_sections(records: Records, evaluation: dict[str, Any] | None, held: H
         charts.rate_chart(records, "mfu"),
     ]
     compared = (
-        "Both curves come from the same weights. They were trained with a memory, so the emptied curve shows how much "
-        "the model relies on it, not how well a model without memory would do."
+        "All curves come from the same weights. They were trained with a memory, so the emptied curve shows how much "
+        "the model relies on it, not how well a model without memory would do. The memory of another row is as full, but of "
+        "another document: what it loses against the row's own is what the memory's content is worth."
     )
     return [
         _section("Learning", "", [charts.loss_chart(records, held)], "No finite loss is recorded."),
@@ -249,13 +254,17 @@ def _reading(records: Records) -> str:
             "same weights, same text, with M and z set to zero at every segment: local attention is all there is.",
         ),
         (
+            "Memory of another row",
+            "same weights, same text, but each row reads what another row has written so far, and its own goes on unread.",
+        ),
+        (
             "Curves",
             f"at most {plotting.MAX_POINTS:,} points each; of longer ones the extremes of equal stretches are drawn, "
             "so spikes stay.",
         ),
     ]
     if not records.has_memory:
-        terms = [term for term in terms if term[0] not in ("Segment", "Memory emptied")]
+        terms = [term for term in terms if term[0] not in ("Segment", "Memory emptied", "Memory of another row")]
     items = "".join(f"<dt>{_text(term)}</dt><dd>{_text(meaning)}</dd>" for term, meaning in terms)
     return f'<section><h2>How to read this page</h2><dl class="terms">{items}</dl></section>'
 

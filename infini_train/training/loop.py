@@ -13,6 +13,7 @@ from infini_train.evaluation.perplexity import held_out_loss
 from infini_train.parallel.layout import initialize_process_group
 from infini_train.training.checkpoint import newest_checkpoint
 from infini_train.training.health import loss_spiked, roll_back, stop_after_skips
+from infini_train.training.memory_warnings import memory_warnings
 from infini_train.training.metrics import MetricsWriter
 from infini_train.training.progress import TrainingProgress
 from infini_train.training.run_lock import RunDirectoryLock
@@ -98,7 +99,7 @@ def _evaluate_when_due(parts: Parts, record: dict[str, Any], progress: TrainingP
     limit = run.evaluation.micro_batches
     record["held_out_loss"] = held_out_loss(run, parts.layout, parts.pipeline, limit=limit).loss
     if run.model.attention == "infini":
-        emptied = held_out_loss(run, parts.layout, parts.pipeline, limit=limit, empty_memory=True)
+        emptied = held_out_loss(run, parts.layout, parts.pipeline, limit=limit, memory="emptied")
         record["held_out_loss_memory_emptied"] = emptied.loss
     progress.say(f"step {step}: held-out loss {record['held_out_loss']:.4f} nats per token")
 
@@ -112,6 +113,9 @@ def _log_when_due(parts: Parts, record: dict[str, Any], metrics: MetricsWriter, 
         record.update(memory_statistics(run, parts.layout, parts.engine, parts.state.memory))
         record.update(parts.checkpointer.writer.report())
         metrics.write(record)
+    if "held_out_loss" in record:
+        for warning in memory_warnings(run, record):
+            progress.say(f"step {step}: warning: {warning}")
     progress.update(step, record)
 
 

@@ -45,6 +45,20 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
+def _for_wandb(record: dict[str, Any]) -> dict[str, Any]:
+    """Numbers as they are; those by layer one by one, and gates as the histogram of each layer."""
+    import wandb
+
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if not isinstance(value, list):
+            flat[key] = value
+            continue
+        for layer, part in enumerate(value, start=1):
+            flat[f"{key}/layer_{layer}"] = wandb.Histogram(part, num_bins=20) if isinstance(part, list) else part
+    return flat
+
+
 class MetricsWriter:
     """Appends to `metrics.jsonl` of the run directory and mirrors numbers to Weights & Biases, on the main process only."""
 
@@ -81,7 +95,7 @@ class MetricsWriter:
             self._file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
             self._file.flush()
         if self._wandb is not None:
-            self._wandb.log({key: value for key, value in record.items() if not isinstance(value, list)}, step=record["step"])
+            self._wandb.log(_for_wandb(record), step=record["step"])
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
 from infini_train.evaluation.generation import StreamingModel
+from infini_train.evaluation.perplexity import HeldOutLoss, held_out_loss, shuffled_run
 from infini_train.model import MicroBatch
 from infini_train.parallel.optimizer_state import read_optimizer_state
+from infini_train.parallel.pipeline import SegmentPipeline
 from infini_train.training.self_test import self_test
 from infini_train.training.setup import Parts, build_parts
 from infini_train.training.signals import StopRequest
@@ -255,3 +258,17 @@ def context_parallel_operation(rule: str, segment_length: int, segments: int) ->
         "bytes": record.bytes,
         "events": record.events,
     }
+
+
+def held_out_losses(run: RunConfig, segments: int) -> dict[str, HeldOutLoss]:
+    """After three steps, by what is done to the memory; with shuffled memory in micro-batches of so many segments."""
+    parts = build_parts(run)
+    for _ in range(3):
+        train_step(parts, StopRequest())
+    losses = {memory: held_out_loss(run, parts.layout, parts.pipeline, memory=memory) for memory in ("kept", "emptied")}
+    small = replace(run, training=replace(run.training, segments_per_micro_batch=segments))
+    assert segments >= parts.layout.cp_size
+    if segments == parts.layout.cp_size:
+        assert small == shuffled_run(run, parts.layout)
+    pipeline = SegmentPipeline(parts.engine, small, parts.layout, len(parts.layout.rows(run.training.rows)))
+    return losses | {"shuffled": held_out_loss(small, parts.layout, pipeline, memory="shuffled")}

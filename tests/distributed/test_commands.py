@@ -46,6 +46,10 @@ def test_prepare_train_evaluate_generate_report(folder):
     assert sum(row["tokens"] for row in evaluation["by_position"]) == evaluation["tokens"]
     first = evaluation["by_position"][0]
     assert first["loss"] == pytest.approx(first["loss_memory_emptied"]), "a first segment has no memory to empty"
+    shuffled = evaluation["memory_shuffled"]
+    assert 0.5 * evaluation["tokens"] < shuffled["tokens"] < evaluation["tokens"] and "shuffled" in output
+    later = evaluation["by_position"][1]
+    assert later["loss_memory_shuffled"] != later["loss"]
 
     # Two processes in the layout of the run measure the same as one.
     one = evaluation["with_memory"]["loss"]

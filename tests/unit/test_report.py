@@ -94,8 +94,22 @@ def full_page(tmp_path_factory: pytest.TempPathFactory) -> str:
         "unigram_entropy": 6.25,
         "by_position": [
             {"first_segment": 0, "last_segment": 0, "tokens": 5000, "loss": 4.3, "loss_memory_emptied": 4.3},
-            {"first_segment": 1, "last_segment": 1, "tokens": 3000, "loss": 4.1, "loss_memory_emptied": 4.3},
-            {"first_segment": 2, "last_segment": 3, "tokens": 1000, "loss": 3.9, "loss_memory_emptied": 4.2},
+            {
+                "first_segment": 1,
+                "last_segment": 1,
+                "tokens": 3000,
+                "loss": 4.1,
+                "loss_memory_emptied": 4.3,
+                "loss_memory_shuffled": 4.4,
+            },
+            {
+                "first_segment": 2,
+                "last_segment": 3,
+                "tokens": 1000,
+                "loss": 3.9,
+                "loss_memory_emptied": 4.2,
+                "loss_memory_shuffled": 4.25,
+            },
         ],
     }
     (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
@@ -122,6 +136,7 @@ def test_page_has_every_part(full_page: str) -> None:
         "Gates",
         "Gates, sigmoid(β), of every head",
         "Gates over training",
+        "Specialised and mixing heads",
         "Memory",
         "Size of the memory M",
         "Size of its normaliser z",
@@ -133,7 +148,7 @@ def test_page_has_every_part(full_page: str) -> None:
         "Sample",
         "How to read this page",
     ]
-    assert full_page.count("<svg") == full_page.count("<figcaption>") == 10
+    assert full_page.count("<svg") == full_page.count("<figcaption>") == 11
     assert "Configuration of the run" in full_page
 
 
@@ -150,6 +165,7 @@ def test_numbers_are_those_of_the_run(full_page: str) -> None:
     }
     assert "Emptying its memory raises perplexity by 22.1%" in full_page
     assert "In segments 2–3 perplexity is 49.4 with memory and 66.7 with the memory emptied (+35.0%)" in full_page
+    assert "and 70.1 with that of another row (+41.9%)" in full_page
     assert "it was 4.500 at step 60, and 4.900 with the memory emptied" in full_page
 
 
@@ -220,7 +236,7 @@ def test_optional_inputs_may_be_absent(tmp_path: Path) -> None:
 def test_a_run_that_barely_began_has_a_page(tmp_path: Path, lines: int) -> None:
     page = write_report(write_run(tmp_path, [step_record(1)][:lines])).read_text(encoding="utf-8")
     outline(page)
-    assert page.count("<svg") == (9 if lines else 0)
+    assert page.count("<svg") == (10 if lines else 0)
     assert ("No step is recorded yet" in page) == (lines == 0)
 
 

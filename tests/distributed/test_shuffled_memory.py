@@ -1,0 +1,68 @@
+"""Held-out loss with the memory of another row: the same in every layout, and what its name says."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from infini_kernels import MemoryState
+from infini_train.data.prepare import prepare
+from infini_train.evaluation.perplexity import memory_of_other_rows
+from tests.corpus import small_run, write_corpus
+from tests.distributed.cases import Case
+
+JOB = ("tests.distributed.jobs", "held_out_losses")
+
+
+def test_rows_take_the_memory_of_the_next_row_that_has_one():
+    filled = torch.tensor([1.0, 0.0, 2.0, 3.0])
+    memory = {7: MemoryState(filled.view(4, 1, 1, 1).expand(4, 1, 2, 2), filled.view(4, 1, 1).expand(4, 1, 2))}
+    shuffled, rows = memory_of_other_rows(memory, 4)
+    assert shuffled[7].M[:, 0, 0, 0].tolist() == shuffled[7].z[:, 0, 0].tolist() == [2.0, 2.0, 3.0, 1.0]
+    assert rows.tolist() == [True] * 4
+    alone = {7: MemoryState(memory[7].M[:2], memory[7].z[:2])}
+    shuffled, rows = memory_of_other_rows(alone, 2)
+    assert shuffled[7].z[:, 0, 0].tolist() == [1.0, 1.0] and rows.tolist() == [False, True]
+    assert memory_of_other_rows({}, 2)[1].tolist() == [False, False]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(pp=2, window=(4, 1)), Case(tp=2), Case(cp=2, rule="delta"), Case(pp=2, virtual=2, tp=2, sequence_parallel=True)],
+    ids=lambda case: case.name,
+)
+def test_every_layout_measures_the_same(case, pool, run_config):
+    """With one segment a micro-batch in all of them but cp=2, where a rank needs one."""
+    one = replace(case.reference(), cp=1)
+    expected = pool(1).run(*JOB, one.apply(run_config), case.cp)[0]
+    for found in pool(case.processes).run(*JOB, case.apply(run_config), case.cp):
+        for memory in ("kept", "emptied", "shuffled"):
+            np.testing.assert_array_equal(found[memory].tokens, expected[memory].tokens)
+            np.testing.assert_allclose(found[memory].loss_sum, expected[memory].loss_sum, rtol=1e-5, atol=1e-6)
+
+
+def test_another_document_is_worth_less_and_the_same_document_as_much(pool, run_config, tmp_path):
+    """A trained model, so that its memory matters; then held-out documents that come in pairs, one in each row."""
+    rows = replace(run_config, training=replace(run_config.training, rows=2))
+    found = pool(1).run(*JOB, rows, 1)[0]
+    kept, shuffled = found["kept"], found["shuffled"]
+    assert shuffled.tokens[0] < kept.tokens[0] and 0 < shuffled.tokens[1:].sum() <= kept.tokens[1:].sum()
+    both = shuffled.tokens == kept.tokens
+    both[0] = False
+    assert both.any() and not np.allclose(shuffled.loss_sum[both], kept.loss_sum[both], rtol=1e-4)
+
+    write_corpus(tmp_path / "text")
+    for path in sorted((tmp_path / "text").iterdir()):
+        shutil.copy(path, path.with_name(f"{path.stem} again.txt"))
+    pairs = small_run(Path(tmp_path))
+    prepare(pairs)
+    found = pool(1).run(*JOB, replace(pairs, training=replace(pairs.training, rows=2)), 1)[0]
+    kept, shuffled = found["kept"], found["shuffled"]
+    later = slice(1, None)
+    np.testing.assert_array_equal(shuffled.tokens[later], kept.tokens[later])
+    np.testing.assert_allclose(shuffled.loss_sum[later], kept.loss_sum[later], rtol=1e-6)
