@@ -26,6 +26,7 @@ from infini_train.evaluation.perplexity import (
     shuffled_run,
     unigram_entropy,
 )
+from infini_train.evaluation.read_back import ReadBack
 from infini_train.model import build_stage, parameter_placements
 from infini_train.parallel.engine import InferenceEngine
 from infini_train.parallel.layout import Layout, initialize_layout
@@ -87,7 +88,8 @@ def load_model(run: RunConfig, checkpoint: Path) -> Loaded:
 def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
     """Held-out perplexity by position; writes evaluation.json in the run directory and prints a table."""
     loaded = load_model(run, checkpoint)
-    with_memory = _measure(loaded, run, "kept")
+    with ReadBack(run, loaded.layout, loaded.engine.module) as read_back:
+        with_memory = _measure(loaded, run, "kept")
     emptied = shuffled = None
     if run.model.attention == "infini":
         emptied = _measure(loaded, run, "emptied")
@@ -102,6 +104,7 @@ def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
         "memory_shuffled": None if shuffled is None or not shuffled.tokens.sum() else _summary(shuffled),
         "unigram_entropy": entropy,
         "by_position": _by_position(with_memory, emptied, shuffled),
+        "read_back": read_back.result(),
     }
     if loaded.layout.is_main:
         (Path(run.run_dir) / "evaluation.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -168,8 +171,17 @@ def _print_evaluation(report: dict[str, Any]) -> None:
             f"emptied: at every segment; shuffled: each row reads another row's, measured for "
             f"{report['memory_shuffled']['tokens'] / report['tokens']:.0%} of the tokens"
         )
+    if report["read_back"] is not None:
+        _print_read_back(report["read_back"])
     loss = report["with_memory"]["loss"]
     print(f"held-out loss {loss:.4f} nats per token; unigram entropy of the held-out text {report['unigram_entropy']:.4f}")
+
+
+def _print_read_back(read_back: dict[str, Any]) -> None:
+    print("cosine between a value and what its own key reads back (and the key of another token), mean over layers")
+    print(f"{'segments ago':>20}  " + "".join(f"{age:>8}" for age in read_back["ages"]))
+    for kind, name in (("own_key", "own key"), ("other_key", "another's")):
+        print(f"{name:>20}  " + "".join(f"{sum(layers) / len(layers):>8.3f}" for layers in read_back[kind]))
 
 
 def generate(

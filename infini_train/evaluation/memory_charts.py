@@ -60,6 +60,31 @@ def position_chart(entries: list[dict[str, Any]], has_memory: bool) -> Chart | N
     return Chart("Perplexity by position in the document", svg, caption + ".", wide=True)
 
 
+def read_back_chart(evaluation: dict[str, Any] | None) -> Chart | None:
+    """Cosine between values and what their keys read back, by age; `read_back` of evaluation.json."""
+    found = (evaluation or {}).get("read_back")
+    if not isinstance(found, dict) or not found.get("ages"):
+        return None
+    ages = np.array(found["ages"])
+    own, other = np.array(found["own_key"], dtype=float), np.array(found["other_key"], dtype=float)
+    x = np.arange(len(ages), dtype=float)
+    with chart_figure(WIDE, 3.4) as (figure, axes):
+        p.line(axes, x, other.mean(axis=1), p.MUTED, "another token's key, all layers", 1.4, marked=True, style="--")
+        _lines_by_layer(axes, x, own)
+        p.value_axis(axes, "cosine")
+        axes.set_xticks(x, [str(age) for age in ages])
+        axes.set_xlabel("segments since the token was written")
+        svg = p.svg_of(figure, "read-back", "Cosine between values and what their keys read back, by age")
+    gap = own.mean(axis=1) - other.mean(axis=1)
+    caption = (
+        f"Right after writing, a value's own key reads it back with cosine {own[0].mean():.3f} (mean over layers), another "
+        f"token's key with {other[0].mean():.3f}"
+    )
+    if len(ages) > 1:
+        caption += f"; {ages[-1]} segments later the difference is {gap[-1]:.3f}, from {gap[0]:.3f}"
+    return Chart("What keys read back", svg, caption + ".", wide=True)
+
+
 def gate_map_chart(records: Records) -> Chart | None:
     found = records.nested("gates", 2)
     if found is None:

@@ -157,7 +157,7 @@ def _chart_sections(records: Records, evaluation: dict[str, Any] | None, held: H
         memory_charts.gate_course_chart(records),
         memory_charts.gate_histogram_chart(records),
     ]
-    memory = memory_charts.memory_charts(records)
+    memory = [*memory_charts.memory_charts(records), memory_charts.read_back_chart(evaluation)]
     health = [
         charts.learning_rate_chart(records),
         charts.gradient_chart(records),
@@ -186,7 +186,7 @@ def _chart_sections(records: Records, evaluation: dict[str, Any] | None, held: H
             gates,
             missing_gates,
         ),
-        _section("Memory", "", [*memory], "This run recorded no finite memory norms.") if records.has_memory else "",
+        _section("Memory", "", memory, "This run recorded no finite memory norms.") if records.has_memory else "",
         _section("Course of training", "", health, "Nothing about the course of training is recorded."),
     ]
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig, save_config
 from infini_train.evaluation.perplexity import held_out_loss
+from infini_train.evaluation.read_back import ReadBack
 from infini_train.parallel.layout import initialize_process_group
 from infini_train.training.checkpoint import newest_checkpoint
 from infini_train.training.health import loss_spiked, roll_back, stop_after_skips
@@ -92,12 +93,16 @@ def _due(run: RunConfig, every: int, step: int) -> bool:
 
 
 def _evaluate_when_due(parts: Parts, record: dict[str, Any], progress: TrainingProgress) -> None:
-    """Add held-out loss to the step's metrics, with memory and with the memory emptied."""
+    """Add held-out loss to the step's metrics, with memory and with it emptied, and what keys read back of new writes."""
     run, step = parts.run, record["step"]
     if not _due(run, run.evaluation.every, step):
         return
     limit = run.evaluation.micro_batches
-    record["held_out_loss"] = held_out_loss(run, parts.layout, parts.pipeline, limit=limit).loss
+    with ReadBack(run, parts.layout, parts.engine.module) as read_back:
+        record["held_out_loss"] = held_out_loss(run, parts.layout, parts.pipeline, limit=limit).loss
+    found = read_back.result()
+    if found is not None and found["ages"]:
+        record["memory_read_back"] = found["own_key"][0]
     if run.model.attention == "infini":
         emptied = held_out_loss(run, parts.layout, parts.pipeline, limit=limit, memory="emptied")
         record["held_out_loss_memory_emptied"] = emptied.loss

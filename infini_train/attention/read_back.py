@@ -1,0 +1,26 @@
+"""What the memory gives back of what was written into it: a value against what its own key reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from infini_kernels import MemoryState
+from infini_kernels.compressive import feature_map
+
+
+def read_back_cosine(k: Tensor, v: Tensor, memory: MemoryState, eps: float) -> Tensor:
+    """Cosine between each value and σ(K) M / (σ(K) z + ε), Eq. 3 of the paper with the key as query.
+
+    Args:
+        k: [B, T, G, D], as the memory sees it (not rotated).
+        v: [B, T, G, Dv].
+        memory: M [B, G, D, Dv], z [B, G, D].
+
+    Returns:
+        [B, T, G] in the memory's type; 0 where the memory is empty.
+    """
+    sigma_k = feature_map(k, memory.M.dtype)
+    read = torch.einsum("btgd,bgde->btge", sigma_k, memory.M)
+    read = read / (torch.einsum("btgd,bgd->btg", sigma_k, memory.z) + eps).unsqueeze(-1)
+    return torch.nn.functional.cosine_similarity(read, v.to(read.dtype), dim=-1)

@@ -1,0 +1,108 @@
+"""How well each layer's memory keeps what was written into it, by age: measured while held-out text is read."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from infini_train import platform
+from infini_train.attention.read_back import read_back_cosine
+from infini_train.config import RunConfig
+from infini_train.model.stage import StageModel
+from infini_train.parallel.layout import Layout
+
+AGES = (0, 1, 2, 4, 8, 16, 32, 64)
+"""Segments since a token was written; 0 is the segment that was written last."""
+
+
+class _Layer:
+    """The newest segments of one layer, and what its memory gives back of them."""
+
+    def __init__(self, segment_length: int, eps: float) -> None:
+        self.segment_length, self.eps = segment_length, eps
+        self.segments: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=AGES[-1] + 1)
+        self.in_document: Tensor | None = None
+        # Own key, key of another token, how many.
+        self.sums = torch.zeros(len(AGES), 3, dtype=torch.float64)
+
+    @torch.no_grad()
+    def look(
+        self, attention: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Any], output: tuple[Tensor, Any]
+    ) -> None:
+        """After a forward of the layer's attention."""
+        _, k, v = arguments
+        reset, lengths = keywords["reset"].cpu(), keywords["lengths"].cpu()
+        if self.in_document is None:
+            self.in_document = torch.zeros(len(k), dtype=torch.int64)
+        for segment in range(reset.shape[1]):
+            part = slice(segment * self.segment_length, (segment + 1) * self.segment_length)
+            self.segments.append((k[:, part], v[:, part], lengths[:, segment]))
+            self.in_document = torch.where(reset[:, segment], 0, self.in_document) + (lengths[:, segment] > 0)
+        for position, age in enumerate(AGES):
+            if age < len(self.segments):
+                self._measure(position, age, output[1])
+
+    def _measure(self, position: int, age: int, memory: Any) -> None:
+        k, v, lengths = self.segments[-1 - age]
+        assert self.in_document is not None
+        valid = torch.arange(k.shape[1]) < torch.where(self.in_document > age, lengths, 0)[:, None]
+        if not valid.any():
+            return
+        own = read_back_cosine(k, v, memory, self.eps).cpu()[valid].double()
+        # Values have a direction in common, which any key reads; half a segment away stands a token of no relation.
+        other = read_back_cosine(k.roll(k.shape[1] // 2, dims=1), v, memory, self.eps).cpu()[valid].double()
+        self.sums[position] += torch.tensor([own.sum(), other.sum(), own.numel()], dtype=torch.float64)
+
+
+class ReadBack(AbstractContextManager["ReadBack"]):
+    """While entered, watches every layer of this process's stage.
+
+    Not with context parallelism, where a process has a part of the segments only.
+    """
+
+    def __init__(self, run: RunConfig, layout: Layout, module: StageModel) -> None:
+        self.run, self.layout = run, layout
+        self.enabled = run.model.attention == "infini" and layout.cp_size == 1
+        self.attentions = {layer.layer_number: layer.self_attention.core_attention.attention for layer in module.layers()}
+        self.layers = {number: _Layer(run.model.segment_length, run.model.memory_eps) for number in self.attentions}
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> ReadBack:
+        if self.enabled:
+            for number, attention in self.attentions.items():
+                look = partial(self.layers[number].look)
+                self.hooks.append(attention.register_forward_hook(look, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def result(self) -> dict[str, Any] | None:
+        """A collective over all processes.
+
+        Returns:
+            ages (segments); own_key and other_key: mean cosine by age and layer, None where no document was so long. None
+            for the whole where it cannot be measured.
+        """
+        if not self.enabled:
+            return None
+        table = torch.zeros(self.run.model.num_layers, len(AGES), 3, dtype=torch.float64)
+        for number, layer in self.layers.items():
+            table[number - 1] = layer.sums
+        table = table.to(platform.device())
+        dist.all_reduce(table)
+        counts = table[..., 2]
+        ages = [position for position in range(len(AGES)) if bool((counts[:, position] > 0).all())]
+        means = (table[..., :2] / counts.clamp(min=1.0).unsqueeze(-1)).cpu()
+        return {
+            "ages": [AGES[position] for position in ages],
+            "own_key": [means[:, position, 0].tolist() for position in ages],
+            "other_key": [means[:, position, 1].tolist() for position in ages],
+        }

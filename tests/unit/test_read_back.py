@@ -1,0 +1,52 @@
+"""Cosine of what keys read back, against values worked out by hand and a memory written by the operation itself."""
+
+from __future__ import annotations
+
+import torch
+
+from infini_kernels import MemoryState, infini_attention
+from infini_train.attention.read_back import read_back_cosine
+from infini_train.evaluation.read_back import _Layer
+
+
+def test_a_single_write_is_read_back_whole_and_an_empty_memory_gives_nothing():
+    k, v = torch.randn(2, 1, 3, 4, dtype=torch.float64), torch.randn(2, 1, 3, 5, dtype=torch.float64)
+    sigma = torch.nn.functional.elu(k) + 1
+    memory = MemoryState(torch.einsum("btgd,btge->bgde", sigma, v), sigma[:, 0])
+    torch.testing.assert_close(read_back_cosine(k, v, memory, 1e-6), torch.ones(2, 1, 3, dtype=torch.float64))
+    empty = MemoryState(torch.zeros(2, 3, 4, 5, dtype=torch.float64), torch.zeros(2, 3, 4, dtype=torch.float64))
+    assert read_back_cosine(k, v, empty, 1e-6).eq(0).all()
+
+
+def test_ages_documents_and_padding_are_respected():
+    """Row 0 goes on through three segments, the last half empty; row 1 begins anew in the last; micro-batches of 1 and 2."""
+    torch.manual_seed(0)
+    length, groups, width = 4, 2, 3
+    k, v = torch.randn(2, 12, groups, width), torch.randn(2, 12, groups, width)
+    reset = torch.tensor([[True, False, False], [True, False, True]])
+    lengths = torch.tensor([[4, 4, 2], [4, 3, 4]])
+    layer, memory = _Layer(length, 1e-6), None
+    leaving = []
+    for segments in (slice(0, 1), slice(1, 3)):
+        part = slice(segments.start * length, segments.stop * length)
+        keywords = {"reset": reset[:, segments], "lengths": lengths[:, segments]}
+        output = infini_attention(
+            k[:, part], k[:, part], v[:, part], torch.zeros(groups), memory, segment_length=length, **keywords
+        )
+        memory = output[1]
+        leaving.append(memory)
+        layer.look(torch.nn.Identity(), (k[:, part], k[:, part], v[:, part]), keywords, output)
+
+    def cosines(row, segment, valid, memory, shift):
+        part = slice(segment * length, segment * length + length)
+        keys = k[row : row + 1, part].roll(shift, dims=1)
+        of_row = MemoryState(memory.M[row : row + 1], memory.z[row : row + 1])
+        return read_back_cosine(keys, v[row : row + 1, part], of_row, 1e-6)[0, :valid].double().sum()
+
+    # (row, segment, valid tokens, after which micro-batch) by age.
+    expected = {0: [(0, 0, 4, 0), (1, 0, 4, 0), (0, 2, 2, 1), (1, 2, 4, 1)], 1: [(0, 1, 4, 1)], 2: [(0, 0, 4, 1)], 3: []}
+    for age, cells in expected.items():
+        for column, shift in ((0, 0), (1, length // 2)):
+            total = sum(cosines(row, segment, valid, leaving[after], shift) for row, segment, valid, after in cells)
+            torch.testing.assert_close(layer.sums[age, column], torch.as_tensor(total, dtype=torch.float64))
+        assert layer.sums[age, 2] == groups * sum(valid for _, _, valid, _ in cells)
