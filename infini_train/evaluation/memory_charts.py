@@ -216,6 +216,7 @@ def memory_charts(records: Records) -> list[Chart]:
     kinds = (
         ("memory_norm", "Size of the memory M", "Frobenius norm of M"),
         ("memory_z_norm", "Size of its normaliser z", "L2 norm of z"),
+        ("memory_grad_norm", "Gradient that reaches what was written", "L2 norm over M and z"),
     )
     for key, name, unit in kinds:
         found = records.nested(key, 1)
@@ -229,8 +230,9 @@ def memory_charts(records: Records) -> list[Chart]:
             svg = p.svg_of(figure, key, f"{name} by layer over training steps")
         largest = int(np.argmax(norms[-1]))
         middle = np.median(norms, axis=1)
+        mean = "" if key == "memory_grad_norm" else " (mean over rows and heads)"
         caption = (
-            f"The norm (mean over rows and heads) is largest in layer {largest + 1}, {number(norms[-1, largest])} at "
+            f"The norm{mean} is largest in layer {largest + 1}, {number(norms[-1, largest])} at "
             f"step {steps[-1]:,.0f}; the median over layers went from {number(middle[0])} to {number(middle[-1])}."
         )
         charts.append(Chart(name, svg, caption))

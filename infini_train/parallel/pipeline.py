@@ -61,6 +61,9 @@ class SegmentPipeline:
         self.transport = StageTransport(shape, DTYPES[run.training.precision], self.device, layout.virtual_stages)
         self.last_chunk = layout.virtual_stages - 1 if layout.is_last_stage else None
         """The chunk whose output is the loss, if this stage has it."""
+        self.memory_gradient_squares: dict[int, Tensor] = {}
+        """By layer: squares of the gradients that reached memory at the borders of the last step's micro-batches, summed.
+        Gradients are those of the loss times its scale. It is what trains the writing of memory from one to the next."""
         self.chunk_layers = [
             {layer.layer_number for layer in engine.module.layers(chunk)} for chunk in range(layout.virtual_stages)
         ]
@@ -80,6 +83,7 @@ class SegmentPipeline:
         window = self.run.training.micro_batches_per_window
         recompute = self.run.training.recompute == "stage"
         memory = dict(memory)
+        self.memory_gradient_squares = {}
         live: dict[tuple[int, int], _Live] = {}
         memory_gradients: dict[tuple[int, int], dict[int, LayerMemory]] = {}
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -113,6 +117,7 @@ class SegmentPipeline:
                     current.output = loss * loss_scale if is_last else output
                 entered = self._backward(current, gradient, memory_gradients.pop((chunk, index), {}))
                 memory_gradients[chunk, index - 1] = entered
+                self._add_squares(entered)
                 if current.hidden_in is not None:
                     assert current.hidden_in.grad is not None
                     self.transport.send_backward(current.hidden_in.grad, chunk)
@@ -223,6 +228,11 @@ class SegmentPipeline:
             return output, micro_batch.memory_out, output.new_zeros(())
         loss = (output.float() * batch.loss_mask.to(self.device)).sum()
         return output, micro_batch.memory_out, loss
+
+    def _add_squares(self, gradients: dict[int, LayerMemory]) -> None:
+        for layer, gradient in gradients.items():
+            squares = gradient.M.double().square().sum() + gradient.z.double().square().sum()
+            self.memory_gradient_squares[layer] = self.memory_gradient_squares.get(layer, 0.0) + squares
 
     def _backward(
         self, live: _Live, gradient: Tensor | None, memory_gradients: dict[int, LayerMemory]

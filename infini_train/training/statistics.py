@@ -1,4 +1,4 @@
-"""Gates and memory norms of all layers, gathered on every process."""
+"""Gates, memory norms and the gradients that reach memory, of all layers, gathered on every process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from infini_train import platform
 from infini_train.config import RunConfig
@@ -16,18 +17,25 @@ from infini_train.parallel.layout import Layout
 
 
 @torch.no_grad()
-def memory_statistics(run: RunConfig, layout: Layout, engine: Engine, memory: Memory) -> dict[str, Any]:
+def memory_statistics(
+    run: RunConfig, layout: Layout, engine: Engine, memory: Memory, gradient_squares: dict[int, Tensor]
+) -> dict[str, Any]:
     """A collective over all processes.
+
+    Args:
+        gradient_squares: `SegmentPipeline.memory_gradient_squares` of the last step.
 
     Returns:
         gates: sigmoid(β) by layer and query head; memory_norm and memory_z_norm: Frobenius norm of M and norm of z by layer,
-        mean over rows and key/value heads. Empty without memory.
+        mean over rows and key/value heads; memory_grad_norm: by layer, L2 norm of the loss's gradient with respect to M and z
+        at the borders between a window's micro-batches, over the step (where a window has several, and without context
+        parallelism, whose processes each hold a part of it). Empty without memory.
     """
     model = run.model
     if model.attention != "infini":
         return {}
     heads = model.num_attention_heads // layout.tp_size
-    table = torch.zeros(model.num_layers, model.num_attention_heads + 2, dtype=torch.float64, device=platform.device())
+    table = torch.zeros(model.num_layers, model.num_attention_heads + 3, dtype=torch.float64, device=platform.device())
     for layer in engine.module.layers():
         gate = layer.self_attention.core_attention.attention.gate
         row = table[layer.layer_number - 1]
@@ -37,12 +45,17 @@ def memory_statistics(run: RunConfig, layout: Layout, engine: Engine, memory: Me
                 row[start : start + heads] = torch.sigmoid(gate.detach().double())
         if layer.layer_number in memory and layout.cp_rank == 0:
             state = memory[layer.layer_number]
-            row[-2] = state.M.double().flatten(2).norm(dim=-1).sum()
-            row[-1] = state.z.double().norm(dim=-1).sum()
+            row[-3] = state.M.double().flatten(2).norm(dim=-1).sum()
+            row[-2] = state.z.double().norm(dim=-1).sum()
+        # The loss of each process is scaled by their number, for DeepSpeed's mean.
+        row[-1] = gradient_squares.get(layer.layer_number, 0.0) / layout.dp_size**2
     dist.all_reduce(table)
-    table[:, -2:] /= run.training.rows * model.num_query_groups
-    return {
-        "gates": [[round(value, 6) for value in row] for row in table[:, :-2].tolist()],
-        "memory_norm": table[:, -2].tolist(),
-        "memory_z_norm": table[:, -1].tolist(),
+    table[:, -3:-1] /= run.training.rows * model.num_query_groups
+    statistics = {
+        "gates": [[round(value, 6) for value in row] for row in table[:, :-3].tolist()],
+        "memory_norm": table[:, -3].tolist(),
+        "memory_z_norm": table[:, -2].tolist(),
     }
+    if run.training.micro_batches_per_window > 1 and layout.cp_size == 1:
+        statistics["memory_grad_norm"] = table[:, -1].sqrt().tolist()
+    return statistics

@@ -21,6 +21,7 @@ from infini_train.parallel.pipeline import SegmentPipeline
 from infini_train.training.self_test import self_test
 from infini_train.training.setup import Parts, build_parts
 from infini_train.training.signals import StopRequest
+from infini_train.training.statistics import memory_statistics
 from infini_train.training.step import train_step
 from tests.distributed.exchange import recorded_exchange
 
@@ -272,3 +273,13 @@ def held_out_losses(run: RunConfig, segments: int) -> dict[str, HeldOutLoss]:
         assert small == shuffled_run(run, parts.layout)
     pipeline = SegmentPipeline(parts.engine, small, parts.layout, len(parts.layout.rows(run.training.rows)))
     return losses | {"shuffled": held_out_loss(small, parts.layout, pipeline, memory="shuffled")}
+
+
+def memory_gradient_norms(run: RunConfig) -> dict[str, Any]:
+    """By layer, of the first step, with the weights that it began with."""
+    parts = build_parts(run)
+    initial = _weights(parts)
+    train_step(parts, StopRequest())
+    squares = parts.pipeline.memory_gradient_squares
+    found = memory_statistics(run, parts.layout, parts.engine, parts.state.memory, squares)
+    return {"initial": initial, "norms": found.get("memory_grad_norm")}

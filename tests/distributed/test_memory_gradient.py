@@ -1,0 +1,68 @@
+"""The gradient that reaches memory between micro-batches: every layout reports what autograd finds in plain torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from infini_train.data.dataset import TokenDataset
+from infini_train.data.streams import StreamReader
+from infini_train.training.plain_model import token_losses
+from tests.distributed.assemble import global_weights
+from tests.distributed.cases import Case
+
+JOB = ("tests.distributed.jobs", "memory_gradient_norms")
+
+
+def expected_norms(run, initial):
+    """Micro-batch after micro-batch through one graph a window, with the gradient of the memory between them kept."""
+    weights = {name: value.clone().requires_grad_() for name, value in initial.items()}
+    training = run.training
+    dataset = TokenDataset(Path(run.data.path), "train")
+    reader = StreamReader(dataset, range(training.rows), training.rows, run.model.segment_length, training.seed)
+    windows = [
+        [reader.next(training.segments_per_micro_batch) for _ in range(training.micro_batches_per_window)]
+        for _ in range(training.windows_per_step)
+    ]
+    weight = sum(batch.loss_weight for window in windows for batch in window)
+    memory, between = {}, []
+    for window in windows:
+        memory = {layer: state.detach() for layer, state in memory.items()}
+        loss = torch.zeros(())
+        for index, batch in enumerate(window):
+            if index:
+                between.append(dict(memory))
+                for state in memory.values():
+                    state.M.retain_grad()
+                    state.z.retain_grad()
+            loss = loss + (token_losses(run, weights, batch, memory) * batch.loss_mask).sum() / weight
+        loss.backward()
+    return [
+        sum(float(part.grad.double().square().sum()) for state in between for part in (state[layer].M, state[layer].z)) ** 0.5
+        for layer in range(run.model.num_layers)
+    ]
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_one_process_equals_autograd_in_plain_torch(rule, pool, run_config):
+    run = Case(rule=rule).apply(run_config)
+    (found,) = pool(1).run(*JOB, run)
+    expected = expected_norms(run, global_weights([found], "initial"))
+    assert min(expected) > 0 and found["norms"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(pp=2, virtual=2, recompute="stage"), Case(tp=2, sequence_parallel=True), Case(dp=2, zero=3)],
+    ids=lambda case: case.name,
+)
+def test_every_layout_reports_the_same(case, pool, run_config):
+    expected = pool(1).run(*JOB, case.reference().apply(run_config))[0]["norms"]
+    for found in pool(case.processes).run(*JOB, case.apply(run_config)):
+        assert found["norms"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_nothing_is_reported_where_no_memory_passes_inside_a_window(pool, run_config):
+    assert pool(1).run(*JOB, Case(window=(4, 1)).apply(run_config))[0]["norms"] is None
