@@ -56,7 +56,7 @@ def position_chart(entries: list[dict[str, Any]], has_memory: bool) -> Chart | N
         caption += f" and {number(shuffled[far])} with that of another row ({shuffled[far] / kept[far] - 1:+.1%})"
     caption += f", against {number(kept[0])} in {names[0]}" if far else ""
     if has_memory and entries[0]["first_segment"] == entries[0].get("last_segment") == 0:
-        caption += "; in segment 0 the memory is still empty, so there the two must meet"
+        caption += "; in segment 0 the memory is still empty, so there they must meet"
     return Chart("Perplexity by position in the document", svg, caption + ".", wide=True)
 
 
