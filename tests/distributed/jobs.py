@@ -10,12 +10,16 @@ import torch
 from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
+from infini_train.attention import LayerMemory
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig
+from infini_train.data.dataset import TokenDataset
 from infini_train.errors import UserError
+from infini_train.evaluation import perplexity
 from infini_train.evaluation.generation import StreamingModel
 from infini_train.evaluation.perplexity import HeldOutLoss, held_out_loss, shuffled_run
 from infini_train.model import MicroBatch
+from infini_train.model.micro_batch import Memory
 from infini_train.parallel.optimizer_state import read_optimizer_state
 from infini_train.parallel.pipeline import SegmentPipeline
 from infini_train.training.self_test import self_test
@@ -283,3 +287,28 @@ def memory_gradient_norms(run: RunConfig) -> dict[str, Any]:
     squares = parts.pipeline.memory_gradient_squares
     found = memory_statistics(run, parts.layout, parts.engine, parts.state.memory, squares)
     return {"initial": initial, "norms": found.get("memory_grad_norm")}
+
+
+def shuffled_by_hand(run: RunConfig) -> tuple[float, float]:
+    """Two rows: all memories of an ordinary pass first, then every micro-batch again with the two exchanged.
+
+    Returns:
+        Loss summed over tokens whose row reads a memory that is not empty or has just been reset, and the same from
+        `held_out_loss`.
+    """
+    parts = build_parts(run)
+    for _ in range(3):
+        train_step(parts, StopRequest())
+    dataset = TokenDataset(Path(run.data.path), "held_out")
+    batches = list(perplexity._batches(run, parts.layout, dataset, None))
+    memories: list[Memory] = [{}]
+    for batch in batches:
+        memories.append(parts.pipeline.evaluate([batch], memories[-1], lambda *_: None))
+    total = 0.0
+    for batch, memory in zip(batches[1:], memories[1:], strict=False):
+        exchanged = {layer: LayerMemory(state.M.flip(0), state.z.flip(0)) for layer, state in memory.items()}
+        losses: list[Tensor] = []
+        parts.pipeline.evaluate([batch], exchanged, lambda _, found, losses=losses: losses.append(found))
+        filled = exchanged[1].z.flatten(1).sum(dim=1) > 0
+        total += float((losses[0].double() * batch.loss_mask * filled[:, None]).sum())
+    return total, float(held_out_loss(run, parts.layout, parts.pipeline, memory="shuffled").loss_sum.sum())

@@ -66,3 +66,9 @@ def test_another_document_is_worth_less_and_the_same_document_as_much(pool, run_
     later = slice(1, None)
     np.testing.assert_array_equal(shuffled.tokens[later], kept.tokens[later])
     np.testing.assert_allclose(shuffled.loss_sum[later], kept.loss_sum[later], rtol=1e-6)
+
+
+def test_a_rows_own_memory_is_carried_on_unread(pool, run_config):
+    run = replace(run_config, training=replace(run_config.training, rows=2, segments_per_micro_batch=1))
+    ((by_hand, found),) = pool(1).run("tests.distributed.jobs", "shuffled_by_hand", run)
+    assert by_hand > 0 and found == pytest.approx(by_hand, rel=1e-6)

@@ -13,10 +13,10 @@ import pytest
 
 from tests.slurm.cluster import SlurmCluster
 from tests.slurm.configuration import NODE_MARK
-from tests.slurm.processes import process_table, read
+from tests.slurm.processes import node_processes, process_table, read
 from tests.slurm.records import parse_records
 
-LOST_SECONDS = 60.0
+LOST_SECONDS = 120.0
 
 
 def submit(cluster: SlurmCluster, script: str, *options: str) -> str:
@@ -96,7 +96,8 @@ def test_a_killed_node_loses_all_its_processes_and_its_job_is_requeued_elsewhere
     wait_for_programs(cluster, "n2", "sleep", 1)
     cluster.kill_node("n1")
     assert cluster._job_processes("n1") == [] and cluster._step_daemons("n1") == []
-    assert cluster._job_processes("n2"), "the other node lost processes too"
+    # Its part of the job may have ended with the job's srun, which was on the lost node.
+    assert "slurmd" in node_processes(cluster._mark("n2")).values(), "the other node lost processes too"
     job = cluster.wait(job_id, lambda job: job["Restarts"] == "1" and job["JobState"] == "RUNNING", LOST_SECONDS)
     assert job["NodeList"] == "n[2-3]"
     assert cluster.node_states()["n1"] == "DOWN+NOT_RESPONDING"
