@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
@@ -76,8 +75,7 @@ class ReadBack(AbstractContextManager["ReadBack"]):
     def __enter__(self) -> ReadBack:
         if self.enabled:
             for number, attention in self.attentions.items():
-                look = partial(self.layers[number].look)
-                self.hooks.append(attention.register_forward_hook(look, with_kwargs=True))
+                self.hooks.append(attention.register_forward_hook(self.layers[number].look, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:

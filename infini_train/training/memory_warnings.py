@@ -7,7 +7,7 @@ from typing import Any
 
 from infini_train.config import RunConfig
 
-QUIET_SHARE = 0.25
+QUIET_SHARE = 0.5
 """Share of the steps before which nothing is said: reading and writing are learned after local attention."""
 UNUSED_NATS = 1e-3
 """Memory goes unused if emptying it raises held-out loss by less."""
@@ -16,7 +16,7 @@ STUCK_GATE = 0.02
 
 
 def memory_warnings(run: RunConfig, record: dict[str, Any]) -> list[str]:
-    """Warnings about a step's record; empty before a quarter of the run and without memory.
+    """Warnings about a step's record; empty in the first half of the run and without memory.
 
     Args:
         record: of a step, with `gates`, and after an evaluation `held_out_loss` and `held_out_loss_memory_emptied`.

@@ -42,6 +42,6 @@ def test_memory_that_goes_unused_is_told_with_what_decides(emptied):
 def test_nothing_is_said_early_or_without_memory():
     bad = GOOD | {"gates": [[0.5]], "held_out_loss_memory_emptied": 3.0}
     assert len(memory_warnings(RUN, bad)) == 2
-    assert memory_warnings(RUN, bad | {"step": 24}) == []
+    assert memory_warnings(RUN, bad | {"step": 49}) == []
     local = {key: value for key, value in bad.items() if key != "gates"}
     assert memory_warnings(replace(RUN, model=ModelConfig(attention="local")), local) == []
