@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -21,9 +22,19 @@ def main() -> None:
     connection.sendall(request)
     answers = connection.makefile()
     pid = int(answers.readline())
+    # Signals come through a pipe: a handler in Python would not run for one that comes just before a read that blocks.
+    received, written = os.pipe()
+    os.set_blocking(written, False)
+    signal.set_wakeup_fd(written)
     for number in passed_on:
-        signal.signal(number, lambda number, _: os.kill(pid, number))
+        signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
+    while connection not in select.select([connection, received], [], [])[0]:
+        for number in os.read(received, 64):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                break  # It has just ended; its status comes next.
     status = answers.readline()
     if not status:
         os._exit(120)
