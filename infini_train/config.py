@@ -14,9 +14,11 @@ import yaml
 class ModelConfig:
     """The transformer and its attention."""
 
-    attention: Literal["infini", "full", "local"] = "infini"
+    attention: Literal["infini", "full", "local", "window", "transformer_xl", "memorizing", "linear"] = "infini"
     """infini: segment-local attention plus compressive memory; local: segment-local attention alone; full: causal attention
-    over a whole micro-batch (its context is segments_per_micro_batch × segment_length tokens)."""
+    over a whole micro-batch (its context is segments_per_micro_batch × segment_length tokens); window: the segment_length
+    newest tokens; transformer_xl: this segment and a cache of the one before; memorizing: transformer_xl with a key-value bank
+    in one layer; linear: causal linear attention over whole documents."""
     num_layers: int = 12
     """Transformer layers, over all pipeline stages."""
     hidden_size: int = 768
@@ -40,6 +42,10 @@ class ModelConfig:
     """ε added to the memory's normaliser σ(Q) z."""
     initial_gate: float = 0.0
     """β of every head at the start, before the sigmoid."""
+    bank_tokens: int = 65536
+    """Tokens that the bank of `memorizing` holds."""
+    bank_top_k: int = 32
+    """Tokens of the bank that a query attends to: those with the largest scores."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies; positions count from the segment's start."""
     norm_eps: float = 1e-5

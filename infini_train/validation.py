@@ -37,7 +37,7 @@ def validate_model(config: RunConfig) -> None:
         "model",
         model,
         "num_layers hidden_size num_attention_heads num_query_groups head_dim ffn_hidden_size segment_length "
-        "memory_eps rotary_base norm_eps init_std",
+        "memory_eps rotary_base norm_eps init_std bank_tokens bank_top_k",
     )
     _positive(
         "training", training, "steps rows segments_per_micro_batch micro_batches_per_window windows_per_step loss_chunk_tokens"
@@ -165,9 +165,15 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
         raise UserError("layout.sequence_parallel is true with tensor_parallel_size 1; set it to false")
     if layout.sequence_parallel:
         _divides("layout.tensor_parallel_size", tp, "tokens of a micro-batch", config.micro_batch_tokens // cp)
-    if cp > 1 and model.attention == "full":
+    if cp > 1 and model.attention not in ("infini", "local"):
         raise UserError(
-            f"layout.context_parallel_size is {cp} with model.attention full, which needs all keys of a micro-batch; use 1"
+            f"layout.context_parallel_size is {cp} with model.attention {model.attention}, which needs all segments of a "
+            "micro-batch on one process; use 1"
+        )
+    if pp > 1 and model.attention == "memorizing":
+        raise UserError(
+            f"layout.pipeline_parallel_size is {pp} with model.attention memorizing: its gates are in one layer, so stages "
+            "would have different parameter groups, and DeepSpeed waits for ever where they add up the gradient norm; use 1"
         )
     _divides("layout.context_parallel_size", cp, "training.segments_per_micro_batch", config.training.segments_per_micro_batch)
     if model.tie_embeddings and pp > 1:

@@ -1,35 +1,63 @@
 """Attention variants behind one interface: Infini-attention (the paper) and its rivals. They know no process groups."""
 
-from infini_train.attention.base import Attention, LayerMemory
+from infini_train.attention.base import Attention
+from infini_train.attention.carried import CarriedTensor, LayerMemory, detached, map_parts, numbers_carried
 from infini_train.attention.full import FullAttention
 from infini_train.attention.infini import InfiniAttention
+from infini_train.attention.linear import LinearAttention
 from infini_train.attention.local import LocalAttention
+from infini_train.attention.memorizing import MemorizingAttention, bank_layer
+from infini_train.attention.previous_segment import TransformerXLAttention, WindowAttention
 from infini_train.config import ModelConfig
 
 ATTENTION_VARIANTS: dict[str, type[Attention]] = {
     "infini": InfiniAttention,
     "local": LocalAttention,
     "full": FullAttention,
+    "window": WindowAttention,
+    "transformer_xl": TransformerXLAttention,
+    "memorizing": MemorizingAttention,
+    "linear": LinearAttention,
 }
 
 
-def build_attention(model: ModelConfig, num_heads: int, num_groups: int, context_tokens: int) -> Attention:
-    """The variant that `model.attention` names, for the heads that this process holds.
+def attention_class(model: ModelConfig, layer_number: int) -> type[Attention]:
+    """The variant that `model.attention` names, in one of the layers, counted from 1."""
+    if model.attention == "memorizing" and layer_number != bank_layer(model):
+        return TransformerXLAttention
+    return ATTENTION_VARIANTS[model.attention]
+
+
+def state_numbers(model: ModelConfig) -> int:
+    """Numbers that one stream carries from segment to segment over all layers: the memory size of the paper's Table 2."""
+    layers = range(1, model.num_layers + 1)
+    return sum(numbers_carried(attention_class(model, layer).carried(model, layer)) for layer in layers)
+
+
+def build_attention(model: ModelConfig, layer_number: int, num_heads: int, num_groups: int, context_tokens: int) -> Attention:
+    """A layer's variant, for the heads that this process holds.
 
     Args:
+        layer_number: counted from 1 over the whole model.
         num_heads: query heads of this process.
         num_groups: key/value heads of this process.
         context_tokens: tokens of one micro-batch row, the longest context of `full`.
     """
-    return ATTENTION_VARIANTS[model.attention](model, num_heads, num_groups, context_tokens)
+    return attention_class(model, layer_number)(model, num_heads, num_groups, context_tokens)
 
 
 __all__ = [
     "ATTENTION_VARIANTS",
     "Attention",
+    "CarriedTensor",
     "FullAttention",
     "InfiniAttention",
     "LayerMemory",
     "LocalAttention",
+    "attention_class",
     "build_attention",
+    "detached",
+    "map_parts",
+    "numbers_carried",
+    "state_numbers",
 ]

@@ -5,24 +5,37 @@ Shapes: B rows, T tokens, N segments, S segment length, H query heads, G key/val
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from infini_kernels import MemoryState, SegmentCache
+from infini_train.attention.carried import CarriedTensor, LayerMemory
 from infini_train.config import ModelConfig
 
-LayerMemory = MemoryState
-"""What one layer carries from micro-batch to micro-batch."""
+
+@dataclass(frozen=True)
+class StreamCache:
+    """What a layer keeps of a stream between two calls of `step`."""
+
+    memory: LayerMemory | None  # of the finished segments
+    keys: Tensor  # [B, S, G, D]: the unfinished segment
+    values: Tensor  # [B, S, G, D]
+    length: int = 0  # tokens of it that are held
+
+    @property
+    def remaining(self) -> int:
+        """Tokens until the current segment ends: the longest chunk that the next step takes."""
+        return self.keys.shape[1] - self.length
 
 
 class Attention(nn.Module):
-    """Scores and mixes values; projections and normalisation are its caller's.
+    """Scores and mixes values; projections and normalisation are its caller's."""
 
-    A variant says with `uses_memory` whether `forward` takes and returns a memory.
-    """
-
-    uses_memory = False
+    memory_type: type[LayerMemory] | None = None
+    """The named tuple that `forward` takes and returns; None for a variant that carries nothing."""
 
     def __init__(self, model: ModelConfig, num_heads: int, num_groups: int, context_tokens: int) -> None:
         super().__init__()
@@ -31,6 +44,22 @@ class Attention(nn.Module):
         self.num_groups = num_groups
         self.context_tokens = context_tokens
         self._rotary: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def carried(cls, model: ModelConfig, layer_number: int) -> dict[str, CarriedTensor]:
+        """Fields of the memory of a layer (counted from 1), in the order of `memory_type`; empty if it carries nothing."""
+        return {}
+
+    @classmethod
+    def empty_memory(
+        cls, model: ModelConfig, layer_number: int, rows: int, tensor_processes: int, device: torch.device | str | None
+    ) -> LayerMemory | None:
+        """The memory with which a stream begins; None if the layer carries nothing."""
+        fields = cls.carried(model, layer_number)
+        if not fields:
+            return None
+        assert cls.memory_type is not None
+        return cls.memory_type(*(each.zeros(rows, tensor_processes, device) for each in fields.values()))
 
     def rotary(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [num_positions, D/2] float32.
@@ -74,26 +103,15 @@ class Attention(nn.Module):
         """
         raise NotImplementedError
 
-    @property
-    def stream_segment_length(self) -> int:
-        """Tokens after which a stream's keys and values are let go."""
-        return self.model.segment_length
-
-    def new_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> SegmentCache:
+    def new_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> Any:
         """An empty cache for `step`, at the start of a document."""
-        return SegmentCache.empty(
-            batch_size,
-            self.stream_segment_length,
-            self.num_groups,
-            self.model.head_dim,
-            self.model.head_dim,
-            with_memory=self.uses_memory,
-            device=device,
-            dtype=dtype,
-        )
+        shape = batch_size, self.model.segment_length, self.num_groups, self.model.head_dim
+        return StreamCache(None, torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, cache: SegmentCache) -> tuple[Tensor, SegmentCache]:
+    def step(self, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Streaming inference: the next t tokens of a document, none of which crosses the end of a segment.
+
+        Unless a variant knows better, the unfinished segment is computed anew.
 
         Args:
             q: [B, t, H, D]; k, v: [B, t, G, D].
@@ -101,4 +119,20 @@ class Attention(nn.Module):
         Returns:
             [B, t, H, D] and the cache for the tokens after these.
         """
-        raise NotImplementedError
+        assert isinstance(cache, StreamCache)
+        start, end, device = cache.length, cache.length + q.shape[1], q.device
+        cache.keys[:, start:end], cache.values[:, start:end] = k, v
+        queries = q.new_zeros(len(q), self.model.segment_length, *q.shape[2:])
+        queries[:, start:end] = q
+        out, memory = self(
+            queries,
+            cache.keys,
+            cache.values,
+            reset=torch.zeros(len(q), 1, dtype=torch.bool, device=device),
+            lengths=torch.full((len(q), 1), end, device=device),
+            memory=cache.memory,
+        )
+        if end == self.model.segment_length:
+            # The memory may hold these keys and values themselves, so the next segment gets others to write to.
+            return out[:, start:end], StreamCache(memory, torch.zeros_like(cache.keys), torch.zeros_like(cache.values))
+        return out[:, start:end], replace(cache, length=end)

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from infini_kernels import SegmentCache, document_attention, local_attention_step
-from infini_train.attention.base import Attention, LayerMemory
+from infini_train.attention.carried import LayerMemory
+from infini_train.attention.segment_cache import SegmentCached
 
 
-class FullAttention(Attention):
+class FullAttention(SegmentCached):
     """Quadratic in the micro-batch's length; never looks across a document's start."""
 
     @property

@@ -6,19 +6,25 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from infini_kernels import SegmentCache, infini_attention, infini_attention_step
-from infini_train.attention.base import Attention, LayerMemory
+from infini_kernels import MemoryState, SegmentCache, infini_attention, infini_attention_step
+from infini_train.attention.carried import CarriedTensor, LayerMemory
+from infini_train.attention.segment_cache import SegmentCached
 from infini_train.config import ModelConfig
 
 
-class InfiniAttention(Attention):
+class InfiniAttention(SegmentCached):
     """Owns the gate β [H] of the heads that this process holds."""
 
-    uses_memory = True
+    memory_type = MemoryState
 
     def __init__(self, model: ModelConfig, num_heads: int, num_groups: int, context_tokens: int) -> None:
         super().__init__(model, num_heads, num_groups, context_tokens)
         self.gate = nn.Parameter(torch.full((num_heads,), float(model.initial_gate)))
+
+    @classmethod
+    def carried(cls, model: ModelConfig, layer_number: int) -> dict[str, CarriedTensor]:
+        groups, width = model.num_query_groups, model.head_dim
+        return {"M": CarriedTensor((groups, width, width)), "z": CarriedTensor((groups, width))}
 
     def forward(
         self,
@@ -32,6 +38,7 @@ class InfiniAttention(Attention):
         group: ProcessGroup | None = None,
         repeats: Tensor | None = None,
     ) -> tuple[Tensor, LayerMemory | None]:
+        assert memory is None or isinstance(memory, MemoryState)
         return infini_attention(
             q,
             k,

@@ -6,10 +6,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from infini_kernels import SegmentCache, local_attention, local_attention_step
-from infini_train.attention.base import Attention, LayerMemory
+from infini_train.attention.carried import LayerMemory
+from infini_train.attention.segment_cache import SegmentCached
 
 
-class LocalAttention(Attention):
+class LocalAttention(SegmentCached):
     """Infini-attention without the memory: a window of one segment."""
 
     def forward(

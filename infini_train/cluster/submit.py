@@ -18,7 +18,7 @@ from infini_train.cluster.submission import RunFiles, Submission
 from infini_train.cluster.sweep import sweep_runs
 from infini_train.config import RunConfig, dump_config
 from infini_train.errors import UserError
-from infini_train.planning.plan import plan
+from infini_train.planning.plan import PLANNED_ATTENTION, plan
 from infini_train.planning.refusal import refuse_too_large
 from infini_train.planning.report import headline
 from infini_train.validation import validate
@@ -93,6 +93,8 @@ def _expected(runs: list[RunConfig], processes: int, profile: ClusterProfile) ->
         UserError: a run does not fit the profile's GPUs.
     """
     assert profile.gpu is not None
+    if runs[0].model.attention not in PLANNED_ATTENTION:
+        return f"not planned: no plan knows model.attention {runs[0].model.attention}"
     plans = [plan(each, processes, profile.gpu) for each in runs]
     for each in plans:
         try:

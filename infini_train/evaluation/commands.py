@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from infini_train.attention import state_numbers
 from infini_train.checkpoint.folder import damage, list_checkpoints
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.data.dataset import TokenDataset
@@ -91,7 +92,7 @@ def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
     with ReadBack(run, loaded.layout, loaded.engine.module) as read_back:
         with_memory = _measure(loaded, run, "kept")
     emptied = shuffled = None
-    if run.model.attention == "infini":
+    if state_numbers(run.model):
         emptied = _measure(loaded, run, "emptied")
         shuffled = _measure(loaded, shuffled_run(run, loaded.layout), "shuffled")
     entropy = unigram_entropy(TokenDataset(Path(run.data.path), "held_out"))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infini_train.attention import LayerMemory
+from infini_train.attention import map_parts
 from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.streams import StreamBatch, StreamReader
@@ -164,8 +164,8 @@ def memory_of_other_rows(memory: Memory, num_rows: int) -> tuple[Memory, Tensor]
     """
     if not memory:
         return {}, torch.zeros(num_rows, dtype=torch.bool)
-    # Every layer of every stage and tensor rank has written in the same rows: σ(K) is positive.
-    written = next(iter(memory.values())).z.flatten(1).ne(0).any(dim=1).cpu()
+    # Every layer of every stage and tensor rank has written in the same rows: σ(K) is positive, and a key is not zero.
+    written = torch.stack([part.flatten(1).ne(0).any(dim=1) for part in next(iter(memory.values()))]).any(dim=0).cpu()
     filled = [row for row in range(num_rows) if written[row]]
     donors = list(range(num_rows))
     for row in range(num_rows):
@@ -173,10 +173,7 @@ def memory_of_other_rows(memory: Memory, num_rows: int) -> tuple[Memory, Tensor]
         if others:
             donors[row] = next((other for other in others if other > row), others[0])
     index = torch.tensor(donors)
-    shuffled = {
-        layer: LayerMemory(state.M[index.to(state.M.device)], state.z[index.to(state.z.device)])
-        for layer, state in memory.items()
-    }
+    shuffled = {layer: map_parts(lambda part: part[index.to(part.device)], state) for layer, state in memory.items()}
     return shuffled, index != torch.arange(num_rows)
 
 

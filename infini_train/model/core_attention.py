@@ -28,6 +28,7 @@ class CoreAttention(MegatronModule):
         tp = config.tensor_model_parallel_size
         self.attention = build_attention(
             run.model,
+            layer_number,
             num_heads=run.model.num_attention_heads // tp,
             num_groups=run.model.num_query_groups // tp,
             context_tokens=run.micro_batch_tokens,

@@ -9,7 +9,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from infini_train.attention import LayerMemory
 from infini_train.model.micro_batch import MicroBatch
 
 
@@ -25,17 +24,19 @@ class RecomputedLayer(TransformerLayer):
         micro_batch, number = packed_seq_params, self.layer_number
         entering = micro_batch.memory_in.get(number)
 
+        memory_type = self.self_attention.core_attention.attention.memory_type
+
         def run(hidden: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-            memory_in = {number: LayerMemory(*state)} if state else {}
+            memory_in = {number: memory_type(*state)} if state else {}
             inside = replace(micro_batch, memory_in=memory_in, memory_out={})
             out, _ = TransformerLayer.forward(self, hidden, packed_seq_params=inside, **kwargs)
             leaving = inside.memory_out.get(number)
-            return (out,) if leaving is None else (out, leaving.M, leaving.z)
+            return (out,) if leaving is None else (out, *leaving)
 
         if micro_batch.caches is not None:
             return super().forward(hidden_states, packed_seq_params=micro_batch, **kwargs)
-        state = () if entering is None else (entering.M, entering.z)
+        state = () if entering is None else tuple(entering)
         out, *leaving = checkpoint(run, hidden_states, *state, use_reentrant=False, preserve_rng_state=False)
         if leaving:
-            micro_batch.memory_out[number] = LayerMemory(*leaving)
+            micro_batch.memory_out[number] = memory_type(*leaving)
         return out, None

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from infini_train import platform
-from infini_train.attention import LayerMemory
+from infini_train.attention import LayerMemory, detached, map_parts
 from infini_train.config import RunConfig
 from infini_train.data.streams import StreamBatch
 from infini_train.model.gpt import DTYPES
@@ -231,7 +231,7 @@ class SegmentPipeline:
 
     def _add_squares(self, gradients: dict[int, LayerMemory]) -> None:
         for layer, gradient in gradients.items():
-            squares = gradient.M.double().square().sum() + gradient.z.double().square().sum()
+            squares = torch.stack([part.double().square().sum() for part in gradient]).sum()
             self.memory_gradient_squares[layer] = self.memory_gradient_squares.get(layer, 0.0) + squares
 
     def _backward(
@@ -242,25 +242,29 @@ class SegmentPipeline:
         outputs = [live.output]
         gradients = [torch.ones_like(live.output) if gradient is None else gradient]
         for layer, leaving in memory_gradients.items():
-            outputs += [live.memory_out[layer].M, live.memory_out[layer].z]
-            gradients += [leaving.M, leaving.z]
+            pairs = zip(live.memory_out[layer], leaving, strict=True)
+            # Counters, and what a variant cuts from its graph, take no gradient.
+            taking = [(part, its_gradient) for part, its_gradient in pairs if part.requires_grad]
+            outputs += [part for part, _ in taking]
+            gradients += [its_gradient for _, its_gradient in taking]
         assert isinstance(self.engine, Engine), "an inference engine has no backward"
         self.engine.backward(outputs, gradients)
         return {
-            layer: LayerMemory(*(torch.zeros_like(part) if part.grad is None else part.grad for part in (state.M, state.z)))
+            layer: map_parts(lambda part: torch.zeros_like(part) if part.grad is None else part.grad, state)
             for layer, state in live.memory_in.items()
-            if state.M.requires_grad
+            if any(part.requires_grad for part in state)
         }
 
 
 def _entering(memory: Memory, *, window_start: bool) -> Memory:
     """Memory as leaves of a micro-batch's graph; gradients stop at a window's start."""
-    return {
-        layer: LayerMemory(*(part.detach().requires_grad_(not window_start) for part in (state.M, state.z)))
-        for layer, state in memory.items()
-    }
+
+    def leaf(part: Tensor) -> Tensor:
+        return part.detach().requires_grad_(not window_start and part.is_floating_point())
+
+    return {layer: map_parts(leaf, state) for layer, state in memory.items()}
 
 
 def detach_memory(memory: Memory) -> Memory:
     """The same memory without its graph."""
-    return {layer: LayerMemory(state.M.detach(), state.z.detach()) for layer, state in memory.items()}
+    return {layer: detached(state) for layer, state in memory.items()}

@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
-from infini_train.planning.plan import plan
+from infini_train.planning.plan import PLANNED_ATTENTION, plan
 from infini_train.planning.refusal import refuse_too_large
 from infini_train.planning.report import plan_lines, search_lines
 from infini_train.planning.search import layout_options, search
@@ -35,6 +35,11 @@ def run_plan(run: RunConfig, arguments: Namespace) -> int:
     """
     if arguments.gpus < 1 or arguments.top < 1:
         raise UserError(f"--gpus is {arguments.gpus} and --top {arguments.top}; both must be positive")
+    if run.model.attention not in PLANNED_ATTENTION:
+        raise UserError(
+            f"model.attention is {run.model.attention}, whose memory and time no plan knows; it knows "
+            f"{', '.join(PLANNED_ATTENTION)}"
+        )
     if arguments.search:
         found = search(run, arguments.gpus, arguments.gpu, arguments.top)
         if not found:

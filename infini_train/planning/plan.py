@@ -20,6 +20,10 @@ USABLE_MEMORY = 0.90
 loses to fragments. A guess: no source."""
 
 
+PLANNED_ATTENTION = ("infini", "local", "full")
+"""Values of model.attention whose memory and time the formulas here know."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A valid run on GPUs of a kind."""

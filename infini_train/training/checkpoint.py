@@ -21,11 +21,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from infini_train import platform
-from infini_train.attention import LayerMemory
+from infini_train.attention import CarriedTensor, attention_class, map_parts
 from infini_train.checkpoint import folder
 from infini_train.checkpoint.reader import read_tensors
 from infini_train.checkpoint.writer import CheckpointWriter
-from infini_train.config import RunConfig
+from infini_train.config import ModelConfig, RunConfig
 from infini_train.errors import UserError
 from infini_train.model.micro_batch import Memory
 from infini_train.model.parameters import ParameterPlacement
@@ -106,7 +106,7 @@ class Checkpointer:
         its share: 12 bytes a parameter of its tensor and pipeline slice, divided by those processes, and its streams' memory.
         """
         weights = read_optimizer_state(engine, keep=self._own_parameters(engine))
-        memory = {layer: LayerMemory(_copy(each.M), _copy(each.z)) for layer, each in state.memory.items()}
+        memory = {layer: map_parts(_copy, each) for layer, each in state.memory.items()}
         return {**self._optimizer_entries(weights), **self._stream_entries(state.reader.state(), memory)}
 
     def _own_parameters(self, engine: Engine) -> set[str]:
@@ -152,7 +152,8 @@ class Checkpointer:
         state.health.load_state_dict(facts["health"])
         write_optimizer_state(engine, optimizer, facts["step"] - state.health.skipped_steps)
         state.memory = {
-            layer: LayerMemory(_local(entries[f"memory.M.{layer}"]), _local(entries[f"memory.z.{layer}"])) for layer in memory
+            layer: type(each)(*(_local(entries[f"memory.{field}.{layer}"]) for field in self._carried(layer)))
+            for layer, each in memory.items()
         }
         state.reader.load_state(_local(entries["streams"]))
         torch.set_rng_state(entries["random.torch"])
@@ -183,10 +184,12 @@ class Checkpointer:
                 f"{self.run.data.path} holds {self.tokenizer_fingerprint[:12]}; use the data that the run was started with"
             )
         saved, ours = facts["config"]["model"], asdict(self.run)["model"]
+        # A key that is newer than the checkpoint had its default before.
+        saved = {**asdict(ModelConfig()), **saved}
         for key, value in ours.items():
-            if saved.get(key) != value:
+            if saved[key] != value:
                 raise UserError(
-                    f"model.{key} is {value}, but checkpoint {path} was trained with {saved.get(key)}; "
+                    f"model.{key} is {value}, but checkpoint {path} was trained with {saved[key]}; "
                     "set it back, or choose a new run_dir"
                 )
         if facts["config"]["training"]["rows"] != self.run.training.rows:
@@ -221,24 +224,22 @@ class Checkpointer:
         heads = parallel_state.get_tensor_model_parallel_group()
         entries = {"streams": _shard(positions, {0: rows}), "random.torch": torch.get_rng_state()}
         for layer, each in sorted(memory.items()):
-            entries[f"memory.M.{layer}"] = _shard(each.M.contiguous(), {0: rows, 1: heads})
-            entries[f"memory.z.{layer}"] = _shard(each.z.contiguous(), {0: rows, 1: heads})
+            for (field, carried), part in zip(self._carried(layer).items(), each, strict=True):
+                groups = {0: rows, 1: heads} if carried.by_head else {0: rows}
+                entries[f"memory.{field}.{layer}"] = _shard(part.contiguous(), groups)
         return entries
 
+    def _carried(self, layer: int) -> dict[str, CarriedTensor]:
+        return attention_class(self.run.model, layer).carried(self.run.model, layer)
+
     def _empty_memory(self) -> Memory:
-        model = self.run.model
-        if model.attention != "infini":
-            return {}
-        rows = len(self.layout.rows(self.run.training.rows))
-        groups, width = model.num_query_groups // self.layout.tp_size, model.head_dim
-        layers = [layer + 1 for chunk in self.layout.layers(model.num_layers) for layer in chunk]
-        device = platform.device()
-        return {
-            layer: LayerMemory(
-                torch.zeros(rows, groups, width, width, device=device), torch.zeros(rows, groups, width, device=device)
-            )
-            for layer in layers
-        }
+        model, rows = self.run.model, len(self.layout.rows(self.run.training.rows))
+        memory = {}
+        for layer in (layer + 1 for chunk in self.layout.layers(model.num_layers) for layer in chunk):
+            state = attention_class(model, layer).empty_memory(model, layer, rows, self.layout.tp_size, platform.device())
+            if state is not None:
+                memory[layer] = state
+        return memory
 
 
 def _copy(tensor: Tensor) -> Tensor:

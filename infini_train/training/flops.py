@@ -4,7 +4,8 @@ Convention: a multiply and an add are two operations; the backward costs twice t
 are not counted. Per token and layer, with H query heads, G key/value heads, head width D and segment length S:
 
     linear layers     2 × their parameters (the output matrix included, the input embedding not)
-    local attention   2 × 2 × H × D × S / 2      scores and values over the mean causal context
+    local attention   2 × 2 × H × D × S / 2      scores and values over the mean causal context: S / 2 tokens of a segment, S of
+                                                 a window, 3 S / 2 with a cache of the segment before, T / 2 of a micro-batch
     memory            2 × H × D × (D + 1)        read σ(Q) M and σ(Q) z
                     + 2 × G × D × D              update σ(K)^T V (twice that, plus σ(K) z, for the delta rule)
 """
@@ -32,12 +33,18 @@ def core_flops_per_token(run: RunConfig) -> tuple[float, float]:
     """Forward FLOPs of one token in one layer outside of its matrices: (local or full attention, memory)."""
     model = run.model
     heads, groups, width = model.num_attention_heads, model.num_query_groups, model.head_dim
-    context = run.micro_batch_tokens if model.attention == "full" else model.segment_length
-    attention = 2.0 * 2.0 * heads * width * context / 2
+    contexts = {
+        "full": run.micro_batch_tokens / 2,
+        "window": model.segment_length,
+        "transformer_xl": 1.5 * model.segment_length,
+    }
+    # The search of a bank in one layer of `memorizing` is not counted.
+    contexts["memorizing"] = contexts["transformer_xl"]
+    attention = 2.0 * 2.0 * heads * width * contexts.get(model.attention, model.segment_length / 2)
     memory = 0.0
-    if model.attention == "infini":
+    if model.attention in ("infini", "linear"):
         memory = 2.0 * heads * width * (width + 1) + 2.0 * groups * width * width
-        if model.update_rule == "delta":
+        if model.attention == "infini" and model.update_rule == "delta":
             memory += 2.0 * groups * width * (width + 1)
     return attention, memory
 

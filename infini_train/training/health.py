@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from infini_train import platform
-from infini_train.attention import LayerMemory
+from infini_train.attention import map_parts
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.errors import UnhealthyRun
 from infini_train.model.micro_batch import Memory
@@ -31,15 +31,13 @@ def memory_after_skip(layout: Layout, memory: Memory, total_rows: int) -> Memory
     rows = layout.rows(total_rows)
     poisoned = torch.zeros(total_rows, device=platform.device())
     for state in memory.values():
-        for part in (state.M, state.z):
+        for part in state:
             poisoned[rows.start : rows.stop] += (~torch.isfinite(part)).flatten(1).any(dim=1)
     dist.all_reduce(poisoned)
     clean = poisoned[rows.start : rows.stop] == 0
     return {
         # Not a product: NaN times 0 is NaN.
-        layer: LayerMemory(
-            torch.where(clean[:, None, None, None], state.M, 0.0), torch.where(clean[:, None, None], state.z, 0.0)
-        )
+        layer: map_parts(lambda part: torch.where(clean.view(-1, *[1] * (part.dim() - 1)), part, 0), state)
         for layer, state in memory.items()
     }
 
@@ -119,6 +117,6 @@ def roll_back(parts: Parts) -> Path | None:
         parts.checkpointer.load(checkpoint, parts.engine, state)
     state.reader.load_state(positions)
     # The checkpoint's memory belongs to text before these positions, and the memory of now was written by weights given up.
-    state.memory = {layer: LayerMemory(torch.zeros_like(x.M), torch.zeros_like(x.z)) for layer, x in state.memory.items()}
+    state.memory = {layer: map_parts(torch.zeros_like, each) for layer, each in state.memory.items()}
     state.health.spikes, state.health.rollbacks = spikes, rollbacks + 1
     return checkpoint

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from infini_train.attention import state_numbers
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig, save_config
 from infini_train.evaluation.perplexity import held_out_loss
@@ -103,7 +104,7 @@ def _evaluate_when_due(parts: Parts, record: dict[str, Any], progress: TrainingP
     found = read_back.result()
     if found is not None and found["ages"]:
         record["memory_read_back"] = found["own_key"][0]
-    if run.model.attention == "infini":
+    if state_numbers(run.model):
         emptied = held_out_loss(run, parts.layout, parts.pipeline, limit=limit, memory="emptied")
         record["held_out_loss_memory_emptied"] = emptied.loss
     progress.say(f"step {step}: held-out loss {record['held_out_loss']:.4f} nats per token")

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional
 
 from infini_kernels import MemoryState, document_attention, infini_attention, local_attention
+from infini_train.attention import LayerMemory, build_attention, detached
 from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.streams import StreamBatch, StreamReader
@@ -26,16 +28,29 @@ def _rotary(run: RunConfig, positions: int) -> tuple[Tensor, Tensor]:
 
 
 def _attention(
-    run: RunConfig, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, batch: StreamBatch, memory: MemoryState | None
-) -> tuple[Tensor, MemoryState | None]:
+    run: RunConfig,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    batch: StreamBatch,
+    memory: LayerMemory | None,
+) -> tuple[Tensor, LayerMemory | None]:
     model = run.model
-    if gate is None:
-        if model.attention == "local":
-            rotary = _rotary(run, model.segment_length)
-            return local_attention(q, k, v, segment_length=model.segment_length, rotary=rotary, lengths=batch.lengths), None
+    if model.attention == "local":
+        rotary = _rotary(run, model.segment_length)
+        return local_attention(q, k, v, segment_length=model.segment_length, rotary=rotary, lengths=batch.lengths), None
+    where: dict[str, Any] = {"reset": batch.reset, "lengths": batch.lengths}
+    if model.attention == "full":
         rotary = _rotary(run, q.shape[1])
-        where = {"reset": batch.reset, "lengths": batch.lengths}
         return document_attention(q, k, v, segment_length=model.segment_length, rotary=rotary, **where), None
+    if model.attention != "infini":
+        rival = build_attention(model, layer + 1, model.num_attention_heads, model.num_query_groups, q.shape[1])
+        parameters = {} if gate is None else {"gate": gate}
+        out, leaving = functional_call(rival, parameters, (q, k, v), {**where, "memory": memory})
+        return out, leaving
+    assert gate is not None and (memory is None or isinstance(memory, MemoryState))
     return infini_attention(
         q,
         k,
@@ -45,15 +60,14 @@ def _attention(
         segment_length=model.segment_length,
         update_rule=model.update_rule,
         rotary=_rotary(run, model.segment_length),
-        reset=batch.reset,
-        lengths=batch.lengths,
+        **where,
         first_segment=model.first_segment,
         eps=model.memory_eps,
         repeats=batch.repeats,
     )
 
 
-def token_losses(run: RunConfig, weights: dict[str, Tensor], batch: StreamBatch, memory: dict[int, MemoryState]) -> Tensor:
+def token_losses(run: RunConfig, weights: dict[str, Tensor], batch: StreamBatch, memory: dict[int, LayerMemory]) -> Tensor:
     """Loss of every token [B, T] in nats; `memory` (by layer, from 0) is read and replaced."""
     model = run.model
     group_size = model.num_attention_heads // model.num_query_groups
@@ -70,7 +84,7 @@ def token_losses(run: RunConfig, weights: dict[str, Tensor], batch: StreamBatch,
         fused = fused.unflatten(-1, (model.num_query_groups, group_size + 2, model.head_dim))
         q, k, v = fused[..., :group_size, :].flatten(2, 3), fused[..., group_size, :], fused[..., group_size + 1, :]
         gate = weights.get(prefix + "self_attention.core_attention.attention.gate")
-        mixed, leaving = _attention(run, q, k, v, gate, batch, memory.get(layer))
+        mixed, leaving = _attention(run, layer, q, k, v, gate, batch, memory.get(layer))
         if leaving is not None:
             memory[layer] = leaving
         hidden = hidden + mixed.flatten(2) @ weights[prefix + "self_attention.linear_proj.weight"].T
@@ -106,7 +120,7 @@ def train_plainly(run: RunConfig, dataset: TokenDataset, initial: dict[str, Tens
         eps=optimizer_config.eps,
     )
     reader = StreamReader(dataset, range(training.rows), training.rows, run.model.segment_length, training.seed)
-    memory: dict[int, MemoryState] = {}
+    memory: dict[int, LayerMemory] = {}
     result: dict[str, Any] = {"loss": [], "grad_norm": []}
     # Full attention's context is the micro-batch; otherwise a window is one call.
     parts = training.micro_batches_per_window if run.model.attention == "full" else 1
@@ -118,7 +132,7 @@ def train_plainly(run: RunConfig, dataset: TokenDataset, initial: dict[str, Tens
         for window in windows:
             assert window is not None
             window.repeats = memory_repeats(training, step, window.draws)
-            memory = {layer: state.detach() for layer, state in memory.items()}
+            memory = {layer: detached(state) for layer, state in memory.items()}
             loss = (token_losses(run, weights, window, memory) * window.loss_mask).sum() / weight
             loss.backward()
             total += loss.item()
@@ -130,5 +144,5 @@ def train_plainly(run: RunConfig, dataset: TokenDataset, initial: dict[str, Tens
         result["loss"].append(total)
         result["grad_norm"].append(float(norm))
     result["weights"] = {name: value.detach() for name, value in weights.items()}
-    result["memory"] = {layer: state.detach() for layer, state in memory.items()}
+    result["memory"] = {layer: detached(state) for layer, state in memory.items()}
     return result

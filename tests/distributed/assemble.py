@@ -33,17 +33,20 @@ def global_weights(results: list[dict[str, Any]], key: str = "weights") -> dict[
     return whole
 
 
-def global_memory(results: list[dict[str, Any]]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Layer -> (M [rows, G, D, D], z [rows, G, D])."""
-    parts: dict[int, dict[tuple[int, int], tuple[Tensor, Tensor]]] = {}
+def global_memory(results: list[dict[str, Any]]) -> dict[int, tuple[Tensor, ...]]:
+    """Layer -> (M [rows, G, D, D], z [rows, G, D]), or the fields of a rival's memory; counters [rows] are no head's."""
+    parts: dict[int, dict[tuple[int, int], tuple[Tensor, ...]]] = {}
     for result in results:
-        for layer, (row, head, matrix, vector) in result["memory"].items():
-            parts.setdefault(layer, {})[row, head] = (matrix, vector)
+        for layer, (row, head, *fields) in result["memory"].items():
+            parts.setdefault(layer, {})[row, head] = tuple(fields)
     whole = {}
     for layer, grid in parts.items():
         rows, heads = max(row for row, _ in grid) + 1, max(head for _, head in grid) + 1
-        whole[layer] = tuple(
-            torch.cat([torch.cat([grid[row, head][part] for head in range(heads)], dim=1) for row in range(rows)])
-            for part in (0, 1)
-        )
-    return whole  # type: ignore[return-value]
+
+        def of_row(row: int, field: int, grid: Any = grid, heads: int = heads) -> Tensor:
+            slices = [grid[row, head][field] for head in range(heads)]
+            return torch.cat(slices, dim=1) if slices[0].dim() > 1 else slices[0]
+
+        fields = range(len(grid[0, 0]))
+        whole[layer] = tuple(torch.cat([of_row(row, field) for row in range(rows)]) for field in fields)
+    return whole

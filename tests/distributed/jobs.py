@@ -10,7 +10,7 @@ import torch
 from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
-from infini_train.attention import LayerMemory
+from infini_train.attention import map_parts
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset
@@ -64,10 +64,10 @@ def _weights(parts: Parts) -> dict[str, tuple[int | None, int, int, Tensor]]:
     }
 
 
-def _memory(parts: Parts) -> dict[int, tuple[int, int, Tensor, Tensor]]:
-    """Layer -> (data-parallel rank, tensor rank, M, z)."""
+def _memory(parts: Parts) -> dict[int, tuple[Any, ...]]:
+    """Layer -> (data-parallel rank, tensor rank, M, z), or a rival's fields in place of the two."""
     layout = parts.layout
-    return {layer: (layout.dp_rank, layout.tp_rank, state.M, state.z) for layer, state in parts.state.memory.items()}
+    return {layer: (layout.dp_rank, layout.tp_rank, *state) for layer, state in parts.state.memory.items()}
 
 
 def streaming_logits(run: RunConfig, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,7 +305,7 @@ def shuffled_by_hand(run: RunConfig) -> tuple[float, float]:
         memories.append(parts.pipeline.evaluate([batch], memories[-1], lambda *_: None))
     total = 0.0
     for batch, memory in zip(batches[1:], memories[1:], strict=False):
-        exchanged = {layer: LayerMemory(state.M.flip(0), state.z.flip(0)) for layer, state in memory.items()}
+        exchanged = {layer: map_parts(lambda part: part.flip(0), state) for layer, state in memory.items()}
         losses: list[Tensor] = []
         parts.pipeline.evaluate([batch], exchanged, lambda _, found, losses=losses: losses.append(found))
         filled = exchanged[1].z.flatten(1).sum(dim=1) > 0

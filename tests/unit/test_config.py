@@ -93,6 +93,19 @@ def test_full_attention_is_not_spread_over_a_context_group():
         validate(run, 2)
 
 
+@pytest.mark.parametrize("attention", ["window", "transformer_xl", "memorizing", "linear"])
+def test_rivals_are_not_spread_over_a_context_group(attention):
+    run = replace(changed("model", attention=attention), layout=LayoutConfig(context_parallel_size=2))
+    with pytest.raises(UserError, match=rf"layout\.context_parallel_size is 2 with model\.attention {attention}"):
+        validate(replace(run, training=replace(run.training, segments_per_micro_batch=2)), 2)
+
+
+def test_the_bank_of_memorizing_keeps_to_one_stage():
+    run = replace(changed("model", attention="memorizing"), layout=LayoutConfig(pipeline_parallel_size=2))
+    with pytest.raises(UserError, match=r"layout\.pipeline_parallel_size is 2 with model\.attention memorizing"):
+        validate(run, 2)
+
+
 def test_the_readmes_layout_table_is_what_the_code_allows():
     """Every row of the table, and nothing else, passes validation."""
     allowed = set()

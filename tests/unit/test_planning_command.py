@@ -43,6 +43,12 @@ def test_every_config_fits_what_its_head_names_and_the_head_quotes_the_plan(path
     assert f"# Hardware: {gpus} × {gpu}. Layout: {layout_text(each)}.\n" in text
 
 
+def test_rivals_that_no_plan_knows_are_refused(capsys):
+    command = ["plan", "--config", str(CONFIGS / "1b.yaml"), "--gpus", "8", "--gpu", "h100-80gb"]
+    assert main([*command, "--model.attention", "transformer_xl"]) == 2
+    assert "model.attention is transformer_xl, whose memory and time no plan knows" in capsys.readouterr().err
+
+
 def test_8b_has_the_geometry_of_llama_3_8b():
     model = load(CONFIGS / "8b.yaml", 64, "h100-80gb").model
     assert (model.num_layers, model.hidden_size, model.num_attention_heads) == (32, 4096, 32)
