@@ -23,7 +23,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 COMMANDS = {
     "prepare": "turn text into a tokenizer and shards",
     "pretrain": "train, or go on from the newest checkpoint of the run directory",
-    "evaluate": "held-out perplexity by position, with memory and without; or passkey: retrieval by length and depth",
+    "evaluate": "held-out perplexity by position, with memory and without; passkey: retrieval by length and depth; or compare",
     "generate": "continue a prompt with streaming inference",
     "report": "write report.html of a run directory",
     "checkpoint": "list, verify, inspect or consolidate checkpoints",
@@ -70,9 +70,10 @@ def build_parser() -> ArgumentParser:
             command.add_argument(
                 "what",
                 nargs="?",
-                choices=["perplexity", "passkey"],
+                choices=["perplexity", "passkey", "compare"],
                 default="perplexity",
-                help="perplexity of the held-out split (default), or passkey: accuracy on the task of the section task",
+                help="perplexity of the held-out split (default); passkey: accuracy on the task of the section task; compare: "
+                "train the attention variants of the section compare side by side",
             )
         if name in ("evaluate", "generate"):
             command.add_argument(
@@ -218,6 +219,8 @@ def _pretrain(run: RunConfig, arguments: Namespace) -> int:
 def _evaluate(run: RunConfig, arguments: Namespace) -> int:
     if arguments.what == "passkey":
         return _evaluate_passkey(run, arguments)
+    if arguments.what == "compare":
+        return _evaluate_compare(run)
     return _with_model(run, arguments, lambda commands, run, checkpoint: commands.evaluate(run, checkpoint))
 
 
@@ -228,6 +231,20 @@ def _evaluate_passkey(run: RunConfig, arguments: Namespace) -> int:
         retrieval_command.evaluate_passkey(retrieval_command.evaluation_run(run, _world_size()), checkpoint)
 
     return _with_model(run, arguments, measure)
+
+
+def _evaluate_compare(run: RunConfig) -> int:
+    if _world_size() > 1:
+        raise UserError("evaluate compare starts its runs itself, one process each; call it without a launcher")
+    from infini_train.evaluation import compare
+
+    for each in compare.compare_runs(run):
+        try:
+            validate(each.run, 1)
+        except UserError as error:
+            raise UserError(f"compare.variants {each.variant!r}: {error}") from error
+    _check(run)
+    return compare.compare(run)
 
 
 def _generate(run: RunConfig, arguments: Namespace) -> int:

@@ -3,9 +3,9 @@ that needs one, so a wrong value is refused within a second and before any proce
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
 import yaml
 
@@ -299,6 +299,16 @@ class LoggingConfig:
 
 
 @dataclass(kw_only=True)
+class CompareConfig:
+    """What `evaluate compare` trains side by side: one run for each variant and seed, in folders of run_dir."""
+
+    variants: list[str] = field(default_factory=lambda: ["infini", "transformer_xl", "memorizing", "linear", "local", "full"])
+    """Values of model.attention, each with further keys of model if wanted: "infini update_rule=delta"."""
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    """Values of training.seed."""
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """One run."""
 
@@ -314,6 +324,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -331,6 +342,21 @@ class RunConfig:
 
     def data_parallel_size(self, world_size: int) -> int:
         return world_size // self.layout.model_processes
+
+
+def model_with(model: ModelConfig, key: str, text: str) -> ModelConfig:
+    """The model with one key set to a value written as text.
+
+    Raises:
+        KeyError: there is no such key.
+        ValueError: the text is no value of its type.
+    """
+    kind = get_type_hints(ModelConfig)[key]
+    choices = {"true": True, "false": False} if kind is bool else {choice: choice for choice in get_args(kind)}
+    value = kind(text) if kind in (int, float) else choices.get(text)
+    if value is None:
+        raise ValueError(text)
+    return replace(model, **{key: value})  # type: ignore[arg-type]
 
 
 def dump_config(config: RunConfig) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import resource
+import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 
@@ -28,6 +30,14 @@ def device() -> torch.device:
 def backend() -> str:
     """The torch.distributed backend for this platform."""
     return "nccl" if has_cuda() else "gloo"
+
+
+def peak_memory() -> int:
+    """Most bytes that this process held so far: of its GPU's allocator, or of everything on a CPU."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def install() -> None:

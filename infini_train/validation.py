@@ -4,10 +4,10 @@ Like `config` this imports neither torch nor a library that needs one."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
-from infini_train.config import RunConfig
+from infini_train.config import ModelConfig, RunConfig
 from infini_train.errors import UserError
 
 MOST_KEYS = {"passkey": 1, "multi_key": 109, "associative_recall": 54}
@@ -26,6 +26,9 @@ def _divides(divisor_key: str, divisor: int, key: str, value: int) -> None:
         raise UserError(f"{key} is {value}, which {divisor_key} = {divisor} does not divide; change one of the two")
 
 
+ATTENTION = get_args(get_type_hints(ModelConfig)["attention"])
+
+
 def validate_model(config: RunConfig) -> None:
     """Refuse impossible models and batches.
 
@@ -33,6 +36,8 @@ def validate_model(config: RunConfig) -> None:
         UserError: naming the key, its value and the remedy.
     """
     model, training = config.model, config.training
+    if model.attention not in ATTENTION:
+        raise UserError(f"model.attention is {model.attention}; use one of {', '.join(ATTENTION)}")
     _positive(
         "model",
         model,

@@ -165,7 +165,9 @@ def memory_of_other_rows(memory: Memory, num_rows: int) -> tuple[Memory, Tensor]
     if not memory:
         return {}, torch.zeros(num_rows, dtype=torch.bool)
     # Every layer of every stage and tensor rank has written in the same rows: σ(K) is positive, and a key is not zero.
-    written = torch.stack([part.flatten(1).ne(0).any(dim=1) for part in next(iter(memory.values()))]).any(dim=0).cpu()
+    written = (
+        torch.stack([part.reshape(len(part), -1).ne(0).any(dim=1) for part in next(iter(memory.values()))]).any(dim=0).cpu()
+    )
     filled = [row for row in range(num_rows) if written[row]]
     donors = list(range(num_rows))
     for row in range(num_rows):

@@ -6,6 +6,7 @@ import time
 from math import isfinite
 from typing import Any
 
+from infini_train import platform
 from infini_train.data.streams import StreamBatch
 from infini_train.errors import UserError
 from infini_train.parallel.context import context_share
@@ -72,6 +73,7 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
         "padding": 1.0 - total_valid / run.tokens_per_step,
         "step_seconds": seconds,
         "tokens_per_second": total_valid / seconds,
+        "peak_memory": platform.peak_memory(),
     }
     peak = peak_flops()
     if peak is not None:

@@ -24,6 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 TIMED = {
     "step_seconds",
     "tokens_per_second",
+    "peak_memory",
     "checkpoint_step",
     "checkpoint_pause_seconds",
     "checkpoint_durable_seconds",

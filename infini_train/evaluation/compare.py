@@ -1,0 +1,192 @@
+"""`infini-train evaluate compare`: rivals trained on the same data, in the same trainer, one run for each variant and seed.
+
+Every run is an ordinary one in a folder of its own: what is finished stays, and the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from infini_train import platform
+from infini_train.attention import state_numbers
+from infini_train.checkpoint.folder import list_checkpoints
+from infini_train.checkpoint.reader import describe_tensors
+from infini_train.config import ModelConfig, RunConfig, model_with, save_config
+from infini_train.errors import UserError
+from infini_train.evaluation.records import read_json, read_metrics
+
+RESULT_FILE = "compare.json"
+
+
+@dataclass(frozen=True)
+class CompareRun:
+    """One training run of a comparison."""
+
+    variant: str
+    seed: int
+    run: RunConfig
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a finished run gave."""
+
+    variant: str
+    seed: int
+    loss: float
+    """Held-out, nats per token."""
+    loss_memory_emptied: float | None
+    parameters: int
+    state_numbers: int
+    """Numbers that a stream carries over all layers."""
+    tokens_per_second: float
+    """Median over the steps after the first tenth."""
+    peak_memory: float
+    """Bytes: of the GPU's allocator, or of the whole process on a CPU."""
+
+
+def compare_runs(run: RunConfig) -> list[CompareRun]:
+    """All runs of the comparison, seed by seed, so that a comparison that is stopped has all variants of its first seeds.
+
+    Raises:
+        UserError: a variant that is none.
+    """
+    return [_variant_run(run, variant, seed) for seed in run.compare.seeds for variant in run.compare.variants]
+
+
+def variant_model(model: ModelConfig, variant: str) -> ModelConfig:
+    """The model with another attention: `NAME` or `NAME key=value ...`, keys of the section model.
+
+    Raises:
+        UserError: a key that is none.
+    """
+    attention, *changes = variant.split()
+    model = replace(model, attention=attention)  # type: ignore[arg-type]
+    for change in changes:
+        key, _, value = change.partition("=")
+        try:
+            model = model_with(model, key, value)
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"compare.variants has {variant!r}: {change!r} is no key of model with a value; write for example "
+                "'infini update_rule=delta'"
+            ) from error
+    return model
+
+
+def _variant_run(run: RunConfig, variant: str, seed: int) -> CompareRun:
+    folder = Path(run.run_dir) / "-".join(variant.replace("=", "-").split()) / f"seed-{seed}"
+    changed = replace(
+        run,
+        run_dir=str(folder),
+        model=variant_model(run.model, variant),
+        training=replace(run.training, seed=seed),
+        logging=replace(run.logging, wandb="off"),
+    )
+    return CompareRun(variant, seed, changed)
+
+
+def compare(run: RunConfig) -> int:
+    """Train and evaluate what is not finished yet; writes compare.json, compare.md and compare.html after each run.
+
+    Returns:
+        0, or the exit code of the run that ended the comparison.
+    """
+    runs = compare_runs(run)
+    Path(run.run_dir).mkdir(parents=True, exist_ok=True)
+    measured: list[Measured] = []
+    for number, each in enumerate(runs, start=1):
+        name = f"{number} of {len(runs)}: {each.variant}, seed {each.seed}"
+        for command in _left_to_do(each):
+            print(f"compare: {name}: {command}", file=sys.stderr, flush=True)
+            code = _run(command, each)
+            if code:
+                print(f"compare: {name}: ended with {code}; the same command goes on from there", file=sys.stderr)
+                return code
+        measured.append(_measure(each))
+        _write(run, measured, complete=number == len(runs))
+    return 0
+
+
+def _left_to_do(each: CompareRun) -> Iterator[str]:
+    folder = Path(each.run.run_dir)
+    done = [path for path in list_checkpoints(folder) if path.name == f"step_{each.run.training.steps:08d}"]
+    if not done:
+        yield "pretrain"
+    evaluation = read_json(folder / "evaluation.json", "evaluate", [])
+    if evaluation is None or evaluation.get("step") != each.run.training.steps:
+        yield "evaluate"
+
+
+def _run(command: str, each: CompareRun) -> int:
+    """An infini-train command on one process. Ctrl-C reaches it too: it saves, and this waits for it."""
+    folder = Path(each.run.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(each.run, folder / "variant.yaml")
+    process = subprocess.Popen([sys.executable, "-m", "infini_train", command, "--config", str(folder / "variant.yaml")])
+    earlier = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def _measure(each: CompareRun) -> Measured:
+    folder = Path(each.run.run_dir)
+    evaluation = read_json(folder / "evaluation.json", "evaluate", [])
+    records = read_metrics(folder / "metrics.jsonl")
+    assert evaluation is not None, "evaluated just now"
+    rates = records.column("tokens_per_second")[len(records.rows) // 10 :]
+    tensors = describe_tensors(list_checkpoints(folder)[-1])
+    emptied = evaluation.get("memory_emptied")
+    return Measured(
+        each.variant,
+        each.seed,
+        evaluation["with_memory"]["loss"],
+        None if emptied is None else emptied["loss"],
+        sum(math.prod(entry.size) for name, entry in tensors.items() if name.startswith("model.")),
+        state_numbers(each.run.model),
+        float(np.nanmedian(rates)),
+        float(np.nanmax(records.column("peak_memory"))),
+    )
+
+
+def _write(run: RunConfig, measured: list[Measured], *, complete: bool) -> None:
+    from infini_train.evaluation.compare_page import compare_page, markdown_table
+
+    folder = Path(run.run_dir)
+    where = machine()
+    report = {
+        "complete": complete,
+        "machine": where,
+        "steps": run.training.steps,
+        "tokens_per_step": run.tokens_per_step,
+        "seeds": run.compare.seeds,
+        "runs": [asdict(each) for each in measured],
+    }
+    (folder / RESULT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    table = markdown_table(run, measured, where)
+    (folder / "compare.md").write_text(table, encoding="utf-8")
+    (folder / "compare.html").write_text(compare_page(run, measured, where), encoding="utf-8")
+    if complete:
+        print(table)
+        print(f"plot: {folder / 'compare.html'}")
+
+
+def machine() -> str:
+    """What the runs ran on, and under which torch."""
+    if platform.has_cuda():
+        return f"one process, {torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"one process, CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -1,0 +1,66 @@
+"""`infini-train evaluate compare` on a small corpus: every rival, stopped by a signal and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from infini_train.config import CompareConfig, LayoutConfig, save_config
+from infini_train.data.prepare import prepare
+from infini_train.training.signals import RESUMABLE_EXIT_CODE
+from tests.corpus import small_run, write_corpus
+from tests.distributed.command import call
+from tests.warm.interpreter import python
+
+VARIANTS = ["infini", "infini update_rule=delta", "transformer_xl", "memorizing", "window", "linear", "local", "full"]
+
+
+def test_every_rival_in_one_table_and_a_stopped_comparison_goes_on(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "text")
+    run = small_run(tmp_path)
+    # The bank overflows within a document.
+    model = replace(run.model, num_layers=2, bank_tokens=40, bank_top_k=4)
+    training = replace(run.training, steps=3, segments_per_micro_batch=4, micro_batches_per_window=1)
+    optimizer = replace(run.optimizer, warmup_steps=0)
+    compare = CompareConfig(variants=VARIANTS, seeds=[7])
+    run = replace(run, model=model, training=training, optimizer=optimizer, compare=compare, layout=LayoutConfig(zero_stage=0))
+    prepare(run)
+    save_config(run, tmp_path / "compare.yaml")
+    command = ["evaluate", "compare", "--config", str(tmp_path / "compare.yaml")]
+
+    second = tmp_path / "run" / "infini-update_rule-delta" / "seed-7"
+    process = subprocess.Popen(
+        [python(), "-m", "infini_train", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 200
+    while not (second / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    # The run in training saves and stops, unless it had just finished and was being evaluated.
+    assert process.wait(100) in (RESUMABLE_EXIT_CODE, -signal.SIGTERM, 128 + signal.SIGTERM)
+    first = tmp_path / "run" / "infini" / "seed-7" / "metrics.jsonl"
+    kept = first.stat().st_mtime_ns
+
+    output = call(*command)
+    assert first.stat().st_mtime_ns == kept, "a finished run is not trained again"
+    report = json.loads((tmp_path / "run" / "compare.json").read_text())
+    assert report["complete"] and [each["variant"] for each in report["runs"]] == VARIANTS
+    by_variant = {each["variant"]: each for each in report["runs"]}
+    heads = model.num_attention_heads
+    for variant, each in by_variant.items():
+        gates = {"infini": 2 * heads, "memorizing": heads}.get(variant.split()[0], 0)
+        assert each["parameters"] - gates == by_variant["local"]["parameters"], "equal but for the gates"
+        assert each["tokens_per_second"] > 0 and each["peak_memory"] > 1e8
+        assert (each["loss_memory_emptied"] is None) == (each["state_numbers"] == 0)
+    # Emptied at every segment, a window or a cache of one segment sees what local attention sees: its own segment.
+    losses = {variant: each["loss"] for variant, each in by_variant.items()}
+    assert len(set(losses.values())) == len(losses), "every variant computes something else"
+    assert "| transformer_xl |" in output and (tmp_path / "run" / "compare.html").exists()

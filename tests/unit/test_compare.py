@@ -1,0 +1,88 @@
+"""What a comparison trains, and how its results are shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infini_train.cli import main
+from infini_train.config import CompareConfig, RunConfig
+from infini_train.errors import UserError
+from infini_train.evaluation.compare import Measured, compare_runs, variant_model
+from infini_train.evaluation.compare_page import compare_page, markdown_table
+
+RUN = RunConfig(run_dir="runs/x", compare=CompareConfig(variants=["infini update_rule=delta", "local"], seeds=[4, 5]))
+
+
+def test_one_run_for_each_variant_and_seed_that_differ_in_nothing_else():
+    runs = compare_runs(RUN)
+    assert [(each.variant, each.seed) for each in runs] == [(v, s) for s in (4, 5) for v in RUN.compare.variants]
+    assert len({each.run.run_dir for each in runs}) == 4
+    for each in runs:
+        rule = "delta" if each.variant.startswith("infini") else "linear"
+        assert (each.run.model.attention, each.run.model.update_rule) == (each.variant.split()[0], rule)
+        assert each.run.training.seed == each.seed
+        same = replace(each.run, run_dir=RUN.run_dir, logging=RUN.logging)
+        same = replace(same, model=RUN.model, training=RUN.training)
+        assert same == RUN
+
+
+def test_numbers_of_a_variant_are_numbers():
+    assert variant_model(RUN.model, "memorizing bank_tokens=128 rotary_base=5e5").bank_tokens == 128
+    assert variant_model(RUN.model, "local rotary_base=500000.0").rotary_base == 500000.0
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["infini delta", "infini rule=delta", "infini bank_tokens=many", "infini update_rule=gamma", "infini tie_embeddings=1"],
+)
+def test_a_key_that_is_none_is_named(variant):
+    with pytest.raises(UserError, match="is no key of model with a value"):
+        variant_model(RUN.model, variant)
+
+
+@pytest.mark.parametrize(
+    "variants,said",
+    [
+        ("[infini, infinite]", "compare.variants 'infinite': model.attention is infinite; use one of infini, full, local"),
+        ("['local head_dim=7']", "compare.variants 'local head_dim=7': model.head_dim is 7; rotary embedding needs an even"),
+    ],
+)
+def test_a_variant_that_cannot_run_is_refused_before_the_first_one_starts(variants, said, tmp_path, capsys):
+    assert main(["evaluate", "compare", "--run_dir", str(tmp_path / "run"), "--compare.variants", variants]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def measured(variant: str, seed: int, perplexity: float, state: int) -> Measured:
+    return Measured(variant, seed, float(np.log(perplexity)), None if not state else 3.0, 1000, state, 500.0 + seed, 2e9)
+
+
+def test_the_table_gives_means_spreads_and_sizes():
+    results = [
+        measured("infini", 1, 10.0, 400),
+        measured("transformer_xl", 1, 9.0, 3200),
+        measured("infini", 2, 12.0, 400),
+        measured("transformer_xl", 2, 9.5, 3200),
+        measured("local", 1, 20.0, 0),
+    ]
+    table = markdown_table(RUN, results, "a machine")
+    assert "| infini | 400 | 1× | 1,000 | 11.000 | 10.000 to 12.000 (2) | 20.086 | 502 | 2.00 GB |" in table
+    assert "| transformer_xl | 3,200 | 8× | 1,000 | 9.250 | 9.000 to 9.500 (2) | 20.086 | 502 | 2.00 GB |" in table
+    assert "| local | 0 | 0× | 1,000 | 20.000 | 20.000 to 20.000 (1) | - | 501 | 2.00 GB |" in table
+    page = compare_page(RUN, results, "a <machine>")
+    assert "a &lt;machine&gt;" in page and page.count("<svg") == 1 and "transformer_xl" in page
+    assert "src=" not in page and "#01f1" not in page, "complete in itself, every colour replaced"
+
+
+def test_the_config_names_variants_that_run():
+    from infini_train.cli import _parse, _run_config
+    from infini_train.validation import validate
+
+    path = Path(__file__).parents[2] / "configs" / "compare.yaml"
+    for each in compare_runs(_run_config(_parse(["evaluate", "--config", str(path)]).evaluate)):
+        validate(each.run, 1)
