@@ -14,11 +14,14 @@ import yaml
 class ModelConfig:
     """The transformer and its attention."""
 
-    attention: Literal["infini", "full", "local", "window", "transformer_xl", "memorizing", "linear"] = "infini"
+    attention: Literal[
+        "infini", "full", "local", "window", "transformer_xl", "memorizing", "linear", "recurrent_memory", "feedback"
+    ] = "infini"
     """infini: segment-local attention plus compressive memory; local: segment-local attention alone; full: causal attention
     over a whole micro-batch (its context is segments_per_micro_batch × segment_length tokens); window: the segment_length
     newest tokens; transformer_xl: this segment and a cache of the one before; memorizing: transformer_xl with a key-value bank
-    in one layer; linear: causal linear attention over whole documents."""
+    in one layer; linear: causal linear attention over whole documents; recurrent_memory: memory tokens that
+    the last layer writes and the next segment reads; feedback: TransformerFAM, memory tokens in every layer."""
     num_layers: int = 12
     """Transformer layers, over all pipeline stages."""
     hidden_size: int = 768
@@ -46,6 +49,8 @@ class ModelConfig:
     """Tokens that the bank of `memorizing` holds."""
     bank_top_k: int = 32
     """Tokens of the bank that a query attends to: those with the largest scores."""
+    memory_tokens: int = 16
+    """Memory tokens of `recurrent_memory`, and of each layer of `feedback`."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies; positions count from the segment's start."""
     norm_eps: float = 1e-5
@@ -302,7 +307,9 @@ class LoggingConfig:
 class CompareConfig:
     """What `evaluate compare` trains side by side: one run for each variant and seed, in folders of run_dir."""
 
-    variants: list[str] = field(default_factory=lambda: ["infini", "transformer_xl", "memorizing", "linear", "local", "full"])
+    variants: list[str] = field(
+        default_factory=lambda: ["infini", "transformer_xl", "memorizing", "recurrent_memory", "local", "full"]
+    )
     """Values of model.attention, each with further keys of model if wanted: "infini update_rule=delta"."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Values of training.seed."""

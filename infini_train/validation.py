@@ -42,7 +42,7 @@ def validate_model(config: RunConfig) -> None:
         "model",
         model,
         "num_layers hidden_size num_attention_heads num_query_groups head_dim ffn_hidden_size segment_length "
-        "memory_eps rotary_base norm_eps init_std bank_tokens bank_top_k",
+        "memory_eps rotary_base norm_eps init_std bank_tokens bank_top_k memory_tokens",
     )
     _positive(
         "training", training, "steps rows segments_per_micro_batch micro_batches_per_window windows_per_step loss_chunk_tokens"
@@ -174,6 +174,22 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
         raise UserError(
             f"layout.context_parallel_size is {cp} with model.attention {model.attention}, which needs all segments of a "
             "micro-batch on one process; use 1"
+        )
+    if model.attention in ("recurrent_memory", "feedback"):
+        if layout.sequence_parallel:
+            raise UserError(
+                f"layout.sequence_parallel is true with model.attention {model.attention}, which puts memory tokens between "
+                "segments; set it to false"
+            )
+        if config.training.recompute == "layer":
+            raise UserError(
+                f"training.recompute is layer with model.attention {model.attention}, which runs segment by segment; use none "
+                "or stage"
+            )
+    if pp > 1 and model.attention == "recurrent_memory":
+        raise UserError(
+            f"layout.pipeline_parallel_size is {pp} with model.attention recurrent_memory: the last layer's output enters the "
+            "first layer with the next segment, so stages would wait for each other; use 1"
         )
     if pp > 1 and model.attention == "memorizing":
         raise UserError(

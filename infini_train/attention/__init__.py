@@ -7,6 +7,7 @@ from infini_train.attention.infini import InfiniAttention
 from infini_train.attention.linear import LinearAttention
 from infini_train.attention.local import LocalAttention
 from infini_train.attention.memorizing import MemorizingAttention, bank_layer
+from infini_train.attention.memory_tokens import FeedbackAttention, RecurrentMemoryAttention
 from infini_train.attention.previous_segment import TransformerXLAttention, WindowAttention
 from infini_train.config import ModelConfig
 
@@ -18,6 +19,8 @@ ATTENTION_VARIANTS: dict[str, type[Attention]] = {
     "transformer_xl": TransformerXLAttention,
     "memorizing": MemorizingAttention,
     "linear": LinearAttention,
+    "recurrent_memory": RecurrentMemoryAttention,
+    "feedback": FeedbackAttention,
 }
 
 

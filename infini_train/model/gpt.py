@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -18,6 +21,7 @@ from infini_train.config import RunConfig
 from infini_train.model.core_attention import CoreAttention
 from infini_train.model.feed_forward import FeedForward
 from infini_train.model.loss import ChunkedLossGPTModel
+from infini_train.model.memory_tokens import FeedbackLayer, RecurrentMemoryModel
 from infini_train.model.norm import RMSNorm
 from infini_train.model.recompute import RecomputedLayer
 from infini_train.model.stage import StageModel
@@ -27,8 +31,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def layer_spec(run: RunConfig) -> ModuleSpec:
     """One transformer layer: norm, attention, norm, SwiGLU."""
+    module, parameters = TransformerLayer, {}
+    if run.model.attention == "feedback":
+        module, parameters = FeedbackLayer, {"model": run.model}
+    elif run.training.recompute == "layer":
+        module = RecomputedLayer
     return ModuleSpec(
-        module=RecomputedLayer if run.training.recompute == "layer" else TransformerLayer,
+        module=module,
+        params=parameters,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -104,8 +114,11 @@ def build_stage(run: RunConfig, stage: int) -> StageModel:
     chunks = []
     for chunk in range(layout.virtual_stages):
         virtual_stage = chunk * layout.pipeline_parallel_size + stage
+        model_class: Any = ChunkedLossGPTModel
+        if run.model.attention == "recurrent_memory":
+            model_class = partial(RecurrentMemoryModel, model=run.model)
         chunks.append(
-            ChunkedLossGPTModel(
+            model_class(
                 config,
                 block,
                 vocab_size=run.data.vocab_size,

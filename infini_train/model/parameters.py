@@ -30,7 +30,7 @@ _SPLITS: dict[str, tuple[int, int]] = {
     "output_layer.weight": (0, 1),
     "attention.gate": (0, 1),
 }
-_REPLICATED = ("layernorm.weight",)
+_REPLICATED = ("layernorm.weight", "memory_tokens")
 _WRITES_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 
 

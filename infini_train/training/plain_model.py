@@ -5,6 +5,7 @@ It is the specification of a training step. The self-test at a run's start and t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from infini_kernels import MemoryState, document_attention, infini_attention, local_attention
 from infini_train.attention import LayerMemory, build_attention, detached
+from infini_train.attention.memory_tokens import MemoryTokens
 from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.streams import StreamBatch, StreamReader
@@ -67,31 +69,86 @@ def _attention(
     )
 
 
+Mix = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""What attention makes of a layer's (from 0) q, k, v and gate."""
+
+
+def _norm(run: RunConfig, weight: Tensor, x: Tensor) -> Tensor:
+    return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + run.model.norm_eps)
+
+
+def _layer(run: RunConfig, weights: dict[str, Tensor], layer: int, hidden: Tensor, mix: Mix) -> Tensor:
+    """Norm, attention, norm, SwiGLU: [B, T, h] -> [B, T, h]."""
+    model, prefix = run.model, f"decoder.layers.{layer}."
+    group_size = model.num_attention_heads // model.num_query_groups
+    fused = (
+        _norm(run, weights[prefix + "input_layernorm.weight"], hidden) @ weights[prefix + "self_attention.linear_qkv.weight"].T
+    )
+    # Megatron-core's fused projection: for each key/value head, its query heads, then its key, then its value.
+    fused = fused.unflatten(-1, (model.num_query_groups, group_size + 2, model.head_dim))
+    q, k, v = fused[..., :group_size, :].flatten(2, 3), fused[..., group_size, :], fused[..., group_size + 1, :]
+    mixed = mix(layer, q, k, v, weights.get(prefix + "self_attention.core_attention.attention.gate"))
+    hidden = hidden + mixed.flatten(2) @ weights[prefix + "self_attention.linear_proj.weight"].T
+    both = _norm(run, weights[prefix + "pre_mlp_layernorm.weight"], hidden) @ weights[prefix + "mlp.linear_fc1.weight"].T
+    gates, up = both.chunk(2, dim=-1)
+    return hidden + (functional.silu(gates) * up) @ weights[prefix + "mlp.linear_fc2.weight"].T
+
+
+def _stack(run: RunConfig, weights: dict[str, Tensor], hidden: Tensor, mix: Mix) -> Tensor:
+    """All layers and the final norm."""
+    for layer in range(run.model.num_layers):
+        hidden = _layer(run, weights, layer, hidden, mix)
+    return _norm(run, weights["decoder.final_layernorm.weight"], hidden)
+
+
+def _with_memory_tokens(
+    run: RunConfig, weights: dict[str, Tensor], hidden: Tensor, batch: StreamBatch, memory: dict[int, LayerMemory]
+) -> Tensor:
+    """The stack of `recurrent_memory` and `feedback`, segment by segment and for each of them layer by layer."""
+    model, S, P = run.model, run.model.segment_length, run.model.memory_tokens
+    recurrent = model.attention == "recurrent_memory"
+    names = ["memory_tokens"] if recurrent else [f"decoder.layers.{i}.memory_tokens" for i in range(model.num_layers)]
+    begin = [weights[name].expand(len(hidden), -1, -1) for name in names]
+    tokens = [memory[i][0] if i in memory else first for i, first in enumerate(begin)]
+    outputs = []
+    for segment, x in enumerate(hidden.split(S, dim=1)):
+        lengths = batch.lengths[:, segment : segment + 1]
+
+        def mix(layer: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, lengths: Tensor = lengths) -> Tensor:
+            rival = build_attention(model, layer + 1, q.shape[2], k.shape[2], q.shape[1])
+            return rival(q, k, v, reset=batch.reset[:, :1], lengths=lengths, memory=None)[0]
+
+        fresh = batch.reset[:, segment, None, None]
+        tokens = [torch.where(fresh, first, now) for first, now in zip(begin, tokens, strict=True)]
+        if recurrent:
+            x = _stack(run, weights, torch.cat([tokens[0], x, tokens[0]], dim=1), mix)
+            tokens, x = [x[:, -P:]], x[:, P:-P]
+        else:
+            for layer in range(model.num_layers):
+                x = _layer(run, weights, layer, torch.cat([x, tokens[layer]], dim=1), mix)
+                tokens[layer], x = x[:, S:], x[:, :S]
+            x = _norm(run, weights["decoder.final_layernorm.weight"], x)
+        outputs.append(x)
+    memory.update({i: MemoryTokens(now) for i, now in enumerate(tokens)})
+    return torch.cat(outputs, dim=1)
+
+
 def token_losses(run: RunConfig, weights: dict[str, Tensor], batch: StreamBatch, memory: dict[int, LayerMemory]) -> Tensor:
     """Loss of every token [B, T] in nats; `memory` (by layer, from 0) is read and replaced."""
-    model = run.model
-    group_size = model.num_attention_heads // model.num_query_groups
     embedding = weights["embedding.word_embeddings.weight"]
 
-    def norm(x: Tensor, name: str) -> Tensor:
-        return weights[name] * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + model.norm_eps)
-
-    hidden = embedding[batch.tokens]
-    for layer in range(model.num_layers):
-        prefix = f"decoder.layers.{layer}."
-        fused = norm(hidden, prefix + "input_layernorm.weight") @ weights[prefix + "self_attention.linear_qkv.weight"].T
-        # Megatron-core's fused projection: for each key/value head, its query heads, then its key, then its value.
-        fused = fused.unflatten(-1, (model.num_query_groups, group_size + 2, model.head_dim))
-        q, k, v = fused[..., :group_size, :].flatten(2, 3), fused[..., group_size, :], fused[..., group_size + 1, :]
-        gate = weights.get(prefix + "self_attention.core_attention.attention.gate")
+    def mix(layer: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
         mixed, leaving = _attention(run, layer, q, k, v, gate, batch, memory.get(layer))
         if leaving is not None:
             memory[layer] = leaving
-        hidden = hidden + mixed.flatten(2) @ weights[prefix + "self_attention.linear_proj.weight"].T
-        both = norm(hidden, prefix + "pre_mlp_layernorm.weight") @ weights[prefix + "mlp.linear_fc1.weight"].T
-        gates, up = both.chunk(2, dim=-1)
-        hidden = hidden + (functional.silu(gates) * up) @ weights[prefix + "mlp.linear_fc2.weight"].T
-    logits = norm(hidden, "decoder.final_layernorm.weight") @ weights.get("output_layer.weight", embedding).T
+        return mixed
+
+    hidden = embedding[batch.tokens]
+    if run.model.attention in ("recurrent_memory", "feedback"):
+        hidden = _with_memory_tokens(run, weights, hidden, batch, memory)
+    else:
+        hidden = _stack(run, weights, hidden, mix)
+    logits = hidden @ weights.get("output_layer.weight", embedding).T
     return functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none").view_as(batch.targets)
 
 

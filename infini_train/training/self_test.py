@@ -74,6 +74,7 @@ def tiny_run(run: RunConfig, data_parallel_size: int) -> RunConfig:
             initial_gate=0.5,
             bank_tokens=20,
             bank_top_k=3,
+            memory_tokens=3,
             tie_embeddings=model.tie_embeddings,
         ),
         data=replace(run.data, vocab_size=16 * tp),

@@ -34,7 +34,7 @@ def global_weights(results: list[dict[str, Any]], key: str = "weights") -> dict[
 
 
 def global_memory(results: list[dict[str, Any]]) -> dict[int, tuple[Tensor, ...]]:
-    """Layer -> (M [rows, G, D, D], z [rows, G, D]), or the fields of a rival's memory; counters [rows] are no head's."""
+    """Layer -> (M [rows, G, D, D], z [rows, G, D]), or a rival's fields; counters and memory tokens are no head's."""
     parts: dict[int, dict[tuple[int, int], tuple[Tensor, ...]]] = {}
     for result in results:
         for layer, (row, head, *fields) in result["memory"].items():
@@ -43,9 +43,10 @@ def global_memory(results: list[dict[str, Any]]) -> dict[int, tuple[Tensor, ...]
     for layer, grid in parts.items():
         rows, heads = max(row for row, _ in grid) + 1, max(head for _, head in grid) + 1
 
-        def of_row(row: int, field: int, grid: Any = grid, heads: int = heads) -> Tensor:
+        def of_row(row: int, field: int, grid: Any = grid, heads: int = heads, layer: int = layer) -> Tensor:
             slices = [grid[row, head][field] for head in range(heads)]
-            return torch.cat(slices, dim=1) if slices[0].dim() > 1 else slices[0]
+            whole_in_each = slices[0].dim() == 1 or any(layer in result.get("not_by_head", ()) for result in results)
+            return slices[0] if whole_in_each else torch.cat(slices, dim=1)
 
         fields = range(len(grid[0, 0]))
         whole[layer] = tuple(torch.cat([of_row(row, field) for row in range(rows)]) for field in fields)

@@ -11,6 +11,7 @@ from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor
 
 from infini_train.attention import map_parts
+from infini_train.attention.memory_tokens import MemoryTokens
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset
@@ -41,6 +42,7 @@ def train(run: RunConfig, steps: int) -> dict[str, Any]:
         "initial": initial,
         "weights": _weights(parts),
         "memory": _memory(parts),
+        "not_by_head": [layer for layer, state in parts.state.memory.items() if isinstance(state, MemoryTokens)],
         "positions": (parts.layout.dp_rank, parts.state.reader.state()),
     }
 

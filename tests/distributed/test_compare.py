@@ -17,14 +17,25 @@ from tests.corpus import small_run, write_corpus
 from tests.distributed.command import call
 from tests.warm.interpreter import python
 
-VARIANTS = ["infini", "infini update_rule=delta", "transformer_xl", "memorizing", "window", "linear", "local", "full"]
+VARIANTS = [
+    "infini",
+    "infini update_rule=delta",
+    "transformer_xl",
+    "memorizing",
+    "window",
+    "linear",
+    "local",
+    "full",
+    "recurrent_memory",
+    "feedback",
+]
 
 
 def test_every_rival_in_one_table_and_a_stopped_comparison_goes_on(tmp_path: Path) -> None:
     write_corpus(tmp_path / "text")
     run = small_run(tmp_path)
     # The bank overflows within a document.
-    model = replace(run.model, num_layers=2, bank_tokens=40, bank_top_k=4)
+    model = replace(run.model, num_layers=2, bank_tokens=40, bank_top_k=4, memory_tokens=3)
     training = replace(run.training, steps=3, segments_per_micro_batch=4, micro_batches_per_window=1)
     optimizer = replace(run.optimizer, warmup_steps=0)
     compare = CompareConfig(variants=VARIANTS, seeds=[7])
@@ -54,10 +65,11 @@ def test_every_rival_in_one_table_and_a_stopped_comparison_goes_on(tmp_path: Pat
     report = json.loads((tmp_path / "run" / "compare.json").read_text())
     assert report["complete"] and [each["variant"] for each in report["runs"]] == VARIANTS
     by_variant = {each["variant"]: each for each in report["runs"]}
-    heads = model.num_attention_heads
+    heads, tokens = model.num_attention_heads, model.memory_tokens * model.hidden_size
     for variant, each in by_variant.items():
-        gates = {"infini": 2 * heads, "memorizing": heads}.get(variant.split()[0], 0)
-        assert each["parameters"] - gates == by_variant["local"]["parameters"], "equal but for the gates"
+        own = {"infini": 2 * heads, "memorizing": heads, "recurrent_memory": tokens, "feedback": 2 * tokens}
+        added = own.get(variant.split()[0], 0)
+        assert each["parameters"] - added == by_variant["local"]["parameters"], "equal but for gates and memory tokens"
         assert each["tokens_per_second"] > 0 and each["peak_memory"] > 1e8
         assert (each["loss_memory_emptied"] is None) == (each["state_numbers"] == 0)
     # Emptied at every segment, a window or a cache of one segment sees what local attention sees: its own segment.

@@ -98,7 +98,7 @@ def test_rivals_train_in_the_same_pipeline(attention, pool, run_config):
     """One process equals plain torch, and tensor and pipeline parallelism with recomputation equal one process."""
     training = replace(run_config.training, segments_per_micro_batch=2, micro_batches_per_window=2)
     # A bank that documents overflow.
-    model = replace(run_config.model, attention=attention, bank_tokens=40, bank_top_k=5, initial_gate=0.3)
+    model = replace(run_config.model, attention=attention, bank_tokens=40, bank_top_k=5, memory_tokens=5, initial_gate=0.3)
     run = replace(run_config, model=model, training=training)
     one = pool(1).run("tests.distributed.jobs", "train", run, STEPS)
     plain = train_plainly(run, TokenDataset(Path(run.data.path), "train"), global_weights(one, "initial"), STEPS)
@@ -107,8 +107,9 @@ def test_rivals_train_in_the_same_pipeline(attention, pool, run_config):
     weights = global_weights(one)
     for name, value in plain["weights"].items():
         torch.testing.assert_close(weights[name], value, rtol=RELATIVE, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    stages = 1 if attention == "memorizing" else 2
-    many = with_layout(replace(run, training=replace(training, recompute="layer")), 2, stages, 1)
+    stages = 1 if attention in ("memorizing", "recurrent_memory") else 2
+    recompute = "stage" if attention in ("feedback", "recurrent_memory") else "layer"
+    many = with_layout(replace(run, training=replace(training, recompute=recompute)), 2, stages, 1)
     assert_same_run(pool(2 * stages).run("tests.distributed.jobs", "train", many, STEPS), one)
 
 

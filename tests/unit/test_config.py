@@ -100,6 +100,28 @@ def test_rivals_are_not_spread_over_a_context_group(attention):
         validate(replace(run, training=replace(run.training, segments_per_micro_batch=2)), 2)
 
 
+@pytest.mark.parametrize("attention", ["recurrent_memory", "feedback"])
+@pytest.mark.parametrize(
+    "section,values,key",
+    [
+        ("layout", {"tensor_parallel_size": 2, "sequence_parallel": True}, "layout.sequence_parallel"),
+        ("training", {"recompute": "layer"}, "training.recompute"),
+        ("layout", {"context_parallel_size": 2}, "layout.context_parallel_size"),
+    ],
+)
+def test_memory_tokens_go_segment_by_segment(attention, section, values, key):
+    run = changed("model", attention=attention)
+    run = replace(run, **{section: replace(getattr(run, section), **values)})
+    with pytest.raises(UserError, match=f"{key} is .* with model.attention {attention}"):
+        validate(run, 2)
+
+
+def test_recurrent_memory_keeps_to_one_stage():
+    run = replace(changed("model", attention="recurrent_memory"), layout=LayoutConfig(pipeline_parallel_size=2))
+    with pytest.raises(UserError, match=r"layout\.pipeline_parallel_size is 2 with model\.attention recurrent_memory"):
+        validate(run, 2)
+
+
 def test_the_bank_of_memorizing_keeps_to_one_stage():
     run = replace(changed("model", attention="memorizing"), layout=LayoutConfig(pipeline_parallel_size=2))
     with pytest.raises(UserError, match=r"layout\.pipeline_parallel_size is 2 with model\.attention memorizing"):

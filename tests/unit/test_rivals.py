@@ -20,8 +20,15 @@ LENGTHS = torch.tensor([[3, 3, 1, 3, 2], [2, 3, 3, 3, 3]])
 
 
 def model(attention: str, **keys: int) -> ModelConfig:
-    sizes = {"segment_length": S, "num_attention_heads": H, "num_query_groups": G, "head_dim": D, "num_layers": 1}
-    return ModelConfig(attention=attention, bank_tokens=4, bank_top_k=2, initial_gate=0.3, **{**sizes, **keys})
+    sizes = {
+        "segment_length": S,
+        "num_attention_heads": H,
+        "num_query_groups": G,
+        "head_dim": D,
+        "num_layers": 1,
+        "hidden_size": 32,
+    }
+    return ModelConfig(attention=attention, bank_tokens=4, bank_top_k=2, memory_tokens=5, initial_gate=0.3, **{**sizes, **keys})
 
 
 def drawn(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,6 +207,8 @@ SIZES: dict[str, Callable[[int], int]] = {
     "transformer_xl": lambda layers: 2 * D * G * S * layers,
     "window": lambda layers: 2 * D * G * S * layers,
     "memorizing": lambda layers: 2 * D * G * S * layers + 2 * D * G * 4,
+    "recurrent_memory": lambda layers: 5 * 32,
+    "feedback": lambda layers: 5 * 32 * layers,
     "local": lambda layers: 0,
     "full": lambda layers: 0,
 }
