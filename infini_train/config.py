@@ -307,9 +307,7 @@ class LoggingConfig:
 class CompareConfig:
     """What `evaluate compare` trains side by side: one run for each variant and seed, in folders of run_dir."""
 
-    variants: list[str] = field(
-        default_factory=lambda: ["infini", "transformer_xl", "memorizing", "recurrent_memory", "local", "full"]
-    )
+    variants: list[str] = field(default_factory=lambda: ["infini", "transformer_xl", "memorizing", "local", "full"])
     """Values of model.attention, each with further keys of model if wanted: "infini update_rule=delta"."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Values of training.seed."""
