@@ -21,8 +21,8 @@ emptied: the same with the state emptied at every segment. tokens/s and peak mem
 
 STYLE = """
 .table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.92rem; margin: 1.5rem 0; }
-th, td { padding: 0.35rem 0.8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
+table { border-collapse: collapse; font-size: 0.88rem; margin: 1.5rem 0; }
+th, td { padding: 0.35rem 0.5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
 th { color: var(--muted); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
 """
@@ -107,6 +107,8 @@ def state_plot(measured: list[Measured]) -> str:
             axes.plot([x], [perplexities.mean()], marker="o", markersize=8, color=colour, markeredgecolor=p.SURFACE)
             axes.annotate(variant, (x, perplexities.mean()), xytext=(8, 5), textcoords="offset points", fontsize=9.5)
         axes.set_xscale("symlog", linthresh=1000)
+        largest = max(each.state_numbers for each in measured)
+        axes.set_xticks([0, *(10**power for power in range(3, 2 + max(3, len(str(largest)))))])
         axes.margins(x=0.12, y=0.12)
         axes.set_xlabel("numbers of the carried state (log scale beyond 1,000)")
         p.value_axis(axes, "held-out perplexity")
