@@ -123,6 +123,9 @@ class TaskConfig:
     border_share: float = 0.15
     """Share of the texts whose fact is in the last three segments before the question, half of them across a border between
     two segments."""
+    own_segment_share: float = 0.15
+    """Share of the texts whose fact is in the answer's own segment, where no memory holds it yet, if it fits there, and right
+    before the question if not."""
     answer_weight: float = 1.0
     """Weight of an answer's tokens in the loss, which is Σ w·loss / Σ w."""
     other_weight: float = 0.2

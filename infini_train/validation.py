@@ -242,13 +242,13 @@ def validate_task(config: RunConfig) -> None:
         raise UserError(f"task.keys is {task.keys} with task.kind {task.kind or 'passkey'}, which has at most {most}")
     if task.max_tokens < task.min_tokens:
         raise UserError(f"task.max_tokens is {task.max_tokens}, less than task.min_tokens {task.min_tokens}; exchange them")
-    for name in ("late_share", "border_share"):
+    shares = ("late_share", "border_share", "own_segment_share")
+    for name in shares:
         if not 0 <= getattr(task, name) <= 1:
             raise UserError(f"task.{name} is {getattr(task, name)}; it must lie between 0 and 1")
-    if task.late_share + task.border_share > 1:
-        raise UserError(
-            f"task.late_share {task.late_share} + task.border_share {task.border_share} is more than 1; lower one of them"
-        )
+    if sum(getattr(task, name) for name in shares) > 1:
+        values = " + ".join(f"{name} {getattr(task, name)}" for name in shares)
+        raise UserError(f"task.{values} is more than 1; lower one of them")
     if task.seed < 0:
         raise UserError(f"task.seed is {task.seed}; use 0 or a positive number")
     if not task.lengths or min(task.lengths) < 1:

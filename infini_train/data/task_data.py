@@ -70,7 +70,7 @@ def split_samples(run: RunConfig, tokenizer: Tokenizer, split: str, filler: Text
     """The samples of a split: lengths and places of the fact as configured, for training and held-out data alike."""
     config = run.task
     task = Task(config, tokenizer, filler)
-    placement = training_placement(config.late_share, config.border_share, run.model.segment_length)
+    placement = training_placement(config.late_share, config.border_share, config.own_segment_share, run.model.segment_length)
     for number in range(config.samples if split == "train" else config.held_out_samples):
         # The length has a seed of its own, so that it does not depend on what the sample draws.
         length = _length(config, Draws(sample_seed(config.seed, PURPOSES[split], number, 1)).fraction())

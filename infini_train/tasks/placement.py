@@ -20,6 +20,7 @@ class Room:
         head: tokens before the filler.
         filler: tokens of filler.
         needle: tokens of the asked needle.
+        question: tokens of the question, which the answer follows.
         before: tokens of the needles that stand before it wherever it is.
         others: (offset in the filler, tokens) of the other needles, by rising offset.
     """
@@ -27,6 +28,7 @@ class Room:
     head: int
     filler: int
     needle: int
+    question: int = 0
     before: int = 0
     others: tuple[tuple[int, int], ...] = ()
 
@@ -60,13 +62,15 @@ def at_depth(depth: float) -> Placement:
     return lambda room, draws: round(depth * room.filler)
 
 
-def training_placement(late_share: float, border_share: float, segment_length: int) -> Placement:
+def training_placement(late_share: float, border_share: float, own_segment_share: float, segment_length: int) -> Placement:
     """A mixture of depths.
 
     Args:
         late_share: share of needles that are uniform over the last 15% of the filler.
         border_share: share of needles in the last three segments before the question, every second of them across a border
-            between two segments. What is left is uniform over the whole filler.
+            between two segments.
+        own_segment_share: share of needles in the segment in which the answer is read, if one fits in there, and right before
+            the question if not. What is left is uniform over the whole filler.
         segment_length: tokens of a segment; the text begins at a segment's start.
     """
 
@@ -76,7 +80,15 @@ def training_placement(late_share: float, border_share: float, segment_length: i
             if draws.fraction() < 0.5:
                 return _across_border(room, draws, segment_length)
             return room.offset(draws.between(max(0, room.last_start - LAST_SEGMENTS * segment_length), room.last_start))
-        first = round(LATE_DEPTH * room.filler) if kind < border_share + late_share else 0
+        kind -= border_share
+        if kind < own_segment_share:
+            last_read = room.last_start + room.needle + room.question - 1
+            border = last_read // segment_length * segment_length
+            if border > room.last_start:
+                return room.filler
+            return room.offset(draws.between(max(border, room.start(0)), room.last_start))
+        kind -= own_segment_share
+        first = round(LATE_DEPTH * room.filler) if kind < late_share else 0
         return draws.between(first, room.filler)
 
     return place

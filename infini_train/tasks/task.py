@@ -64,6 +64,7 @@ class Task:
             head=len(head),
             filler=filler,
             needle=len(needle),
+            question=len(question),
             before=sum(map(len, before)),
             others=tuple((offset, len(tokens)) for offset, tokens in zip(free, anywhere, strict=True)),
         )

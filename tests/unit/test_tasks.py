@@ -110,7 +110,7 @@ def test_a_tokenizer_that_joins_digits_is_refused(tmp_path: Path) -> None:
 def test_stories_can_be_answered_from_their_text(make: Make, tokenizer: Tokenizer) -> None:
     """An independent reader of the text finds the answer by the rules of the task."""
     for number in range(20):
-        place = training_placement(0.2, 0.3, 64)
+        place = training_placement(0.2, 0.2, 0.1, 64)
         text = text_of(tokenizer, make("multi_key", number, 900, place))
         name = text.rsplit("The pass key of the ", 1)[1].split(" is ")[0]
         told = [line for line in text.split("\n") if "Remember it." in line]
@@ -191,17 +191,32 @@ FROZEN = ("00504239", 8, ["b", "a", "c"])
 
 
 def test_training_places_are_late_and_across_borders_as_often_as_asked(make: Make) -> None:
-    samples = [make("multi_key", n, 1000, training_placement(0.2, 0.4, 64)) for n in range(600)]
+    samples = [make("multi_key", n, 1000, training_placement(0.2, 0.4, 0.0, 64)) for n in range(600)]
     facts = [sample.facts for sample in samples]
     crossing = [f["needle_start"] // 64 != (f["needle_start"] + f["needle_tokens"] - 1) // 64 for f in facts]
     question = 1000 - 64  # about
     near = np.array([f["needle_start"] > question - 4 * 64 - 40 for f in facts])
     assert 0.5 < near.mean() < 0.75, "40% near the question, a part of the last 15%, and of the rest"
-    only_border = [make("multi_key", n, 1000, training_placement(0.0, 1.0, 64)).facts for n in range(300)]
+    only_border = [make("multi_key", n, 1000, training_placement(0.0, 1.0, 0.0, 64)).facts for n in range(300)]
     crossed = np.mean([f["needle_start"] // 64 != (f["needle_start"] + f["needle_tokens"] - 1) // 64 for f in only_border])
     assert crossed > np.mean(crossing)
     assert min(f["needle_start"] for f in only_border) > question - 4 * 64 - 64
     assert np.mean([f["needle_start"] for f in facts]) < np.mean([f["needle_start"] for f in only_border])
+
+
+def test_needles_in_the_answers_own_segment_wherever_they_fit(make: Make) -> None:
+    fitted = 0
+    for length in range(900, 1000):
+        sample = make("passkey", length, length, training_placement(0.0, 0.0, 1.0, 64))
+        start, tokens = sample.facts["needle_start"], sample.facts["needle_tokens"]
+        border = (sample.answer_start - 1) // 64 * 64
+        latest = make("passkey", length, length, at_depth(1.0)).facts["needle_start"]
+        if latest < border:
+            assert start == latest, "it does not fit: right before the question"
+        else:
+            fitted += 1
+            assert border <= start <= latest and start + tokens <= sample.answer_start
+    assert 10 < fitted < 90
 
 
 def test_room_finds_offsets_for_positions() -> None:
@@ -230,7 +245,7 @@ def test_validation_knows_the_words() -> None:
         ({"kind": "associative_recall", "keys": 80}, "task.keys is 80"),
         ({"min_tokens": 600}, "task.max_tokens is 512"),
         ({"late_share": -0.1}, "task.late_share is -0.1"),
-        ({"late_share": 0.6, "border_share": 0.6}, "is more than 1"),
+        ({"late_share": 0.6, "border_share": 0.3, "own_segment_share": 0.2}, "own_segment_share 0.2 is more than 1"),
         ({"other_weight": 0.0}, "task.other_weight is 0.0; it must be positive"),
         ({"depths": [1.5]}, "task.depths is [1.5]"),
         ({"lengths": []}, "task.lengths is []"),
