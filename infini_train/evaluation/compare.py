@@ -129,18 +129,20 @@ def _left_to_do(each: CompareRun) -> Iterator[str]:
 
 
 def _run(command: str, each: CompareRun) -> int:
-    """An infini-train command on one process. Ctrl-C reaches it too: it saves, and this waits for it."""
+    """The exit code of an infini-train command on one process. Ctrl-C and SIGTERM are passed on; then it saves and ends."""
     folder = Path(each.run.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(each.run, folder / "variant.yaml")
-    process = subprocess.Popen([sys.executable, "-m", "infini_train", command, "--config", str(folder / "variant.yaml")])
-    earlier = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+    # A session of its own, or a terminal's Ctrl-C would reach it twice.
+    arguments = [sys.executable, "-m", "infini_train", command, "--config", str(folder / "variant.yaml")]
+    process = subprocess.Popen(arguments, start_new_session=True)
+    signals = (signal.SIGINT, signal.SIGTERM)
+    earlier = [signal.signal(number, lambda number, _: process.send_signal(number)) for number in signals]
     try:
         return process.wait()
-    except KeyboardInterrupt:
-        return process.wait()
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        for number, handler in zip(signals, earlier, strict=True):
+            signal.signal(number, handler)
 
 
 def _measure(each: CompareRun) -> Measured:
