@@ -102,5 +102,6 @@ class FeedbackAttention(_MemoryTokenAttention):
         place = torch.arange(S + P, device=lengths.device)
         feedback = place >= S
         there = (place < lengths[:, None]) | feedback  # [B, T]
-        seen = feedback | feedback[:, None] | (place <= place[:, None])  # [T, T]
+        # The feedback tokens stand last, so causal they see the whole segment already.
+        seen = feedback | (place <= place[:, None])  # [T, T]
         return (seen & (there[:, None] | (place == place[:, None]))).unsqueeze(1)
