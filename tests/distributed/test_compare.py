@@ -72,7 +72,6 @@ def test_every_rival_in_one_table_and_a_stopped_comparison_goes_on(tmp_path: Pat
         assert each["parameters"] - added == by_variant["local"]["parameters"], "equal but for gates and memory tokens"
         assert each["tokens_per_second"] > 0 and each["peak_memory"] > 1e8
         assert (each["loss_memory_emptied"] is None) == (each["state_numbers"] == 0)
-    # Emptied at every segment, a window or a cache of one segment sees what local attention sees: its own segment.
     losses = {variant: each["loss"] for variant, each in by_variant.items()}
     assert len(set(losses.values())) == len(losses), "every variant computes something else"
     assert "| transformer_xl |" in output and (tmp_path / "run" / "compare.html").exists()
