@@ -53,6 +53,27 @@ def test_half_types_come_back() -> None:
     assert local_attention(*tensors, segment_length=5).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("heads, groups, key_width, value_width", [(4, 4, 8, 8), (4, 2, 8, 5), (6, 1, 4, 7)])
+def test_short_bfloat16_rows_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, heads: int, groups: int, key_width: int, value_width: int
+) -> None:
+    exact = [x.detach().bfloat16().double().requires_grad_() for x in inputs(13, heads, groups, key_width, value_width)]
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+    direction = torch.randn(2, 13, heads, value_width, generator=torch.Generator().manual_seed(1)).bfloat16()
+    wanted = local_attention(*exact, segment_length=5)
+    gradients = torch.autograd.grad((wanted * direction).sum(), exact)
+    worst = {}
+    for longest in (0, local.SHORT_ROW_ON_CPU):
+        monkeypatch.setattr(local, "SHORT_ROW_ON_CPU", longest)
+        out = local_attention(*half, segment_length=5)
+        torch.testing.assert_close(out.double(), wanted, rtol=8e-3, atol=8e-3)
+        found = torch.autograd.grad((out * direction).sum(), half)
+        for x, y in zip(found, gradients, strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=2e-2, atol=2e-2)
+        worst[longest] = max((x - y).abs().max().item() for x, y in zip(found, gradients, strict=True))
+    assert 0 < worst[local.SHORT_ROW_ON_CPU] <= 1.5 * worst[0]
+
+
 class FlashStandIn:
     """Takes FlashAttention's call and answers it with scaled_dot_product_attention."""
 
