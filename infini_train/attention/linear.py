@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from infini_kernels.recurrence import walk
 from infini_kernels.rotary import apply_rotary
 from infini_train.attention.base import Attention
 from infini_train.attention.carried import CarriedTensor, LayerMemory
@@ -75,8 +76,8 @@ class LinearAttention(Attention):
         phi_q, phi_k, rotated_q, rotated_k, values = map(
             by_segment, (phi_q, phi_k, apply_rotary(phi_q, cos, sin), apply_rotary(phi_k, cos, sin), v.to(dtype))
         )
-        entering_M, leaving_M = _walk(memory.M, (rotated_k.transpose(-1, -2) @ values).squeeze(3), reset)
-        entering_z, leaving_z = _walk(memory.z, phi_k.sum(dim=-2).squeeze(3), reset)
+        entering_M, leaving_M = walk(memory.M, (rotated_k.transpose(-1, -2) @ values).squeeze(3), reset)
+        entering_z, leaving_z = walk(memory.z, phi_k.sum(dim=-2).squeeze(3), reset)
         numerator = (rotated_q @ rotated_k.transpose(-1, -2)).tril() @ values + rotated_q @ entering_M.unsqueeze(3)
         seen_z = entering_z[:, :, :, None, None] + phi_k.cumsum(dim=-2)  # [B, N, G, 1, S, D]
         denominator = (phi_q * seen_z).sum(dim=-1, keepdim=True) + self.model.memory_eps
@@ -100,13 +101,3 @@ def _positions(tokens: Tensor, lengths: Tensor, reset: Tensor) -> tuple[Tensor, 
         starts.append(tokens)
         tokens = tokens + lengths[:, segment]
     return torch.stack(starts, dim=1), tokens
-
-
-def _walk(state: Tensor, added: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
-    """Running sums that begin anew at resets: what enters each segment [B, N, ...], and what leaves the last."""
-    entering = []
-    for segment, addition in enumerate(added.unbind(1)):
-        state = state.masked_fill(reset[:, segment].view(-1, *[1] * (state.dim() - 1)), 0)
-        entering.append(state)
-        state = state + addition
-    return torch.stack(entering, dim=1), state

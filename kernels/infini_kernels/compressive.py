@@ -18,6 +18,7 @@ from infini_kernels.ageing import removal, repeated_removal
 from infini_kernels.backward import FeatureMap, ScaledProduct
 from infini_kernels.context_parallel import RunExchange
 from infini_kernels.memory import MemoryState
+from infini_kernels.recurrence import walk
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
@@ -85,7 +86,7 @@ class SegmentMemory:
         self._memory = memory
         if group is not None:
             kept = _kept(reset, self._written)[:, None, None].expand(-1, num_groups, 1)
-            _, run_z = _walk(torch.zeros_like(memory.z), self._written_z, reset)
+            _, run_z = walk(torch.zeros_like(memory.z), self._written_z, reset)
             self._exchange_z = RunExchange(kept, run_z, group)
         self._removed = None
         if update_rule == "delta":  # M needs z here, so z is waited for
@@ -98,16 +99,16 @@ class SegmentMemory:
             factor = kept.unsqueeze(2).expand(-1, -1, key_width, 1)
             if self._removed is not None:
                 factor = _transition(self._removed, reset)
-            _, run_M = _walk(torch.zeros_like(memory.M), self._written, reset, self._removed)
+            _, run_M = walk(torch.zeros_like(memory.M), self._written, reset, self._removed)
             self._exchange_M = RunExchange(factor, run_M, group)
 
     @cached_property
     def _carried_z(self) -> tuple[Tensor, Tensor]:
         """z that enters each segment [B, N, G, D], and that leaves the last."""
         if self._group is None:
-            return _walk(self._memory.z, self._written_z, self._reset)
+            return walk(self._memory.z, self._written_z, self._reset)
         first, leaving = self._exchange_z.fold(self._memory.z)
-        return _walk(first, self._written_z, self._reset)[0], leaving
+        return walk(first, self._written_z, self._reset)[0], leaving
 
     def carry(self) -> CarriedMemory:
         """Waits for the exchange and walks the memory over the segments."""
@@ -115,26 +116,9 @@ class SegmentMemory:
             return CarriedMemory(None, MemoryState(self._written[:, 0], self._written_z[:, 0]))
         entering_z, leaving_z = self._carried_z
         first, leaving_M = (self._memory.M, None) if self._group is None else self._exchange_M.fold(self._memory.M)
-        entering_M, last_M = _walk(first, self._written, self._reset, self._removed)
+        entering_M, last_M = walk(first, self._written, self._reset, self._removed)
         leaving_M = last_M if leaving_M is None else leaving_M
         return CarriedMemory(MemoryState(entering_M, entering_z), MemoryState(leaving_M, leaving_z))
-
-
-def _walk(state: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """state_s = state_{s-1} - removed_s state_{s-1} + added_s, from zero where a reset stands before s.
-
-    state [B, G, D, ...]; added [B, N, G, D, ...]; removed [B, N, G, D, D] -> what enters each segment [B, N, G, D, ...], and
-    what leaves the last.
-    """
-    entering = []
-    for segment, addition in enumerate(added.unbind(1)):
-        if reset is not None:
-            state = state.masked_fill(reset[:, segment].view(-1, *[1] * (state.dim() - 1)), 0)
-        entering.append(state)
-        if removed is not None:
-            addition = addition - removed[:, segment] @ state
-        state = state + addition
-    return torch.stack(entering, dim=1), state
 
 
 def _kept(reset: Tensor | None, like: Tensor) -> Tensor:
@@ -147,7 +131,7 @@ def _kept(reset: Tensor | None, like: Tensor) -> Tensor:
 def _transition(removed: Tensor, reset: Tensor | None) -> Tensor:
     """T of all segments together under the delta rule, [B, G, D, D]: what they do to the memory that enters the first."""
     identity = torch.eye(removed.shape[-1], dtype=removed.dtype, device=removed.device).expand_as(removed[:, 0])
-    return _walk(identity, torch.zeros_like(removed), reset, removed)[1]
+    return walk(identity, torch.zeros_like(removed), reset, removed)[1]
 
 
 def read_and_mix(
