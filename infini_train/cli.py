@@ -80,7 +80,7 @@ def build_parser() -> ArgumentParser:
                 "--from_checkpoint",
                 type=str | None,
                 default=None,
-                help="folder step_XXXXXXXX; the newest of the run by default",
+                help="folder step_XXXXXXXX, or a file of `checkpoint consolidate`; the newest of the run by default",
             )
         if name == "generate":
             command.add_argument("--prompt", type=str | None, default=None, help="text to continue")
@@ -194,6 +194,20 @@ def _check(run: RunConfig) -> None:
     check_dataset(run)
 
 
+def _check_tokenizer(run: RunConfig) -> None:
+    """The same for a command that reads no shards: of data.path it needs the tokenizer alone."""
+    from infini_train.data.manifest import TOKENIZER_FILE
+    from infini_train.data.tokenizer import Tokenizer
+
+    validate(run, _world_size())
+    tokenizer = Tokenizer(Path(run.data.path) / TOKENIZER_FILE)
+    if tokenizer.vocab_size != run.data.vocab_size:
+        raise UserError(
+            f"data.vocab_size is {run.data.vocab_size}, but {tokenizer.path} has {tokenizer.vocab_size} tokens; set "
+            f"data.vocab_size to {tokenizer.vocab_size}"
+        )
+
+
 def _prepare(run: RunConfig, arguments: Namespace) -> int:
     from infini_train.data.prepare import prepare
     from infini_train.validation import validate_data, validate_task
@@ -230,7 +244,7 @@ def _evaluate_passkey(run: RunConfig, arguments: Namespace) -> int:
     def measure(commands: Any, run: RunConfig, checkpoint: Path) -> None:
         retrieval_command.evaluate_passkey(retrieval_command.evaluation_run(run, _world_size()), checkpoint)
 
-    return _with_model(run, arguments, measure)
+    return _with_model(run, arguments, measure, _check_tokenizer)
 
 
 def _evaluate_compare(run: RunConfig) -> int:
@@ -274,15 +288,22 @@ def _generate(run: RunConfig, arguments: Namespace) -> int:
     )
 
 
-def _with_model(run: RunConfig, arguments: Namespace, action: Callable[[Any, RunConfig, Path], Any]) -> int:
+def _with_model(
+    run: RunConfig,
+    arguments: Namespace,
+    action: Callable[[Any, RunConfig, Path], Any],
+    check: Callable[[RunConfig], None] = _check,
+) -> int:
     from infini_train import platform
 
     platform.install()
     from infini_train.evaluation import commands
 
     run = commands.inference_layout(run, _world_size())
-    _check(run)
-    action(commands, run, commands.find_checkpoint(run, arguments.from_checkpoint))
+    check(run)
+    checkpoint = commands.find_checkpoint(run, arguments.from_checkpoint)
+    Path(run.run_dir).mkdir(parents=True, exist_ok=True)  # a checkpoint of elsewhere; results go here
+    action(commands, run, checkpoint)
     return 0
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor
 
 from infini_train.checkpoint import folder
 from infini_train.checkpoint.reader import describe_tensors, read_whole
+from infini_train.checkpoint.weights_file import write_weights_file
 from infini_train.errors import UserError
 
 DAMAGED_EXIT_CODE = 1
@@ -74,9 +74,7 @@ def consolidate(path: Path, output: Path) -> int:
     names = [name for name in describe_tensors(path) if name.startswith("model.")]
     weights = join_blocks({name.removeprefix("model."): tensor for name, tensor in read_whole(path, names).items()})
     facts = folder.read_state_file(path)
-    partial = output.with_name(output.name + ".partial")
-    save_file(weights, partial, metadata={"step": str(facts["step"]), "config": json.dumps(facts["config"])})
-    partial.replace(output)
+    write_weights_file(output, weights, facts)
     print(f"{output}: {sum(tensor.numel() for tensor in weights.values()):,} parameters of step {facts['step']}")
     return 0
 

@@ -14,8 +14,10 @@ from rich.progress import Progress
 
 from infini_train.attention import state_numbers
 from infini_train.checkpoint.folder import damage, list_checkpoints
+from infini_train.checkpoint.weights_file import SUFFIX, read_weights_file
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.data.dataset import TokenDataset
+from infini_train.data.manifest import TOKENIZER_FILE
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.errors import UserError
 from infini_train.evaluation.generation import StreamingModel, sample_tokens
@@ -61,11 +63,15 @@ def find_checkpoint(run: RunConfig, checkpoint: str | None) -> Path:
     Raises:
         UserError: there is none, or the named one is damaged.
     """
+    if checkpoint is not None and checkpoint.endswith(SUFFIX):
+        read_weights_file(Path(checkpoint))
+        return Path(checkpoint)
     if checkpoint is not None:
         wrong = damage(Path(checkpoint))
         if wrong:
             raise UserError(
-                f"--from_checkpoint {checkpoint}: {'; '.join(wrong)}; name a folder step_XXXXXXXX of a run's checkpoints"
+                f"--from_checkpoint {checkpoint}: {'; '.join(wrong)}; name a folder step_XXXXXXXX of a run's checkpoints, "
+                f"or a {SUFFIX} file of `infini-train checkpoint consolidate`"
             )
         return Path(checkpoint)
     for path in reversed(list_checkpoints(Path(run.run_dir))):
@@ -81,8 +87,8 @@ def load_model(run: RunConfig, checkpoint: Path) -> Loaded:
     layout = initialize_layout(run)
     module = build_stage(run, layout.pp_rank)
     placements = parameter_placements(module, layout.layer_offsets(run.model.num_layers))
-    fingerprint = TokenDataset(Path(run.data.path), "held_out").tokenizer_fingerprint
-    step = Checkpointer(run, layout, placements, fingerprint).load_weights(checkpoint, module)
+    tokenizer = Tokenizer(Path(run.data.path) / TOKENIZER_FILE)
+    step = Checkpointer(run, layout, placements, tokenizer.fingerprint).load_weights(checkpoint, module)
     return Loaded(run, layout, InferenceEngine(module), step)
 
 
@@ -194,7 +200,7 @@ def generate(
         prompt: None takes the first half of the longest held-out document, at most 32 segments of it.
     """
     loaded = load_model(run, checkpoint)
-    tokenizer = Tokenizer(Path(run.data.path) / "tokenizer.model")
+    tokenizer = Tokenizer(Path(run.data.path) / TOKENIZER_FILE)
     tokens = _default_prompt(run) if prompt is None else [tokenizer.bos_id, *tokenizer.encode(prompt)]
     model = StreamingModel(loaded.engine.module, run)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:

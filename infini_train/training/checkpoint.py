@@ -24,6 +24,7 @@ from infini_train import platform
 from infini_train.attention import CarriedTensor, attention_class, map_parts
 from infini_train.checkpoint import folder
 from infini_train.checkpoint.reader import read_tensors
+from infini_train.checkpoint.weights_file import SUFFIX, read_weights_file
 from infini_train.checkpoint.writer import CheckpointWriter
 from infini_train.config import ModelConfig, RunConfig
 from infini_train.errors import UserError
@@ -163,9 +164,14 @@ class Checkpointer:
     def load_weights(self, path: Path, module: torch.nn.Module) -> int:
         """Restore weights alone, in any layout; returns the checkpoint's step.
 
+        Args:
+            path: a checkpoint's folder; or a file of consolidated weights, for a process that holds the whole model.
+
         Raises:
             UserError: the checkpoint belongs to another model or tokenizer.
         """
+        if path.suffix == SUFFIX:
+            return self._load_weights_file(path, module)
         facts = self._read_facts(path)
         weights = {"model": {name: self._empty(name, parameter) for name, parameter in module.named_parameters()}}
         entries = self._optimizer_entries(weights)
@@ -176,8 +182,25 @@ class Checkpointer:
                 parameter.copy_(weights["model"][name])
         return facts["step"]
 
+    def _load_weights_file(self, path: Path, module: torch.nn.Module) -> int:
+        facts, weights = read_weights_file(path)
+        self._check(facts, path)
+        if (processes := self.run.layout.model_processes) > 1:
+            raise UserError(
+                f"--from_checkpoint {path} is one file for one process, but the layout spreads a model over {processes}; "
+                "start one process, or name a checkpoint's folder"
+            )
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(weights[self.placements[name].name])
+        return facts["step"]
+
     def _read_facts(self, path: Path) -> dict[str, Any]:
         facts = folder.read_state_file(path)
+        self._check(facts, path)
+        return facts
+
+    def _check(self, facts: dict[str, Any], path: Path) -> None:
         if facts["tokenizer_fingerprint"] != self.tokenizer_fingerprint:
             raise UserError(
                 f"checkpoint {path} was trained with tokenizer {facts['tokenizer_fingerprint'][:12]}, but data.path "
@@ -197,7 +220,6 @@ class Checkpointer:
                 f"training.rows is {self.run.training.rows}, but checkpoint {path} was trained with "
                 f"{facts['config']['training']['rows']} rows; set it back, or choose a new run_dir"
             )
-        return facts
 
     def _empty(self, name: str, parameter: torch.nn.Parameter) -> Tensor:
         shape = getattr(parameter, "ds_shape", parameter.shape)

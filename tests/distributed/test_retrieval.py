@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +78,14 @@ def test_the_command_writes_cells_a_table_and_a_heat_map(run, tmp_path):
     call("report", *config)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Does it find a fact?" in page and "Exact match on the retrieval task" in page and "6 texts a cell" in page
+
+    weights, alone = tmp_path / "weights.safetensors", tmp_path / "alone"
+    call("checkpoint", "consolidate", "--run_dir", str(tmp_path / "run"), "--output", str(weights))
+    alone.mkdir()
+    shutil.copy(Path(run.data.path) / "tokenizer.model", alone)
+    from_file = ["--from_checkpoint", str(weights), "--data.path", str(alone), "--run_dir", str(tmp_path / "again")]
+    call("evaluate", "passkey", *config, *from_file)
+    again = json.loads((tmp_path / "again" / "passkey.json").read_text())
+    assert again["cells"] == result["cells"] and again["step"] == 3
+    refused = call("evaluate", "passkey", *config, *from_file, "--model.init_std", "0.3", expected=2)
+    assert "model.init_std is 0.3, but checkpoint" in refused and "was trained with 0.4" in refused

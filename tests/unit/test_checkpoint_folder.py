@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
 from infini_train.checkpoint import folder
 from infini_train.checkpoint.reader import read_whole
 from infini_train.checkpoint.remote import copy_to_url
+from infini_train.checkpoint.weights_file import read_weights_file
 from infini_train.cli import main
 from infini_train.errors import UserError
 
@@ -28,7 +29,7 @@ WEIGHTS = {
 def write(run_dir: Path, step: int) -> Path:
     partial = folder.start_folder(run_dir, step)
     dcp.save(dict(WEIGHTS), storage_writer=dcp.FileSystemWriter(partial), no_dist=True)
-    facts = {"step": step, "tokens": 7, "config": {"model": {}}, "versions": {"torch": "2"}}
+    facts = {"step": step, "tokens": 7, "config": {"model": {}}, "tokenizer_fingerprint": "f00d", "versions": {"torch": "2"}}
     folder.write_durably(partial / folder.STATE_FILE, json.dumps(facts))
     return folder.commit(partial, {path.name: folder.describe_file(path) for path in partial.iterdir()})
 
@@ -166,8 +167,22 @@ def test_list_inspect_consolidate(tmp_path, capsys):
     assert weights.keys() == {"a.weight", "fc1.weight"}
     assert torch.equal(weights["a.weight"], WEIGHTS["model.a.weight"])
     assert torch.equal(weights["fc1.weight"], torch.cat([torch.ones(2, 3), torch.zeros(2, 3)]))
+    facts, again = read_weights_file(output)
+    assert facts["step"] == 10 and facts["tokenizer_fingerprint"] == "f00d" and again.keys() == weights.keys()
     assert main(["checkpoint", "consolidate", "--path", str(newest), "--output", str(output)]) == 2
     assert "exists; name another file" in capsys.readouterr().err
+
+
+def test_a_weights_file_that_is_none_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    with pytest.raises(UserError, match="there is no such file"):
+        read_weights_file(path)
+    path.write_bytes(b"x" * 20)
+    with pytest.raises(UserError, match=r"weights\.safetensors: .*; write it again"):
+        read_weights_file(path)
+    save_file({"a": torch.ones(2)}, path)
+    with pytest.raises(UserError, match="does not say which tokenizer"):
+        read_weights_file(path)
 
 
 def test_a_copy_elsewhere_is_a_checkpoint_too(tmp_path):
