@@ -53,7 +53,7 @@ class Loaded:
 def inference_layout(run: RunConfig, world_size: int) -> RunConfig:
     """One process takes the whole model, whatever layout trained it: a checkpoint does not depend on it."""
     if world_size == 1:
-        return replace(run, layout=LayoutConfig(zero_stage=0))
+        return replace(run, layout=LayoutConfig())
     return run
 
 

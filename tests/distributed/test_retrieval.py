@@ -65,7 +65,8 @@ def test_counts_are_those_of_the_definition(processes, tp, run, pool):
 
 def test_the_command_writes_cells_a_table_and_a_heat_map(run, tmp_path):
     task = replace(run.task, lengths=[300, 150], depths=[0.0, 1.0])
-    run = replace(run, run_dir=str(tmp_path / "run"), task=task, training=replace(run.training, steps=3))
+    training = replace(run.training, steps=3, precision="bfloat16")
+    run = replace(run, run_dir=str(tmp_path / "run"), task=task, training=training)
     save_config(run, tmp_path / "run.yaml")
     config = ["--config", str(tmp_path / "run.yaml")]
     call("pretrain", *config)
