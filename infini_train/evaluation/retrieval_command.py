@@ -24,8 +24,8 @@ from infini_train.tasks import Task
 
 RESULT_FILE = "passkey.json"
 FORWARD_TOKENS = {"cpu": 8_192, "cuda": 65_536}
-"""Tokens over all rows of a process that one forward reads, where the attention allows it. On a CPU more of them leave its caches,
-and at 100,000 tokens of width 128 half of the speed is lost."""
+"""Tokens over all rows of a process that one forward reads, where the attention allows it. More of them leave a CPU's caches:
+at 100,000 tokens of width 128 half of the speed is lost."""
 
 
 def evaluation_run(run: RunConfig, world_size: int) -> RunConfig:
