@@ -182,6 +182,15 @@ def _run_config(section: Namespace) -> RunConfig:
     return RunConfig(**{name: section[name] for name in fields})
 
 
+def read_config(path: Path) -> RunConfig:
+    """The run of a YAML file, as `pretrain --config` reads it.
+
+    Raises:
+        UserError: a key or value that is wrong.
+    """
+    return _run_config(_parse(["pretrain", "--config", str(path)]).pretrain)
+
+
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 

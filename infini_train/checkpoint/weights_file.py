@@ -25,6 +25,7 @@ def write_weights_file(path: Path, weights: dict[str, Tensor], facts: dict[str, 
     metadata = {key: json.dumps(facts[key]) for key in ("step", "config", "tokenizer_fingerprint")}
     partial = path.with_name(path.name + ".partial")
     save_file(weights, partial, metadata=metadata)
+    partial.chmod(0o644)  # safetensors leaves it to its owner alone
     partial.replace(path)
 
 

@@ -7,7 +7,8 @@ with more than one pipeline stage it was seen to give wrong gradients without a 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
 from math import inf, isfinite
 from typing import Any
 
@@ -142,9 +143,10 @@ class Engine:
             # Without ZeRO, DeepSpeed's clipping forgets the replicated parameters of every pipeline stage but the first.
             config["gradient_clipping"] = 0.0
             self.adamw.register_step_pre_hook(self._clip_before_step)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=module, optimizer=self.adamw, config=config, mpu=ModelParallelUnit(), dist_init_required=False
-        )
+        with redirect_stdout(StringIO()):  # its bfloat16 optimizer prints how much memory each parameter group takes
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module, optimizer=self.adamw, config=config, mpu=ModelParallelUnit(), dist_init_required=False
+            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's output, with DeepSpeed's hooks."""
