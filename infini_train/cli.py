@@ -248,9 +248,9 @@ def _evaluate(run: RunConfig, arguments: Namespace) -> int:
 
 
 def _evaluate_passkey(run: RunConfig, arguments: Namespace) -> int:
-    from infini_train.evaluation import retrieval_command
-
     def measure(commands: Any, run: RunConfig, checkpoint: Path) -> None:
+        from infini_train.evaluation import retrieval_command
+
         retrieval_command.evaluate_passkey(retrieval_command.evaluation_run(run, _world_size()), checkpoint)
 
     return _with_model(run, arguments, measure, _check_tokenizer)
