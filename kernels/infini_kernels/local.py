@@ -74,7 +74,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             scale=scale,
             enable_gqa=q.shape[2] != k.shape[2],
         ).transpose(1, 2)
-    return out[..., :value_width]
+    return out if out.shape[-1] == value_width else out[..., :value_width]
 
 
 class _ShortRowsOnCpu(torch.autograd.Function):
@@ -85,10 +85,8 @@ class _ShortRowsOnCpu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        group = q.shape[1] // k.shape[1]
-        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), 0.0, True, scale=scale
-        )
+        heads = q, _for_each_head(k, q), _for_each_head(v, q)
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, True, scale=scale)
         ctx.save_for_backward(q, k, v, out, log_sum)
         ctx.scale = scale
         return out
@@ -98,20 +96,17 @@ class _ShortRowsOnCpu(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, log_sum = ctx.saved_tensors
         q, k, v, out = (x.float() for x in tensors)
-        group = q.shape[1] // k.shape[1]
-        dq, *shared = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient.float(),
-            q,
-            k.repeat_interleave(group, dim=1),
-            v.repeat_interleave(group, dim=1),
-            out,
-            log_sum,
-            0.0,
-            True,
-            scale=ctx.scale,
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            gradient.float(), q, _for_each_head(k, q), _for_each_head(v, q), out, log_sum, 0.0, True, scale=ctx.scale
         )
-        dk, dv = (x.unflatten(1, (-1, group)).sum(dim=2) for x in shared)
+        if (groups := k.shape[1]) != q.shape[1]:
+            dk, dv = (x.unflatten(1, (groups, -1)).sum(dim=2) for x in (dk, dv))
         return *(x.to(gradient.dtype) for x in (dq, dk, dv)), None
+
+
+def _for_each_head(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values [X, G, T, D], each as often as q [X, H, T, D] has heads for it."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None) -> Tensor:

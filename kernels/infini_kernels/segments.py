@@ -30,7 +30,9 @@ class SegmentLayout(NamedTuple):
 
     def unfold(self, x: Tensor) -> Tensor:
         """[B, N, W, heads, width] -> [B, T, heads, width]"""
-        return x.flatten(1, 2)[:, : self.num_tokens]
+        x = x.flatten(1, 2)
+        # The backward of a slice fills zeros in, even where it took everything.
+        return x if x.shape[1] == self.num_tokens else x[:, : self.num_tokens]
 
 
 def lengths_by_segment(lengths: Tensor, num_tokens: int, segment_length: int) -> Tensor:
