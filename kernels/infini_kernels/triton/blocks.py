@@ -1,0 +1,70 @@
+"""What all kernels share: block sizes, precision of products, and pieces of device code.
+
+Every sum is one program's own, in one order: same inputs, same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""Kernels run in Python on the CPU (TRITON_INTERPRET=1)."""
+SMALLEST = 16
+"""Smallest side of a block in a matrix product."""
+WIDEST_HEAD = 256
+
+
+@triton.jit
+def sigma(x):
+    """σ(x) = ELU(x) + 1, float32."""
+    return tl.exp(tl.minimum(x, 0.0)) + tl.maximum(x, 0.0)
+
+
+@triton.jit
+def sigma_slope(s):
+    """σ'(x) from s = σ(x)."""
+    return tl.minimum(s, 1.0)
+
+
+@triton.jit
+def dot_with_half(a, b, acc, SPLIT: tl.constexpr):
+    """acc + a b for float32 a, and b as it was read: as exact as in float32 although a's two halves are multiplied as b's type.
+
+    SPLIT is off where b is float32, and for bfloat16 under the interpreter, whose products do not know it.
+    """
+    if SPLIT:
+        high = a.to(b.dtype)
+        low = (a - high.to(tl.float32)).to(b.dtype)
+        return tl.dot(low, b, tl.dot(high, b, acc))
+    return tl.dot(a, b.to(tl.float32), acc, input_precision="ieee")
+
+
+def split_halves(dtype: torch.dtype) -> bool:
+    """SPLIT of `dot_with_half` for an operand of this type."""
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not INTERPRETED)
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """Precision of products whose result is rounded to this type."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def block(width: int, largest: int = WIDEST_HEAD) -> int:
+    """A block's side for a dimension of this width."""
+    return min(largest, max(SMALLEST, triton.next_power_of_2(width)))
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether there are kernels for these tensors (last dimension the width of a head)."""
+    types = (torch.float16, torch.bfloat16, torch.float32)
+    widest = max(q.shape[-1], v.shape[-1])
+    return widest <= WIDEST_HEAD and q.dtype in types and q.dtype == k.dtype == v.dtype and (q.is_cuda or INTERPRETED)
+
+
+def by_token(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """x [B, T, heads, width] with its last dimension contiguous, and its other strides."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x, (x.stride(0), x.stride(1), x.stride(2))
