@@ -1,5 +1,10 @@
 """The public operation: checks its arguments and hands them to a backend."""
 
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -75,8 +80,6 @@ def infini_attention(
             `lengths` are checked where it is on the CPU; it and `reset` may be there whatever q's device.
     """
     check_choice("backend", backend, BACKENDS)
-    if backend == "triton":
-        raise ValueError("backend is 'triton', which is not available in this build: write 'auto' or 'reference'")
     check_choice("update_rule", update_rule, UPDATE_RULES)
     check_choice("first_segment", first_segment, FIRST_SEGMENT_MIXES)
     check_segment_length(segment_length)
@@ -88,7 +91,8 @@ def infini_attention(
     check_reset(reset, q.shape[0], -(-q.shape[1] // segment_length))
     check_lengths(lengths, q.shape[0], q.shape[1], segment_length)
     check_repeats(repeats, q.shape[0], -(-q.shape[1] // segment_length))
-    return infini_attention_reference(
+    operation = _operation(backend, q, k, v)
+    return operation(
         q,
         k,
         v,
@@ -104,3 +108,32 @@ def infini_attention(
         group=group,
         repeats=repeats,
     )
+
+
+def _operation(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, MemoryState]]:
+    """The backend's version. 'auto' takes the kernels on CUDA, where there are some for these tensors.
+
+    Raises:
+        ValueError: 'triton' is asked for and not possible.
+    """
+    if backend == "reference" or (backend == "auto" and not q.is_cuda):
+        return infini_attention_reference
+    kernels = _triton()
+    possible = kernels is not None and kernels.supports(q, k, v)
+    if backend == "triton" and not possible:
+        raise ValueError(
+            f"backend is 'triton', which takes CUDA tensors of float16, bfloat16 or float32 with heads of at most 256, and the "
+            f"package triton; q is {tuple(q.shape)} {q.dtype} on {q.device}"
+            + ("" if kernels else ", and triton is not installed")
+            + ": write 'auto' or 'reference'"
+        )
+    return kernels.infini_attention_triton if kernels is not None and possible else infini_attention_reference
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError:
+        return None
+    return importlib.import_module("infini_kernels.triton")

@@ -171,9 +171,7 @@ def segment_removals_backward(
 
 
 @segment_removals_backward.register_fake
-def _(
-    gradient: Tensor, k: Tensor, z: Tensor, scale: Tensor, rows: Tensor, tokens: Tensor, width: int
-) -> tuple[Tensor, Tensor]:
+def _(gradient: Tensor, k: Tensor, z: Tensor, scale: Tensor, rows: Tensor, tokens: Tensor, width: int) -> tuple[Tensor, Tensor]:
     X, G, D = z.shape
     return z.new_empty(X, width, G, D, dtype=torch.float32), z.new_empty(z.shape, dtype=torch.float32)
 

@@ -80,9 +80,7 @@ def _recurrence_kernel(
 
 
 @torch.library.custom_op("infini_kernels::walk_segments", mutates_args=())
-def walk_segments(
-    start: Tensor, added: Tensor, reset: Tensor, removed: Tensor | None, backward: bool
-) -> tuple[Tensor, Tensor]:
+def walk_segments(start: Tensor, added: Tensor, reset: Tensor, removed: Tensor | None, backward: bool) -> tuple[Tensor, Tensor]:
     """`recurrence.walk`, float32; reset [B, N] int8. With backward: its gradients, from those of what leaves and of what enters.
 
     start [B, G, D, ...]; added [B, N, G, D, ...]; removed [B, N, G, D, D] or None -> what enters each segment (backward: the
@@ -108,9 +106,7 @@ def walk_segments(
 
 
 @walk_segments.register_fake
-def _(
-    start: Tensor, added: Tensor, reset: Tensor, removed: Tensor | None, backward: bool
-) -> tuple[Tensor, Tensor]:
+def _(start: Tensor, added: Tensor, reset: Tensor, removed: Tensor | None, backward: bool) -> tuple[Tensor, Tensor]:
     return (
         torch.empty(added.shape, dtype=added.dtype, device=added.device),
         torch.empty(start.shape, dtype=start.dtype, device=start.device),
