@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini_kernels.triton.blocks import block, by_token, product_precision, sigma, sigma_slope
+from infini_kernels.triton.blocks import block, by_token, launch, product_precision, sigma, sigma_slope, sum_tile, tile
 
 
 @triton.jit
@@ -172,11 +172,13 @@ def read_and_mix(
     (B, N), (_, T, H, D), DV = tokens.shape, q.shape, local.shape[-1]
     (q, q_strides), (local, local_strides) = by_token(q), by_token(local)
     out = torch.empty(local.shape, dtype=local.dtype, device=local.device)
-    BW = block(width, 64)
-    _read_kernel[(B * N * H, triton.cdiv(width, BW))](
+    BW, BV, warps = tile(D, q.dtype)
+    BW = block(width, BW)
+    launch(
+        _read_kernel, (B * N * H, triton.cdiv(width, BW)),
         q, local, gate, M.contiguous(), z.contiguous(), tokens, out, *q_strides, *local_strides,
-        eps, T, N, H, H // M.shape[2], W=width, D=D, DV=DV, BW=BW, BD=block(D), BV=block(DV, 64 if D <= 128 else 32),
-        LOCAL_ONLY=local_only, PRECISION=product_precision(q.dtype), num_warps=4,
+        eps, T, N, H, H // M.shape[2], W=width, D=D, DV=DV, BW=BW, BD=block(D), BV=block(DV, BV),
+        LOCAL_ONLY=local_only, PRECISION=product_precision(q.dtype), num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -207,18 +209,21 @@ def read_and_mix_backward(
     dq, dlocal, dgate, dM, dz = _backward_outputs(q, local, gate, M, z)
     scale, dnorm = (torch.empty(B, T, H, dtype=torch.float32, device=q.device) for _ in range(2))
     precision = product_precision(q.dtype)
-    BW = block(width, 64 if D <= 128 else 32)
+    BW, BV, warps = tile(D, q.dtype)
+    BW = block(width, BW)
     blocks = triton.cdiv(width, BW)
     dshare = torch.empty(B, N, H, blocks, dtype=torch.float32, device=q.device)
-    _read_backward_tokens_kernel[(B * N * H, blocks)](
+    launch(
+        _read_backward_tokens_kernel, (B * N * H, blocks),
         q, local, gate, M.contiguous(), z.contiguous(), tokens, grad, dq, dlocal, scale, dnorm, dshare,
         *q_strides, *local_strides, *grad_strides, eps, T, N, H, H // G, W=width,
-        D=D, DV=DV, BW=BW, BD=block(D), BV=block(DV, 32), LOCAL_ONLY=local_only, PRECISION=precision, num_warps=4,
+        D=D, DV=DV, BW=BW, BD=block(D), BV=block(DV, BV), LOCAL_ONLY=local_only, PRECISION=precision, num_warps=warps,
     )  # fmt: skip
-    BD, BV = block(D, 128), block(DV, 64)
-    _read_backward_states_kernel[(B * N * G, triton.cdiv(D, BD), triton.cdiv(DV, BV))](
+    BW, BD, BV, warps = sum_tile(D, DV, q.dtype)
+    launch(
+        _read_backward_states_kernel, (B * N * G, triton.cdiv(D, BD), triton.cdiv(DV, BV)),
         q, tokens, grad, scale, dnorm, dM, dz, *q_strides, *grad_strides, T, N, H, R=H // G, W=width,
-        D=D, DV=DV, BW=block(width, 32), BD=BD, BV=BV, PRECISION=precision, num_warps=4,
+        D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, PRECISION=precision, num_warps=warps,
     )  # fmt: skip
     share = gate.float().sigmoid()
     dgate.copy_(dshare.sum(dim=(0, 1, 3)) * share * (1 - share))

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini_kernels.triton.blocks import block, by_token, product_precision, sigma, sigma_slope
+from infini_kernels.triton.blocks import block, by_token, launch, product_precision, sigma, sigma_slope, tile
 
 
 @triton.jit
@@ -132,13 +132,28 @@ def segment_removals(k: Tensor, z: Tensor, rows: Tensor, tokens: Tensor, width: 
     scale = torch.empty(X, G, width, dtype=torch.float32, device=k.device)
     removed = torch.empty(X, G, D, D, dtype=torch.float32, device=k.device)
     BW = block(width, 64)
-    _scale_kernel[(X * G, triton.cdiv(width, BW))](
-        k, z.contiguous(), rows, tokens, scale, *strides, eps, N, G, W=width, D=D, BW=BW, BD=block(D), num_warps=4
+    launch(
+        _scale_kernel,
+        (X * G, triton.cdiv(width, BW)),
+        k,
+        z.contiguous(),
+        rows,
+        tokens,
+        scale,
+        *strides,
+        eps,
+        N,
+        G,
+        W=width,
+        D=D,
+        BW=BW,
+        BD=block(D),
     )
     BD = block(D, 64)
-    _removal_kernel[(X * G, triton.cdiv(D, BD), triton.cdiv(D, BD))](
+    launch(
+        _removal_kernel, (X * G, triton.cdiv(D, BD), triton.cdiv(D, BD)),
         k, scale, rows, tokens, removed, *strides, N, G, W=width,
-        D=D, BW=block(width, 32), BD=BD, PRECISION="ieee" if k.dtype == torch.float32 else "tf32x3", num_warps=4,
+        D=D, BW=block(width, 32), BD=BD, PRECISION="tf32x3",
     )  # fmt: skip
     return removed, scale
 
@@ -159,13 +174,28 @@ def segment_removals_backward(
     symmetric = gradient + gradient.transpose(-1, -2)
     dk = torch.empty(X, width, G, D, dtype=torch.float32, device=k.device)
     dnorm, dz = torch.empty_like(scale), torch.empty(z.shape, dtype=torch.float32, device=k.device)
-    BW = block(width, 64 if D <= 128 else 32)
-    _removal_backward_kernel[(X * G, triton.cdiv(width, BW))](
+    BW, BJ, warps = tile(D, k.dtype)
+    BW = block(width, BW)
+    launch(
+        _removal_backward_kernel, (X * G, triton.cdiv(width, BW)),
         k, z.contiguous(), scale, symmetric, rows, tokens, dk, dnorm, *strides, N, G, W=width,
-        D=D, BW=BW, BD=block(D), BJ=block(D, 32), PRECISION=product_precision(k.dtype), num_warps=4,
+        D=D, BW=BW, BD=block(D), BJ=block(D, BJ), PRECISION=product_precision(k.dtype), num_warps=warps,
     )  # fmt: skip
-    _norm_backward_kernel[(X * G,)](
-        k, dnorm, rows, tokens, dz, *strides, N, G, W=width, D=D, BW=block(width, 32), BD=block(D), num_warps=4
+    launch(
+        _norm_backward_kernel,
+        (X * G,),
+        k,
+        dnorm,
+        rows,
+        tokens,
+        dz,
+        *strides,
+        N,
+        G,
+        W=width,
+        D=D,
+        BW=block(width, 32),
+        BD=block(D),
     )
     return dk, dz
 

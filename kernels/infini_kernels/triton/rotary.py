@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini_kernels.triton.blocks import by_token
+from infini_kernels.triton.blocks import by_token, launch
 
 
 @triton.jit
@@ -50,9 +50,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor, width: int, dire
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     BH = triton.next_power_of_2(D // 2)
     BT = max(1, 4096 // BH)
-    _rotary_kernel[(B, heads, triton.cdiv(T, BT))](
+    launch(
+        _rotary_kernel, (B, heads, triton.cdiv(T, BT)),
         x, cos.contiguous(), sin.contiguous(), tokens, out, *strides, T, N, heads, width, direction,
-        HALF=D // 2, BT=BT, BH=BH, num_warps=4,
+        HALF=D // 2, BT=BT, BH=BH,
     )  # fmt: skip
     return out
 

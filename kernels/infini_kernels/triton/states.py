@@ -13,7 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini_kernels.triton.blocks import block, by_token, dot_with_half, product_precision, sigma, sigma_slope, split_halves
+from infini_kernels.triton.blocks import (
+    block,
+    by_token,
+    dot_with_half,
+    launch,
+    product_precision,
+    sigma,
+    sigma_slope,
+    split_halves,
+    sum_tile,
+    tile,
+)
 
 
 @triton.jit
@@ -96,11 +107,12 @@ def segment_states(k: Tensor, v: Tensor, tokens: Tensor, width: int) -> tuple[Te
     (k, k_strides), (v, v_strides) = by_token(k), by_token(v)
     state = k.new_empty(B, N, G, D, DV, dtype=torch.float32)
     z = k.new_empty(B, N, G, D, dtype=torch.float32)
-    BD, BV = block(D, 128), block(DV, 64)
+    BW, BD, BV, warps = sum_tile(D, DV, k.dtype)
     grid = (B * N * G, triton.cdiv(D, BD), triton.cdiv(DV, BV))
-    _states_kernel[grid](
+    launch(
+        _states_kernel, grid,
         k, v, tokens, state, z, *k_strides, *v_strides, N, G, W=width,
-        D=D, DV=DV, BW=block(width, 64), BD=BD, BV=BV, SPLIT=split_halves(v.dtype), num_warps=4,
+        D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, SPLIT=split_halves(v.dtype), num_warps=warps,
     )  # fmt: skip
     return state, z
 
@@ -119,10 +131,12 @@ def segment_states_backward(
     (B, N), (_, T, G, D), DV = tokens.shape, k.shape, v.shape[-1]
     (k, k_strides), (v, v_strides) = by_token(k), by_token(v)
     dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    BW = block(width, 64 if D <= 128 else 32)
-    _states_backward_kernel[(B * N * G, triton.cdiv(width, BW))](
+    BW, BV, warps = tile(D, k.dtype)
+    BW = block(width, BW)
+    launch(
+        _states_backward_kernel, (B * N * G, triton.cdiv(width, BW)),
         k, v, tokens, dstate.contiguous(), dz.contiguous(), dk, dv, *k_strides, *v_strides, T, N, G, W=width,
-        D=D, DV=DV, BW=BW, BD=block(D), BV=block(DV, 32), PRECISION=product_precision(k.dtype), num_warps=4,
+        D=D, DV=DV, BW=BW, BD=block(D), BV=block(DV, BV), PRECISION=product_precision(k.dtype), num_warps=warps,
     )  # fmt: skip
     return dk, dv
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini_kernels.triton.blocks import block
+from infini_kernels.triton.blocks import block, launch
 
 ELEMENTS = 1024
 """Numbers of a state that one program carries where they do not mix."""
@@ -92,15 +92,26 @@ def walk_segments(start: Tensor, added: Tensor, reset: Tensor, removed: Tensor |
     if removed is None:
         elements = start[0].numel()
         BE = min(ELEMENTS, triton.next_power_of_2(elements))
-        _sums_kernel[(B, triton.cdiv(elements, BE))](
-            start, added, reset, entering, leaving, N, elements, BE=BE, BACKWARD=backward, num_warps=4
+        launch(
+            _sums_kernel,
+            (B, triton.cdiv(elements, BE)),
+            start,
+            added,
+            reset,
+            entering,
+            leaving,
+            N,
+            elements,
+            BE=BE,
+            BACKWARD=backward,
         )
     else:
         DV = added.shape[-1]
         BV = block(DV, 16)
-        _recurrence_kernel[(B * G, triton.cdiv(DV, BV))](
+        launch(
+        _recurrence_kernel, (B * G, triton.cdiv(DV, BV)),
             start, added, removed.contiguous(), reset, entering, leaving, N, G,
-            D=D, DV=DV, BD=block(D), BK=block(D, 32), BV=BV, BACKWARD=backward, num_warps=4,
+            D=D, DV=DV, BD=block(D), BK=block(D, 32), BV=BV, BACKWARD=backward,
         )  # fmt: skip
     return entering, leaving
 
