@@ -42,7 +42,7 @@ def dot_with_half(a, b, acc, SPLIT: tl.constexpr):
         high = a.to(b.dtype)
         low = (a - high.to(tl.float32)).to(b.dtype)
         return tl.dot(low, b, tl.dot(high, b, acc))
-    return tl.dot(a, b.to(tl.float32), acc, input_precision="tf32x3")
+    return tl.dot(a, b.to(tl.float32), acc, input_precision="ieee")
 
 
 def launch(
@@ -66,7 +66,7 @@ def split_halves(dtype: torch.dtype) -> bool:
 
 def product_precision(dtype: torch.dtype) -> str:
     """Precision of products whose result is rounded to this type."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def block(width: int, largest: int = WIDEST_HEAD) -> int:
@@ -98,8 +98,8 @@ def tile(head_width: int, dtype: torch.dtype) -> tuple[int, int, int]:
     As large as registers hold without spilling on sm_80 and sm_90 (benchmarks/compiled.py).
     """
     if dtype == torch.float32:
-        return (32, 32, 4) if head_width <= 64 else (16, 32, 4)
-    return (64, 32, 4) if head_width <= 64 else (64, 32, 8) if head_width <= 128 else (32, 16, 8)
+        return 16, 16, 8
+    return (64, 32, 4) if head_width <= 64 else (64, 32, 8) if head_width <= 128 else (16, 32, 8)
 
 
 def sum_tile(head_width: int, value_width: int, dtype: torch.dtype) -> tuple[int, int, int, int]:

@@ -223,7 +223,7 @@ def read_and_mix_backward(
     launch(
         _read_backward_states_kernel, (B * N * G, triton.cdiv(D, BD), triton.cdiv(DV, BV)),
         q, tokens, grad, scale, dnorm, dM, dz, *q_strides, *grad_strides, T, N, H, R=H // G, W=width,
-        D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, PRECISION=precision, num_warps=warps,
+        D=D, DV=DV, BW=block(width, min(BW, 32)), BD=BD, BV=BV, PRECISION=precision, num_warps=warps,
     )  # fmt: skip
     share = gate.float().sigmoid()
     dgate.copy_(dshare.sum(dim=(0, 1, 3)) * share * (1 - share))

@@ -149,11 +149,11 @@ def segment_removals(k: Tensor, z: Tensor, rows: Tensor, tokens: Tensor, width: 
         BW=BW,
         BD=block(D),
     )
-    BD = block(D, 64)
+    BD = block(D, 32 if k.dtype == torch.float32 else 64)
     launch(
         _removal_kernel, (X * G, triton.cdiv(D, BD), triton.cdiv(D, BD)),
         k, scale, rows, tokens, removed, *strides, N, G, W=width,
-        D=D, BW=block(width, 32), BD=BD, PRECISION="tf32x3",
+        D=D, BW=block(width, 32), BD=BD, PRECISION="ieee" if k.dtype == torch.float32 else "tf32x3",
     )  # fmt: skip
     return removed, scale
 
