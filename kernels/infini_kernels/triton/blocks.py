@@ -33,16 +33,19 @@ def sigma_slope(s):
 
 
 @triton.jit
-def dot_with_half(a, b, acc, SPLIT: tl.constexpr):
-    """acc + a b for float32 a, and b as it was read: as exact as in float32 although a's two halves are multiplied as b's type.
+def dot_exact(a, b, acc, WAY: tl.constexpr):
+    """acc + a b for float32 a, and b as it was read, as exact as in float32.
 
-    SPLIT is off where b is float32, and for bfloat16 under the interpreter, whose products do not know it.
+    WAY (`exact_way`): 'split' multiplies both halves of a as bfloat16, the type of b, at twice the cost of one such product;
+    'emulated' does the same where the interpreter knows no bfloat16 products; else a precision of Triton's.
     """
-    if SPLIT:
-        high = a.to(b.dtype)
-        low = (a - high.to(tl.float32)).to(b.dtype)
+    if WAY == "split" or WAY == "emulated":
+        high = a.to(tl.bfloat16)
+        low = (a - high.to(tl.float32)).to(tl.bfloat16)
+        if WAY == "emulated":
+            high, low, b = high.to(tl.float32), low.to(tl.float32), b.to(tl.float32)
         return tl.dot(low, b, tl.dot(high, b, acc))
-    return tl.dot(a, b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b.to(tl.float32), acc, input_precision=WAY)
 
 
 def launch(
@@ -59,9 +62,11 @@ observers: list[Callable[[Any, tuple[Any, ...], dict[str, int], dict[str, Any]],
 """The last of them, if there is one, takes a launch in place of the device."""
 
 
-def split_halves(dtype: torch.dtype) -> bool:
-    """SPLIT of `dot_with_half` for an operand of this type."""
-    return dtype == torch.float16 or (dtype == torch.bfloat16 and not INTERPRETED)
+def exact_way(dtype: torch.dtype) -> str:
+    """WAY of `dot_exact` for an operand of this type. Halves of float16 would lose σ(k) of keys below -17."""
+    if dtype == torch.bfloat16:
+        return "emulated" if INTERPRETED else "split"
+    return "tf32x3" if dtype == torch.float16 else "ieee"
 
 
 def product_precision(dtype: torch.dtype) -> str:

@@ -16,12 +16,12 @@ from torch import Tensor
 from infini_kernels.triton.blocks import (
     block,
     by_token,
-    dot_with_half,
+    dot_exact,
+    exact_way,
     launch,
     product_precision,
     sigma,
     sigma_slope,
-    split_halves,
     sum_tile,
     tile,
 )
@@ -32,7 +32,7 @@ def _states_kernel(
     k_ptr, v_ptr, tokens_ptr, state_ptr, z_ptr,
     k_row, k_token, k_head, v_row, v_token, v_head,
     N, G, W: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
     segment, d_block, v_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = segment % G
@@ -53,7 +53,7 @@ def _states_kernel(
         key = tl.load(k_ptr + w[None, :] * k_token + d[:, None], mask=mask_k, other=0.0).to(tl.float32)
         s = tl.where(mask_k, sigma(key), 0.0)  # [BD, BW]
         value = tl.load(v_ptr + w[:, None] * v_token + e[None, :], mask=here[:, None] & (e < DV)[None, :], other=0.0)
-        state = dot_with_half(s, value, state, SPLIT)
+        state = dot_exact(s, value, state, WAY)
         z += tl.sum(s, axis=1)
     place = segment.to(tl.int64) * D
     tl.store(state_ptr + (place + d[:, None]) * DV + e[None, :], state, mask=(d < D)[:, None] & (e < DV)[None, :])
@@ -112,7 +112,7 @@ def segment_states(k: Tensor, v: Tensor, tokens: Tensor, width: int) -> tuple[Te
     launch(
         _states_kernel, grid,
         k, v, tokens, state, z, *k_strides, *v_strides, N, G, W=width,
-        D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, SPLIT=split_halves(v.dtype), num_warps=warps,
+        D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, WAY=exact_way(v.dtype), num_warps=warps,
     )  # fmt: skip
     return state, z
 
