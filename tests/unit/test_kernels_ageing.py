@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from infini_kernels import MemoryState, infini_attention
+from infini_kernels.ageing import repeated_removal
 
 B, N, S, H, G, D, V = 2, 3, 4, 4, 2, 6, 5
 
@@ -100,3 +101,35 @@ def test_four_thousand_writes_into_an_empty_memory_stay_finite(rule):
 def test_wrong_counts_are_refused(repeats, words):
     with pytest.raises(ValueError, match=words):
         infini_attention(**inputs(), segment_length=S, repeats=repeats)
+
+
+def test_the_delta_rule_walks_runs_of_1_2_4_that_share_a_normaliser():
+    """Segments of every length of the last run, side by side and in any order, against the runs written out."""
+    generator = torch.Generator().manual_seed(0)
+    repeats = torch.tensor([[1, 2, 9, 3, 31], [16, 7, 1, 40, 15]])
+    shape = (*repeats.shape, G, 4)
+    keys = torch.rand(*shape, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    written = torch.randn(*shape, 6, dtype=torch.float64, generator=generator).requires_grad_()
+    z, dz = (torch.rand(shape, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
+    removed, added = repeated_removal(keys, written, z, dz, repeats, 1e-6)
+
+    identity, maps = torch.eye(4, dtype=torch.float64), []
+    for place in torch.cartesian_prod(*(torch.arange(size) for size in shape[:3])).tolist():
+        k, r = keys[*place], int(repeats[*place[:2]])
+        total, addition, done, run = identity, torch.zeros_like(written[*place]), 0, 1
+        while done < r:
+            count = min(run, r - done)
+            scale = 1 / ((z[*place] + (done + (count - 1) / 2) * dz[*place]) @ k + 1e-6)
+            kept = identity - (k * scale) @ k.T
+            for _ in range(count):
+                total, addition = kept @ total, kept @ addition + written[*place]
+            done, run = done + count, 2 * run
+        maps.append((identity - total, addition))
+    wanted = [torch.stack(parts).view_as(x) for parts, x in zip(zip(*maps, strict=True), (removed, added), strict=True)]
+    torch.testing.assert_close([removed, added], wanted, rtol=1e-10, atol=1e-12)
+    directions = [torch.randn(x.shape, dtype=torch.float64, generator=generator) for x in wanted]
+    gradients = [
+        torch.autograd.grad(sum((x * y).sum() for x, y in zip(maps, directions, strict=True)), (keys, written, z, dz))
+        for maps in ((removed, added), wanted)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
