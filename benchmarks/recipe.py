@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.cli import read_config
 from infini_train.config import RunConfig
 from infini_train.data.manifest import MANIFEST_FILE, TOKENIZER_FILE
+from infini_train.errors import UserError
+from infini_train.evaluation.compare import run_to_its_end
 from infini_train.evaluation.records import read_metrics
 
 LONG = 1 << 20
@@ -58,7 +59,7 @@ class Seed:
         }
         rest = [text for key, value in options.items() for text in (f"--{key}", str(value))]
         print("recipe:", *arguments, "seed", self.seed, file=sys.stderr, flush=True)
-        subprocess.run([*command, *arguments[:2], *rest, *arguments[2:]], check=True)
+        _run([*command, *arguments[:2], *rest, *arguments[2:]])
 
     def train(self) -> None:
         """Data and weights, as far as they are not there."""
@@ -111,7 +112,15 @@ class Seed:
         shutil.copy(self.folder / "data" / TOKENIZER_FILE, target)
         output = str(target / f"seed-{self.seed}.safetensors")
         command = [sys.executable, "-m", "infini_train", "checkpoint", "consolidate", "--run_dir", str(self.folder)]
-        subprocess.run([*command, "--output", output], check=True)
+        _run([*command, "--output", output])
+
+
+def _run(command: list[str]) -> None:
+    """One command; the program ends with its exit code where that is not 0, after it has said why itself."""
+    if code := run_to_its_end(command):
+        if code != UserError.exit_code:
+            print(f"recipe: ended with {code}; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(code)
 
 
 def show(name: str, records: list[dict[str, Any]]) -> None:
@@ -134,7 +143,11 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--processes", type=int, default=2, help="that train; evaluation takes one")
     arguments = parser.parse_args()
-    run = read_config(arguments.config)
+    try:
+        run = read_config(arguments.config)
+    except UserError as error:
+        print(f"recipe: error: {error}", file=sys.stderr)
+        return UserError.exit_code
     name = arguments.config.stem
     records = []
     for seed in arguments.seeds:

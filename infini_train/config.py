@@ -116,8 +116,9 @@ class TaskConfig:
     """Shortest text of both splits, in tokens from the begin token to the answer's last."""
     max_tokens: int = 512
     """Longest text of both splits."""
-    length_distribution: Literal["uniform", "log_uniform"] = "uniform"
-    """Distribution of lengths between the two; log_uniform makes as many of 256 to 512 tokens as of 512 to 1,024."""
+    length_distribution: Literal["uniform", "log_uniform", "equal_tokens"] = "uniform"
+    """Distribution of lengths between the two; log_uniform makes as many texts of 256 to 512 tokens as of 512 to 1,024,
+    equal_tokens twice as many, so that both have as many tokens: more answers in the same time."""
     late_share: float = 0.15
     """Share of the texts whose fact is in the last 15% of the filler; the rest is uniform over all of it."""
     border_share: float = 0.15

@@ -29,8 +29,8 @@ def write_weights_file(path: Path, weights: dict[str, Tensor], facts: dict[str, 
     partial.replace(path)
 
 
-def read_weights_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """-> (facts, weights by global name), as they were written.
+def read_weights_facts(path: Path) -> dict[str, Any]:
+    """The facts alone, without reading the weights.
 
     Raises:
         UserError: there is no such file, or `checkpoint consolidate` did not write it.
@@ -40,7 +40,6 @@ def read_weights_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping, it has no iterator
     except SafetensorError as error:
         raise UserError(
             f"--from_checkpoint {path}: {error}; write it again with `infini-train checkpoint consolidate`"
@@ -50,4 +49,4 @@ def read_weights_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"--from_checkpoint {path}: it does not say which tokenizer it was trained with; write it with "
             "`infini-train checkpoint consolidate`"
         )
-    return {key: json.loads(value) for key, value in metadata.items()}, weights
+    return {key: json.loads(value) for key, value in metadata.items()}

@@ -73,15 +73,20 @@ def split_samples(run: RunConfig, tokenizer: Tokenizer, split: str, filler: Text
     placement = training_placement(config.late_share, config.border_share, config.own_segment_share, run.model.segment_length)
     for number in range(config.samples if split == "train" else config.held_out_samples):
         # The length has a seed of its own, so that it does not depend on what the sample draws.
-        length = _length(config, Draws(sample_seed(config.seed, PURPOSES[split], number, 1)).fraction())
+        length = task_length(config, Draws(sample_seed(config.seed, PURPOSES[split], number, 1)).fraction())
         yield task.sample(config.seed, PURPOSES[split], (number, 0), length, placement)
 
 
-def _length(config: TaskConfig, fraction: float) -> int:
+def task_length(config: TaskConfig, fraction: float) -> int:
+    """The length below which this fraction of a split's texts are, in tokens from the begin token to the answer's last."""
     low, high = config.min_tokens, config.max_tokens + 1
     if config.length_distribution == "uniform":
-        return low + int(fraction * (high - low))
-    return min(high - 1, int(math.exp(math.log(low) + fraction * (math.log(high) - math.log(low)))))
+        length = low + fraction * (high - low)
+    elif config.length_distribution == "log_uniform":
+        length = math.exp(math.log(low) + fraction * (math.log(high) - math.log(low)))
+    else:  # density 1 / length²
+        length = low * high / (high - fraction * (high - low))
+    return max(low, min(high - 1, int(length)))  # against rounding
 
 
 def write_task_shards(

@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from infini_train.attention import state_numbers
 from infini_train.checkpoint.folder import damage, list_checkpoints
-from infini_train.checkpoint.weights_file import SUFFIX, read_weights_file
+from infini_train.checkpoint.weights_file import SUFFIX, read_weights_facts
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.manifest import TOKENIZER_FILE
@@ -64,7 +64,7 @@ def find_checkpoint(run: RunConfig, checkpoint: str | None) -> Path:
         UserError: there is none, or the named one is damaged.
     """
     if checkpoint is not None and checkpoint.endswith(SUFFIX):
-        read_weights_file(Path(checkpoint))
+        read_weights_facts(Path(checkpoint))
         return Path(checkpoint)
     if checkpoint is not None:
         wrong = damage(Path(checkpoint))

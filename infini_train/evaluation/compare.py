@@ -129,12 +129,16 @@ def _left_to_do(each: CompareRun) -> Iterator[str]:
 
 
 def _run(command: str, each: CompareRun) -> int:
-    """The exit code of an infini-train command on one process. Ctrl-C and SIGTERM are passed on; then it saves and ends."""
+    """The exit code of an infini-train command on one process."""
     folder = Path(each.run.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(each.run, folder / "variant.yaml")
+    return run_to_its_end([sys.executable, "-m", "infini_train", command, "--config", str(folder / "variant.yaml")])
+
+
+def run_to_its_end(arguments: list[str]) -> int:
+    """The exit code of a command; Ctrl-C and SIGTERM are passed on, and what it then does is waited for."""
     # A session of its own, or a terminal's Ctrl-C would reach it twice.
-    arguments = [sys.executable, "-m", "infini_train", command, "--config", str(folder / "variant.yaml")]
     process = subprocess.Popen(arguments, start_new_session=True)
     signals = (signal.SIGINT, signal.SIGTERM)
     earlier = [signal.signal(number, lambda number, _: process.send_signal(number)) for number in signals]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -24,7 +25,7 @@ from infini_train import platform
 from infini_train.attention import CarriedTensor, attention_class, map_parts
 from infini_train.checkpoint import folder
 from infini_train.checkpoint.reader import read_tensors
-from infini_train.checkpoint.weights_file import SUFFIX, read_weights_file
+from infini_train.checkpoint.weights_file import SUFFIX, read_weights_facts
 from infini_train.checkpoint.writer import CheckpointWriter
 from infini_train.config import ModelConfig, RunConfig
 from infini_train.errors import UserError
@@ -183,13 +184,14 @@ class Checkpointer:
         return facts["step"]
 
     def _load_weights_file(self, path: Path, module: torch.nn.Module) -> int:
-        facts, weights = read_weights_file(path)
+        facts = read_weights_facts(path)
         self._check(facts, path)
         if (processes := self.run.layout.model_processes) > 1:
             raise UserError(
                 f"--from_checkpoint {path} is one file for one process, but the layout spreads a model over {processes}; "
                 "start one process, or name a checkpoint's folder"
             )
+        weights = load_file(path)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 parameter.copy_(weights[self.placements[name].name])

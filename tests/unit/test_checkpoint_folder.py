@@ -14,7 +14,7 @@ from torch.distributed import checkpoint as dcp
 from infini_train.checkpoint import folder
 from infini_train.checkpoint.reader import read_whole
 from infini_train.checkpoint.remote import copy_to_url
-from infini_train.checkpoint.weights_file import read_weights_file
+from infini_train.checkpoint.weights_file import read_weights_facts
 from infini_train.cli import main
 from infini_train.errors import UserError
 
@@ -167,8 +167,8 @@ def test_list_inspect_consolidate(tmp_path, capsys):
     assert weights.keys() == {"a.weight", "fc1.weight"}
     assert torch.equal(weights["a.weight"], WEIGHTS["model.a.weight"])
     assert torch.equal(weights["fc1.weight"], torch.cat([torch.ones(2, 3), torch.zeros(2, 3)]))
-    facts, again = read_weights_file(output)
-    assert facts["step"] == 10 and facts["tokenizer_fingerprint"] == "f00d" and again.keys() == weights.keys()
+    facts = read_weights_facts(output)
+    assert facts == {"step": 10, "config": {"model": {}}, "tokenizer_fingerprint": "f00d"}
     assert main(["checkpoint", "consolidate", "--path", str(newest), "--output", str(output)]) == 2
     assert "exists; name another file" in capsys.readouterr().err
 
@@ -176,13 +176,13 @@ def test_list_inspect_consolidate(tmp_path, capsys):
 def test_a_weights_file_that_is_none_is_refused_in_one_line(tmp_path):
     path = tmp_path / "weights.safetensors"
     with pytest.raises(UserError, match="there is no such file"):
-        read_weights_file(path)
+        read_weights_facts(path)
     path.write_bytes(b"x" * 20)
     with pytest.raises(UserError, match=r"weights\.safetensors: .*; write it again"):
-        read_weights_file(path)
+        read_weights_facts(path)
     save_file({"a": torch.ones(2)}, path)
     with pytest.raises(UserError, match="does not say which tokenizer"):
-        read_weights_file(path)
+        read_weights_facts(path)
 
 
 def test_a_copy_elsewhere_is_a_checkpoint_too(tmp_path):

@@ -17,6 +17,7 @@ from infini_train.data.dataset import TokenDataset, check_dataset
 from infini_train.data.manifest import load_manifest
 from infini_train.data.prepare import prepare
 from infini_train.data.streams import StreamReader
+from infini_train.data.task_data import task_length
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.errors import UserError
 from infini_train.evaluation.perplexity import unigram_entropy
@@ -60,6 +61,18 @@ def test_documents_are_samples_with_weights(run: RunConfig) -> None:
             assert f"The pass key is {tokenizer.decode(tokens[-6:-1].tolist())}. Remember it." in text
             texts[split].add(text)
     assert len(texts["train"]) == 40 and not texts["train"] & texts["held_out"]
+
+
+@pytest.mark.parametrize(
+    ("distribution", "octaves"),
+    [("uniform", [1 / 7, 2 / 7, 4 / 7]), ("log_uniform", [1 / 3, 1 / 3, 1 / 3]), ("equal_tokens", [4 / 7, 2 / 7, 1 / 7])],
+)
+def test_lengths_are_distributed_as_asked(distribution: str, octaves: list[float]) -> None:
+    task = TaskConfig(min_tokens=256, max_tokens=2048, length_distribution=distribution)  # type: ignore[arg-type]
+    lengths = np.array([task_length(task, (number + 0.5) / 7000) for number in range(7000)])
+    counts, _ = np.histogram(lengths, bins=[256, 512, 1024, 2049])
+    assert counts / 7000 == pytest.approx(octaves, abs=0.002)
+    assert (task_length(task, 0.0), task_length(task, 1 - 2**-53)) == (256, 2048)
 
 
 def test_the_manifest_tells_what_the_weights_are(run: RunConfig) -> None:
