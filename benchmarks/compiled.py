@@ -87,7 +87,9 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(used["REG"]), "spilled_bytes": int(used["STACK"]) + int(used["LOCAL"])}
 
 
-def measure(widths: tuple[int, ...] = (64, 128, 256), capabilities: tuple[int, ...] = (80, 90)) -> tuple[list[dict[str, Any]], list[str]]:
+def measure(
+    widths: tuple[int, ...] = (64, 128, 256), capabilities: tuple[int, ...] = (80, 90)
+) -> tuple[list[dict[str, Any]], list[str]]:
     """One row for each kernel, head width, type and architecture."""
     rows = []
     for width in widths:

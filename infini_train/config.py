@@ -209,6 +209,9 @@ class TrainingConfig:
     """Positions of a row whose logits exist at one time; larger micro-batches compute the loss chunk by chunk."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations; memory, master weights and optimizer states are float32 always."""
+    fused_layers: Literal["plain", "liger"] = "plain"
+    """Norms, SwiGLU and, unless the vocabulary is split, cross entropy: plain PyTorch and Megatron-core, or Liger's kernels on
+    CUDA. On a CPU both are plain."""
 
 
 @dataclass(kw_only=True)

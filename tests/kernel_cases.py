@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,11 +88,13 @@ def draw(case: Case, dtype: torch.dtype, device: str, seed: int) -> tuple[list[T
     return leaves, options
 
 
-def run(leaves: list[Tensor], options: dict[str, Any], seed: int, **more: Any) -> dict[str, Tensor]:
+def run(
+    leaves: list[Tensor], options: dict[str, Any], seed: int, operation: Callable[..., Any] = infini_attention, **more: Any
+) -> dict[str, Tensor]:
     """Outputs and every gradient for one random direction, by name."""
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
     memory = MemoryState(*leaves[4:]) if leaves[4:] else None
-    out, leaving = infini_attention(*leaves[:4], memory, **options, **more)
+    out, leaving = operation(*leaves[:4], memory, **options, **more)
     generator = torch.Generator().manual_seed(seed)
     results = {"out": out, "M": leaving.M, "z": leaving.z}
     directions = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in results.values()]
@@ -138,6 +140,15 @@ def same_bits(case: Case, dtype: torch.dtype, device: str, update_rule: str) -> 
     leaves, options = draw(case, dtype, device, 5)
     first, second = (run(leaves, options, 5, update_rule=update_rule, backend="triton") for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def compiles_whole(case: Case, dtype: torch.dtype, device: str, update_rule: str, backend: str) -> None:
+    """torch.compile makes one graph of the operation, which computes the same, gradients included."""
+    leaves, options = draw(case, dtype, device, 7)
+    wanted = run(leaves, options, 7, update_rule=update_rule, backend="triton")
+    compiled = torch.compile(infini_attention, fullgraph=True, backend=backend)
+    found = run(leaves, options, 7, operation=compiled, update_rule=update_rule, backend="triton")
+    torch.testing.assert_close(found, wanted)
 
 
 @contextmanager

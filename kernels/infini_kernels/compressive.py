@@ -7,7 +7,6 @@ Dv value width.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -123,8 +122,10 @@ class SegmentMemory:
             kept = _kept(reset, self._written)[:, None, None].expand(-1, num_groups, 1)
             _, run_z = self._walk(torch.zeros_like(memory.z), self._written_z, reset)
             self._exchange_z = RunExchange(kept, run_z, group)
+        self._carried_z: tuple[Tensor, Tensor] | None = None
         self._removed = None
         if update_rule == "delta":  # M needs z here, so z is waited for
+            self._carried_z = self._carry_z()
             entering_z = self._carried_z[0]
             if repeats is None:
                 self._removed = updates.select(None).removal(entering_z.flatten(0, 1), eps).unflatten(0, entering_z.shape[:2])
@@ -137,8 +138,7 @@ class SegmentMemory:
             _, run_M = self._walk(torch.zeros_like(memory.M), self._written, reset, self._removed)
             self._exchange_M = RunExchange(factor, run_M, group)
 
-    @cached_property
-    def _carried_z(self) -> tuple[Tensor, Tensor]:
+    def _carry_z(self) -> tuple[Tensor, Tensor]:
         """z that enters each segment [B, N, G, D], and that leaves the last."""
         if self._group is None:
             return self._walk(self._memory.z, self._written_z, self._reset)
@@ -149,7 +149,7 @@ class SegmentMemory:
         """Waits for the exchange and walks the memory over the segments."""
         if self._nothing_enters:
             return CarriedMemory(None, MemoryState(self._written[:, 0], self._written_z[:, 0]))
-        entering_z, leaving_z = self._carried_z
+        entering_z, leaving_z = self._carried_z or self._carry_z()
         first, leaving_M = (self._memory.M, None) if self._group is None else self._exchange_M.fold(self._memory.M)
         entering_M, last_M = self._walk(first, self._written, self._reset, self._removed)
         leaving_M = last_M if leaving_M is None else leaving_M

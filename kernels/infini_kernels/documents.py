@@ -99,4 +99,4 @@ def _packed_attention(q: Tensor, k: Tensor, v: Tensor, spans: list[int]) -> Tens
     q, k, v = equal_widths(q, k, v)
     ends = torch.tensor([0, *spans]).cumsum(0).to(q.device, torch.int32)
     out = flash_attn.flash_attn_varlen_func(q, k, v, ends, ends, max(spans), max(spans), softmax_scale=scale, causal=True)
-    return out[..., :value_width]
+    return (out[0] if isinstance(out, tuple) else out)[..., :value_width]

@@ -1,9 +1,7 @@
 """The public operation: checks its arguments and hands them to a backend."""
 
-import functools
-import importlib
 from collections.abc import Callable
-from types import ModuleType
+from importlib.util import find_spec
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -27,6 +25,7 @@ from infini_kernels.memory import MemoryState
 from infini_kernels.reference import infini_attention_reference
 
 BACKENDS = ("auto", "reference", "triton")
+TRITON_INSTALLED = find_spec("triton") is not None
 
 
 def infini_attention(
@@ -118,22 +117,17 @@ def _operation(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[..., t
     """
     if backend == "reference" or (backend == "auto" and not q.is_cuda):
         return infini_attention_reference
-    kernels = _triton()
-    possible = kernels is not None and kernels.supports(q, k, v)
-    if backend == "triton" and not possible:
-        raise ValueError(
-            f"backend is 'triton', which takes CUDA tensors of float16, bfloat16 or float32 with heads of at most 256, and the "
-            f"package triton; q is {tuple(q.shape)} {q.dtype} on {q.device}"
-            + ("" if kernels else ", and triton is not installed")
-            + ": write 'auto' or 'reference'"
-        )
-    return kernels.infini_attention_triton if kernels is not None and possible else infini_attention_reference
+    if TRITON_INSTALLED:
+        # Here, because a CPU needs none of it.
+        from infini_kernels.triton import infini_attention_triton, supports
 
-
-@functools.cache
-def _triton() -> ModuleType | None:
-    try:
-        importlib.import_module("triton")
-    except ImportError:
-        return None
-    return importlib.import_module("infini_kernels.triton")
+        if supports(q, k, v):
+            return infini_attention_triton
+    if backend == "auto":
+        return infini_attention_reference
+    raise ValueError(
+        f"backend is 'triton', which takes CUDA tensors of float16, bfloat16 or float32 with heads of at most 256, and the "
+        f"package triton; q is {tuple(q.shape)} {q.dtype} on {q.device}"
+        + ("" if TRITON_INSTALLED else ", and triton is not installed")
+        + ": write 'auto' or 'reference'"
+    )

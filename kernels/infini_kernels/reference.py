@@ -7,7 +7,7 @@ D key width, Dv value width.
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from infini_kernels.arguments import Rotary
+from infini_kernels.arguments import Rotary, values_known
 from infini_kernels.compressive import PlainUpdates, SegmentMemory, feature_map, full_precision, read_and_mix
 from infini_kernels.local import segment_attention
 from infini_kernels.memory import MemoryState, memory_dtype
@@ -42,7 +42,7 @@ def infini_attention_reference(
         # v alone is kept as it came. Where it is a part of one tensor with q and k, its copy lets theirs go.
         v = v.contiguous()
     if reset is not None:
-        reset = None if reset.device.type == "cpu" and not bool(reset.any()) else reset.to(q.device)
+        reset = None if values_known(reset) and not bool(reset.any()) else reset.to(q.device)
 
     with full_precision(q):
         sigma_k = feature_map(k, dtype)  # [B, T, G, D]

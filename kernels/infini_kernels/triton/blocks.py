@@ -44,8 +44,10 @@ def dot_exact(a, b, acc, WAY: tl.constexpr):
         low = (a - high.to(tl.float32)).to(tl.bfloat16)
         if WAY == "emulated":
             high, low, b = high.to(tl.float32), low.to(tl.float32), b.to(tl.float32)
-        return tl.dot(low, b, tl.dot(high, b, acc))
-    return tl.dot(a, b.to(tl.float32), acc, input_precision=WAY)
+        acc = tl.dot(low, b, tl.dot(high, b, acc))
+    else:
+        acc = tl.dot(a, b.to(tl.float32), acc, input_precision=WAY)
+    return acc
 
 
 def launch(
@@ -103,7 +105,7 @@ def tile(head_width: int, dtype: torch.dtype) -> tuple[int, int, int]:
     As large as registers hold without spilling on sm_80 and sm_90 (benchmarks/compiled.py).
     """
     if dtype == torch.float32:
-        return 16, 16, 8
+        return 16, 16, 8 if head_width <= 64 else 4 if head_width <= 128 else 16
     return (64, 32, 4) if head_width <= 64 else (64, 32, 8) if head_width <= 128 else (16, 32, 8)
 
 

@@ -96,11 +96,12 @@ class KernelRemovals:
 
 def _tokens(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, segment_length: int) -> Tensor:
     """Tokens of each segment that are there and no padding, [B, N] int32 on q's device."""
-    starts = torch.arange(layout.num_segments) * layout.width
+    given = None if lengths is None else lengths_by_segment(lengths, layout.num_tokens, segment_length)
+    # Nothing is copied to the device but lengths that are not there: a CUDA graph cannot hold such a copy.
+    starts = torch.arange(layout.num_segments, device=q.device if given is None else given.device) * layout.width
     present = (layout.num_tokens - starts).clamp(max=layout.width).expand(q.shape[0], -1)
-    if lengths is not None:
-        given = lengths_by_segment(lengths, layout.num_tokens, segment_length)
-        present = torch.minimum(present.to(given.device), given)
+    if given is not None:
+        present = torch.minimum(present, given)
     return present.to(q.device, torch.int32).contiguous()
 
 

@@ -167,8 +167,8 @@ def _read_backward_states_kernel(
 def read_and_mix(
     q: Tensor, local: Tensor, gate: Tensor, M: Tensor, z: Tensor, tokens: Tensor, width: int, local_only: bool, eps: float
 ) -> Tensor:
-    """q [B, T, H, D], A_dot [B, T, H, Dv], gate [H], M [B, N, G, D, Dv] and z [B, N, G, D] that enter each segment, tokens [B, N],
-    W -> [B, T, H, Dv] in A_dot's type, zero at padding."""
+    """q [B, T, H, D], A_dot [B, T, H, Dv], gate [H], M [B, N, G, D, Dv] and z [B, N, G, D] that enter each segment,
+    tokens [B, N], W -> [B, T, H, Dv] in A_dot's type, zero at padding."""
     (B, N), (_, T, H, D), DV = tokens.shape, q.shape, local.shape[-1]
     (q, q_strides), (local, local_strides) = by_token(q), by_token(local)
     out = torch.empty(local.shape, dtype=local.dtype, device=local.device)
@@ -217,13 +217,14 @@ def read_and_mix_backward(
         _read_backward_tokens_kernel, (B * N * H, blocks),
         q, local, gate, M.contiguous(), z.contiguous(), tokens, grad, dq, dlocal, scale, dnorm, dshare,
         *q_strides, *local_strides, *grad_strides, eps, T, N, H, H // G, W=width,
-        D=D, DV=DV, BW=BW, BD=block(D), BV=block(DV, BV), LOCAL_ONLY=local_only, PRECISION=precision, num_warps=warps,
+        D=D, DV=DV, BW=BW, BD=block(D), BV=block(DV, BV), LOCAL_ONLY=local_only, PRECISION=precision,
+        num_warps=warps,
     )  # fmt: skip
-    BW, BD, BV, warps = sum_tile(D, DV, q.dtype)
+    BW, BD, BV, _ = sum_tile(D, DV, q.dtype)
     launch(
         _read_backward_states_kernel, (B * N * G, triton.cdiv(D, BD), triton.cdiv(DV, BV)),
         q, tokens, grad, scale, dnorm, dM, dz, *q_strides, *grad_strides, T, N, H, R=H // G, W=width,
-        D=D, DV=DV, BW=block(width, min(BW, 32)), BD=BD, BV=BV, PRECISION=precision, num_warps=warps,
+        D=D, DV=DV, BW=block(width, min(BW, 32)), BD=BD, BV=BV, PRECISION=precision, num_warps=8,
     )  # fmt: skip
     share = gate.float().sigmoid()
     dgate.copy_(dshare.sum(dim=(0, 1, 3)) * share * (1 - share))

@@ -1,7 +1,7 @@
 """Rotary position embedding of queries and keys by position in their segment, in one pass that leaves zeros at padding.
 
-Shapes: B rows, T tokens, N segments, W tokens of a segment, D key width. `tokens` [B, N] int32 says how many of a segment's tokens
-are no padding.
+Shapes: B rows, T tokens, N segments, W tokens of a segment, D key width. `tokens` [B, N] int32 says how many of a segment's
+tokens are no padding.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _rotary_kernel(
 
 @torch.library.custom_op("infini_kernels::rotate", mutates_args=())
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor, width: int, direction: int) -> Tensor:
-    """x [B, T, heads, D], cos and sin [W or more, D/2], tokens [B, N], W -> x rotated, by the opposite angle with direction -1."""
+    """x [B, T, heads, D], cos and sin [W or more, D/2], tokens [B, N], W -> x rotated; direction -1 rotates it back."""
     (B, T, heads, D), N = x.shape, tokens.shape[1]
     x, strides = by_token(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)

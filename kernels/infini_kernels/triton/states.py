@@ -1,7 +1,7 @@
 """σ(K)^T V and Σ σ(K) of every segment, all segments at once.
 
-Shapes: B rows, T tokens, N segments, W tokens of a segment, G key/value heads, D key width, Dv value width. `tokens` [B, N] int32
-says how many of a segment's tokens are no padding.
+Shapes: B rows, T tokens, N segments, W tokens of a segment, G key/value heads, D key width, Dv value width. `tokens` [B, N]
+int32 says how many of a segment's tokens are no padding.
 """
 
 from __future__ import annotations

@@ -60,8 +60,15 @@ def test_operators_are_registered_soundly() -> None:
         torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+def test_torch_compile_takes_it_whole(update_rule: str) -> None:
+    """No graph break, and the same numbers, forward and backward."""
+    case = kernel_cases.SMALL["odd widths, partial last segment"]
+    kernel_cases.compiles_whole(case, torch.float32, "cpu", update_rule, "aot_eager")
+
+
 def test_what_has_no_kernel_is_refused_or_left_to_the_reference() -> None:
     tensors = [torch.zeros(1, 4, 1, 8, dtype=torch.float64) for _ in range(3)]
-    with pytest.raises(ValueError, match=r"backend is 'triton', which takes CUDA tensors of .* q is \(1, 4, 1, 8\) torch.float64"):
+    with pytest.raises(ValueError, match=r"backend is 'triton', which takes CUDA .* q is \(1, 4, 1, 8\) torch.float64"):
         infini_attention(*tensors, torch.zeros(1, dtype=torch.float64), segment_length=2, backend="triton")
     assert infini_attention(*tensors, torch.zeros(1, dtype=torch.float64), segment_length=2)[0].dtype == torch.float64
