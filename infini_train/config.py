@@ -274,6 +274,15 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class ProfilingConfig:
+    """Where the time of a step goes."""
+
+    steps: int = 0
+    """Profile so many steps, from the fourth after this start on: a trace and a table of time by part in profile/ of the run
+    directory; 0 profiles none. `--profile.steps N` is the same."""
+
+
+@dataclass(kw_only=True)
 class HealthConfig:
     """When a run skips, goes back or stops by itself."""
 
@@ -336,6 +345,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
 
     @property

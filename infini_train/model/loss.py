@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from infini_kernels.parts import counted_as
 from infini_train.model.micro_batch import MicroBatch
 
 TokenLosses: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -58,6 +59,7 @@ class ChunkedLossGPTModel(GPTModel):
             logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=runtime_gather_output)
             return logits.transpose(0, 1).contiguous()
 
+        @counted_as("output layer and loss")
         def losses(hidden: Tensor, targets: Tensor) -> Tensor:
             logits, _ = self.output_layer(hidden, weight=weight)
             if self.token_losses is not None:

@@ -16,6 +16,7 @@ from infini_kernels.arguments import (
     check_segment_length,
 )
 from infini_kernels.local import causal_attention, equal_widths, flash_attention_for, local_attention
+from infini_kernels.parts import counted_as
 from infini_kernels.rotary import apply_rotary
 from infini_kernels.segments import lengths_by_segment, padding_mask
 
@@ -83,6 +84,7 @@ def _document_lengths(
     return [tokens for tokens in documents if tokens]
 
 
+@counted_as("local attention")
 def _packed_attention(q: Tensor, k: Tensor, v: Tensor, spans: list[int]) -> Tensor:
     """Causal attention inside each of the spans that make up P tokens.
 

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
 from infini_kernels.arguments import Rotary, check_heads, check_lengths, check_rotary, check_segment_length
+from infini_kernels.parts import counted_as
 from infini_kernels.rotary import apply_rotary
 from infini_kernels.segments import SegmentLayout, padding_mask
 
@@ -68,6 +69,7 @@ def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     return q, k, v
 
 
+@counted_as("local attention")
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(mask(Q K^T) / sqrt(D)) V, row by row, with memory linear in the tokens.
 
@@ -125,6 +127,7 @@ def _for_each_head(x: Tensor, q: Tensor) -> Tensor:
     return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
+@counted_as("local attention")
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None) -> Tensor:
     """A_dot of arXiv 2404.07143, Section 2.2, for all segments at once: segments are rows of a larger batch.
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -22,6 +23,7 @@ from infini_kernels.arguments import (
     check_segment_length,
 )
 from infini_kernels.memory import MemoryState
+from infini_kernels.parts import part
 from infini_kernels.reference import infini_attention_reference
 
 BACKENDS = ("auto", "reference", "triton")
@@ -91,22 +93,32 @@ def infini_attention(
     check_lengths(lengths, q.shape[0], q.shape[1], segment_length)
     check_repeats(repeats, q.shape[0], -(-q.shape[1] // segment_length))
     operation = _operation(backend, q, k, v)
-    return operation(
-        q,
-        k,
-        v,
-        gate,
-        memory,
-        segment_length=segment_length,
-        update_rule=update_rule,
-        rotary=rotary,
-        reset=reset,
-        lengths=lengths,
-        first_segment=first_segment,
-        eps=eps,
-        group=group,
-        repeats=repeats,
-    )
+    with part("memory path"):
+        return operation(
+            q,
+            k,
+            v,
+            gate,
+            memory,
+            segment_length=segment_length,
+            update_rule=update_rule,
+            rotary=rotary,
+            reset=reset,
+            lengths=lengths,
+            first_segment=first_segment,
+            eps=eps,
+            group=group,
+            repeats=repeats,
+        )
+
+
+def memory_choice(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What computes the memory of tensors like these with backend 'auto', for a log."""
+    if _operation("auto", q, k, v) is infini_attention_reference:
+        return f"PyTorch {torch.__version__}"
+    import triton
+
+    return f"triton {triton.__version__}"
 
 
 def _operation(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, MemoryState]]:

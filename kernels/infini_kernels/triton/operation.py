@@ -15,6 +15,7 @@ from infini_kernels.arguments import Rotary
 from infini_kernels.compressive import SegmentMemory, full_precision
 from infini_kernels.local import segment_attention
 from infini_kernels.memory import MemoryState
+from infini_kernels.parts import counted_as
 from infini_kernels.segments import SegmentLayout, lengths_by_segment, padding_mask
 from infini_kernels.triton.read import read_and_mix
 from infini_kernels.triton.removal import segment_removals
@@ -105,6 +106,7 @@ def _tokens(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, segment_le
     return present.to(q.device, torch.int32).contiguous()
 
 
+@counted_as("local attention")
 def _local(
     q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, tokens: Tensor, padding: Tensor | None, layout: SegmentLayout
 ) -> Tensor:
