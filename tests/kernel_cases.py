@@ -1,13 +1,16 @@
-"""What the Triton kernels must do, on any device: the same bodies run under Triton's interpreter and on CUDA."""
+"""What the Triton kernels must do, on any device: the same bodies run under Triton's interpreter and on CUDA.
+
+Needs torch and Triton alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -151,16 +154,72 @@ def compiles_whole(case: Case, dtype: torch.dtype, device: str, update_rule: str
     torch.testing.assert_close(found, wanted)
 
 
+def replays_from_a_cuda_graph(update_rule: str) -> None:
+    """A captured forward and backward gives the bits of an ordinary one, for inputs that came after the capture."""
+    case = Case(1, 1024, 4, 2, 64, 64, 256, memory=False, padding=False, reset=False)
+    first, options = draw(case, torch.bfloat16, "cuda", seed=1)
+    second, _ = draw(case, torch.bfloat16, "cuda", seed=2)
+    inputs = [x.clone().requires_grad_() for x in first]
+
+    def step(leaves: list[Tensor]) -> list[Tensor]:
+        out, memory = infini_attention(*leaves, **options, update_rule=update_rule, backend="triton")
+        return [out, memory.M, *torch.autograd.grad(out.float().sum() + memory.M.sum(), leaves)]
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step(inputs)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(inputs)
+    with torch.no_grad():
+        for x, y in zip(inputs, second, strict=True):
+            x.copy_(y)
+    graph.replay()
+    torch.testing.assert_close(results, step([x.clone().requires_grad_() for x in second]), rtol=0, atol=0)
+
+
+def on_cuda() -> list[tuple[str, Callable[[], None]]]:
+    """Every check of the compiled kernels, by name."""
+    checks: list[tuple[str, Callable[[], None]]] = []
+
+    def add(check: Callable[..., None], name: str, *arguments: Any) -> None:
+        checks.append((f"{check.__name__}: {name}", partial(check, *arguments)))
+
+    for rule in ("linear", "delta"):
+        for dtype in TOLERANCE:
+            for name, case in {**SMALL, **LARGE}.items():
+                add(agrees_with_float64, f"{name}, {rule}, {dtype}", case, dtype, "cuda", rule, 1)
+            for keys in ("equal", "far below zero", "usual"):
+                add(holds_memory, f"10,000 segments, keys {keys}, {rule}, {dtype}", keys, 10_000, 64, "cuda", rule, dtype)
+        for name in ("width 128, 8B", "many short segments, aged"):
+            add(same_bits, f"{name}, {rule}", LARGE[name], torch.bfloat16, "cuda", rule)
+        add(compiles_whole, rule, LARGE["width 64"], torch.float32, "cuda", rule, "inductor")
+        add(replays_from_a_cuda_graph, rule, rule)
+    return checks
+
+
 @contextmanager
 def poisoned() -> Iterator[None]:
     """What is allocated without being filled holds NaN, so that a place that no kernel writes is seen."""
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-            original = getattr(owner, name)
+    originals = [(owner, name, getattr(owner, name)) for owner, name in POISONED]
 
-            def poison(*arguments: Any, original: Any = original, **options: Any) -> Tensor:
-                made = original(*arguments, **options)
-                return made.fill_(float("nan")) if made.is_floating_point() and not made.is_meta else made
+    def poisons(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poison(*arguments: Any, **options: Any) -> Tensor:
+            made = original(*arguments, **options)
+            return made.fill_(float("nan")) if made.is_floating_point() and not made.is_meta else made
 
-            patch.setattr(owner, name, poison)
+        return poison
+
+    try:
+        for owner, name, original in originals:
+            setattr(owner, name, poisons(original))
         yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+POISONED = ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"))
