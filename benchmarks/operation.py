@@ -1,8 +1,7 @@
 """Infini-attention of one layer, forward and backward: kernels, plain PyTorch, torch.compile, and local attention alone.
 
-The memory path is the rest beside local attention. Bytes it must move: queries, keys, values and the local output are read and
-the mixed output is written; the backward reads these and the output's gradient and writes four gradients; states are written and
-read.
+The memory path is the rest beside local attention. Bytes it must move: queries, keys, values and the local output are read, the
+mixed output is written; the backward reads these and the output's gradient and writes four gradients; states move as well.
 """
 
 from __future__ import annotations
