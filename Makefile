@@ -6,12 +6,13 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 BIN := .venv/bin
 DEMO := configs/tiny.yaml
 
-.PHONY: help setup demo check test test-slurm format clean
+.PHONY: help setup demo check test test-slurm bench-gpu format clean
 help:
 	@echo "make demo        train a small model on this machine and write its report (about ten minutes)"
 	@echo "make test        everything that CI runs; without SLURM on this machine its tests are skipped"
 	@echo "make test-slurm  install SLURM (as root, on Debian) and run its tests"
 	@echo "make check       lint, types and unit tests, in under two minutes"
+	@echo "make bench-gpu   check the kernels on this machine's GPU and measure them; PYTHON is one that has torch and Triton"
 	@echo "make format      let ruff format the code"
 	@echo "make clean       delete .venv and runs/"
 
@@ -41,11 +42,16 @@ check: setup
 
 # One after the other: beside the tests on several processes, jobs on SLURM ran out of their time limits on two cores.
 test: check
+	$(BIN)/pytest tests/kernels
 	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=30 tests/distributed tests/slurm
 
 test-slurm: setup
 	tests/slurm/install.sh
 	OMP_NUM_THREADS=1 INFINI_TRAIN_REQUIRE_SLURM=1 $(BIN)/pytest tests/slurm
+
+# Without .venv: a GPU machine has its own torch.
+bench-gpu:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu
 
 format: setup
 	$(BIN)/ruff check --fix .

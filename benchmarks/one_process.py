@@ -13,23 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from infini_train.config import DataConfig, LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from infini_train.data.dataset import TokenDataset
 
 
 class OneDocument(TokenDataset):
-    """A stream that is one document of random tokens, made as it is read."""
+    """Streams that are one document of random tokens each, made as they are read."""
 
-    def __init__(self, vocab_size: int, tokens: int) -> None:
+    def __init__(self, vocab_size: int, tokens: int, documents: int = 1) -> None:
         self.path, self.split = Path("random"), "train"
         self.vocab_size = vocab_size
         self.tokenizer_fingerprint = "random"
-        self.document_lengths = np.array([tokens + 1], dtype=np.int64)
-        self.available = np.ones(1, dtype=bool)
+        self.document_lengths = np.full(documents, tokens + 1, dtype=np.int64)
+        self.available = np.ones(documents, dtype=bool)
 
     def read(self, document: int, start: int, count: int) -> np.ndarray:
-        return np.random.default_rng(start).integers(0, self.vocab_size, count)
+        return np.random.default_rng([document, start]).integers(0, self.vocab_size, count)
 
     def close(self) -> None:
         pass
@@ -47,7 +48,9 @@ def single_stream_run(model: ModelConfig, training: TrainingConfig) -> RunConfig
 
 
 def peak_megabytes() -> float:
-    """Largest resident size of this process so far."""
+    """Most memory that this process had so far: of its GPU, or resident where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -78,7 +81,13 @@ def in_own_process(module: str, *, returns_memory: bool = True, **arguments: Any
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds of processor time that a call takes: on one thread, what it would take on an idle machine."""
+    """Seconds that a call takes on the GPU; without one its processor time, on one thread what an idle machine would take."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
     started = time.process_time()
     work()
     return time.process_time() - started

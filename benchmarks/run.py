@@ -10,14 +10,14 @@ import os
 import platform
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import torch
 
-NAMES = ("stream", "window", "pipeline", "checkpoint", "peers")
+NAMES = ("stream", "window", "pipeline", "checkpoint", "peers", "compiled", "operation", "step")
+LIBRARIES = ("torch", "triton", "megatron-core", "deepspeed", "flash-attn", "liger-kernel", "flash-linear-attention")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -32,34 +32,46 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit + ("+changes" if changed else ""),
-        "device": cpu,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "megatron-core", "deepspeed")},
+        **{name: version(name) for name in LIBRARIES if _is_installed(name)},
     }
 
 
+def _is_installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def show(name: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=name)
-    for column in rows[0]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=140).print(table)
+    """A table in plain text: a bare machine may lack a library for better ones."""
+    head = list(rows[0])
+    cells = [head, *([f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    print(name)
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("name", choices=NAMES)
-    name = parser.parse_args().name
-    module = importlib.import_module(f"benchmarks.{name}")
-    rows, conclusions = module.measure()
+def run(name: str) -> None:
+    """Measure, show and record one benchmark."""
+    rows, conclusions = importlib.import_module(f"benchmarks.{name}").measure()
     show(name, rows)
     print(*conclusions, sep="\n")
     record = {"name": name, **environment(), "rows": rows, "conclusions": conclusions}
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("name", choices=NAMES)
+    run(parser.parse_args().name)
     return 0
 
 

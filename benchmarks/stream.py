@@ -1,4 +1,4 @@
-"""Tokens per second of processor time and peak memory of training and evaluation, from streams of 32K to 1M tokens.
+"""Tokens per second (on a CPU: of processor time) and peak memory of training and evaluation, from streams of 32K to 1M tokens.
 
 Both should stay constant."""
 
@@ -10,7 +10,25 @@ from typing import Any
 from benchmarks.one_process import OneDocument, in_own_process, peak_megabytes, single_stream_run, timed
 from infini_train.config import ModelConfig, TrainingConfig
 
-SEGMENT, WINDOW = 512, 4
+ON_CPU = ModelConfig(
+    num_layers=2,
+    hidden_size=128,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=32,
+    ffn_hidden_size=384,
+    segment_length=512,
+)
+ON_GPU = ModelConfig(
+    num_layers=4,
+    hidden_size=2048,
+    num_attention_heads=16,
+    num_query_groups=8,
+    head_dim=128,
+    ffn_hidden_size=5632,
+    segment_length=2048,
+)
+WINDOW = 4
 CHUNK = 32 * 1024
 """Tokens of one timing."""
 LENGTHS = {CHUNK: 8, 8 * CHUNK: 2, 32 * CHUNK: 1}
@@ -27,18 +45,13 @@ def one(kind: str, tokens: int) -> dict[str, Any]:
     from infini_train.training.signals import StopRequest
     from infini_train.training.step import train_step
 
-    model = ModelConfig(
-        num_layers=2,
-        hidden_size=128,
-        num_attention_heads=4,
-        num_query_groups=2,
-        head_dim=32,
-        ffn_hidden_size=384,
-        segment_length=SEGMENT,
-    )
-    steps = tokens // (SEGMENT * WINDOW)
-    run = single_stream_run(model, TrainingConfig(steps=steps + 2, rows=1, micro_batches_per_window=WINDOW))
-    parts = build_parts(run, OneDocument(run.data.vocab_size, (steps + 2) * SEGMENT * WINDOW))
+    model, precision, zero = (ON_GPU, "bfloat16", 1) if platform.has_cuda() else (ON_CPU, "float32", 0)
+    tokens_per_step = model.segment_length * WINDOW
+    steps = tokens // tokens_per_step
+    training = TrainingConfig(steps=steps + 2, rows=1, micro_batches_per_window=WINDOW, precision=precision)  # type: ignore[arg-type]
+    run = single_stream_run(model, training)
+    run.layout.zero_stage = zero
+    parts = build_parts(run, OneDocument(run.data.vocab_size, (steps + 2) * tokens_per_step))
 
     def train(count: int) -> None:
         for _ in range(count):
@@ -55,7 +68,7 @@ def one(kind: str, tokens: int) -> dict[str, Any]:
 
     work = train if kind == "train" else evaluate
     work(2)  # the first steps allocate
-    chunk_steps = CHUNK // (SEGMENT * WINDOW)
+    chunk_steps = CHUNK // tokens_per_step
     seconds = [timed(lambda: work(chunk_steps)) for _ in range(steps // chunk_steps)]
     return {"seconds": seconds, "peak_mb": peak_megabytes()}
 

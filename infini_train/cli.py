@@ -138,10 +138,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _spelled_out(argv: list[str]) -> list[str]:
-    """`--task passkey` is short for `--task.kind passkey`; a file or a mapping after --task stays what it is."""
+    """`--task passkey` is short for `--task.kind passkey`; a file or a mapping after --task stays what it is.
+
+    `--profile.steps` is `--profiling.steps`: the section has another name because `submit --profile` names a cluster.
+    """
     kinds = "|".join(TASK_KINDS)
     spelled: list[str] = []
     for word in argv:
+        word = re.sub(r"^--profile\.steps\b", "--profiling.steps", word)
         if re.fullmatch(rf"--task=({kinds})", word):
             word = word.replace("--task", "--task.kind", 1)
         elif spelled[-1:] == ["--task"] and re.fullmatch(kinds, word):

@@ -209,6 +209,9 @@ class TrainingConfig:
     """Positions of a row whose logits exist at one time; larger micro-batches compute the loss chunk by chunk."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations; memory, master weights and optimizer states are float32 always."""
+    fused_layers: Literal["plain", "liger"] = "plain"
+    """Norms, SwiGLU and, unless the vocabulary is split, cross entropy: plain PyTorch and Megatron-core, or Liger's kernels on
+    CUDA. On a CPU both are plain."""
 
 
 @dataclass(kw_only=True)
@@ -268,6 +271,15 @@ class CheckpointConfig:
     """A checkpoint that takes longer stops the run, with the name of the process that holds it up."""
     copy_to: str | None = None
     """Any fsspec URL (s3://bucket/run, file:///mnt/archive/run): every committed checkpoint is copied there."""
+
+
+@dataclass(kw_only=True)
+class ProfilingConfig:
+    """Where the time of a step goes."""
+
+    steps: int = 0
+    """Profile so many steps, from the fourth after this start on: a trace and a table of time by part in profile/ of the run
+    directory; 0 profiles none. `--profile.steps N` is the same."""
 
 
 @dataclass(kw_only=True)
@@ -333,6 +345,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
 
     @property

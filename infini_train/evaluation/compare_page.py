@@ -10,22 +10,13 @@ from infini_train.config import RunConfig
 from infini_train.evaluation import plotting as p
 from infini_train.evaluation.charts import WIDE, chart_figure
 from infini_train.evaluation.compare import Measured
-from infini_train.evaluation.page import page
+from infini_train.evaluation.page import page, table
 
 HEAD = ("attention", "state", "of infini's", "parameters", "perplexity", "spread", "emptied", "tokens/s", "peak memory")
 MEANING = """state: numbers that one stream carries from segment to segment, over all layers (full attention carries nothing
 between micro-batches: it keeps its whole context). perplexity: of the held-out text, mean over the seeds; spread: smallest and
 largest.
 emptied: the same with the state emptied at every segment. tokens/s and peak memory: of training, medians over the seeds."""
-
-
-STYLE = """
-.table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.88rem; margin: 1.5rem 0; }
-th, td { padding: 0.35rem 0.5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
-th { color: var(--muted); font-weight: 600; }
-th:first-child, td:first-child { text-align: left; }
-"""
 
 
 def by_variant(measured: list[Measured]) -> dict[str, list[Measured]]:
@@ -77,16 +68,14 @@ def markdown_table(run: RunConfig, measured: list[Measured], machine: str) -> st
 
 def compare_page(run: RunConfig, measured: list[Measured], machine: str) -> str:
     """compare.html, complete in itself."""
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows(measured))
-    head = "".join(f"<th>{name}</th>" for name in HEAD)
     caption = (
         "Held-out perplexity by the numbers that a stream carries from segment to segment: lower and further left is better. A "
         "point is the mean over the seeds, a line their spread. Attention that carries nothing stands at the left end."
     )
     body = (
-        f'<style>{STYLE}</style><figure class="wide"><div class="plot">{state_plot(measured)}</div>'
+        f'<figure class="wide"><div class="plot">{state_plot(measured)}</div>'
         f"<figcaption>{caption}</figcaption></figure>"
-        f'<div class="table"><table><tr>{head}</tr>{cells}</table></div><p class="intro">{html.escape(MEANING)}</p>'
+        f'{table(HEAD, rows(measured))}<p class="intro">{html.escape(MEANING)}</p>'
     )
     lead = (
         f"{len(by_variant(measured))} kinds of attention, the same data, size and {run.training.steps:,} steps of "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+from collections.abc import Iterable, Sequence
+
 from infini_train.evaluation.plotting import css_colours
 
 _FONTS = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif'
@@ -51,6 +54,11 @@ figcaption { margin-top: 0.7rem; font-size: 0.92rem; line-height: 1.5; color: va
 .terms { display: grid; grid-template-columns: max-content 1fr; gap: 0.4rem 1.2rem; margin: 0; font-size: 0.92rem; }
 .terms dt { font-weight: 600; }
 .terms dd { margin: 0; color: var(--muted); }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.88rem; margin: 1.5rem 0; }
+th, td { padding: 0.35rem 0.5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
+th { color: var(--muted); font-weight: 600; }
+th:first-child, td:first-child { text-align: left; }
 details { margin-top: 2.5rem; }
 summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 46rem) {
@@ -64,6 +72,13 @@ summary { cursor: pointer; font-weight: 600; }
 }
 @media print { body { background: none; } figure, .card { break-inside: avoid; } }
 """
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of text cells; what does not fit the page's width scrolls."""
+    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    names = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    return f'<div class="table"><table><tr>{names}</tr>{cells}</table></div>'
 
 
 def page(title: str, lead: str, body: str) -> str:

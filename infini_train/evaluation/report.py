@@ -14,6 +14,7 @@ from infini_train.evaluation.charts import Chart, number, perplexity
 from infini_train.evaluation.page import page
 from infini_train.evaluation.records import HeldOut, Records, held_out, positions, read_json, read_metrics
 from infini_train.evaluation.retrieval_chart import retrieval_chart
+from infini_train.evaluation.time_table import time_sections
 
 LONGEST_PROMPT = 1200
 """Characters of the prompt that are shown: its end, next to the continuation."""
@@ -26,8 +27,8 @@ NO_DIFFERENCE = 0.01
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run directory from what the run recorded there.
 
-    Reads metrics.jsonl and, where present, evaluation.json, passkey.json, generation.json and config.yaml (shown as it
-    stands). The page needs no network and no other file.
+    Reads metrics.jsonl and, where present, evaluation.json, passkey.json, generation.json, profile/ and config.yaml (shown as
+    it stands). The page needs no network and no other file.
 
     Returns:
         The path of the page.
@@ -40,6 +41,7 @@ def write_report(run_dir: Path) -> Path:
     evaluation = read_json(run_dir / "evaluation.json", "infini-train evaluate", notes)
     generation = read_json(run_dir / "generation.json", "infini-train generate", notes)
     retrieval = read_json(run_dir / "passkey.json", "infini-train evaluate passkey", notes)
+    times = time_sections(run_dir, notes)
     held = held_out(records, evaluation)
     config_file = run_dir / "config.yaml"
     config = config_file.read_text(encoding="utf-8", errors="replace") if config_file.exists() else None
@@ -50,6 +52,7 @@ def write_report(run_dir: Path) -> Path:
         *_chart_sections(records, evaluation, held),
         _retrieval(retrieval),
         _sample(generation),
+        times,
         _reading(records),
         _config(config),
     ]

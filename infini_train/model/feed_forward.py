@@ -41,8 +41,13 @@ class SwiGLU(torch.autograd.Function):
 class FeedForward(MLP):
     """Megatron-core's MLP with the two halves of fc1 joined by `SwiGLU`; no biases."""
 
+    @staticmethod
+    def join(halves: Tensor) -> Tensor:
+        """[..., 2 f] -> [..., f]"""
+        return SwiGLU.apply(halves)
+
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states [T, B, h] -> the same shape, and no bias."""
         assert per_token_scale is None, "only experts scale tokens"
         halves, _bias = self.linear_fc1(hidden_states)
-        return self.linear_fc2(SwiGLU.apply(halves))
+        return self.linear_fc2(self.join(halves))

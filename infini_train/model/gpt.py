@@ -20,6 +20,7 @@ from torch.nn import functional
 from infini_train.config import RunConfig
 from infini_train.model.core_attention import CoreAttention
 from infini_train.model.feed_forward import FeedForward
+from infini_train.model.fused import LigerFeedForward, LigerRMSNorm, liger_token_losses, takes_liger
 from infini_train.model.loss import ChunkedLossGPTModel
 from infini_train.model.memory_tokens import FeedbackLayer, RecurrentMemoryModel
 from infini_train.model.norm import RMSNorm
@@ -32,6 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def layer_spec(run: RunConfig) -> ModuleSpec:
     """One transformer layer: norm, attention, norm, SwiGLU."""
     module, parameters = TransformerLayer, {}
+    norm, feed_forward = (LigerRMSNorm, LigerFeedForward) if takes_liger(run) else (RMSNorm, FeedForward)
     if run.model.attention == "feedback":
         module, parameters = FeedbackLayer, {"model": run.model}
     elif run.training.recompute == "layer":
@@ -40,7 +42,7 @@ def layer_spec(run: RunConfig) -> ModuleSpec:
         module=module,
         params=parameters,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -51,9 +53,9 @@ def layer_spec(run: RunConfig) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
-                module=FeedForward, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=feed_forward, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
             ),
             mlp_bda=get_bias_dropout_add,
         ),
@@ -61,7 +63,7 @@ def layer_spec(run: RunConfig) -> ModuleSpec:
 
 
 def transformer_config(run: RunConfig) -> TransformerConfig:
-    """Megatron-core's view of the run. Fusions stay off: on a CPU they need a compiler, on CUDA ours come with the kernels."""
+    """Megatron-core's view of the run. Its fusions stay off: on a CPU they need a compiler, and `fused` has others for CUDA."""
     model, layout = run.model, run.layout
     dtype = DTYPES[run.training.precision]
     return TransformerConfig(
@@ -110,7 +112,8 @@ def build_stage(run: RunConfig, stage: int) -> StageModel:
     layer = layer_spec(run)
     config = transformer_config(run)
     chunk_layers = run.model.num_layers // layout.num_virtual_stages
-    block = TransformerBlockSubmodules(layer_specs=[layer] * chunk_layers, layer_norm=RMSNorm)
+    liger = takes_liger(run)
+    block = TransformerBlockSubmodules(layer_specs=[layer] * chunk_layers, layer_norm=LigerRMSNorm if liger else RMSNorm)
     chunks = []
     for chunk in range(layout.virtual_stages):
         virtual_stage = chunk * layout.pipeline_parallel_size + stage
@@ -130,6 +133,7 @@ def build_stage(run: RunConfig, stage: int) -> StageModel:
                 position_embedding_type="none",
                 vp_stage=chunk if layout.virtual_stages > 1 else None,
                 loss_chunk_tokens=run.training.loss_chunk_tokens,
+                token_losses=liger_token_losses if liger and layout.tensor_parallel_size == 1 else None,
             )
         )
     device = torch.cuda.current_device()  # the CPU where there is no CUDA: see infini_train.platform

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -10,7 +11,10 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from infini_kernels.parts import counted_as
 from infini_train.model.micro_batch import MicroBatch
+
+TokenLosses: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class ChunkedLossGPTModel(GPTModel):
@@ -18,11 +22,13 @@ class ChunkedLossGPTModel(GPTModel):
 
     Args:
         loss_chunk_tokens: positions of a row whose logits exist at one time, here and again in the backward.
+        token_losses: from logits [T, B, V] and targets [B, T] to losses [B, T], where the vocabulary is not split; None for
+            Megatron-core's.
     """
 
-    def __init__(self, *args: Any, loss_chunk_tokens: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loss_chunk_tokens: int, token_losses: TokenLosses | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loss_chunk_tokens = loss_chunk_tokens
+        self.loss_chunk_tokens, self.token_losses = loss_chunk_tokens, token_losses
         if self.post_process:
             # A chunk of a sequence-parallel shard would mix positions of several chunks, so the shards are gathered first.
             self.output_layer.sequence_parallel = False
@@ -53,8 +59,11 @@ class ChunkedLossGPTModel(GPTModel):
             logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=runtime_gather_output)
             return logits.transpose(0, 1).contiguous()
 
+        @counted_as("output layer and loss")
         def losses(hidden: Tensor, targets: Tensor) -> Tensor:
             logits, _ = self.output_layer(hidden, weight=weight)
+            if self.token_losses is not None:
+                return self.token_losses(logits, targets)
             return self.compute_language_model_loss(targets, logits)  # [B, chunk]
 
         if hidden_states.shape[0] <= self.loss_chunk_tokens:

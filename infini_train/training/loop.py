@@ -7,16 +7,20 @@ from typing import Any
 
 import torch.distributed as dist
 
+from infini_train import platform
 from infini_train.attention import state_numbers
+from infini_train.attention.kernels import kernels_in_words
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig, save_config
 from infini_train.evaluation.perplexity import held_out_loss
 from infini_train.evaluation.read_back import ReadBack
+from infini_train.model.gpt import DTYPES
 from infini_train.parallel.layout import initialize_process_group
 from infini_train.training.checkpoint import newest_checkpoint
 from infini_train.training.health import loss_spiked, roll_back, stop_after_skips
 from infini_train.training.memory_warnings import memory_warnings
 from infini_train.training.metrics import MetricsWriter
+from infini_train.training.profile import StepProfiler
 from infini_train.training.progress import TrainingProgress
 from infini_train.training.run_lock import RunDirectoryLock
 from infini_train.training.self_test import self_test
@@ -51,13 +55,15 @@ def pretrain(run: RunConfig) -> int:
             MetricsWriter(run, state.step, enabled=main) as metrics,
             TrainingProgress(run.training.steps, state.step, enabled=main) as progress,
         ):
+            progress.say(kernels_in_words(run.model, DTYPES[run.training.precision], platform.device()))
             for line in warnings:
                 progress.say(line)
             if resumed_from is not None:
                 progress.say(f"resuming from {resumed_from}")
-            save_due = False
+            save_due, profiler = False, StepProfiler(run, parts.layout, progress.say)
             while state.step < run.training.steps:
                 record, stopped = train_step(parts, stop)
+                profiler.after_step(record)
                 lock.require()
                 spiked = loss_spiked(parts, record)
                 _evaluate_when_due(parts, record, progress)
@@ -82,6 +88,7 @@ def pretrain(run: RunConfig) -> int:
                         saved = parts.checkpointer.finish(must_succeed=True)
                     progress.say(f"stopped: {saved} is saved, and the same command goes on from there")
                     return RESUMABLE_EXIT_CODE
+            profiler.close(state.step)
             with activity.during("end of the save", limit="save"):
                 parts.checkpointer.finish(must_succeed=True)
             progress.say(f"trained to step {state.step}: {list_checkpoints(Path(run.run_dir))[-1]}")

@@ -6,6 +6,7 @@ import time
 from math import isfinite
 from typing import Any
 
+from infini_kernels.parts import part
 from infini_train import platform
 from infini_train.data.streams import StreamBatch
 from infini_train.errors import UserError
@@ -47,7 +48,8 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     loss_scale = layout.dp_size * layout.cp_size / total_weight
     loss_sum, state.memory = parts.pipeline.train_step(batches, state.memory, loss_scale)
     activity.begin("optimizer step", waits=True)
-    grad_norm = parts.engine.step(state.step)
+    with part("optimizer"):
+        grad_norm = parts.engine.step(state.step)
     activity.begin("agreement on the loss", waits=True)
     loss = all_reduce_sum([loss_sum if layout.tp_rank == 0 else 0.0])[0] / total_weight
 
@@ -85,7 +87,8 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
 def _read(parts: Parts) -> tuple[list[StreamBatch], UserError | None]:
     """The step's micro-batches, or why this process has none: the others are told before they wait for it."""
     try:
-        return [_next(parts) for _ in range(parts.run.micro_batches_per_step)], None
+        with part("data"):
+            return [_next(parts) for _ in range(parts.run.micro_batches_per_step)], None
     except UserError as error:
         return [], error
 

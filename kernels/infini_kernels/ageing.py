@@ -6,47 +6,69 @@ paper.
 Shapes: B batch, N segments, W tokens of a segment, G key/value heads, D key width, Dv value width.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from infini_kernels.backward import WeightedGram
 
 
-def removal(sigma_k_t: Tensor, z: Tensor, eps: float) -> Tensor:
-    """I - T of one application of the delta rule: σ(K)^T diag(1 / (σ(K) z + ε)) σ(K).
+class Removals(Protocol):
+    """The delta rule's removal in some segments, in an order of their own."""
 
-    sigma_k_t [B, N, G, D, W]; z [B, N, G, D], the normaliser that enters -> [B, N, G, D, D].
-    """
-    scale = (z.unsqueeze(-2) @ sigma_k_t + eps).reciprocal()  # [B, N, G, 1, W]
-    return WeightedGram.apply(sigma_k_t, scale)
+    def removal(self, z: Tensor, eps: float) -> Tensor:
+        """I - T of one application, σ(K)^T diag(1 / (σ(K) z + ε)) σ(K), in the first X of the segments.
+
+        z [X, G, D], the normaliser that enters -> [X, G, D, D].
+        """
+        ...
 
 
-def repeated_removal(
-    sigma_k_t: Tensor, written: Tensor, entering_z: Tensor, written_z: Tensor, repeats: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+class PlainRemovals:
+    """`Removals` in PyTorch's own operations, from σ(K)^T of the segments [segments, G, D, W], zero at padding."""
+
+    def __init__(self, sigma_k_t: Tensor) -> None:
+        self._sigma_k_t = sigma_k_t
+
+    def removal(self, z: Tensor, eps: float) -> Tensor:
+        sigma_k_t = self._sigma_k_t[: len(z)]
+        scale = (z.unsqueeze(-2) @ sigma_k_t + eps).reciprocal()  # [X, G, 1, W]
+        return WeightedGram.apply(sigma_k_t, scale)
+
+
+class Updates(Protocol):
+    """The parts of `compressive.SegmentUpdates` that are needed here."""
+
+    written: Tensor
+    z: Tensor
+
+    def select(self, places: Tensor | None) -> Removals: ...
+
+
+def repeated_removal(updates: Updates, entering_z: Tensor, repeats: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The delta rule applied r times with the same keys and values, M <- (I - removed) M + added.
 
     Application j sees the normaliser z + j Δz. The applications are walked in runs of 1, 2, 4, ... that share the normaliser at
     their middle, and each run by repeated squaring: exact for r of 1 and 2, and log(r)^2 products of D x D otherwise.
 
     Args:
-        sigma_k_t: [B, N, G, D, W], zero at padding.
-        written: σ(K)^T V of one application, [B, N, G, D, Dv].
+        updates: σ(K)^T V and Δz of one application.
         entering_z: z that enters each segment, [B, N, G, D].
-        written_z: Δz of one application, [B, N, G, D].
         repeats: r, [B, N] whole numbers of at least 1.
 
     Returns:
         removed [B, N, G, D, D] and added [B, N, G, D, Dv] of all r applications together.
     """
-    num_groups, width = sigma_k_t.shape[2:4]
-    identity = torch.eye(width, dtype=sigma_k_t.dtype, device=sigma_k_t.device)
+    num_groups, width = entering_z.shape[2:]
+    identity = torch.eye(width, dtype=entering_z.dtype, device=entering_z.device)
     # Sorted by falling r, the segments that are not done are always the first ones, and the others cost nothing.
     left, order = repeats.long().cpu().flatten().sort(descending=True, stable=True)
-    places = order.to(sigma_k_t.device)
-    k_t, v, z, dz = (x.flatten(0, 1).index_select(0, places) for x in (sigma_k_t, written, entering_z, written_z))
+    places = order.to(entering_z.device)
+    v, z, dz = (x.flatten(0, 1).index_select(0, places) for x in (updates.written, entering_z, updates.z))
+    removals = updates.select(places)
 
-    total, added = identity - removal(k_t, z, eps), v
+    total, added = identity - removals.removal(z, eps), v
     left, applied, exponent = left - 1, 1, 1
     done: list[tuple[Tensor, Tensor]] = []
     while True:
@@ -54,16 +76,16 @@ def repeated_removal(
         done.append((total[active:], added[active:]))
         if active == 0:
             break
-        left, total, added, k_t, v, z, dz = (x[:active] for x in (left, total, added, k_t, v, z, dz))
+        left, total, added, v, z, dz = (x[:active] for x in (left, total, added, v, z, dz))
         count = left.clamp(max=1 << exponent)
         middle = (applied + (count - 1) / 2).to(z)[:, None, None]
-        factor = identity - removal(k_t, z + middle * dz, eps)
+        factor = identity - removals.removal(z + middle * dz, eps)
         total, added = _apply(factor, v, count, exponent, total, added)
         left, applied, exponent = left - count, applied + (1 << exponent), exponent + 1
 
     back = torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device=places.device))
     totals, additions = (torch.cat(parts[::-1]).index_select(0, back) for parts in zip(*done, strict=True))
-    return (identity - totals).view(*repeats.shape, num_groups, width, width), additions.view_as(written)
+    return (identity - totals).view(*repeats.shape, num_groups, width, width), additions.view_as(updates.written)
 
 
 def _apply(factor: Tensor, step: Tensor, count: Tensor, exponent: int, total: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:

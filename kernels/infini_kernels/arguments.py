@@ -139,7 +139,7 @@ def check_repeats(repeats: Tensor | None, batch_size: int, num_segments: int) ->
             f"repeats has shape {list(repeats.shape)}, but {batch_size} rows of {num_segments} segments need "
             f"{[batch_size, num_segments]}"
         )
-    if repeats.device.type == "cpu" and bool((repeats < 1).any()):
+    if values_known(repeats) and bool((repeats < 1).any()):
         raise ValueError(f"repeats holds {float(repeats.min())}, but a segment is written at least once")
 
 
@@ -158,7 +158,7 @@ def check_lengths(lengths: Tensor | None, batch_size: int, num_tokens: int, segm
             f"lengths has shape {list(lengths.shape)}, but {batch_size} rows of {num_segments} segments need "
             f"{[batch_size]} or {[batch_size, num_segments]}"
         )
-    if lengths.device.type != "cpu":
+    if not values_known(lengths):
         return
     if lengths.dim() == 1:
         too_long = lengths > num_tokens
@@ -171,3 +171,8 @@ def check_lengths(lengths: Tensor | None, batch_size: int, num_tokens: int, segm
         raise ValueError(f"lengths holds {int(lengths.min())}, but a number of tokens is at least 0")
     if bool(too_long.any()):
         raise ValueError(f"lengths holds {int(lengths[too_long][0])} but {limit}")
+
+
+def values_known(x: Tensor) -> bool:
+    """Whether values can be read without stalling an accelerator's queue or breaking torch.compile's graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()

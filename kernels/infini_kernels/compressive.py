@@ -7,14 +7,13 @@ Dv value width.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from infini_kernels.ageing import removal, repeated_removal
+from infini_kernels.ageing import PlainRemovals, Removals, repeated_removal
 from infini_kernels.backward import FeatureMap, ScaledProduct
 from infini_kernels.context_parallel import RunExchange
 from infini_kernels.memory import MemoryState
@@ -41,6 +40,45 @@ class CarriedMemory(NamedTuple):
     leaving: MemoryState  # M [B, G, D, Dv], z [B, G, D]
 
 
+class SegmentUpdates(Protocol):
+    """What each segment does to the memory; made once for all segments, from keys and values.
+
+    Attributes:
+        written: σ(K)^T V, [B, N, G, D, Dv].
+        z: Σ σ(K), [B, N, G, D].
+    """
+
+    written: Tensor
+    z: Tensor
+
+    def select(self, places: Tensor | None) -> Removals:
+        """What the segments b N + n of these places [X] remove, in their order; None takes all."""
+        ...
+
+    def walk(self, state: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `recurrence.walk`."""
+        ...
+
+
+class PlainUpdates:
+    """`SegmentUpdates` in PyTorch's own operations.
+
+    sigma_k [B, N, W, G, D], zero at padding; v [B, N, W, G, Dv]
+    """
+
+    def __init__(self, sigma_k: Tensor, v: Tensor) -> None:
+        self._sigma_k_t = sigma_k.permute(0, 1, 3, 4, 2)  # [B, N, G, D, W]
+        self.written = self._sigma_k_t @ v.permute(0, 1, 3, 2, 4)
+        self.z = sigma_k.sum(dim=2)
+
+    def select(self, places: Tensor | None) -> Removals:
+        segments = self._sigma_k_t.flatten(0, 1)
+        return PlainRemovals(segments if places is None else segments.index_select(0, places))
+
+    def walk(self, state: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return walk(state, added, reset, removed)
+
+
 class SegmentMemory:
     """Carries the memory over the segments: both rules are M_s = T_s M_{s-1} + B_s once z is known (Eq. 8 and 9).
 
@@ -50,15 +88,14 @@ class SegmentMemory:
     B_s and T_s come for all segments at once from the keys; only states of D x Dv are walked. With a group the exchange
     between its processes is under way from here to `carry`, so that other work can overlap with it.
 
-    sigma_k [B, N, W, G, D], zero at padding; v [B, N, W, G, Dv]; memory that enters the first segment, None for zeros;
-    reset [B, N] bool, the memory is zeroed before that segment; group: processes over which the segments are spread, None if
-    they are all here; repeats [B, N], how often each segment's update counts, None for once.
+    memory that enters the first segment, None for zeros; reset [B, N] bool, the memory is zeroed before that segment; group:
+    processes over which the segments are spread, None if they are all here; repeats [B, N], how often each segment's update
+    counts, None for once.
     """
 
     def __init__(
         self,
-        sigma_k: Tensor,
-        v: Tensor,
+        updates: SegmentUpdates,
         memory: MemoryState | None,
         reset: Tensor | None,
         update_rule: str,
@@ -66,59 +103,62 @@ class SegmentMemory:
         group: ProcessGroup | None = None,
         repeats: Tensor | None = None,
     ) -> None:
-        batch_size, num_segments, _, num_groups, key_width = sigma_k.shape
-        sigma_k_t = sigma_k.permute(0, 1, 3, 4, 2)  # [B, N, G, D, W]
-        self._written = sigma_k_t @ v.permute(0, 1, 3, 2, 4)  # [B, N, G, D, Dv]
-        once_z = sigma_k.sum(dim=2)  # [B, N, G, D]
-        self._written_z = once_z
+        batch_size, num_segments, num_groups, key_width, value_width = updates.written.shape
+        self._written, self._written_z = updates.written, updates.z
         if repeats is not None:
-            counts = repeats.to(once_z)[:, :, None, None]
-            self._written_z = counts * once_z
+            counts = repeats.to(updates.z)[:, :, None, None]
+            self._written_z = counts * updates.z
             if update_rule == "linear":
                 self._written = counts.unsqueeze(-1) * self._written
-        self._reset, self._group = reset, group
+        self._walk, self._reset, self._group = updates.walk, reset, group
         self._nothing_enters = memory is None and num_segments == 1 and group is None and repeats is None
         if self._nothing_enters:
             return
         if memory is None:
-            size = batch_size, num_groups, key_width, v.shape[-1]
-            memory = MemoryState.zeros(*size, device=sigma_k.device, dtype=sigma_k.dtype)
+            size = batch_size, num_groups, key_width, value_width
+            memory = MemoryState.zeros(*size, device=updates.z.device, dtype=updates.z.dtype)
         self._memory = memory
         if group is not None:
             kept = _kept(reset, self._written)[:, None, None].expand(-1, num_groups, 1)
-            _, run_z = walk(torch.zeros_like(memory.z), self._written_z, reset)
+            _, run_z = self._walk(torch.zeros_like(memory.z), self._written_z, reset)
             self._exchange_z = RunExchange(kept, run_z, group)
+        self._carried_z: tuple[Tensor, Tensor] | None = None
         self._removed = None
         if update_rule == "delta":  # M needs z here, so z is waited for
+            self._carried_z = self._carry_z()
             entering_z = self._carried_z[0]
             if repeats is None:
-                self._removed = removal(sigma_k_t, entering_z, eps)
+                self._removed = updates.select(None).removal(entering_z.flatten(0, 1), eps).unflatten(0, entering_z.shape[:2])
             else:
-                self._removed, self._written = repeated_removal(sigma_k_t, self._written, entering_z, once_z, repeats, eps)
+                self._removed, self._written = repeated_removal(updates, entering_z, repeats, eps)
         if group is not None:
             factor = kept.unsqueeze(2).expand(-1, -1, key_width, 1)
             if self._removed is not None:
-                factor = _transition(self._removed, reset)
-            _, run_M = walk(torch.zeros_like(memory.M), self._written, reset, self._removed)
+                factor = self._transition(self._removed)
+            _, run_M = self._walk(torch.zeros_like(memory.M), self._written, reset, self._removed)
             self._exchange_M = RunExchange(factor, run_M, group)
 
-    @cached_property
-    def _carried_z(self) -> tuple[Tensor, Tensor]:
+    def _carry_z(self) -> tuple[Tensor, Tensor]:
         """z that enters each segment [B, N, G, D], and that leaves the last."""
         if self._group is None:
-            return walk(self._memory.z, self._written_z, self._reset)
+            return self._walk(self._memory.z, self._written_z, self._reset)
         first, leaving = self._exchange_z.fold(self._memory.z)
-        return walk(first, self._written_z, self._reset)[0], leaving
+        return self._walk(first, self._written_z, self._reset)[0], leaving
 
     def carry(self) -> CarriedMemory:
         """Waits for the exchange and walks the memory over the segments."""
         if self._nothing_enters:
             return CarriedMemory(None, MemoryState(self._written[:, 0], self._written_z[:, 0]))
-        entering_z, leaving_z = self._carried_z
+        entering_z, leaving_z = self._carried_z or self._carry_z()
         first, leaving_M = (self._memory.M, None) if self._group is None else self._exchange_M.fold(self._memory.M)
-        entering_M, last_M = walk(first, self._written, self._reset, self._removed)
+        entering_M, last_M = self._walk(first, self._written, self._reset, self._removed)
         leaving_M = last_M if leaving_M is None else leaving_M
         return CarriedMemory(MemoryState(entering_M, entering_z), MemoryState(leaving_M, leaving_z))
+
+    def _transition(self, removed: Tensor) -> Tensor:
+        """T of all segments together under the delta rule, [B, G, D, D]: what they do to the memory that enters the first."""
+        identity = torch.eye(removed.shape[-1], dtype=removed.dtype, device=removed.device).expand_as(removed[:, 0])
+        return self._walk(identity, torch.zeros_like(removed), self._reset, removed)[1]
 
 
 def _kept(reset: Tensor | None, like: Tensor) -> Tensor:
@@ -126,12 +166,6 @@ def _kept(reset: Tensor | None, like: Tensor) -> Tensor:
     if reset is None:
         return torch.ones(like.shape[0], dtype=like.dtype, device=like.device)
     return (~reset.any(dim=1)).to(like)
-
-
-def _transition(removed: Tensor, reset: Tensor | None) -> Tensor:
-    """T of all segments together under the delta rule, [B, G, D, D]: what they do to the memory that enters the first."""
-    identity = torch.eye(removed.shape[-1], dtype=removed.dtype, device=removed.device).expand_as(removed[:, 0])
-    return walk(identity, torch.zeros_like(removed), reset, removed)[1]
 
 
 def read_and_mix(

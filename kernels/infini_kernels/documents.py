@@ -16,6 +16,7 @@ from infini_kernels.arguments import (
     check_segment_length,
 )
 from infini_kernels.local import causal_attention, equal_widths, flash_attention_for, local_attention
+from infini_kernels.parts import counted_as
 from infini_kernels.rotary import apply_rotary
 from infini_kernels.segments import lengths_by_segment, padding_mask
 
@@ -83,6 +84,7 @@ def _document_lengths(
     return [tokens for tokens in documents if tokens]
 
 
+@counted_as("local attention")
 def _packed_attention(q: Tensor, k: Tensor, v: Tensor, spans: list[int]) -> Tensor:
     """Causal attention inside each of the spans that make up P tokens.
 
@@ -99,4 +101,4 @@ def _packed_attention(q: Tensor, k: Tensor, v: Tensor, spans: list[int]) -> Tens
     q, k, v = equal_widths(q, k, v)
     ends = torch.tensor([0, *spans]).cumsum(0).to(q.device, torch.int32)
     out = flash_attn.flash_attn_varlen_func(q, k, v, ends, ends, max(spans), max(spans), softmax_scale=scale, causal=True)
-    return out[..., :value_width]
+    return (out[0] if isinstance(out, tuple) else out)[..., :value_width]

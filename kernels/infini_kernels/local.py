@@ -4,8 +4,7 @@ Shapes: B batch, T tokens, N segments, W tokens of a segment in this call, H que
 D key width, Dv value width; X rows of any kind.
 """
 
-import functools
-import importlib
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -13,11 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend
 
 from infini_kernels.arguments import Rotary, check_heads, check_lengths, check_rotary, check_segment_length
+from infini_kernels.parts import counted_as
 from infini_kernels.rotary import apply_rotary
 from infini_kernels.segments import SegmentLayout, padding_mask
 
+FLASH_ATTENTION_2 = find_spec("flash_attn") is not None
+FLASH_ATTENTION_3 = find_spec("flash_attn_interface") is not None
+"""For Hopper alone."""
 # The widest head for which FlashAttention has a kernel.
 FLASH_WIDEST_HEAD = 256
 # Up to this many tokens a row, PyTorch's backward on a CPU is faster in float32 than in bfloat16: 3.5 times at 64 tokens
@@ -25,19 +29,31 @@ FLASH_WIDEST_HEAD = 256
 SHORT_ROW_ON_CPU = 128
 
 
-@functools.cache
-def _flash_attn() -> ModuleType | None:
-    try:
-        return importlib.import_module("flash_attn")
-    except ImportError:
-        return None
-
-
 def flash_attention_for(q: Tensor, v: Tensor) -> ModuleType | None:
-    """The flash_attn module where it is installed and has a kernel for these tensors (last dimension the width)."""
-    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+    """The newest flash-attn that is installed and has a kernel for these tensors (last dimension the width)."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or max(q.shape[-1], v.shape[-1]) > FLASH_WIDEST_HEAD:
         return None
-    return _flash_attn() if max(q.shape[-1], v.shape[-1]) <= FLASH_WIDEST_HEAD else None
+    if FLASH_ATTENTION_3 and torch.cuda.get_device_capability(q.device)[0] == 9:
+        import flash_attn_interface
+
+        return flash_attn_interface
+    if FLASH_ATTENTION_2:
+        import flash_attn
+
+        return flash_attn
+    return None
+
+
+def local_attention_choice(q: Tensor, v: Tensor) -> str:
+    """What computes the attention of tensors like these, for a log."""
+    flash_attn = flash_attention_for(q, v)
+    if flash_attn is not None:
+        return f"{flash_attn.__name__} {getattr(flash_attn, '__version__', '')}".strip()
+    if not q.is_cuda:
+        return f"PyTorch {torch.__version__} on {q.device.type}"
+    q, k, v = (x.new_empty(1, 2, 16, max(q.shape[-1], v.shape[-1])) for x in (q, q, v))
+    number = torch._fused_sdp_choice(q, k, v, is_causal=True)
+    return f"PyTorch {torch.__version__}, {SDPBackend(number).name.lower()}"
 
 
 def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,6 +69,7 @@ def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     return q, k, v
 
 
+@counted_as("local attention")
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(mask(Q K^T) / sqrt(D)) V, row by row, with memory linear in the tokens.
 
@@ -63,6 +80,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     flash_attn = flash_attention_for(q, v)
     if flash_attn is not None:
         out = flash_attn.flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+        out = out[0] if isinstance(out, tuple) else out  # some versions give the normaliser too
     elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] <= SHORT_ROW_ON_CPU:
         out = _ShortRowsOnCpu.apply(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale).transpose(1, 2)
     else:
@@ -109,6 +127,7 @@ def _for_each_head(x: Tensor, q: Tensor) -> Tensor:
     return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
+@counted_as("local attention")
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None) -> Tensor:
     """A_dot of arXiv 2404.07143, Section 2.2, for all segments at once: segments are rows of a larger batch.
 

@@ -1,5 +1,9 @@
 """The public operation: checks its arguments and hands them to a backend."""
 
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -19,9 +23,11 @@ from infini_kernels.arguments import (
     check_segment_length,
 )
 from infini_kernels.memory import MemoryState
+from infini_kernels.parts import part
 from infini_kernels.reference import infini_attention_reference
 
 BACKENDS = ("auto", "reference", "triton")
+TRITON_INSTALLED = find_spec("triton") is not None
 
 
 def infini_attention(
@@ -75,8 +81,6 @@ def infini_attention(
             `lengths` are checked where it is on the CPU; it and `reset` may be there whatever q's device.
     """
     check_choice("backend", backend, BACKENDS)
-    if backend == "triton":
-        raise ValueError("backend is 'triton', which is not available in this build: write 'auto' or 'reference'")
     check_choice("update_rule", update_rule, UPDATE_RULES)
     check_choice("first_segment", first_segment, FIRST_SEGMENT_MIXES)
     check_segment_length(segment_length)
@@ -88,19 +92,54 @@ def infini_attention(
     check_reset(reset, q.shape[0], -(-q.shape[1] // segment_length))
     check_lengths(lengths, q.shape[0], q.shape[1], segment_length)
     check_repeats(repeats, q.shape[0], -(-q.shape[1] // segment_length))
-    return infini_attention_reference(
-        q,
-        k,
-        v,
-        gate,
-        memory,
-        segment_length=segment_length,
-        update_rule=update_rule,
-        rotary=rotary,
-        reset=reset,
-        lengths=lengths,
-        first_segment=first_segment,
-        eps=eps,
-        group=group,
-        repeats=repeats,
+    operation = _operation(backend, q, k, v)
+    with part("memory path"):
+        return operation(
+            q,
+            k,
+            v,
+            gate,
+            memory,
+            segment_length=segment_length,
+            update_rule=update_rule,
+            rotary=rotary,
+            reset=reset,
+            lengths=lengths,
+            first_segment=first_segment,
+            eps=eps,
+            group=group,
+            repeats=repeats,
+        )
+
+
+def memory_choice(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What computes the memory of tensors like these with backend 'auto', for a log."""
+    if _operation("auto", q, k, v) is infini_attention_reference:
+        return f"PyTorch {torch.__version__}"
+    import triton
+
+    return f"triton {triton.__version__}"
+
+
+def _operation(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, MemoryState]]:
+    """The backend's version. 'auto' takes the kernels on CUDA, where there are some for these tensors.
+
+    Raises:
+        ValueError: 'triton' is asked for and not possible.
+    """
+    if backend == "reference" or (backend == "auto" and not q.is_cuda):
+        return infini_attention_reference
+    if TRITON_INSTALLED:
+        # Here, because a CPU needs none of it.
+        from infini_kernels.triton import infini_attention_triton, supports
+
+        if supports(q, k, v):
+            return infini_attention_triton
+    if backend == "auto":
+        return infini_attention_reference
+    raise ValueError(
+        f"backend is 'triton', which takes CUDA tensors of float16, bfloat16 or float32 with heads of at most 256, and the "
+        f"package triton; q is {tuple(q.shape)} {q.dtype} on {q.device}"
+        + ("" if TRITON_INSTALLED else ", and triton is not installed")
+        + ": write 'auto' or 'reference'"
     )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from infini_kernels.arguments import values_known
+
 
 def walk(state: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """state_s = state_{s-1} - removed_s state_{s-1} + added_s, from zero where a reset stands before s.
@@ -68,5 +70,5 @@ def _masks(reset: Tensor, state: Tensor) -> list[Tensor | None]:
     On a GPU that is not looked at: to know it the host would have to wait for the device.
     """
     masks = reset.view(*reset.shape, *[1] * (state.dim() - 1)).unbind(1)
-    needed = reset.any(dim=0).tolist() if reset.device.type == "cpu" else [True] * len(masks)
+    needed = reset.any(dim=0).tolist() if values_known(reset) else [True] * len(masks)
     return [mask if need else None for mask, need in zip(masks, needed, strict=True)]

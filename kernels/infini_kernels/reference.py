@@ -7,8 +7,8 @@ D key width, Dv value width.
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from infini_kernels.arguments import Rotary
-from infini_kernels.compressive import SegmentMemory, feature_map, full_precision, read_and_mix
+from infini_kernels.arguments import Rotary, values_known
+from infini_kernels.compressive import PlainUpdates, SegmentMemory, feature_map, full_precision, read_and_mix
 from infini_kernels.local import segment_attention
 from infini_kernels.memory import MemoryState, memory_dtype
 from infini_kernels.segments import SegmentLayout, padding_mask
@@ -42,14 +42,14 @@ def infini_attention_reference(
         # v alone is kept as it came. Where it is a part of one tensor with q and k, its copy lets theirs go.
         v = v.contiguous()
     if reset is not None:
-        reset = None if reset.device.type == "cpu" and not bool(reset.any()) else reset.to(q.device)
+        reset = None if values_known(reset) and not bool(reset.any()) else reset.to(q.device)
 
     with full_precision(q):
         sigma_k = feature_map(k, dtype)  # [B, T, G, D]
         if padding is not None:
             sigma_k = sigma_k.masked_fill(padding, 0)  # σ(0) is 1: a zero key would still be written
-        folded = layout.fold(sigma_k), layout.fold(v.to(dtype))
-        written = SegmentMemory(*folded, memory, reset, update_rule, eps, group, repeats)
+        updates = PlainUpdates(layout.fold(sigma_k), layout.fold(v.to(dtype)))
+        written = SegmentMemory(updates, memory, reset, update_rule, eps, group, repeats)
     # Here, so that the exchange of a group that is now under way overlaps with it.
     local = segment_attention(layout.fold(q), layout.fold(k), layout.fold(v), rotary)  # [B, N, W, H, Dv]
     with full_precision(q):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infini_kernels.arguments import values_known
+
 
 class SegmentLayout(NamedTuple):
     """T tokens as N segments of W. W is the segment length, or T where the call is shorter than one segment."""
@@ -51,7 +53,7 @@ def padding_mask(lengths: Tensor | None, num_tokens: int, segment_length: int, d
     if lengths is None:
         return None
     lengths = lengths_by_segment(lengths, num_tokens, segment_length)
-    if lengths.device.type == "cpu" and int(lengths.sum()) == lengths.shape[0] * num_tokens:
+    if values_known(lengths) and int(lengths.sum()) == lengths.shape[0] * num_tokens:
         return None
     position = torch.arange(num_tokens, device=lengths.device)  # [T]
     padding = position % segment_length >= lengths[:, position // segment_length]

@@ -22,7 +22,7 @@ from infini_kernels.arguments import (
     check_rotary,
     check_segment_length,
 )
-from infini_kernels.compressive import SegmentMemory, feature_map, full_precision, read_and_mix
+from infini_kernels.compressive import PlainUpdates, SegmentMemory, feature_map, full_precision, read_and_mix
 from infini_kernels.memory import MemoryState, memory_dtype
 from infini_kernels.rotary import apply_rotary
 
@@ -116,7 +116,9 @@ def infini_attention_step(
         mixed = read_and_mix(sigma_q.unsqueeze(1), local.unsqueeze(1), gate, entering, first_segment, eps)
         if cache.remaining == 0:
             sigma_k = feature_map(cache.keys, dtype).unsqueeze(1)  # [B, 1, S, G, D]
-            written = SegmentMemory(sigma_k, cache.values.to(dtype).unsqueeze(1), memory, None, update_rule, eps).carry()
+            written = SegmentMemory(
+                PlainUpdates(sigma_k, cache.values.to(dtype).unsqueeze(1)), memory, None, update_rule, eps
+            ).carry()
             cache = replace(cache, memory=written.leaving, length=0)
     return mixed.squeeze(1).to(v.dtype), cache
 

@@ -29,8 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_prepare_train_evaluate_generate_report(folder):
     config = ["--config", str(folder / "run.yaml")]
     assert "60 documents" in call("prepare", *config)
-    output = call("pretrain", *config, processes=2)
+    output = call("pretrain", *config, "--profile.steps", "3", processes=2)
     assert "trained to step 8" in output
+    assert "attention: PyTorch" in output and "profile of steps 4 to 6" in output
 
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, 9))
@@ -38,6 +39,11 @@ def test_prepare_train_evaluate_generate_report(folder):
     assert {"loss", "grad_norm", "lr", "gate_lr", "padding", "tokens_per_second", "gates", "memory_norm"} <= set(records[0])
     assert "held_out_loss_memory_emptied" in records[3] and "held_out_loss" not in records[4]
     assert len(records[0]["gates"]) == 4 and len(records[0]["gates"][0]) == 4
+    for stage, its_own in ((0, "data"), (1, "output layer and loss")):
+        profiled = json.loads((folder / "run" / "profile" / f"stage_{stage}.json").read_text())
+        shares = {part["name"]: (part["forward"] + part["backward"]) / profiled["step_ms"] for part in profiled["parts"]}
+        assert min(shares[name] for name in ("local attention", "memory path", "linear layers", "communication", its_own)) > 0
+        assert sum(shares.values()) < 1.2
     assert list((folder / "run" / "wandb").glob("offline-run-*/*.wandb")), "Weights & Biases wrote nothing"
 
     output = call("evaluate", *config)
@@ -64,6 +70,7 @@ def test_prepare_train_evaluate_generate_report(folder):
     assert "nats per token in the first logged step" in output
     report = Path(re.search(r"report: (.*)", output)[1])
     assert report.is_file() and "<svg" in report.read_text(encoding="utf-8")
+    assert report.read_text(encoding="utf-8").count("<td>memory path</td>") == 2
 
 
 def test_what_a_user_gets_wrong_is_one_line_through_the_launcher(folder):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infini_kernels import MemoryState, infini_attention
-from infini_kernels.ageing import repeated_removal
+from infini_kernels.ageing import PlainRemovals, repeated_removal
 
 B, N, S, H, G, D, V = 2, 3, 4, 4, 2, 6, 5
 
@@ -111,7 +111,15 @@ def test_the_delta_rule_walks_runs_of_1_2_4_that_share_a_normaliser():
     keys = torch.rand(*shape, 3, dtype=torch.float64, generator=generator).requires_grad_()
     written = torch.randn(*shape, 6, dtype=torch.float64, generator=generator).requires_grad_()
     z, dz = (torch.rand(shape, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
-    removed, added = repeated_removal(keys, written, z, dz, repeats, 1e-6)
+
+    class Updates:
+        def __init__(self):
+            self.written, self.z = written, dz
+
+        def select(self, places):
+            return PlainRemovals(keys.flatten(0, 1)[places])
+
+    removed, added = repeated_removal(Updates(), z, repeats, 1e-6)
 
     identity, maps = torch.eye(4, dtype=torch.float64), []
     for place in torch.cartesian_prod(*(torch.arange(size) for size in shape[:3])).tolist():

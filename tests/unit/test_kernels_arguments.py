@@ -56,7 +56,7 @@ REFUSALS = {
     "update rule": ({"update_rule": "hebb"}, "update_rule is 'hebb', but must be one of linear, delta"),
     "first segment": ({"first_segment": "none"}, "first_segment is 'none', but must be one of paper, local_only"),
     "backend": ({"backend": "cuda"}, "backend is 'cuda', but must be one of auto, reference, triton"),
-    "triton": ({"backend": "triton"}, "backend is 'triton', which is not available in this build"),
+    "triton": ({"backend": "triton"}, "backend is 'triton', which takes CUDA tensors of float16, bfloat16 or float32"),
     "eps of zero": ({"eps": 0.0}, "eps is 0.0, but must be finite and at least"),
     "eps of NaN": ({"eps": float("nan")}, "eps is nan"),
     "reset shape": (

@@ -405,3 +405,18 @@ def test_memory_state_begins_empty_and_detaches() -> None:
     memory = infini_attention(*(inputs[name] for name in NAMES[:4]), segment_length=5)[1]
     assert memory.M.requires_grad and memory.z.requires_grad
     assert not memory.detach().M.requires_grad and not memory.detach().z.requires_grad
+
+
+@pytest.mark.parametrize(("first", "second"), [(6, 6), (2, 6), (6, 2)])
+def test_the_delta_rule_subtracts_too_much_after_a_short_segment(first: int, second: int) -> None:
+    """With equal keys, old values are read with weight (n - m) / (n + m) after m tokens: with the wrong sign where n < m."""
+    width, old, new = 4, 3.0, 5.0
+    values = torch.cat((torch.full((1, first, 1, width), old), torch.full((1, second, 1, width), new)), dim=1).double()
+    keys = torch.randn(1, 1, 1, width, dtype=torch.float64).expand_as(values)
+    gate, memory = torch.full((1,), 50.0, dtype=torch.float64), None  # all of what is read
+    for part in (slice(0, first), slice(first, None)):
+        q, k, v = (x[:, part] for x in (keys, keys, values))
+        _, memory = infini_attention(q, k, v, gate, memory, segment_length=8, update_rule="delta")
+    read, _ = infini_attention(keys[:, :1], keys[:, :1], values[:, :1], gate, memory, segment_length=8)
+    wanted = old * (first - second) / (first + second) + new * second / (first + second)
+    torch.testing.assert_close(read, torch.full_like(read, wanted), rtol=1e-5, atol=1e-5)

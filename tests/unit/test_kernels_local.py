@@ -1,5 +1,8 @@
 """Segment-local attention against the oracle, and the hand-over to FlashAttention."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -107,3 +110,29 @@ def test_flash_attention_is_called_with_one_width_and_the_true_scale(
 def test_flash_attention_is_left_alone_on_the_cpu() -> None:
     half = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
     assert local.flash_attention_for(half, half) is None
+
+
+def test_the_choice_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
+    assert local.local_attention_choice(half, half) == f"PyTorch {torch.__version__} on cpu"
+    monkeypatch.setattr(local, "flash_attention_for", lambda q, v: SimpleNamespace(__name__="flash_attn", __version__="2.8"))
+    assert local.local_attention_choice(half, half) == "flash_attn 2.8"
+
+
+def test_the_newest_flash_attention_that_the_card_can_run_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 1, 1, 128), device="cuda:0")
+    modules = {name: SimpleNamespace(__name__=name) for name in ("flash_attn", "flash_attn_interface")}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def taken(two: bool, three: bool, capability: int, **changes: object) -> str | None:
+        monkeypatch.setattr(local, "FLASH_ATTENTION_2", two)
+        monkeypatch.setattr(local, "FLASH_ATTENTION_3", three)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+        found = local.flash_attention_for(SimpleNamespace(**{**vars(q), **changes}), q)
+        return None if found is None else found.__name__
+
+    assert taken(True, True, 9) == "flash_attn_interface"
+    assert taken(True, True, 8) == "flash_attn" and taken(True, False, 9) == "flash_attn"
+    assert taken(False, True, 8) is None and taken(False, False, 9) is None
+    assert taken(True, True, 9, dtype=torch.float32) is None and taken(True, True, 9, shape=(1, 1, 1, 512)) is None

@@ -1,0 +1,102 @@
+"""The Triton kernels compiled for A100 (sm_80) and H100 (sm_90) without a card: registers, spills and shared memory.
+
+What is compiled are the launches of one layer's forward and backward at a geometry, recorded in place of a device.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from infini_kernels import infini_attention
+from infini_kernels.triton import blocks
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448}
+"""Bytes of shared memory that one block may have: CUDA C++ Programming Guide, table of compute capabilities, less 1 KB."""
+SEGMENT = 2048
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int8: "i8"}
+Launch = tuple[Any, tuple[Any, ...], dict[str, int], dict[str, Any]]
+
+
+def launches(width: int, dtype: torch.dtype, update_rule: str) -> list[Launch]:
+    """What one layer launches, forward and backward, with 2 key/value heads for 4 query heads of this width."""
+    T = 2 * SEGMENT
+    q = torch.empty(1, T, 4, width, dtype=dtype, requires_grad=True)
+    k, v = (torch.empty(1, T, 2, width, dtype=dtype, requires_grad=True) for _ in range(2))
+    gate = torch.empty(4, requires_grad=True)
+    angle = torch.empty(SEGMENT, width // 2)
+    found: list[Launch] = []
+    blocks.observers.append(lambda *launch: found.append(launch))
+    try:
+        out, memory = infini_attention(
+            q, k, v, gate, segment_length=SEGMENT, update_rule=update_rule, rotary=(angle, angle), backend="triton"
+        )
+        (out.sum() + memory.M.sum()).backward()
+    finally:
+        blocks.observers.pop()
+    return found
+
+
+def compile_for(launch: Launch, capability: int) -> dict[str, Any]:
+    """One launch, compiled and taken apart."""
+    kernel, arguments, options, constants = launch
+    signature, values, attributes = {}, dict(constants), {}
+    for number, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        if isinstance(value, Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            attributes[(number,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
+            values[name] = 1
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(number,)] = [["tt.divisibility", 16]]
+    for name in values:
+        signature[name] = "constexpr"
+    places = {(kernel.arg_names.index(name),): value for name, value in values.items()}
+    source = ASTSource(kernel, signature, places, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return {
+        "kernel": kernel.__name__.strip("_").removesuffix("_kernel"),
+        "sm": capability,
+        **_resources(compiled.asm["cubin"]),
+        "shared_bytes": compiled.metadata.shared,
+        "shared_limit": SHARED_LIMIT[capability],
+    }
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """What the assembler allotted; a stack is where registers are spilled to."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile("wb", suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([str(program), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said))
+    return {"registers": int(used["REG"]), "spilled_bytes": int(used["STACK"]) + int(used["LOCAL"])}
+
+
+def measure(
+    widths: tuple[int, ...] = (64, 128, 256), capabilities: tuple[int, ...] = (80, 90)
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """One row for each kernel, head width, type and architecture."""
+    rows = []
+    for width in widths:
+        for dtype in (torch.bfloat16, torch.float32):
+            for launch in launches(width, dtype, "delta"):
+                for capability in capabilities:
+                    rows.append({"width": width, "type": TYPES[dtype], **compile_for(launch, capability)})
+    spilled = [row for row in rows if row["spilled_bytes"]]
+    large = [row for row in rows if row["shared_bytes"] > row["shared_limit"]]
+    return rows, [f"{len(rows)} kernels compiled, {len(spilled)} spill, {len(large)} exceed the shared memory"]

@@ -1,0 +1,166 @@
+"""Infini-attention of one layer, forward and backward: kernels, plain PyTorch, torch.compile, and local attention alone.
+
+The memory path is the rest beside local attention. Bytes it must move: queries, keys, values and the local output are read, the
+mixed output is written; the backward reads these and the output's gradient and writes four gradients; states move as well.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.clock import copy_bandwidth, median_milliseconds
+from infini_kernels import infini_attention, local_attention
+from infini_kernels.compressive import SegmentMemory
+from infini_kernels.triton.operation import KernelUpdates
+from infini_kernels.triton.read import read_and_mix
+from infini_kernels.triton.states import segment_states
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A layer's heads and segment."""
+
+    name: str
+    heads: int
+    groups: int
+    width: int
+    segment: int = 2048
+
+
+GEOMETRIES = (Geometry("1B", 16, 8, 128), Geometry("8B", 32, 8, 128))
+LENGTHS = (8192, 32768, 131072, 1048576)
+PLAIN_AT = (32768,)
+"""Lengths at which plain PyTorch is measured too: it keeps several times the memory, and compiling it takes long."""
+
+
+def inputs(geometry: Geometry, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and gates of one row, all with gradients."""
+    shapes = [(1, tokens, heads, geometry.width) for heads in (geometry.heads, geometry.groups, geometry.groups)]
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
+    return q, k, v, torch.zeros(geometry.heads, device=device, requires_grad=True)
+
+
+def rotary_tables(geometry: Geometry, device: torch.device) -> tuple[Tensor, Tensor]:
+    frequencies = 10000.0 ** -(torch.arange(geometry.width // 2, device=device) / (geometry.width // 2))
+    angle = torch.arange(geometry.segment, device=device)[:, None] * frequencies
+    return angle.cos(), angle.sin()
+
+
+def both_ways(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> Callable[[], Any]:
+    """Forward and backward for a fixed gradient of the output."""
+    gradient = torch.ones_like(forward())
+    return lambda: torch.autograd.grad(forward(), leaves, gradient)
+
+
+def memory_path(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, local: Tensor, geometry: Geometry, rule: str) -> Tensor:
+    """What `infini_attention` does beside local attention, from the same kernels."""
+    tokens = torch.full((1, -(-q.shape[1] // geometry.segment)), geometry.segment, dtype=torch.int32, device=q.device)
+    carried = SegmentMemory(KernelUpdates(k, v, tokens, geometry.segment), None, None, rule, 1e-6).carry()
+    assert carried.entering is not None
+    return read_and_mix(q, local, gate, *carried.entering, tokens, geometry.segment, False, 1e-6)
+
+
+def bytes_moved(geometry: Geometry, tokens: int, item: int) -> tuple[int, int]:
+    """Bytes that the memory path cannot do without: (forward, backward)."""
+    query, key = tokens * geometry.heads * geometry.width * item, tokens * geometry.groups * geometry.width * item
+    states = -(-tokens // geometry.segment) * geometry.groups * geometry.width * (geometry.width + 1) * 4
+    # Forward: q, k, v, local, out; update and entering state, each written and read once. Backward: the same four and the
+    # gradient of the output are read, four gradients written, gradients of both states written and read, and the states read.
+    return 3 * query + 2 * key + 4 * states, 5 * query + 4 * key + 6 * states
+
+
+def measure_one(
+    geometry: Geometry, tokens: int, rule: str, device: torch.device, bandwidth: float, plain_at: tuple[int, ...] = PLAIN_AT
+) -> dict[str, Any]:
+    """Milliseconds of every variant; None where it ran out of memory or was left out."""
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    q, k, v, gate = leaves = inputs(geometry, tokens, device, dtype)
+    options: dict[str, Any] = {
+        "segment_length": geometry.segment,
+        "update_rule": rule,
+        "rotary": rotary_tables(geometry, device),
+    }
+
+    def whole(operation: Callable[..., Any], backend: str) -> Callable[[], Any]:
+        return lambda: both_ways(lambda: operation(q, k, v, gate, **options, backend=backend)[0], leaves)
+
+    def local_alone() -> Callable[[], Any]:
+        return both_ways(lambda: local_attention(q, k, v, segment_length=geometry.segment, rotary=options["rotary"]), (q, k, v))
+
+    def memory_alone() -> Callable[[], Any]:
+        local = torch.randn_like(q).requires_grad_()
+        return both_ways(lambda: memory_path(q, k, v, gate, local, geometry, rule), (*leaves, local))
+
+    def states_forward() -> Callable[[], Any]:
+        present = torch.full((1, -(-tokens // geometry.segment)), geometry.segment, dtype=torch.int32, device=device)
+        return torch.no_grad()(lambda: segment_states(k, v, present, geometry.segment))
+
+    makers: dict[str, Callable[[], Callable[[], Any]]] = {
+        "local": local_alone,
+        "memory path": memory_alone,
+        "whole": whole(infini_attention, "triton"),
+        "states forward": states_forward,
+    }
+    if tokens in plain_at:
+        makers["whole, plain"] = whole(infini_attention, "reference")
+        if on_gpu:
+            makers["whole, torch.compile"] = whole(torch.compile(infini_attention), "reference")
+    if on_gpu and rule == "linear" and find_spec("fla"):
+        makers["states forward, fla"] = lambda: _fla_states(k, v, geometry.segment)
+    found: dict[str, float | None] = {}
+    for name, make in makers.items():
+        try:
+            found[name] = median_milliseconds(make(), on_gpu)
+        except torch.OutOfMemoryError:
+            found[name] = None
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+    floor = 1000 * sum(bytes_moved(geometry, tokens, q.element_size())) / bandwidth
+    local, memory, all_of_it = found["local"], found["memory path"], found["whole"]
+    plain, compiled = found.get("whole, plain"), found.get("whole, torch.compile")
+    return {
+        "geometry": geometry.name,
+        "rule": rule,
+        "tokens": tokens,
+        "local ms": local,
+        "memory ms": memory,
+        "floor ms": floor,
+        "of copy bandwidth": memory and floor / memory,
+        "memory/local": memory and local and memory / local,
+        "whole ms": all_of_it,
+        "plain/whole": plain and all_of_it and plain / all_of_it,
+        "compiled/whole": compiled and all_of_it and compiled / all_of_it,
+        "states ms": found["states forward"],
+        "fla states ms": found.get("states forward, fla"),
+    }
+
+
+def _fla_states(k: Tensor, v: Tensor, segment: int) -> Callable[[], Any]:
+    """The states of flash-linear-attention, which takes keys as they are: σ is left out."""
+    from fla.ops.common.chunk_h import chunk_fwd_h
+
+    return torch.no_grad()(lambda: chunk_fwd_h(k, v, g=None, chunk_size=64, split_size=segment, states_in_fp32=True))
+
+
+def measure(
+    geometries: tuple[Geometry, ...] = GEOMETRIES, lengths: tuple[int, ...] = LENGTHS, device: str = "cuda"
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """One row for each geometry, rule and length."""
+    where = torch.device(device)
+    bandwidth = copy_bandwidth(where)
+    rows = [
+        measure_one(geometry, tokens, rule, where, bandwidth)
+        for geometry in geometries
+        for rule in ("linear", "delta")
+        for tokens in lengths
+    ]
+    return rows, [f"copy bandwidth {bandwidth / 1e12:.3f} TB/s; floor: bytes that must move at this rate"]

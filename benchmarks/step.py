@@ -1,0 +1,81 @@
+"""A whole training step on one GPU: 1B and a slice of 8B (its width, fewer layers), with infini, local and full attention."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.one_process import OneDocument, in_own_process
+from infini_train.cli import read_config
+from infini_train.config import LayoutConfig, RunConfig
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+MODELS = {"1B": ("1b.yaml", 20), "slice of 8B": ("8b.yaml", 4)}
+"""Configuration, and the layers that are kept."""
+VARIANTS = ("infini linear", "infini delta", "local", "full")
+SEGMENTS, MICRO_BATCHES, ROWS = 2, 4, 2
+WARMUP, STEPS = 3, 8
+
+
+def step_run(model: str, variant: str, fused_layers: str) -> RunConfig:
+    """The run of one measurement: one process, one window a step."""
+    file, layers = MODELS[model]
+    run = read_config(CONFIGS / file)
+    attention, _, rule = variant.partition(" ")
+    return replace(
+        run,
+        model=replace(run.model, num_layers=layers, attention=attention, update_rule=rule or "linear"),
+        data=replace(run.data, vocab_size=32000),
+        layout=LayoutConfig(zero_stage=1),
+        training=replace(
+            run.training,
+            steps=WARMUP + STEPS,
+            rows=ROWS,
+            segments_per_micro_batch=SEGMENTS,
+            micro_batches_per_window=MICRO_BATCHES,
+            recompute="none",
+            fused_layers=fused_layers,
+        ),
+        optimizer=replace(run.optimizer, warmup_steps=1),
+    )
+
+
+def one(model: str, variant: str, fused_layers: str) -> dict[str, Any]:
+    """Train a few steps on random tokens."""
+    from infini_train import platform
+
+    platform.install()
+    from infini_train.parallel.layout import initialize_process_group
+    from infini_train.training.setup import build_parts
+    from infini_train.training.signals import StopRequest
+    from infini_train.training.step import train_step
+
+    run = step_run(model, variant, fused_layers)
+    initialize_process_group()
+    parts = build_parts(run, OneDocument(run.data.vocab_size, (WARMUP + STEPS) * run.tokens_per_step // ROWS, documents=ROWS))
+    records = [train_step(parts, StopRequest())[0] for _ in range(WARMUP + STEPS)][WARMUP:]
+    return {
+        "tokens_per_second": statistics.median(record["tokens_per_second"] for record in records),
+        "mfu": statistics.median(record["mfu"] for record in records) if "mfu" in records[0] else None,
+        "peak_gb": max(record["peak_memory"] for record in records) / 1e9,
+    }
+
+
+def measure() -> tuple[list[dict[str, Any]], list[str]]:
+    """One row for each model, attention and kind of layers."""
+    rows = []
+    for model in MODELS:
+        for fused_layers in ("plain", *(["liger"] if find_spec("liger_kernel") else [])):
+            speeds: dict[str, float] = {}
+            for variant in VARIANTS:
+                found = in_own_process("benchmarks.step", model=model, variant=variant, fused_layers=fused_layers)
+                speeds[variant] = found["tokens_per_second"]
+                rows.append({"model": model, "layers": fused_layers, "attention": variant, **found})
+            for row in rows[-len(VARIANTS) :]:
+                row["of local"] = speeds[row["attention"]] / speeds["local"]
+    return rows, [
+        f"{ROWS} rows, micro-batches of {SEGMENTS} segments of 2,048 tokens, {MICRO_BATCHES} a window and step, bfloat16"
+    ]

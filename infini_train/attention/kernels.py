@@ -1,0 +1,15 @@
+"""What computes attention and memory here, in words."""
+
+from __future__ import annotations
+
+import torch
+
+from infini_kernels import local_attention_choice, memory_choice
+from infini_train.config import ModelConfig
+
+
+def kernels_in_words(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
+    """For example 'attention: flash_attn 2.8.3; memory: triton 3.6.0'."""
+    heads = torch.empty(1, 1, 1, model.head_dim, dtype=dtype, device=device)
+    words = f"attention: {local_attention_choice(heads, heads)}"
+    return words + (f"; memory: {memory_choice(heads, heads, heads)}" if model.attention == "infini" else "")

@@ -1,0 +1,116 @@
+"""What all kernels share: block sizes, precision of products, and pieces of device code.
+
+Every sum is one program's own, in one order: same inputs, same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""Kernels run in Python on the CPU (TRITON_INTERPRET=1)."""
+SMALLEST = 16
+"""Smallest side of a block in a matrix product."""
+WIDEST_HEAD = 256
+
+
+@triton.jit
+def sigma(x):
+    """σ(x) = ELU(x) + 1, float32."""
+    return tl.exp(tl.minimum(x, 0.0)) + tl.maximum(x, 0.0)
+
+
+@triton.jit
+def sigma_slope(s):
+    """σ'(x) from s = σ(x)."""
+    return tl.minimum(s, 1.0)
+
+
+@triton.jit
+def dot_exact(a, b, acc, WAY: tl.constexpr):
+    """acc + a b for float32 a, and b as it was read, as exact as in float32.
+
+    WAY (`exact_way`): 'split' multiplies both halves of a as bfloat16, the type of b, at twice the cost of one such product;
+    'emulated' does the same where the interpreter knows no bfloat16 products; else a precision of Triton's.
+    """
+    if WAY == "split" or WAY == "emulated":
+        high = a.to(tl.bfloat16)
+        low = (a - high.to(tl.float32)).to(tl.bfloat16)
+        if WAY == "emulated":
+            high, low, b = high.to(tl.float32), low.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(low, b, tl.dot(high, b, acc))
+    else:
+        acc = tl.dot(a, b.to(tl.float32), acc, input_precision=WAY)
+    return acc
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any
+) -> None:
+    """Every kernel starts here, so that what is compiled for a card can be asked for where there is none."""
+    if observers:
+        observers[-1](kernel, arguments, {"num_warps": num_warps, "num_stages": num_stages}, constants)
+        return
+    kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+observers: list[Callable[[Any, tuple[Any, ...], dict[str, int], dict[str, Any]], None]] = []
+"""The last of them, if there is one, takes a launch in place of the device."""
+
+
+def exact_way(dtype: torch.dtype) -> str:
+    """WAY of `dot_exact` for an operand of this type. Halves of float16 would lose σ(k) of keys below -17."""
+    if dtype == torch.bfloat16:
+        return "emulated" if INTERPRETED else "split"
+    return "tf32x3" if dtype == torch.float16 else "ieee"
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """Precision of products whose result is rounded to this type."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def block(width: int, largest: int = WIDEST_HEAD) -> int:
+    """A block's side for a dimension of this width."""
+    return min(largest, max(SMALLEST, triton.next_power_of_2(width)))
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether there are kernels for these tensors (last dimension the width of a head)."""
+    types = (torch.float16, torch.bfloat16, torch.float32)
+    widest = max(q.shape[-1], v.shape[-1])
+    return (
+        widest <= WIDEST_HEAD
+        and q.dtype in types
+        and q.dtype == k.dtype == v.dtype
+        and (q.is_cuda or INTERPRETED or bool(observers))
+    )
+
+
+def by_token(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """x [B, T, heads, width] with its last dimension contiguous, and its other strides."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x, (x.stride(0), x.stride(1), x.stride(2))
+
+
+def tile(head_width: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """For kernels whose blocks span a head: tokens of a block, value columns of a step, and warps.
+
+    As large as registers hold without spilling on sm_80 and sm_90 (benchmarks/compiled.py).
+    """
+    if dtype == torch.float32:
+        return 16, 16, 8 if head_width <= 64 else 4 if head_width <= 128 else 16
+    return (64, 32, 4) if head_width <= 64 else (64, 32, 8) if head_width <= 128 else (16, 32, 8)
+
+
+def sum_tile(head_width: int, value_width: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """For kernels that sum up a state over tokens: tokens of a step, key and value columns of the state, and warps."""
+    if dtype == torch.float32:
+        return 32, block(head_width, 64), block(value_width, 32), 4
+    return 64, block(head_width, 128), block(value_width, 64), 4 if head_width <= 64 else 8

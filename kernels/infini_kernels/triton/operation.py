@@ -1,0 +1,120 @@
+"""Infini-attention from the kernels: `infini_kernels.reference` with each pass over the tokens fused.
+
+Shapes: B batch, T tokens, N segments, W tokens of a segment in this call, H query heads, G key/value heads, D key width,
+Dv value width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from infini_kernels.ageing import Removals
+from infini_kernels.arguments import Rotary
+from infini_kernels.compressive import SegmentMemory, full_precision
+from infini_kernels.local import segment_attention
+from infini_kernels.memory import MemoryState
+from infini_kernels.parts import counted_as
+from infini_kernels.segments import SegmentLayout, lengths_by_segment, padding_mask
+from infini_kernels.triton.read import read_and_mix
+from infini_kernels.triton.removal import segment_removals
+from infini_kernels.triton.rotary import rotate
+from infini_kernels.triton.states import segment_states
+from infini_kernels.triton.walk import walk_segments
+
+
+def infini_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    memory: MemoryState | None,
+    *,
+    segment_length: int,
+    update_rule: str,
+    rotary: Rotary | None,
+    reset: Tensor | None,
+    lengths: Tensor | None,
+    first_segment: str,
+    eps: float,
+    group: ProcessGroup | None = None,
+    repeats: Tensor | None = None,
+) -> tuple[Tensor, MemoryState]:
+    """`infini_attention` for arguments that have been checked, and for which `blocks.supports` holds."""
+    layout = SegmentLayout.of(q.shape[1], segment_length)
+    tokens = _tokens(lengths, layout, q, segment_length)
+    if reset is not None:
+        reset = reset.to(q.device, torch.int8)
+    with full_precision(q):
+        updates = KernelUpdates(k, v, tokens, layout.width)
+        written = SegmentMemory(updates, memory, reset, update_rule, eps, group, repeats)
+    # Here, so that the exchange of a group that is now under way overlaps with it.
+    local = _local(q, k, v, rotary, tokens, padding_mask(lengths, layout.num_tokens, segment_length, q.device), layout)
+    with full_precision(q):
+        carried = written.carry()
+        M, z = carried.entering or (torch.zeros_like(updates.written), torch.zeros_like(updates.z))
+        out = read_and_mix(q, local, gate, M, z, tokens, layout.width, first_segment == "local_only", eps)
+    return out, carried.leaving
+
+
+class KernelUpdates:
+    """`compressive.SegmentUpdates` from kernels; they read keys as they are.
+
+    k [B, T, G, D]; v [B, T, G, Dv]; tokens [B, N] int32
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, tokens: Tensor, width: int) -> None:
+        self._k, self._tokens, self._width = k, tokens, width
+        self.written, self.z = segment_states(k, v, tokens, width)
+
+    def select(self, places: Tensor | None) -> Removals:
+        """What the segments b N + n of these places remove, in their order; None takes all."""
+        tokens = self._tokens.flatten()
+        if places is None:
+            places = torch.arange(len(tokens), device=tokens.device)
+        return KernelRemovals(self._k, places.int(), tokens.index_select(0, places), self._width)
+
+    def walk(self, state: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `recurrence.walk`."""
+        if reset is None:
+            reset = torch.zeros(added.shape[:2], dtype=torch.int8, device=added.device)
+        entering, leaving = walk_segments(state, added, reset, removed, False)
+        return entering, leaving
+
+
+class KernelRemovals:
+    """`ageing.Removals` from kernels: rows [X] int32 names segments b N + n, tokens [X] int32 their tokens."""
+
+    def __init__(self, k: Tensor, rows: Tensor, tokens: Tensor, width: int) -> None:
+        self._k, self._rows, self._tokens, self._width = k, rows, tokens, width
+
+    def removal(self, z: Tensor, eps: float) -> Tensor:
+        """See `ageing.Removals`."""
+        count = len(z)
+        return segment_removals(self._k, z, self._rows[:count], self._tokens[:count], self._width, eps)[0]
+
+
+def _tokens(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, segment_length: int) -> Tensor:
+    """Tokens of each segment that are there and no padding, [B, N] int32 on q's device."""
+    given = None if lengths is None else lengths_by_segment(lengths, layout.num_tokens, segment_length)
+    # Nothing is copied to the device but lengths that are not there: a CUDA graph cannot hold such a copy.
+    starts = torch.arange(layout.num_segments, device=q.device if given is None else given.device) * layout.width
+    present = (layout.num_tokens - starts).clamp(max=layout.width).expand(q.shape[0], -1)
+    if given is not None:
+        present = torch.minimum(present, given)
+    return present.to(q.device, torch.int32).contiguous()
+
+
+@counted_as("local attention")
+def _local(
+    q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, tokens: Tensor, padding: Tensor | None, layout: SegmentLayout
+) -> Tensor:
+    """Segment-local attention [B, T, H, Dv]; what stands at padding may be NaN, so it is zeroed first."""
+    if rotary is not None:
+        q, k = (rotate(x, *rotary, tokens, layout.width, 1) for x in (q, k))
+    elif padding is not None:
+        q, k = (x.masked_fill(padding, 0) for x in (q, k))
+    if padding is not None:
+        v = v.masked_fill(padding, 0)
+    return layout.unfold(segment_attention(layout.fold(q), layout.fold(k), layout.fold(v), None))

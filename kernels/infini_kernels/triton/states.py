@@ -1,0 +1,158 @@
+"""σ(K)^T V and Σ σ(K) of every segment, all segments at once.
+
+Shapes: B rows, T tokens, N segments, W tokens of a segment, G key/value heads, D key width, Dv value width. `tokens` [B, N]
+int32 says how many of a segment's tokens are no padding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from infini_kernels.triton.blocks import (
+    block,
+    by_token,
+    dot_exact,
+    exact_way,
+    launch,
+    product_precision,
+    sigma,
+    sigma_slope,
+    sum_tile,
+    tile,
+)
+
+
+@triton.jit
+def _states_kernel(
+    k_ptr, v_ptr, tokens_ptr, state_ptr, z_ptr,
+    k_row, k_token, k_head, v_row, v_token, v_head,
+    N, G, W: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr,
+):  # fmt: skip
+    segment, d_block, v_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    g = segment % G
+    n = (segment // G) % N
+    b = segment // (G * N)
+    tokens = tl.load(tokens_ptr + b * N + n)
+    d = d_block * BD + tl.arange(0, BD)
+    e = v_block * BV + tl.arange(0, BV)
+    first = (n * W).to(tl.int64)
+    k_ptr += b.to(tl.int64) * k_row + first * k_token + g * k_head
+    v_ptr += b.to(tl.int64) * v_row + first * v_token + g * v_head
+    state = tl.zeros((BD, BV), tl.float32)
+    z = tl.zeros((BD,), tl.float32)
+    for start in range(0, W, BW):
+        w = start + tl.arange(0, BW)
+        here = w < tokens
+        mask_k = here[None, :] & (d < D)[:, None]
+        key = tl.load(k_ptr + w[None, :] * k_token + d[:, None], mask=mask_k, other=0.0).to(tl.float32)
+        s = tl.where(mask_k, sigma(key), 0.0)  # [BD, BW]
+        value = tl.load(v_ptr + w[:, None] * v_token + e[None, :], mask=here[:, None] & (e < DV)[None, :], other=0.0)
+        state = dot_exact(s, value, state, WAY)
+        z += tl.sum(s, axis=1)
+    place = segment.to(tl.int64) * D
+    tl.store(state_ptr + (place + d[:, None]) * DV + e[None, :], state, mask=(d < D)[:, None] & (e < DV)[None, :])
+    if v_block == 0:
+        tl.store(z_ptr + place + d, z, mask=d < D)
+
+
+@triton.jit
+def _states_backward_kernel(
+    k_ptr, v_ptr, tokens_ptr, dstate_ptr, dz_ptr, dk_ptr, dv_ptr,
+    k_row, k_token, k_head, v_row, v_token, v_head,
+    T, N, G, W: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0)
+    g = segment % G
+    n = (segment // G) % N
+    b = segment // (G * N)
+    tokens = tl.load(tokens_ptr + b * N + n)
+    w = tl.program_id(1) * BW + tl.arange(0, BW)
+    t = n * W + w
+    d = tl.arange(0, BD)
+    here, inside, in_d = w < tokens, (w < W) & (t < T), d < D
+    row, place = b.to(tl.int64), t.to(tl.int64)
+    mask = here[:, None] & in_d[None, :]
+    key = tl.load(k_ptr + row * k_row + place[:, None] * k_token + g * k_head + d[None, :], mask=mask, other=0.0)
+    s = tl.where(mask, sigma(key.to(tl.float32)), 0.0)  # [BW, BD]
+    ds = tl.zeros((BW, BD), tl.float32)
+    state = segment.to(tl.int64) * D
+    out = (row * T + place) * G + g
+    for start in range(0, DV, BV):
+        e = start + tl.arange(0, BV)
+        in_e = e < DV
+        values = v_ptr + row * v_row + place[:, None] * v_token + g * v_head + e[None, :]
+        value = tl.load(values, mask=here[:, None] & in_e[None, :], other=0.0).to(tl.float32)
+        dstates = dstate_ptr + (state + d[:, None]) * DV + e[None, :]
+        dstate = tl.load(dstates, mask=in_d[:, None] & in_e[None, :], other=0.0)  # [BD, BV]
+        ds = tl.dot(value, tl.trans(dstate), ds, input_precision=PRECISION)
+        dvalue = tl.dot(s, dstate, input_precision=PRECISION)
+        mask_v = inside[:, None] & in_e[None, :]
+        tl.store(dv_ptr + out[:, None] * DV + e[None, :], dvalue.to(dv_ptr.dtype.element_ty), mask=mask_v)
+    ds += tl.load(dz_ptr + state + d, mask=in_d, other=0.0)[None, :]
+    dkey = tl.where(mask, ds * sigma_slope(s), 0.0)
+    tl.store(dk_ptr + out[:, None] * D + d[None, :], dkey.to(dk_ptr.dtype.element_ty), mask=inside[:, None] & in_d[None, :])
+
+
+@torch.library.custom_op("infini_kernels::segment_states", mutates_args=())
+def segment_states(k: Tensor, v: Tensor, tokens: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """k [B, T, G, D], v [B, T, G, Dv], tokens [B, N], W -> σ(K)^T V [B, N, G, D, Dv] and Σ σ(K) [B, N, G, D], float32."""
+    (B, N), (_, _, G, D), DV = tokens.shape, k.shape, v.shape[-1]
+    (k, k_strides), (v, v_strides) = by_token(k), by_token(v)
+    state = k.new_empty(B, N, G, D, DV, dtype=torch.float32)
+    z = k.new_empty(B, N, G, D, dtype=torch.float32)
+    BW, BD, BV, warps = sum_tile(D, DV, k.dtype)
+    grid = (B * N * G, triton.cdiv(D, BD), triton.cdiv(DV, BV))
+    launch(
+        _states_kernel, grid,
+        k, v, tokens, state, z, *k_strides, *v_strides, N, G, W=width,
+        D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, WAY=exact_way(v.dtype), num_warps=warps,
+    )  # fmt: skip
+    return state, z
+
+
+@segment_states.register_fake
+def _(k: Tensor, v: Tensor, tokens: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    shape = *tokens.shape, k.shape[2], k.shape[3]
+    return k.new_empty(*shape, v.shape[-1], dtype=torch.float32), k.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("infini_kernels::segment_states_backward", mutates_args=())
+def segment_states_backward(
+    k: Tensor, v: Tensor, tokens: Tensor, dstate: Tensor, dz: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v, zero at padding."""
+    (B, N), (_, T, G, D), DV = tokens.shape, k.shape, v.shape[-1]
+    (k, k_strides), (v, v_strides) = by_token(k), by_token(v)
+    dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    BW, BV, warps = tile(D, k.dtype)
+    BW = block(width, BW)
+    launch(
+        _states_backward_kernel, (B * N * G, triton.cdiv(width, BW)),
+        k, v, tokens, dstate.contiguous(), dz.contiguous(), dk, dv, *k_strides, *v_strides, T, N, G, W=width,
+        D=D, DV=DV, BW=BW, BD=block(D), BV=block(DV, BV), PRECISION=product_precision(k.dtype), num_warps=warps,
+    )  # fmt: skip
+    return dk, dv
+
+
+@segment_states_backward.register_fake
+def _(k: Tensor, v: Tensor, tokens: Tensor, dstate: Tensor, dz: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    return torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.width = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, dstate: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
+    return *segment_states_backward(*ctx.saved_tensors, dstate, dz, ctx.width), None, None
+
+
+segment_states.register_autograd(_backward, setup_context=_save)

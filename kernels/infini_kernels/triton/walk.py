@@ -1,0 +1,139 @@
+"""The walk over the segments: `infini_kernels.recurrence` as one kernel.
+
+Shapes: B rows, N segments, G key/value heads, D key width, Dv value width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from infini_kernels.triton.blocks import block, launch
+
+ELEMENTS = 1024
+"""Numbers of a state that one program carries where they do not mix."""
+
+
+@triton.jit
+def _sums_kernel(start_ptr, added_ptr, reset_ptr, entering_ptr, leaving_ptr, N, E, BE: tl.constexpr, BACKWARD: tl.constexpr):
+    """Running sums of N states of E numbers, from zero at resets; BACKWARD gives the gradients, from the last segment on."""
+    b = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    mask = e < E
+    state = tl.load(start_ptr + b * E + e, mask=mask, other=0.0)
+    for step in range(0, N):
+        n = N - 1 - step if BACKWARD else step
+        reset = tl.load(reset_ptr + b * N + n) != 0
+        place = (b * N + n) * E + e
+        if BACKWARD:
+            # What segment n adds meets the gradient of what leaves n; before n it is that, and n's own reading, or a reset.
+            tl.store(entering_ptr + place, state, mask=mask)
+            state += tl.load(added_ptr + place, mask=mask, other=0.0)
+            state = tl.where(reset, 0.0, state)
+        else:
+            state = tl.where(reset, 0.0, state)
+            tl.store(entering_ptr + place, state, mask=mask)
+            state += tl.load(added_ptr + place, mask=mask, other=0.0)
+    tl.store(leaving_ptr + b * E + e, state, mask=mask)
+
+
+@triton.jit
+def _recurrence_kernel(
+    start_ptr, added_ptr, removed_ptr, reset_ptr, entering_ptr, leaving_ptr, N, G,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """state <- (I - removed) state + added; BACKWARD has the transposed matrices, from the last segment on."""
+    program = tl.program_id(0)
+    g = program % G
+    b = (program // G).to(tl.int64)
+    d = tl.arange(0, BD)
+    e = tl.program_id(1) * BV + tl.arange(0, BV)
+    mask = (d < D)[:, None] & (e < DV)[None, :]
+    own = (b * G + g) * D * DV + d[:, None] * DV + e[None, :]
+    state = tl.load(start_ptr + own, mask=mask, other=0.0)  # [BD, BV]
+    for step in range(0, N):
+        n = N - 1 - step if BACKWARD else step
+        reset = tl.load(reset_ptr + b * N + n) != 0
+        if not BACKWARD:
+            state = tl.where(reset, 0.0, state)
+        segment = (b * N + n) * G + g
+        place = segment * D * DV + d[:, None] * DV + e[None, :]
+        tl.store(entering_ptr + place, state, mask=mask)
+        # The product takes the state in pieces of BK rows, from where it has just been written.
+        tl.debug_barrier()
+        after = state + tl.load(added_ptr + place, mask=mask, other=0.0)
+        for first in range(0, D, BK):
+            j = first + tl.arange(0, BK)
+            in_j = j < D
+            at = d[:, None] + j[None, :] * D if BACKWARD else d[:, None] * D + j[None, :]
+            matrix = tl.load(removed_ptr + segment * D * D + at, mask=(d < D)[:, None] & in_j[None, :], other=0.0)
+            piece_at = segment * D * DV + j[:, None] * DV + e[None, :]
+            piece = tl.load(entering_ptr + piece_at, mask=in_j[:, None] & (e < DV)[None, :], other=0.0)
+            after -= tl.dot(matrix, piece, input_precision="ieee")
+        tl.debug_barrier()
+        state = tl.where(reset, 0.0, after) if BACKWARD else after
+    tl.store(leaving_ptr + own, state, mask=mask)
+
+
+@torch.library.custom_op("infini_kernels::walk_segments", mutates_args=())
+def walk_segments(start: Tensor, added: Tensor, reset: Tensor, removed: Tensor | None, backward: bool) -> tuple[Tensor, Tensor]:
+    """`recurrence.walk`, float32; reset [B, N] int8. With backward: its gradients, from those of what leaves and enters.
+
+    start [B, G, D, ...]; added [B, N, G, D, ...]; removed [B, N, G, D, D] or None -> what enters each segment (backward: the
+    gradient of what it adds) and what leaves the last (backward: the gradient of what enters the first).
+    """
+    B, N, G, D = added.shape[:4]
+    start, added = start.contiguous(), added.contiguous()
+    entering, leaving = torch.empty_like(added), torch.empty_like(start)
+    if removed is None:
+        elements = start[0].numel()
+        BE = min(ELEMENTS, triton.next_power_of_2(elements))
+        launch(
+            _sums_kernel,
+            (B, triton.cdiv(elements, BE)),
+            start,
+            added,
+            reset,
+            entering,
+            leaving,
+            N,
+            elements,
+            BE=BE,
+            BACKWARD=backward,
+        )
+    else:
+        DV = added.shape[-1]
+        BV = block(DV, 16)
+        launch(
+        _recurrence_kernel, (B * G, triton.cdiv(DV, BV)),
+            start, added, removed.contiguous(), reset, entering, leaving, N, G,
+            D=D, DV=DV, BD=block(D), BK=block(D, 32), BV=BV, BACKWARD=backward,
+        )  # fmt: skip
+    return entering, leaving
+
+
+@walk_segments.register_fake
+def _(start: Tensor, added: Tensor, reset: Tensor, removed: Tensor | None, backward: bool) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(added.shape, dtype=added.dtype, device=added.device),
+        torch.empty(start.shape, dtype=start.dtype, device=start.device),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, reset, removed, _ = inputs
+    ctx.save_for_backward(reset, removed, None if removed is None else output[0])
+
+
+def _backward(ctx: Any, by_entering: Tensor, by_leaving: Tensor) -> tuple[Tensor | None, ...]:
+    reset, removed, entering = ctx.saved_tensors
+    dadded, dstart = walk_segments(by_leaving, by_entering, reset, removed, True)
+    dremoved = None if removed is None else -(dadded @ entering.transpose(-1, -2))
+    return dstart, dadded, None, dremoved, None
+
+
+walk_segments.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,21 @@
+"""Liger's layers compiled, on CUDA; of these only the loss runs under Triton's interpreter too (tests/kernels)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("liger_kernel")
+from tests import liger_cases
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs a CUDA device, and no interpreter"
+)
+
+
+@pytest.mark.parametrize("dtype", liger_cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize("agrees", [liger_cases.norm_agrees, liger_cases.swiglu_agrees, liger_cases.losses_agree])
+def test_agrees_with_the_plain_layer(agrees, dtype: torch.dtype) -> None:
+    agrees(dtype, "cuda")

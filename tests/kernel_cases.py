@@ -1,0 +1,225 @@
+"""What the Triton kernels must do, on any device: the same bodies run under Triton's interpreter and on CUDA.
+
+Needs torch and Triton alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infini_kernels import MemoryState, infini_attention
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}
+"""Of what is rounded to the type of the tokens, relative to the largest number of a result."""
+MEMORY_TOLERANCE = 1e-4
+"""Of M and z, whatever the type of the tokens."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one call, and what goes with it."""
+
+    rows: int
+    tokens: int
+    heads: int
+    groups: int
+    key_width: int
+    value_width: int
+    segment: int
+    memory: bool = True
+    rotary: bool = True
+    padding: bool = True
+    reset: bool = True
+    repeats: bool = False
+    first_segment: str = "paper"
+
+    @property
+    def segments(self) -> int:
+        return -(-self.tokens // self.segment)
+
+
+SMALL = {
+    "odd widths, partial last segment": Case(2, 13, 4, 2, 20, 36, 5),
+    "one segment, nothing before it": Case(1, 21, 2, 2, 16, 16, 21, memory=False, reset=False),
+    "shorter than a segment": Case(2, 7, 2, 1, 16, 20, 32, memory=False, padding=False),
+    "one key head for three, one block too long": Case(1, 70, 3, 1, 32, 16, 35, rotary=False),
+    "local_only": Case(2, 24, 2, 2, 16, 16, 8, memory=False, first_segment="local_only"),
+    "aged": Case(2, 15, 4, 2, 16, 24, 5, repeats=True),
+    "nothing but tokens": Case(1, 64, 2, 2, 64, 64, 16, memory=False, rotary=False, padding=False, reset=False),
+}
+LARGE = {
+    "width 64": Case(2, 1100, 8, 4, 64, 64, 512),
+    "width 128, 8B": Case(1, 4100, 32, 8, 128, 128, 2048),
+    "width 256": Case(1, 1500, 4, 2, 256, 256, 700),
+    "many short segments, aged": Case(2, 1999, 4, 4, 128, 64, 64, repeats=True),
+}
+"""For CUDA alone."""
+
+
+def draw(case: Case, dtype: torch.dtype, device: str, seed: int) -> tuple[list[Tensor], dict[str, Any]]:
+    """Tokens, gate and memory (leaves), and the options of the call."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    B, T, N, W = case.rows, case.tokens, case.segments, case.segment
+    tokens = [normal(B, T, case.heads, case.key_width), normal(B, T, case.groups, case.key_width)]
+    tokens.append(normal(B, T, case.groups, case.value_width))
+    leaves = [x.to(device, dtype) for x in tokens] + [normal(case.heads).to(device)]
+    if case.memory:
+        M, z = normal(B, case.groups, case.key_width, case.value_width), 3 * normal(B, case.groups, case.key_width).abs()
+        leaves += [M.to(device), z.to(device)]
+    options: dict[str, Any] = {"segment_length": W, "first_segment": case.first_segment}
+    if case.rotary:
+        angle = torch.arange(W)[:, None] / 100 ** (torch.arange(case.key_width // 2) * 2 / case.key_width)
+        options["rotary"] = angle.cos().to(device), angle.sin().to(device)
+    if case.reset:
+        options["reset"] = torch.rand(B, N, generator=generator) < 0.3
+    if case.padding:
+        present = torch.tensor([min(W, T - W * n) for n in range(N)])
+        options["lengths"] = torch.minimum(present, torch.randint(0, W + 1, (B, N), generator=generator))
+    if case.repeats:
+        options["repeats"] = torch.randint(1, 40, (B, N), generator=generator)
+    return leaves, options
+
+
+def run(
+    leaves: list[Tensor], options: dict[str, Any], seed: int, operation: Callable[..., Any] = infini_attention, **more: Any
+) -> dict[str, Tensor]:
+    """Outputs and every gradient for one random direction, by name."""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    memory = MemoryState(*leaves[4:]) if leaves[4:] else None
+    out, leaving = operation(*leaves[:4], memory, **options, **more)
+    generator = torch.Generator().manual_seed(seed)
+    results = {"out": out, "M": leaving.M, "z": leaving.z}
+    directions = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in results.values()]
+    total = sum((x * y).sum() for x, y in zip(results.values(), directions, strict=True))
+    names = ("dq", "dk", "dv", "dgate", "dM", "dz")
+    return {**results, **dict(zip(names, torch.autograd.grad(total, leaves), strict=False))}
+
+
+def agrees_with_float64(case: Case, dtype: torch.dtype, device: str, update_rule: str, seed: int) -> None:
+    """Outputs, memories and every gradient against the reference in float64, on the CPU; outputs are poisoned beforehand."""
+    leaves, options = draw(case, dtype, device, seed)
+    with poisoned():
+        found = run(leaves, options, seed, update_rule=update_rule, backend="triton")
+    exact = {key: tuple(x.double().cpu() for x in value) if key == "rotary" else value for key, value in options.items()}
+    wanted = run([x.double().cpu() for x in leaves], exact, seed, update_rule=update_rule, backend="reference")
+    for name, x in found.items():
+        error = (x.double().cpu() - wanted[name]).abs().max().item()
+        tolerance = MEMORY_TOLERANCE if name in ("M", "z") else TOLERANCE[dtype]
+        largest = wanted[name].abs().max().item()
+        assert error <= tolerance * largest + 1e-9, f"{name}: {error:.2e} of {largest:.2e} ({case})"
+
+
+def holds_memory(keys: str, segments: int, width: int, device: str, update_rule: str, dtype: torch.dtype) -> None:
+    """M and z after many segments of inputs that hurt, within 1e-4 of float64."""
+    T, D = segments * width, 16
+    generator = torch.Generator().manual_seed(3)
+    k = torch.randn(1, T, 1, D, generator=generator)
+    k = {"equal": k[:, :1].expand_as(k), "far below zero": k - 30, "usual": k}[keys]
+    q, v = torch.randn(1, T, 1, D, generator=generator), 1 + torch.randn(1, T, 1, D, generator=generator)
+    tokens = [x.to(dtype).contiguous() for x in (q, k, v)]
+    gate = torch.zeros(1)
+    options = {"segment_length": width, "update_rule": update_rule}
+    with torch.no_grad():
+        found = infini_attention(*(x.to(device) for x in (*tokens, gate)), **options, backend="triton")[1]
+        wanted = infini_attention(*(x.double() for x in (*tokens, gate)), **options, backend="reference")[1]
+    for x, y in zip(found, wanted, strict=True):
+        error = (x.double().cpu() - y).abs().max().item()
+        assert error <= MEMORY_TOLERANCE * y.abs().max().item(), f"{error:.2e} of {y.abs().max().item():.2e}"
+
+
+def same_bits(case: Case, dtype: torch.dtype, device: str, update_rule: str) -> None:
+    """The same inputs give the same bits, outputs and gradients."""
+    leaves, options = draw(case, dtype, device, 5)
+    first, second = (run(leaves, options, 5, update_rule=update_rule, backend="triton") for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def compiles_whole(case: Case, dtype: torch.dtype, device: str, update_rule: str, backend: str) -> None:
+    """torch.compile makes one graph of the operation, which computes the same, gradients included."""
+    leaves, options = draw(case, dtype, device, 7)
+    wanted = run(leaves, options, 7, update_rule=update_rule, backend="triton")
+    compiled = torch.compile(infini_attention, fullgraph=True, backend=backend)
+    found = run(leaves, options, 7, operation=compiled, update_rule=update_rule, backend="triton")
+    torch.testing.assert_close(found, wanted)
+
+
+def replays_from_a_cuda_graph(update_rule: str) -> None:
+    """A captured forward and backward gives the bits of an ordinary one, for inputs that came after the capture."""
+    case = Case(1, 1024, 4, 2, 64, 64, 256, memory=False, padding=False, reset=False)
+    first, options = draw(case, torch.bfloat16, "cuda", seed=1)
+    second, _ = draw(case, torch.bfloat16, "cuda", seed=2)
+    inputs = [x.clone().requires_grad_() for x in first]
+
+    def step(leaves: list[Tensor]) -> list[Tensor]:
+        out, memory = infini_attention(*leaves, **options, update_rule=update_rule, backend="triton")
+        return [out, memory.M, *torch.autograd.grad(out.float().sum() + memory.M.sum(), leaves)]
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step(inputs)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(inputs)
+    with torch.no_grad():
+        for x, y in zip(inputs, second, strict=True):
+            x.copy_(y)
+    graph.replay()
+    torch.testing.assert_close(results, step([x.clone().requires_grad_() for x in second]), rtol=0, atol=0)
+
+
+def on_cuda() -> list[tuple[str, Callable[[], None]]]:
+    """Every check of the compiled kernels, by name."""
+    checks: list[tuple[str, Callable[[], None]]] = []
+
+    def add(check: Callable[..., None], name: str, *arguments: Any) -> None:
+        checks.append((f"{check.__name__}: {name}", partial(check, *arguments)))
+
+    for rule in ("linear", "delta"):
+        for dtype in TOLERANCE:
+            for name, case in {**SMALL, **LARGE}.items():
+                add(agrees_with_float64, f"{name}, {rule}, {dtype}", case, dtype, "cuda", rule, 1)
+            for keys in ("equal", "far below zero", "usual"):
+                add(holds_memory, f"10,000 segments, keys {keys}, {rule}, {dtype}", keys, 10_000, 64, "cuda", rule, dtype)
+        for name in ("width 128, 8B", "many short segments, aged"):
+            add(same_bits, f"{name}, {rule}", LARGE[name], torch.bfloat16, "cuda", rule)
+        add(compiles_whole, rule, LARGE["width 64"], torch.float32, "cuda", rule, "inductor")
+        add(replays_from_a_cuda_graph, rule, rule)
+    return checks
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """What is allocated without being filled holds NaN, so that a place that no kernel writes is seen."""
+    originals = [(owner, name, getattr(owner, name)) for owner, name in POISONED]
+
+    def poisons(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poison(*arguments: Any, **options: Any) -> Tensor:
+            made = original(*arguments, **options)
+            return made.fill_(float("nan")) if made.is_floating_point() and not made.is_meta else made
+
+        return poison
+
+    try:
+        for owner, name, original in originals:
+            setattr(owner, name, poisons(original))
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+POISONED = ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty"))

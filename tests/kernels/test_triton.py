@@ -1,0 +1,74 @@
+"""The Triton kernels under Triton's interpreter; tests/gpu runs the same bodies compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from infini_kernels import infini_attention
+from infini_kernels.triton import operation
+from tests import kernel_cases
+
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+@pytest.mark.parametrize("name", kernel_cases.SMALL)
+def test_agrees_with_float64(name: str, update_rule: str, dtype: torch.dtype) -> None:
+    kernel_cases.agrees_with_float64(kernel_cases.SMALL[name], dtype, "cpu", update_rule, seed=1)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+@pytest.mark.parametrize("keys", ["equal", "far below zero"])
+def test_memory_of_inputs_that_hurt(keys: str, update_rule: str, dtype: torch.dtype) -> None:
+    kernel_cases.holds_memory(keys, 40, 16, "cpu", update_rule, dtype)
+
+
+def test_memory_of_many_segments() -> None:
+    """On CUDA there are ten thousand; here they would take minutes."""
+    kernel_cases.holds_memory("usual", 400, 2, "cpu", "linear", torch.bfloat16)
+
+
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+def test_same_inputs_same_bits(update_rule: str) -> None:
+    kernel_cases.same_bits(kernel_cases.SMALL["aged"], torch.bfloat16, "cpu", update_rule)
+
+
+def test_operators_are_registered_soundly() -> None:
+    """Schemas, fake implementations and autograd of every operator, as torch checks them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).requires_grad_()
+
+    tokens = torch.tensor([[5, 3], [5, 0]], dtype=torch.int32)
+    k, v, q, local = normal(2, 9, 1, 16), normal(2, 9, 1, 20), normal(2, 9, 2, 16), normal(2, 9, 2, 20)
+    M, z, gate = normal(2, 2, 1, 16, 20), normal(2, 2, 1, 16).detach().abs().requires_grad_(), normal(2)
+    rows, few = torch.tensor([2, 0], dtype=torch.int32), torch.tensor([5, 5], dtype=torch.int32)
+    reset = torch.tensor([[0, 1], [0, 0]], dtype=torch.int8)
+    angle = torch.randn(5, 8, generator=generator)
+    calls = [
+        (operation.segment_states, (k, v, tokens, 5)),
+        (operation.read_and_mix, (q, local, gate, M, z, tokens, 5, False, 1e-6)),
+        (operation.segment_removals, (k, z.detach().flatten(0, 1)[:2].requires_grad_(), rows, few, 5, 1e-6)),
+        (operation.walk_segments, (normal(2, 1, 16, 20), M, reset, normal(2, 2, 1, 16, 16), False)),
+        (operation.rotate, (q, angle.cos(), angle.sin(), tokens, 5, 1)),
+    ]
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+def test_torch_compile_takes_it_whole(update_rule: str) -> None:
+    """No graph break, and the same numbers, forward and backward."""
+    case = kernel_cases.SMALL["odd widths, partial last segment"]
+    kernel_cases.compiles_whole(case, torch.float32, "cpu", update_rule, "aot_eager")
+
+
+def test_what_has_no_kernel_is_refused_or_left_to_the_reference() -> None:
+    tensors = [torch.zeros(1, 4, 1, 8, dtype=torch.float64) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"backend is 'triton', which takes CUDA .* q is \(1, 4, 1, 8\) torch.float64"):
+        infini_attention(*tensors, torch.zeros(1, dtype=torch.float64), segment_length=2, backend="triton")
+    assert infini_attention(*tensors, torch.zeros(1, dtype=torch.float64), segment_length=2)[0].dtype == torch.float64

@@ -1,0 +1,57 @@
+"""Liger's layers against the plain ones: values and every gradient, within the rounding of the type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional
+
+from infini_train.model.feed_forward import FeedForward
+from infini_train.model.fused import LigerFeedForward, LigerRMSNorm, liger_token_losses
+from infini_train.model.norm import RMSNorm
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def _agree(found: Callable[..., Tensor], wanted: Callable[..., Tensor], leaves: list[Tensor], dtype: torch.dtype) -> None:
+    results = []
+    for function in (found, wanted):
+        inputs = [x.detach().clone().requires_grad_() for x in leaves]
+        out = function(*inputs)
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
+        results.append([out, *torch.autograd.grad((out * direction).sum(), inputs)])
+    for x, y in zip(*results, strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        scale = y.abs().max().item()
+        torch.testing.assert_close(x.float(), y.float(), rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+def _normal(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+
+
+def norm_agrees(dtype: torch.dtype, device: str) -> None:
+    config = TransformerConfig(num_layers=1, hidden_size=100, num_attention_heads=1)
+    plain, fused = (kind(config, 100).to(device, dtype) for kind in (RMSNorm, LigerRMSNorm))
+    leaves = [3 * _normal(7, 3, 100, dtype=dtype, device=device), _normal(100, dtype=dtype, device=device)]
+
+    def through(layer: RMSNorm) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, weight: torch.func.functional_call(layer, {"weight": weight}, (x,))
+
+    _agree(through(fused), through(plain), leaves, dtype)
+
+
+def swiglu_agrees(dtype: torch.dtype, device: str) -> None:
+    _agree(LigerFeedForward.join, FeedForward.join, [_normal(5, 3, 2 * 36, dtype=dtype, device=device)], dtype)
+
+
+def losses_agree(dtype: torch.dtype, device: str) -> None:
+    targets = torch.randint(0, 37, (3, 5), generator=torch.Generator().manual_seed(3)).to(device)
+
+    def plain(logits: Tensor) -> Tensor:
+        return functional.cross_entropy(logits.float().permute(1, 2, 0), targets, reduction="none")
+
+    _agree(lambda x: liger_token_losses(x, targets), plain, [4 * _normal(5, 3, 37, dtype=dtype, device=device)], dtype)
