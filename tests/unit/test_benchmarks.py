@@ -1,0 +1,31 @@
+"""What `make bench-gpu` will run, as far as it can be seen without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import gpu, step
+from benchmarks.run import NAMES, show
+from infini_train.validation import validate
+
+
+@pytest.mark.parametrize("model", step.MODELS)
+@pytest.mark.parametrize("variant", step.VARIANTS)
+def test_steps_are_runs_that_can_be(model: str, variant: str) -> None:
+    run = step.step_run(model, variant, "plain")
+    validate(run, world_size=1)
+    assert run.model.attention == variant.split()[0] and run.tokens_per_step == 2 * 4 * 4096
+    assert run.model.hidden_size == {"1B": 2048, "slice of 8B": 4096}[model] and run.training.precision == "bfloat16"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card to measure")
+def test_without_a_card_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main() == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+    assert set(gpu.NEEDS) <= set(NAMES)
+
+
+def test_a_table_has_its_columns_under_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    show("speeds", [{"tokens": 8, "ms": 1234.5}, {"tokens": 1024, "ms": None}])
+    assert capsys.readouterr().out == "speeds\ntokens     ms\n     8  1,234\n  1024   None\n"
