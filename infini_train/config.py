@@ -105,6 +105,9 @@ class TaskConfig:
     """Facts in a text: numbers, pairs or moves; passkey has 1."""
     digits: int = 5
     """Digits of a number, each a token."""
+    questions: int = 1
+    """Facts that a text of `prepare` asks for, one after the other at its end: up to `keys` of multi_key and
+    associative_recall, so that a text teaches more. `evaluate passkey` asks for one."""
     filler: Literal["repeated", "text"] = "repeated"
     """What stands around the facts. repeated: the paper's sentences (The grass is green. ...); text: documents of data.source,
     the training split's in training data and the held-out split's elsewhere."""

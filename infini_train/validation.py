@@ -12,6 +12,8 @@ from infini_train.errors import UserError
 
 MOST_KEYS = {"passkey": 1, "multi_key": 109, "associative_recall": 54}
 """Facts that a text of a task can have; a test compares them with the words at hand."""
+ASKS_SEVERAL = ("multi_key", "associative_recall")
+"""Tasks whose facts can each be asked."""
 
 
 def _positive(section: str, config: Any, names: str) -> None:
@@ -235,11 +237,17 @@ def validate_task(config: RunConfig) -> None:
     _positive(
         "task",
         task,
-        "keys digits samples held_out_samples min_tokens answer_weight other_weight samples_per_cell rows",
+        "keys digits questions samples held_out_samples min_tokens answer_weight other_weight samples_per_cell rows",
     )
     most = MOST_KEYS.get(task.kind or "passkey")
     if most is not None and task.keys > most:
         raise UserError(f"task.keys is {task.keys} with task.kind {task.kind or 'passkey'}, which has at most {most}")
+    asks = task.keys if task.kind in ASKS_SEVERAL else 1
+    if task.questions > asks:
+        raise UserError(
+            f"task.questions is {task.questions}, but a text of task.kind {task.kind or 'passkey'} with task.keys {task.keys} "
+            f"asks for at most {asks}; lower it"
+        )
     if task.max_tokens < task.min_tokens:
         raise UserError(f"task.max_tokens is {task.max_tokens}, less than task.min_tokens {task.min_tokens}; exchange them")
     shares = ("late_share", "border_share", "own_segment_share")

@@ -74,7 +74,7 @@ def split_samples(run: RunConfig, tokenizer: Tokenizer, split: str, filler: Text
     for number in range(config.samples if split == "train" else config.held_out_samples):
         # The length has a seed of its own, so that it does not depend on what the sample draws.
         length = task_length(config, Draws(sample_seed(config.seed, PURPOSES[split], number, 1)).fraction())
-        yield task.sample(config.seed, PURPOSES[split], (number, 0), length, placement)
+        yield task.sample(config.seed, PURPOSES[split], (number, 0), length, placement, config.questions)
 
 
 def task_length(config: TaskConfig, fraction: float) -> int:

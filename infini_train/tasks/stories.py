@@ -32,6 +32,8 @@ class Story:
     anywhere: tuple[str, ...] = ()
     unscored: str = ""
     """Characters of the answer that separate its parts and count for nothing."""
+    further: tuple[tuple[str, str], ...] = ()
+    """Question and answer of each fact that is not asked, for texts that ask several."""
 
 
 def passkey(draws: Draws, keys: int, digits: int) -> Story:
@@ -47,17 +49,22 @@ def passkey(draws: Draws, keys: int, digits: int) -> Story:
 
 def multi_key(draws: Draws, keys: int, digits: int) -> Story:
     """Several named keys, one of which is asked."""
-    needles = []
     names = draws.distinct(OBJECTS, keys)
-    values = [draws.digits(digits) for _ in names]
-    for name, value in zip(names, values, strict=True):
-        needles.append(f"\nThe pass key of the {name} is {value}. Remember it. {value} is the pass key of the {name}.\n")
+    pairs = [(name, draws.digits(digits)) for name in names]
+    needles = [
+        f"\nThe pass key of the {name} is {value}. Remember it. {value} is the pass key of the {name}.\n"
+        for name, value in pairs
+    ]
+    asked, *further = [
+        (f"\nWhat is the pass key of the {name}? The pass key of the {name} is ", value) for name, value in pairs
+    ]
     return Story(
         introduction=KEY_INTRODUCTION,
         needle=needles[0],
         anywhere=tuple(needles[1:]),
-        question=f"\nWhat is the pass key of the {names[0]}? The pass key of the {names[0]} is ",
-        answer=values[0],
+        question=asked[0],
+        answer=asked[1],
+        further=tuple(further),
     )
 
 
@@ -80,12 +87,16 @@ def associative_recall(draws: Draws, keys: int, digits: int) -> Story:
     words = draws.distinct(OBJECTS, 2 * keys)
     pairs = list(zip(words[:keys], words[keys:], strict=True))
     needles = tuple(f"\nThe word {first} goes with the word {second}.\n" for first, second in pairs)
+    asked, *further = [
+        (f"\nWhich word goes with {first}? The word {first} goes with the word", f" {second}") for first, second in pairs
+    ]
     return Story(
         introduction=FACTS_INTRODUCTION,
         needle=needles[0],
         anywhere=needles[1:],
-        question=f"\nWhich word goes with {pairs[0][0]}? The word {pairs[0][0]} goes with the word",
-        answer=f" {pairs[0][1]}",
+        question=asked[0],
+        answer=asked[1],
+        further=tuple(further),
     )
 
 

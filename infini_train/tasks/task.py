@@ -33,23 +33,34 @@ class Task:
         self.filler = filler
         check_digits(tokenizer)
 
-    def sample(self, seed: int, purpose: Purpose, index: tuple[int, ...], length: int, placement: Placement) -> Sample:
+    def sample(
+        self,
+        seed: int,
+        purpose: Purpose,
+        index: tuple[int, ...],
+        length: int,
+        placement: Placement,
+        questions: int = 1,
+    ) -> Sample:
         """The sample that (seed, purpose, index) names.
 
         Args:
             length: tokens from the begin token to the answer's last.
             placement: where the asked needle goes.
+            questions: facts that are asked. The further questions follow the first answer, and with theirs they are part of the
+                sample's answer, in which they are not scored.
 
         Raises:
             UserError: if the text without any filler is longer.
         """
         draws = Draws(sample_seed(seed, purpose, *index))
-        return self._assemble(tell(self.config, draws), draws, length, placement)
+        return self._assemble(tell(self.config, draws), draws, length, placement, questions)
 
-    def _assemble(self, story: Story, draws: Draws, length: int, placement: Placement) -> Sample:
+    def _assemble(self, story: Story, draws: Draws, length: int, placement: Placement, questions: int) -> Sample:
         encode = self.tokenizer.encode
         head = [self.tokenizer.bos_id, *encode(story.introduction)]
-        needle, question, answer = encode(story.needle), encode(story.question), encode(story.answer)
+        needle, question = encode(story.needle), encode(story.question)
+        answer, scored = self._answers(story, questions)
         before, anywhere = [encode(text) for text in story.before], [encode(text) for text in story.anywhere]
         fixed = sum(map(len, [head, needle, question, answer, *before, *anywhere]))
         filler = length - fixed
@@ -88,12 +99,11 @@ class Task:
             done = offset
         parts.append(Part(self.filler, first + done, filler - done))
         parts.append(Part(Fixed(question + answer), 0, len(question) + len(answer)))
-        separators = {token for character in story.unscored for token in encode(character)}
         return Sample(
             parts=tuple(parts),
             answer_start=length - len(answer),
             answer=np.array(answer, dtype=np.int64),
-            scored=np.array([token not in separators for token in answer]),
+            scored=np.array(scored),
             facts={
                 "task": self.kind,
                 "needle": story.needle.strip(),
@@ -104,6 +114,18 @@ class Task:
                 "answer": story.answer.strip(),
             },
         )
+
+    def _answers(self, story: Story, questions: int) -> tuple[list[int], list[bool]]:
+        """The tokens after the first question, and which of them are scored: those of answers, without what separates parts."""
+        encode = self.tokenizer.encode
+        separators = {token for character in story.unscored for token in encode(character)}
+        answer = encode(story.answer)
+        scored = [token not in separators for token in answer]
+        for its_question, its_answer in story.further[: questions - 1]:
+            for text, counts in ((its_question, False), (its_answer, True)):
+                tokens = encode(text)
+                answer, scored = answer + tokens, scored + [counts] * len(tokens)
+        return answer, scored
 
 
 def tell(config: TaskConfig, draws: Draws) -> Story:

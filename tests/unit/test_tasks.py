@@ -79,6 +79,25 @@ def test_the_passkey_is_the_papers(make: Make, tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(make("passkey", place=0.0).tokens.tolist()).index("The pass key is") < 200
 
 
+@pytest.mark.parametrize("kind", ["multi_key", "associative_recall"])
+def test_several_facts_are_asked_one_after_the_other(tokenizer: Tokenizer, kind: str) -> None:
+    task = Task(TaskConfig(kind=kind, keys=5), tokenizer, RepeatedFiller(tokenizer))
+    one, three = (task.sample(3, Purpose.TRAIN, (0,), 700, at_depth(0.5), questions) for questions in (1, 3))
+    assert three.length == 700 and three.facts["question"] == one.facts["question"]
+    before, after = (tokenizer.decode(tokens.tolist()) for tokens in np.split(three.tokens, [three.answer_start]))
+    assert after.startswith(tokenizer.decode(one.answer.tolist())) and before.rstrip().endswith(one.facts["question"])
+    spans = np.flatnonzero(np.diff(np.concatenate(([0], three.scored.astype(int), [0])))).reshape(-1, 2)
+    answers = [tokenizer.decode(three.answer[start:end].tolist()).strip() for start, end in spans]
+    assert len(answers) == 3 == len(set(answers))
+    for (start, _), answer in zip(spans[1:], answers[1:], strict=True):
+        question = tokenizer.decode(three.answer[:start].tolist()).rsplit("\n", 1)[1]
+        if kind == "multi_key":
+            name = question.split(" of the ")[1].split("?")[0]
+            assert f"The pass key of the {name} is {answer}. Remember it." in before
+        else:
+            assert f"The word {question.split(' goes with ')[1].split('?')[0]} goes with the word {answer}." in before
+
+
 def test_digits_are_single_tokens(make: Make, tokenizer: Tokenizer) -> None:
     digits = {tokenizer.encode(digit)[0] for digit in "0123456789"}
     assert len(digits) == 10
@@ -243,6 +262,14 @@ def test_validation_knows_the_words() -> None:
     [
         ({"keys": 2}, "task.keys is 2 with task.kind passkey, which has at most 1"),
         ({"kind": "associative_recall", "keys": 80}, "task.keys is 80"),
+        (
+            {"kind": "multi_key", "keys": 4, "questions": 5},
+            "task.questions is 5, but a text of task.kind multi_key with task.keys 4 asks for at most 4",
+        ),
+        (
+            {"kind": "babi", "keys": 4, "questions": 2},
+            "task.questions is 2, but a text of task.kind babi with task.keys 4 asks for at most 1",
+        ),
         ({"min_tokens": 600}, "task.max_tokens is 512"),
         ({"late_share": -0.1}, "task.late_share is -0.1"),
         ({"late_share": 0.6, "border_share": 0.3, "own_segment_share": 0.2}, "own_segment_share 0.2 is more than 1"),
