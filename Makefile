@@ -5,13 +5,15 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 DEMO := configs/tiny.yaml
+RECIPE := passkey-cpu
 
-.PHONY: help setup demo check test test-slurm bench-gpu format clean
+.PHONY: help setup demo check recheck test test-slurm bench-gpu format clean
 help:
 	@echo "make demo        train a small model on this machine and write its report (about ten minutes)"
 	@echo "make test        everything that CI runs; without SLURM on this machine its tests are skipped"
 	@echo "make test-slurm  install SLURM (as root, on Debian) and run its tests"
 	@echo "make check       lint, types and unit tests, in under two minutes"
+	@echo "make recheck     measure the committed weights of RECIPE=passkey-cpu again, up to a million tokens (minutes)"
 	@echo "make bench-gpu   check the kernels on this machine's GPU and measure them; PYTHON is one that has torch and Triton"
 	@echo "make format      let ruff format the code"
 	@echo "make clean       delete .venv and runs/"
@@ -39,6 +41,12 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=2 $(BIN)/pytest tests/unit
+
+# The tokenizer lies beside the weights, and nothing else of the data is needed.
+recheck: setup
+	OMP_NUM_THREADS=1 $(BIN)/infini-train evaluate passkey --config configs/$(RECIPE).yaml --run_dir runs/recheck-$(RECIPE) \
+		--from_checkpoint $(wildcard benchmarks/results/$(RECIPE)/seed-*.safetensors) --data.path benchmarks/results/$(RECIPE) \
+		--task.lengths '[512, 16384, 131072, 1048576]' --task.depths '[0, 0.5, 1]' --task.samples_per_cell 4 --task.rows 4
 
 # One after the other: beside the tests on several processes, jobs on SLURM ran out of their time limits on two cores.
 test: check

@@ -1,0 +1,26 @@
+"""The committed weights of the recipes in configs/ still find what they found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.command import call
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPES = sorted(path.parent for path in (REPOSITORY / "benchmarks" / "results").glob("*/seed-*.safetensors"))
+
+
+@pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
+def test_committed_weights_find_the_fact(folder: Path, tmp_path: Path) -> None:
+    weights = next(folder.glob("seed-*.safetensors"))
+    call(
+        *("evaluate", "passkey", "--config", str(REPOSITORY / "configs" / f"{folder.name}.yaml")),
+        *("--from_checkpoint", str(weights), "--data.path", str(folder), "--run_dir", str(tmp_path)),
+        *("--task.lengths", "[512, 16384]", "--task.depths", "[0, 0.5, 1]", "--task.samples_per_cell", "6", "--task.rows", "6"),
+        *("--task.seed", "99"),
+    )
+    cells = json.loads((tmp_path / "passkey.json").read_text(encoding="utf-8"))["cells"]
+    assert len(cells) == 6 and min(cell["token_accuracy"] for cell in cells) >= 0.96, cells
