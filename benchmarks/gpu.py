@@ -5,9 +5,12 @@ Torch and Triton are enough for the checks and for `operation`; `step` and `stre
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
 import time
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 
 import torch
@@ -18,16 +21,22 @@ from tests import kernel_cases
 NEEDS = {"operation": (), "step": ("megatron", "deepspeed"), "stream": ("megatron", "deepspeed")}
 
 
+def failure(number: int) -> str | None:
+    """Run one body of tests/gpu/test_triton.py; what went wrong."""
+    name, check = kernel_cases.on_cuda()[number]
+    try:
+        check()
+    except Exception:
+        return f"{name}\n{traceback.format_exc()}"
+    return None
+
+
 def failures() -> list[str]:
-    """Run the bodies of tests/gpu/test_triton.py; names of those that fail."""
-    failed = []
-    for name, check in kernel_cases.on_cuda():
-        try:
-            check()
-        except Exception:
-            traceback.print_exc()
-            failed.append(name)
-    return failed
+    """What went wrong in each check that failed. Compiling the kernels takes most of their time, so several run at once."""
+    numbers = range(len(kernel_cases.on_cuda()))
+    workers = max(1, min(8, (os.cpu_count() or 1) // 2))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return [each for each in pool.map(failure, numbers) if each is not None]
 
 
 def main() -> int:
@@ -39,7 +48,7 @@ def main() -> int:
     failed = failures()
     print(f"{len(kernel_cases.on_cuda())} checks, {len(failed)} failed, {time.monotonic() - started:.0f} s")
     if failed:
-        print("nothing is measured, because these fail:", *failed, sep="\n  ", file=sys.stderr)
+        print("nothing is measured, because these fail:", *failed, sep="\n", file=sys.stderr)
         return 1
     for name, needed in NEEDS.items():
         missing = [package for package in needed if find_spec(package) is None]

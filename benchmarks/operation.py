@@ -111,7 +111,7 @@ def measure_one(
     }
     if tokens in plain_at:
         makers["whole, plain"] = whole(infini_attention, "reference")
-        if on_gpu:
+        if on_gpu and geometry == GEOMETRIES[-1]:
             makers["whole, torch.compile"] = whole(torch.compile(infini_attention), "reference")
     if on_gpu and rule == "linear" and find_spec("fla"):
         makers["states forward, fla"] = lambda: _fla_states(k, v, geometry.segment)

@@ -68,14 +68,14 @@ def measure() -> tuple[list[dict[str, Any]], list[str]]:
     """One row for each model, attention and kind of layers."""
     rows = []
     for model in MODELS:
-        for fused_layers in ("plain", *(["liger"] if find_spec("liger_kernel") else [])):
-            speeds: dict[str, float] = {}
-            for variant in VARIANTS:
-                found = in_own_process("benchmarks.step", model=model, variant=variant, fused_layers=fused_layers)
-                speeds[variant] = found["tokens_per_second"]
-                rows.append({"model": model, "layers": fused_layers, "attention": variant, **found})
-            for row in rows[-len(VARIANTS) :]:
-                row["of local"] = speeds[row["attention"]] / speeds["local"]
+        kinds = [(variant, "plain") for variant in VARIANTS]
+        if find_spec("liger_kernel"):
+            kinds.append((VARIANTS[0], "liger"))
+        found = [in_own_process("benchmarks.step", model=model, variant=kind[0], fused_layers=kind[1]) for kind in kinds]
+        local = found[VARIANTS.index("local")]["tokens_per_second"]
+        for (variant, fused_layers), each in zip(kinds, found, strict=True):
+            row = {"model": model, "attention": variant, "layers": fused_layers, **each}
+            rows.append({**row, "of local": each["tokens_per_second"] / local})
     return rows, [
         f"{ROWS} rows, micro-batches of {SEGMENTS} segments of 2,048 tokens, {MICRO_BATCHES} a window and step, bfloat16"
     ]
