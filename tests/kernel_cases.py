@@ -145,6 +145,20 @@ def same_bits(case: Case, dtype: torch.dtype, device: str, update_rule: str) -> 
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+def same_bits_without_gradients(case: Case, dtype: torch.dtype, device: str, update_rule: str) -> None:
+    """Where no gradient is wanted the output takes the place of the local one, and is the same; inputs stay what they were."""
+    leaves, options = draw(case, dtype, device, 6)
+    before = [x.clone() for x in leaves]
+    memory = MemoryState(*leaves[4:]) if leaves[4:] else None
+    results = []
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            out, leaving = infini_attention(*leaves[:4], memory, **options, update_rule=update_rule, backend="triton")
+        results.append([out.detach(), *leaving])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    torch.testing.assert_close(leaves, before, rtol=0, atol=0)
+
+
 def compiles_whole(case: Case, dtype: torch.dtype, device: str, update_rule: str, backend: str) -> None:
     """torch.compile makes one graph of the operation, which computes the same, gradients included."""
     leaves, options = draw(case, dtype, device, 7)
@@ -196,6 +210,8 @@ def on_cuda() -> list[tuple[str, Callable[[], None]]]:
                 add(holds_memory, f"10,000 segments, keys {keys}, {rule}, {dtype}", keys, 10_000, 64, "cuda", rule, dtype)
         for name in ("width 128, 8B", "many short segments, aged"):
             add(same_bits, f"{name}, {rule}", LARGE[name], torch.bfloat16, "cuda", rule)
+        for name, case in SMALL.items():
+            add(same_bits_without_gradients, f"{name}, {rule}", case, torch.bfloat16, "cuda", rule)
         add(compiles_whole, rule, LARGE["width 64"], torch.float32, "cuda", rule, "inductor")
         add(replays_from_a_cuda_graph, rule, rule)
     return checks

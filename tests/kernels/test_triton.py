@@ -36,6 +36,11 @@ def test_same_inputs_same_bits(update_rule: str) -> None:
     kernel_cases.same_bits(kernel_cases.SMALL["aged"], torch.bfloat16, "cpu", update_rule)
 
 
+@pytest.mark.parametrize("name", kernel_cases.SMALL)
+def test_same_bits_without_gradients(name: str) -> None:
+    kernel_cases.same_bits_without_gradients(kernel_cases.SMALL[name], torch.float32, "cpu", "linear")
+
+
 def test_operators_are_registered_soundly() -> None:
     """Schemas, fake implementations and autograd of every operator, as torch checks them."""
     generator = torch.Generator().manual_seed(0)
@@ -52,6 +57,10 @@ def test_operators_are_registered_soundly() -> None:
     calls = [
         (operation.segment_states, (k, v, tokens, 5)),
         (operation.read_and_mix, (q, local, gate, M, z, tokens, 5, False, 1e-6)),
+        (
+            operation.read_and_mix_in_place,
+            (q.detach(), local.detach(), gate.detach(), M.detach(), z.detach(), tokens, 5, True, 1e-6),
+        ),
         (operation.segment_removals, (k, z.detach().flatten(0, 1)[:2].requires_grad_(), rows, few, 5, 1e-6)),
         (operation.walk_segments, (normal(2, 1, 16, 20), M, reset, normal(2, 2, 1, 16, 16), False)),
         (operation.rotate, (q, angle.cos(), angle.sin(), tokens, 5, 1)),

@@ -17,7 +17,7 @@ from infini_kernels.local import segment_attention
 from infini_kernels.memory import MemoryState
 from infini_kernels.parts import counted_as
 from infini_kernels.segments import SegmentLayout, lengths_by_segment, padding_mask
-from infini_kernels.triton.read import read_and_mix
+from infini_kernels.triton.read import read_and_mix, read_and_mix_in_place
 from infini_kernels.triton.removal import segment_removals
 from infini_kernels.triton.rotary import rotate
 from infini_kernels.triton.states import segment_states
@@ -54,8 +54,11 @@ def infini_attention_triton(
     with full_precision(q):
         carried = written.carry()
         M, z = carried.entering or (torch.zeros_like(updates.written), torch.zeros_like(updates.z))
-        out = read_and_mix(q, local, gate, M, z, tokens, layout.width, first_segment == "local_only", eps)
-    return out, carried.leaving
+        reading = (q, local, gate, M, z, tokens, layout.width, first_segment == "local_only", eps)
+        if torch.is_grad_enabled() or not local.is_contiguous():
+            return read_and_mix(*reading), carried.leaving
+        read_and_mix_in_place(*reading)
+    return local, carried.leaving
 
 
 class KernelUpdates:

@@ -169,9 +169,40 @@ def read_and_mix(
 ) -> Tensor:
     """q [B, T, H, D], A_dot [B, T, H, Dv], gate [H], M [B, N, G, D, Dv] and z [B, N, G, D] that enter each segment,
     tokens [B, N], W -> [B, T, H, Dv] in A_dot's type, zero at padding."""
+    out = torch.empty(local.shape, dtype=local.dtype, device=local.device)
+    _read_and_mix(q, local, gate, M, z, tokens, width, local_only, eps, out)
+    return out
+
+
+@torch.library.custom_op("infini_kernels::read_and_mix_in_place", mutates_args=("local",))
+def read_and_mix_in_place(
+    q: Tensor, local: Tensor, gate: Tensor, M: Tensor, z: Tensor, tokens: Tensor, width: int, local_only: bool, eps: float
+) -> None:
+    """`read_and_mix` into A_dot, which must be contiguous; it has no gradient, which would need A_dot as it was."""
+    _read_and_mix(q, local, gate, M, z, tokens, width, local_only, eps, local)
+
+
+@read_and_mix_in_place.register_fake
+def _(
+    q: Tensor, local: Tensor, gate: Tensor, M: Tensor, z: Tensor, tokens: Tensor, width: int, local_only: bool, eps: float
+) -> None:
+    return None
+
+
+def _read_and_mix(
+    q: Tensor,
+    local: Tensor,
+    gate: Tensor,
+    M: Tensor,
+    z: Tensor,
+    tokens: Tensor,
+    width: int,
+    local_only: bool,
+    eps: float,
+    out: Tensor,
+) -> None:
     (B, N), (_, T, H, D), DV = tokens.shape, q.shape, local.shape[-1]
     (q, q_strides), (local, local_strides) = by_token(q), by_token(local)
-    out = torch.empty(local.shape, dtype=local.dtype, device=local.device)
     BW, BV, warps = tile(D, q.dtype)
     BW = block(width, BW)
     launch(
@@ -180,7 +211,6 @@ def read_and_mix(
         eps, T, N, H, H // M.shape[2], W=width, D=D, DV=DV, BW=BW, BD=block(D), BV=block(DV, BV),
         LOCAL_ONLY=local_only, PRECISION=product_precision(q.dtype), num_warps=warps,
     )  # fmt: skip
-    return out
 
 
 @read_and_mix.register_fake
