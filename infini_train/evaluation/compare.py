@@ -24,6 +24,7 @@ from infini_train.checkpoint.reader import describe_tensors
 from infini_train.config import ModelConfig, RunConfig, model_with, save_config
 from infini_train.errors import UserError
 from infini_train.evaluation.records import read_json, read_metrics
+from infini_train.training.signals import RESUMABLE_EXIT_CODE
 
 RESULT_FILE = "compare.json"
 
@@ -137,13 +138,27 @@ def _run(command: str, each: CompareRun) -> int:
 
 
 def run_to_its_end(arguments: list[str]) -> int:
-    """The exit code of a command; Ctrl-C and SIGTERM are passed on, and what it then does is waited for."""
-    # A session of its own, or a terminal's Ctrl-C would reach it twice.
-    process = subprocess.Popen(arguments, start_new_session=True)
+    """The exit code of a command; Ctrl-C and SIGTERM are passed on, and what it then does is waited for.
+
+    A command that was asked to stop and had nothing left to do counts as stopped, so that nothing is started after it.
+    """
+    asked: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, _: object) -> None:
+        asked.append(number)
+        if process is not None:
+            process.send_signal(number)
+
     signals = (signal.SIGINT, signal.SIGTERM)
-    earlier = [signal.signal(number, lambda number, _: process.send_signal(number)) for number in signals]
+    earlier = [signal.signal(number, pass_on) for number in signals]
     try:
-        return process.wait()
+        # A session of its own, or a terminal's Ctrl-C would reach it twice.
+        process = subprocess.Popen(arguments, start_new_session=True)
+        for number in asked:  # while it was started
+            process.send_signal(number)
+        code = process.wait()
+        return RESUMABLE_EXIT_CODE if asked and code == 0 else code
     finally:
         for number, handler in zip(signals, earlier, strict=True):
             signal.signal(number, handler)

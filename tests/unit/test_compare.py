@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +16,9 @@ import pytest
 from infini_train.cli import main
 from infini_train.config import CompareConfig, RunConfig
 from infini_train.errors import UserError
-from infini_train.evaluation.compare import Measured, compare_runs, variant_model
+from infini_train.evaluation.compare import Measured, compare_runs, run_to_its_end, variant_model
 from infini_train.evaluation.compare_page import compare_page, markdown_table
+from infini_train.training.signals import RESUMABLE_EXIT_CODE
 
 RUN = RunConfig(run_dir="runs/x", compare=CompareConfig(variants=["infini update_rule=delta", "local"], seeds=[4, 5]))
 
@@ -86,3 +92,32 @@ def test_the_config_names_variants_that_run():
     path = Path(__file__).parents[2] / "configs" / "compare.yaml"
     for each in compare_runs(_run_config(_parse(["evaluate", "--config", str(path)]).evaluate)):
         validate(each.run, 1)
+
+
+CHILD = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(sys.argv[2])))
+pathlib.Path(sys.argv[1]).touch()
+for _ in range(600):
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0, RESUMABLE_EXIT_CODE), (3, 3)])
+def test_a_command_that_was_asked_to_stop_counts_as_stopped_even_if_it_was_done(
+    tmp_path: Path, code: int, expected: int
+) -> None:
+    ready = tmp_path / "ready"
+
+    def stop() -> None:
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_to_its_end([sys.executable, "-c", CHILD, str(ready), str(code)]) == expected
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert run_to_its_end([sys.executable, "-c", ""]) == 0
