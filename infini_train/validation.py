@@ -106,6 +106,8 @@ def validate_optimizer(config: RunConfig) -> None:
     if config.evaluation.every < 0:
         raise UserError(f"evaluation.every is {config.evaluation.every}; use 0 to turn evaluation off")
     _positive("evaluation", config.evaluation, "micro_batches")
+    if config.profiling.steps < 0:
+        raise UserError(f"profiling.steps is {config.profiling.steps}; use 0 to profile none")
     _validate_health(config)
 
 

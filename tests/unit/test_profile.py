@@ -14,8 +14,11 @@ from torch.profiler import ProfilerActivity, profile
 from infini_kernels import infini_attention
 from infini_kernels.parts import counted_as, part
 from infini_train.cli import _spelled_out
+from infini_train.config import ProfilingConfig, RunConfig
+from infini_train.errors import UserError
 from infini_train.evaluation.report import write_report
 from infini_train.training.time_by_part import OTHER, time_by_part
+from infini_train.validation import validate
 from tests.unit.test_report import step_record, write_run
 
 
@@ -128,3 +131,8 @@ def test_the_flag_has_two_names() -> None:
     """`submit --profile` names a cluster, so the section cannot be called profile."""
     spelled = _spelled_out(["submit", "--profile", "slurm.yaml", "--profile.steps", "3", "--profile.steps=2"])
     assert spelled == ["submit", "--profile", "slurm.yaml", "--profiling.steps", "3", "--profiling.steps=2"]
+
+
+def test_fewer_than_no_steps_are_refused() -> None:
+    with pytest.raises(UserError, match=r"profiling\.steps is -1; use 0 to profile none"):
+        validate(RunConfig(profiling=ProfilingConfig(steps=-1)), world_size=1)
