@@ -63,7 +63,7 @@ def pretrain(run: RunConfig) -> int:
             save_due, profiler = False, StepProfiler(run, parts.layout, progress.say)
             while state.step < run.training.steps:
                 record, stopped = train_step(parts, stop)
-                profiler.after_step(record)
+                profiler.after_step(record, last=stopped)
                 lock.require()
                 spiked = loss_spiked(parts, record)
                 _evaluate_when_due(parts, record, progress)

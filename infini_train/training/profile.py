@@ -39,16 +39,20 @@ class StepProfiler:
             kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if platform.has_cuda() else [])]
             self._profiler = profile(activities=kinds)
 
-    def after_step(self, record: dict[str, Any]) -> None:
-        """Count a step that is done; starts and ends the measurement."""
+    def after_step(self, record: dict[str, Any], *, last: bool) -> None:
+        """Count a step that is done; starts and ends the measurement.
+
+        Args:
+            last: the run was asked to stop, so that what was measured so far is written.
+        """
         if self._profiler is None:
             return
         self._seen += 1
-        if self._seen == WARMUP_STEPS:
+        if self._seen == WARMUP_STEPS and not last:
             self._profiler.start()
         elif self._seen > WARMUP_STEPS:
             self._seconds += record["step_seconds"]
-            if self._seen == WARMUP_STEPS + self._steps:
+            if last or self._seen == WARMUP_STEPS + self._steps:
                 self.close(record["step"])
 
     def close(self, last_step: int) -> None:
