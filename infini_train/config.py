@@ -103,6 +103,9 @@ class TaskConfig:
     between places, the last place of one is asked. `evaluate passkey` reads null as passkey. `--task KIND` is short for it."""
     keys: int = 1
     """Facts in a text: numbers, pairs or moves; passkey has 1."""
+    min_keys: int | None = None
+    """Fewest facts in a text of `prepare`, which has from so many to `keys`, each number as often as the lengths allow: a model
+    learns the task from texts of few facts first. null: as many as `keys`. `evaluate passkey` has `keys` always."""
     digits: int = 5
     """Digits of a number, each a token."""
     questions: int = 1

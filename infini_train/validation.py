@@ -244,6 +244,8 @@ def validate_task(config: RunConfig) -> None:
     most = MOST_KEYS.get(task.kind or "passkey")
     if most is not None and task.keys > most:
         raise UserError(f"task.keys is {task.keys} with task.kind {task.kind or 'passkey'}, which has at most {most}")
+    if task.min_keys is not None and not 1 <= task.min_keys <= task.keys:
+        raise UserError(f"task.min_keys is {task.min_keys}; it must lie between 1 and task.keys ({task.keys})")
     asks = task.keys if task.kind in ASKS_SEVERAL else 1
     if task.questions > asks:
         raise UserError(

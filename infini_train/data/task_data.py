@@ -72,9 +72,12 @@ def split_samples(run: RunConfig, tokenizer: Tokenizer, split: str, filler: Text
     task = Task(config, tokenizer, filler)
     placement = training_placement(config.late_share, config.border_share, config.own_segment_share, run.model.segment_length)
     for number in range(config.samples if split == "train" else config.held_out_samples):
-        # The length has a seed of its own, so that it does not depend on what the sample draws.
-        length = task_length(config, Draws(sample_seed(config.seed, PURPOSES[split], number, 1)).fraction())
-        yield task.sample(config.seed, PURPOSES[split], (number, 0), length, placement, config.questions)
+        # Size has a seed of its own, so that it does not depend on what the sample draws.
+        draws = Draws(sample_seed(config.seed, PURPOSES[split], number, 1))
+        length = task_length(config, draws.fraction())
+        fewest = config.min_keys or config.keys
+        keys = range(draws.between(fewest, config.keys), fewest - 1, -1)
+        yield task.sample(config.seed, PURPOSES[split], (number, 0), length, placement, config.questions, keys)
 
 
 def task_length(config: TaskConfig, fraction: float) -> int:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
 import numpy as np
 
 from infini_train.config import TaskConfig
@@ -12,6 +16,23 @@ from infini_train.tasks.filler import TextFiller
 from infini_train.tasks.placement import Placement, Room
 from infini_train.tasks.sample import Fixed, Part, Sample
 from infini_train.tasks.stories import STORIES, Story
+
+
+class EncodedStory(NamedTuple):
+    """The tokens of a story; `Story` says what each is."""
+
+    introduction: list[int]
+    needle: list[int]
+    question: list[int]
+    answer: list[int]
+    """With further questions and their answers."""
+    scored: list[bool]
+    before: list[list[int]]
+    anywhere: list[list[int]]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, [self.introduction, self.needle, self.question, self.answer, *self.before, *self.anywhere]))
 
 
 class Task:
@@ -41,34 +62,47 @@ class Task:
         length: int,
         placement: Placement,
         questions: int = 1,
+        keys: Sequence[int] = (),
     ) -> Sample:
         """The sample that (seed, purpose, index) names.
 
         Args:
             length: tokens from the begin token to the answer's last.
             placement: where the asked needle goes.
-            questions: facts that are asked. The further questions follow the first answer, and with theirs they are part of the
-                sample's answer, in which they are not scored.
+            questions: facts that are asked, if there are so many. The further questions follow the first answer, and with
+                theirs they are part of the sample's answer, in which they are not scored.
+            keys: numbers of facts, of which the first takes effect with which the text fits; else the configured number.
 
         Raises:
             UserError: if the text without any filler is longer.
         """
-        draws = Draws(sample_seed(seed, purpose, *index))
-        return self._assemble(tell(self.config, draws), draws, length, placement, questions)
+        for count in keys or (self.config.keys,):
+            draws = Draws(sample_seed(seed, purpose, *index))
+            story = tell(replace(self.config, keys=count), draws)
+            encoded = self._encode(story, questions)
+            if encoded.num_tokens <= length:
+                return self._assemble(story, encoded, draws, length, placement)
+        raise UserError(
+            f"a text of {length} tokens is too short for the task {self.kind}: without any filler it takes "
+            f"{encoded.num_tokens}; use longer texts or a smaller task.keys"
+        )
 
-    def _assemble(self, story: Story, draws: Draws, length: int, placement: Placement, questions: int) -> Sample:
+    def _encode(self, story: Story, questions: int) -> EncodedStory:
         encode = self.tokenizer.encode
-        head = [self.tokenizer.bos_id, *encode(story.introduction)]
-        needle, question = encode(story.needle), encode(story.question)
         answer, scored = self._answers(story, questions)
-        before, anywhere = [encode(text) for text in story.before], [encode(text) for text in story.anywhere]
-        fixed = sum(map(len, [head, needle, question, answer, *before, *anywhere]))
-        filler = length - fixed
-        if filler < 0:
-            raise UserError(
-                f"a text of {length} tokens is too short for the task {self.kind}: without any filler it takes {fixed}; use "
-                "longer texts or a smaller task.keys"
-            )
+        return EncodedStory(
+            [self.tokenizer.bos_id, *encode(story.introduction)],
+            encode(story.needle),
+            encode(story.question),
+            answer,
+            scored,
+            [encode(text) for text in story.before],
+            [encode(text) for text in story.anywhere],
+        )
+
+    def _assemble(self, story: Story, encoded: EncodedStory, draws: Draws, length: int, placement: Placement) -> Sample:
+        head, needle, question, answer, scored, before, anywhere = encoded
+        filler = length - encoded.num_tokens
         first = draws.between(0, self.filler.period - 1) if self.filler.starts_anywhere else 0
         free = sorted(draws.between(0, filler) for _ in anywhere)
         room = Room(

@@ -75,6 +75,24 @@ def test_lengths_are_distributed_as_asked(distribution: str, octaves: list[float
     assert (task_length(task, 0.0), task_length(task, 1 - 2**-53)) == (256, 2048)
 
 
+def test_texts_have_from_the_fewest_to_all_facts(tmp_path: Path) -> None:
+    """Short texts have as many as fit; every number is there, and about as often where all fit."""
+    run = task_run(tmp_path, kind="multi_key", keys=3, min_keys=1, questions=3, samples=90, min_tokens=200, max_tokens=600)
+    prepare(run)
+    dataset = TokenDataset(Path(run.data.path), "train")
+    tokenizer = Tokenizer(Path(run.data.path) / "tokenizer.model")
+    long, short = [], []
+    for number in range(90):
+        size = int(dataset.document_lengths[number])
+        text = tokenizer.decode(dataset.read(number, 0, size).tolist())
+        facts = text.count("Remember it.")
+        assert 1 <= facts == text.count("What is the pass key of the")
+        assert (dataset.read_weights(number, 0, size) == 1).sum() == 5 * facts
+        (long if size > 350 else short).append(facts)
+    assert len(long) > 40 and min(long.count(facts) for facts in (1, 2, 3)) > 8
+    assert np.mean(short) < np.mean(long)
+
+
 def test_the_manifest_tells_what_the_weights_are(run: RunConfig) -> None:
     folder = Path(run.data.path)
     record = json.loads((folder / "dataset.json").read_text())

@@ -1,7 +1,7 @@
 """Retrieval samples: exact lengths and places, one token a digit, seeds that are never shared, any length in little memory."""
 
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -252,6 +252,20 @@ def test_too_short_texts_are_refused(make: Make) -> None:
         make("multi_key", length=60)
 
 
+def test_a_text_has_as_many_facts_as_fit(tokenizer: Tokenizer) -> None:
+    task = Task(TaskConfig(kind="multi_key", keys=8), tokenizer, RepeatedFiller(tokenizer))
+
+    def sample(length: int, keys: Sequence[int]) -> Sample:
+        return task.sample(3, Purpose.TRAIN, (0,), length, at_depth(0.5), 8, keys)
+
+    assert [len(sample(2000, keys).facts["needle_starts"]) for keys in ((8, 7), (3, 2), ())] == [8, 3, 8]
+    found = [len(sample(length, range(8, 0, -1)).facts["needle_starts"]) for length in (150, 250, 350, 600, 2000)]
+    assert found == sorted(found) and found[0] < found[2] < found[-1] == 8
+    assert sample(350, range(8, 0, -1)).length == 350 and sample(150, (8, found[0])).scored.sum() == 5 * found[0]
+    with pytest.raises(UserError, match=r"a text of 350 tokens is too short"):
+        sample(350, (8,))
+
+
 def test_validation_knows_the_words() -> None:
     assert set(STORIES) == set(TASK_KINDS)
     assert {"passkey": 1, "multi_key": len(OBJECTS), "associative_recall": len(OBJECTS) // 2} == MOST_KEYS
@@ -269,6 +283,10 @@ def test_validation_knows_the_words() -> None:
         (
             {"kind": "babi", "keys": 4, "questions": 2},
             "task.questions is 2, but a text of task.kind babi with task.keys 4 asks for at most 1",
+        ),
+        (
+            {"kind": "multi_key", "keys": 4, "min_keys": 5},
+            "task.min_keys is 5; it must lie between 1 and task.keys (4)",
         ),
         ({"min_tokens": 600}, "task.max_tokens is 512"),
         ({"late_share": -0.1}, "task.late_share is -0.1"),
