@@ -100,7 +100,9 @@ class Tokenizer:
         """
         parts_of = [text.split(SPACE_MARK) for text in texts]
         parts = [self._guard + part for parts in parts_of for part in parts]
-        encoded = iter(self._model.encode(parts, num_threads=num_threads) if parts else [])
+        # For a list the model starts threads, even a single one, and waits: much longer than a short text takes.
+        one_by_one = num_threads == 1 or not parts
+        encoded = map(self._model.encode, parts) if one_by_one else iter(self._model.encode(parts, num_threads=num_threads))
         result = []
         for parts in parts_of:
             ids = next(encoded)[self._guard_tokens :]
