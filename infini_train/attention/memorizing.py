@@ -104,17 +104,18 @@ class _Bank:
         S, H, D = queries.shape[1:]
         G, C = self.keys.shape[1:3]
         held = self.written.clamp(max=C)
-        used = int(held.max())
-        if used == 0:
+        most = min(top_k, int(held.max()))
+        if most == 0:
             return torch.zeros_like(queries), held.to(queries.dtype)
         grouped = queries.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).to(self.keys.dtype).flatten(2, 3)  # [B, G, R S, D]
         with torch.no_grad():
-            scores = grouped @ self.keys[:, :, :used].transpose(-1, -2)  # [B, G, R S, used]
-            there = torch.arange(used, device=queries.device) < held.unsqueeze(-1)  # [B, used]
-            chosen = scores.masked_fill(~there[:, None, None], float("-inf")).topk(min(top_k, used), dim=-1)
-            there = chosen.values > float("-inf")  # [B, G, R S, K]
-            place = chosen.indices.flatten(2).unsqueeze(-1).expand(-1, -1, -1, D)
-            keys, values = (x.gather(2, place).unflatten(2, chosen.indices.shape[2:]) for x in (self.keys, self.values))
+            place = torch.zeros(*grouped.shape[:3], most, dtype=torch.int64, device=queries.device)  # [B, G, R S, K]
+            for row, count in enumerate(held.tolist()):  # each over what it holds, which may be much less than another's
+                scores = grouped[row] @ self.keys[row, :, :count].transpose(-1, -2)  # [G, R S, count]
+                place[row, :, :, :count] = scores.topk(min(most, count), dim=-1).indices
+            there = (torch.arange(most, device=queries.device) < held.unsqueeze(-1))[:, None, None]  # [B, 1, 1, K]
+            taken = place.flatten(2).unsqueeze(-1).expand(-1, -1, -1, D)
+            keys, values = (x.gather(2, taken).unflatten(2, place.shape[2:]) for x in (self.keys, self.values))
         # Once more, for the gradient of the queries.
         scores = torch.einsum("bgsd,bgskd->bgsk", grouped, keys) / D**0.5
         # A row that holds nothing gets finite nonsense here, which its share of 0 takes away.
