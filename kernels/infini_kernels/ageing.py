@@ -11,14 +11,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from infini_kernels.backward import WeightedGram
+from infini_kernels.backward import Composition, WeightedGram
 
 
 class Removals(Protocol):
     """The delta rule's removal in some segments, in an order of their own."""
 
     def removal(self, z: Tensor, eps: float) -> Tensor:
-        """I - T of one application, σ(K)^T diag(1 / (σ(K) z + ε)) σ(K), in the first X of the segments.
+        """I - T of one application, σ(K)^T diag(1 / (σ(K) z + ε)) σ(K), in the first X of the segments, where X
+        does not rise from one call to the next.
 
         z [X, G, D], the normaliser that enters -> [X, G, D, D].
         """
@@ -32,7 +33,8 @@ class PlainRemovals:
         self._sigma_k_t = sigma_k_t
 
     def removal(self, z: Tensor, eps: float) -> Tensor:
-        sigma_k_t = self._sigma_k_t[: len(z)]
+        # Cut from the last cut: a gradient as large as all segments for each call would cost more than the products.
+        self._sigma_k_t = sigma_k_t = self._sigma_k_t[: len(z)]
         scale = (z.unsqueeze(-2) @ sigma_k_t + eps).reciprocal()  # [X, G, 1, W]
         return WeightedGram.apply(sigma_k_t, scale)
 
@@ -68,44 +70,45 @@ def repeated_removal(updates: Updates, entering_z: Tensor, repeats: Tensor, eps:
     v, z, dz = (x.flatten(0, 1).index_select(0, places) for x in (updates.written, entering_z, updates.z))
     removals = updates.select(places)
 
-    total, added = identity - removals.removal(z, eps), v
+    # A map M -> A M + a is one tensor [A | a].
+    total = torch.cat((identity - removals.removal(z, eps), v), dim=-1)
     left, applied, exponent = left - 1, 1, 1
-    done: list[tuple[Tensor, Tensor]] = []
+    done: list[Tensor] = []
     while True:
         active = int((left > 0).sum())
-        done.append((total[active:], added[active:]))
+        total, finished = total.split((active, len(total) - active))
+        done.append(finished)
         if active == 0:
             break
-        left, total, added, v, z, dz = (x[:active] for x in (left, total, added, v, z, dz))
+        left, v, z, dz = (x[:active] for x in (left, v, z, dz))
         count = left.clamp(max=1 << exponent)
         middle = (applied + (count - 1) / 2).to(z)[:, None, None]
-        factor = identity - removals.removal(z + middle * dz, eps)
-        total, added = _apply(factor, v, count, exponent, total, added)
+        step = torch.cat((identity - removals.removal(z + middle * dz, eps), v), dim=-1)
+        total = _after_steps(step, count, exponent, total)
         left, applied, exponent = left - count, applied + (1 << exponent), exponent + 1
 
     back = torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device=places.device))
-    totals, additions = (torch.cat(parts[::-1]).index_select(0, back) for parts in zip(*done, strict=True))
-    return (identity - totals).view(*repeats.shape, num_groups, width, width), additions.view_as(updates.written)
+    factors, added = torch.cat(done[::-1]).index_select(0, back).split((width, v.shape[-1]), dim=-1)
+    return (identity - factors).view(*repeats.shape, num_groups, width, width), added.reshape(updates.written.shape)
 
 
-def _apply(factor: Tensor, step: Tensor, count: Tensor, exponent: int, total: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """The map M -> factor M + step, `count` times after M -> total M + added; all maps [segments, G, D, ...].
+def _after_steps(step: Tensor, count: Tensor, exponent: int, total: Tensor) -> Tensor:
+    """The map `step`, `count` times after the map `total`; both [segments, G, D, D + Dv].
 
     count [segments] is 2^exponent for the first segments, for which that takes `exponent` squarings, and less for the others.
     """
-    width = factor.shape[-1]
     full = int((count == 1 << exponent).sum())
-    few, total_few, added_few = count[full:], total[full:], added[full:]
-    for bit in range(exponent):
-        taken = (few >> bit & 1).bool()
+    sizes = full, len(count) - full
+    (full_step, few_step), (full_total, few_total) = step.split(sizes), total.split(sizes)
+    for _ in range(exponent):
+        full_step = Composition.apply(full_step, full_step)
+    few = count[full:]
+    while bool(few.any()):
+        taken = (few & 1).bool()
         if bool(taken.any()):
-            here = taken.to(factor.device)[:, None, None, None]
-            both = factor[full:] @ torch.cat((total_few, added_few), dim=-1)
-            total_few = torch.where(here, both[..., :width], total_few)
-            added_few = torch.where(here, both[..., width:] + step[full:], added_few)
-        if bit == exponent - 1:
-            factor, step = factor[:full], step[:full]
-        both = factor @ torch.cat((factor, step), dim=-1)
-        factor, step = both[..., :width], both[..., width:] + step
-    both = factor @ torch.cat((total[:full], added[:full]), dim=-1)
-    return torch.cat((both[..., :width], total_few)), torch.cat((both[..., width:] + step, added_few))
+            here = taken.to(few_step.device)[:, None, None, None]
+            few_total = torch.where(here, Composition.apply(few_step, few_total), few_total)
+        few = few >> 1
+        if bool(few.any()):
+            few_step = Composition.apply(few_step, few_step)
+    return torch.cat((Composition.apply(full_step, full_total), few_total))
