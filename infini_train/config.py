@@ -41,6 +41,12 @@ class ModelConfig:
     first_segment: Literal["paper", "local_only"] = "paper"
     """Mix in a document's first segment, where the memory is empty: paper scales local attention by 1 - sigmoid(β);
     local_only leaves it unscaled."""
+    write_strength: Literal["one", "learned"] = "one"
+    """Not in the paper: learned writes each token's key and value with a strength of 2 sigmoid(k · u), u learned for each
+    key/value head, so that a memory need not take in what nothing asks for; one writes all tokens alike."""
+    normaliser: Literal["paper", "corrected"] = "paper"
+    """What a read of the delta rule's memory is divided by. paper: by all keys ever written, so that a value that is written
+    twice reads as half of itself; corrected, not in the paper: by what the same rule makes of values of one."""
     memory_eps: float = 1e-6
     """ε added to the memory's normaliser σ(Q) z."""
     initial_gate: float = 0.0

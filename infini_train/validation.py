@@ -52,6 +52,11 @@ def validate_model(config: RunConfig) -> None:
     _divides("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
     if model.head_dim % 2:
         raise UserError(f"model.head_dim is {model.head_dim}; rotary embedding needs an even width")
+    if model.attention == "infini" and model.normaliser == "corrected" and model.update_rule != "delta":
+        raise UserError(
+            f"model.normaliser is corrected, but model.update_rule {model.update_rule} has nothing to correct; set "
+            "normaliser to paper or update_rule to delta"
+        )
     if training.memory_ageing < 1:
         raise UserError(f"training.memory_ageing is {training.memory_ageing}; use 1 to turn it off")
     if training.memory_ageing > 1 and config.model.attention != "infini":

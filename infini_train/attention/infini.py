@@ -13,18 +13,21 @@ from infini_train.config import ModelConfig
 
 
 class InfiniAttention(SegmentCached):
-    """Owns the gate β [H] of the heads that this process holds."""
+    """Owns the gate β [H] and, where writes are learned, their gate u [G, D], of the heads that this process holds."""
 
     memory_type = MemoryState
 
     def __init__(self, model: ModelConfig, num_heads: int, num_groups: int, context_tokens: int) -> None:
         super().__init__(model, num_heads, num_groups, context_tokens)
         self.gate = nn.Parameter(torch.full((num_heads,), float(model.initial_gate)))
+        learned = model.write_strength == "learned"
+        self.write_gate = nn.Parameter(torch.zeros(num_groups, model.head_dim)) if learned else None
 
     @classmethod
     def carried(cls, model: ModelConfig, layer_number: int) -> dict[str, CarriedTensor]:
         groups, width = model.num_query_groups, model.head_dim
-        return {"M": CarriedTensor((groups, width, width)), "z": CarriedTensor((groups, width))}
+        values = width + (model.normaliser == "corrected")
+        return {"M": CarriedTensor((groups, width, values)), "z": CarriedTensor((groups, width))}
 
     def forward(
         self,
@@ -54,6 +57,8 @@ class InfiniAttention(SegmentCached):
             eps=self.model.memory_eps,
             group=group,
             repeats=repeats,
+            write_gate=self.write_gate,
+            normaliser=self.model.normaliser,
         )
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, cache: SegmentCache) -> tuple[Tensor, SegmentCache]:
@@ -68,4 +73,6 @@ class InfiniAttention(SegmentCached):
             rotary=self.rotary(self.model.segment_length, q.device),
             first_segment=self.model.first_segment,
             eps=self.model.memory_eps,
+            write_gate=self.write_gate,
+            normaliser=self.model.normaliser,
         )

@@ -12,4 +12,7 @@ def kernels_in_words(model: ModelConfig, dtype: torch.dtype, device: torch.devic
     """For example 'attention: flash_attn 2.8.3; memory: triton 3.6.0'."""
     heads = torch.empty(1, 1, 1, model.head_dim, dtype=dtype, device=device)
     words = f"attention: {local_attention_choice(heads, heads)}"
-    return words + (f"; memory: {memory_choice(heads, heads, heads)}" if model.attention == "infini" else "")
+    if model.attention != "infini":
+        return words
+    of_the_paper = model.write_strength == "one" and model.normaliser == "paper"
+    return f"{words}; memory: {memory_choice(heads, heads, heads, of_the_paper)}"

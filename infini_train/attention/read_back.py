@@ -15,7 +15,7 @@ def read_back_cosine(k: Tensor, v: Tensor, memory: MemoryState, eps: float) -> T
     Args:
         k: [B, T, G, D], as the memory sees it (not rotated).
         v: [B, T, G, Dv].
-        memory: M [B, G, D, Dv], z [B, G, D].
+        memory: M [B, G, D, Dv], z [B, G, D], as a read takes them (`infini_kernels.variants.read_state`).
 
     Returns:
         [B, T, G] in the memory's type; 0 where the memory is empty.

@@ -24,6 +24,7 @@ class SegmentCached(Attention):
             self.model.head_dim,
             self.model.head_dim,
             with_memory=self.memory_type is not None,
+            normaliser=self.model.normaliser,
             device=device,
             dtype=dtype,
         )

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from infini_kernels import MemoryState
+from infini_kernels.variants import read_state
 from infini_train import platform
 from infini_train.attention.read_back import read_back_cosine
 from infini_train.config import RunConfig
@@ -23,8 +25,8 @@ AGES = (0, 1, 2, 4, 8, 16, 32, 64)
 class _Layer:
     """The newest segments of one layer, and what its memory gives back of them."""
 
-    def __init__(self, segment_length: int, eps: float) -> None:
-        self.segment_length, self.eps = segment_length, eps
+    def __init__(self, segment_length: int, eps: float, normaliser: str) -> None:
+        self.segment_length, self.eps, self.normaliser = segment_length, eps, normaliser
         self.segments: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=AGES[-1] + 1)
         self.in_document: Tensor | None = None
         # Own key, key of another token, how many.
@@ -45,9 +47,9 @@ class _Layer:
             self.in_document = torch.where(reset[:, segment], 0, self.in_document) + (lengths[:, segment] > 0)
         for position, age in enumerate(AGES):
             if age < len(self.segments):
-                self._measure(position, age, output[1])
+                self._measure(position, age, read_state(output[1], self.normaliser))
 
-    def _measure(self, position: int, age: int, memory: Any) -> None:
+    def _measure(self, position: int, age: int, memory: MemoryState) -> None:
         k, v, lengths = self.segments[-1 - age]
         assert self.in_document is not None
         valid = torch.arange(k.shape[1]) < torch.where(self.in_document > age, lengths, 0)[:, None]
@@ -69,7 +71,8 @@ class ReadBack(AbstractContextManager["ReadBack"]):
         self.run, self.layout = run, layout
         self.enabled = run.model.attention == "infini" and layout.cp_size == 1
         self.attentions = {layer.layer_number: layer.self_attention.core_attention.attention for layer in module.layers()}
-        self.layers = {number: _Layer(run.model.segment_length, run.model.memory_eps) for number in self.attentions}
+        model = run.model
+        self.layers = {n: _Layer(model.segment_length, model.memory_eps, model.normaliser) for n in self.attentions}
         self.hooks: list[Any] = []
 
     def __enter__(self) -> ReadBack:

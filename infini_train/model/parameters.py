@@ -29,6 +29,7 @@ _SPLITS: dict[str, tuple[int, int]] = {
     "linear_fc2.weight": (1, 1),
     "output_layer.weight": (0, 1),
     "attention.gate": (0, 1),
+    "attention.write_gate": (0, 1),
 }
 _REPLICATED = ("layernorm.weight", "memory_tokens")
 _WRITES_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
@@ -93,6 +94,8 @@ def initial_value(placement: ParameterPlacement, model: ModelConfig, seed: int) 
         return torch.ones(placement.global_shape)
     if name.endswith("attention.gate"):
         return torch.full(placement.global_shape, float(model.initial_gate))
+    if name.endswith("attention.write_gate"):
+        return torch.zeros(placement.global_shape)
     std = model.init_std
     if name.endswith(_WRITES_RESIDUAL):
         std /= math.sqrt(2 * model.num_layers)

@@ -32,7 +32,7 @@ def parameter_groups(module: nn.Module, optimizer: OptimizerConfig) -> list[dict
     """
     matrices, norms, gates = [], [], []
     for name, parameter in module.named_parameters():
-        if name.endswith("attention.gate"):
+        if name.endswith(("attention.gate", "attention.write_gate")):
             gates.append(parameter)
         elif parameter.ndim < 2:
             norms.append(parameter)

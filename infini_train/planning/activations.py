@@ -54,6 +54,8 @@ def _memory_bytes(sizes: Sizes, queries: int, keys: int) -> int:
         total += keys if keys_copied else 0  # σ(K) in σ(K) z
         total += sizes.tokens * sizes.groups  # its reciprocal
         total += 2 * states  # what each segment removes, and from which M
+    if model.write_strength == "learned":
+        total += 2 * keys + 3 * sizes.tokens * sizes.groups  # K and V before their strengths, and these
     if sizes.cp > 1:
         one = rows * groups * model.head_dim**2
         # The maps of every process's run, and the states between them.

@@ -34,6 +34,8 @@ def _layer(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "input_layernorm.weight", (hidden,)
     if sizes.has_memory:
         yield "self_attention.core_attention.attention.gate", (sizes.heads,)
+        if model.write_strength == "learned":
+            yield "self_attention.core_attention.attention.write_gate", (sizes.groups, width)
     yield "self_attention.linear_proj.weight", (hidden, sizes.heads * width)
     yield "self_attention.linear_qkv.weight", ((sizes.heads + 2 * sizes.groups) * width, hidden)
     yield "pre_mlp_layernorm.weight", (hidden,)
@@ -51,6 +53,8 @@ def total_parameters(run: RunConfig) -> int:
     model = run.model
     per_layer = model.hidden_size * (2 * model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim
     per_layer += 3 * model.hidden_size * model.ffn_hidden_size + 2 * model.hidden_size
-    per_layer += model.num_attention_heads if model.attention == "infini" else 0
+    if model.attention == "infini":
+        per_layer += model.num_attention_heads
+        per_layer += model.num_query_groups * model.head_dim if model.write_strength == "learned" else 0
     vocabulary = run.data.vocab_size * model.hidden_size
     return model.num_layers * per_layer + model.hidden_size + vocabulary * (1 if model.tie_embeddings else 2)

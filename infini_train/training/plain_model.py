@@ -5,7 +5,7 @@ It is the specification of a training step. The self-test at a run's start and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gate: Tensor | None,
+    own: Mapping[str, Any],
     batch: StreamBatch,
     memory: LayerMemory | None,
 ) -> tuple[Tensor, LayerMemory | None]:
@@ -49,16 +49,15 @@ def _attention(
         return document_attention(q, k, v, segment_length=model.segment_length, rotary=rotary, **where), None
     if model.attention != "infini":
         rival = build_attention(model, layer + 1, model.num_attention_heads, model.num_query_groups, q.shape[1])
-        parameters = {} if gate is None else {"gate": gate}
-        out, leaving = functional_call(rival, parameters, (q, k, v), {**where, "memory": memory})
+        out, leaving = functional_call(rival, dict(own), (q, k, v), {**where, "memory": memory})
         return out, leaving
-    assert gate is not None and (memory is None or isinstance(memory, MemoryState))
+    assert memory is None or isinstance(memory, MemoryState)
     return infini_attention(
         q,
         k,
         v,
-        gate,
-        memory,
+        memory=memory,
+        **own,
         segment_length=model.segment_length,
         update_rule=model.update_rule,
         rotary=_rotary(run, model.segment_length),
@@ -66,11 +65,12 @@ def _attention(
         first_segment=model.first_segment,
         eps=model.memory_eps,
         repeats=batch.repeats,
+        normaliser=model.normaliser,
     )
 
 
-Mix = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""What attention makes of a layer's (from 0) q, k, v and gate."""
+Mix = Callable[[int, Tensor, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+"""What attention makes of a layer's (from 0) q, k, v and parameters of its own."""
 
 
 def _norm(run: RunConfig, weight: Tensor, x: Tensor) -> Tensor:
@@ -87,7 +87,9 @@ def _layer(run: RunConfig, weights: dict[str, Tensor], layer: int, hidden: Tenso
     # Megatron-core's fused projection: for each key/value head, its query heads, then its key, then its value.
     fused = fused.unflatten(-1, (model.num_query_groups, group_size + 2, model.head_dim))
     q, k, v = fused[..., :group_size, :].flatten(2, 3), fused[..., group_size, :], fused[..., group_size + 1, :]
-    mixed = mix(layer, q, k, v, weights.get(prefix + "self_attention.core_attention.attention.gate"))
+    attention = prefix + "self_attention.core_attention.attention."
+    own = {name.removeprefix(attention): value for name, value in weights.items() if name.startswith(attention)}
+    mixed = mix(layer, q, k, v, own)
     hidden = hidden + mixed.flatten(2) @ weights[prefix + "self_attention.linear_proj.weight"].T
     both = _norm(run, weights[prefix + "pre_mlp_layernorm.weight"], hidden) @ weights[prefix + "mlp.linear_fc1.weight"].T
     gates, up = both.chunk(2, dim=-1)
@@ -114,7 +116,7 @@ def _with_memory_tokens(
     for segment, x in enumerate(hidden.split(S, dim=1)):
         lengths = batch.lengths[:, segment : segment + 1]
 
-        def mix(layer: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, lengths: Tensor = lengths) -> Tensor:
+        def mix(layer: int, q: Tensor, k: Tensor, v: Tensor, own: Mapping[str, Tensor], lengths: Tensor = lengths) -> Tensor:
             rival = build_attention(model, layer + 1, q.shape[2], k.shape[2], q.shape[1])
             return rival(q, k, v, reset=batch.reset[:, :1], lengths=lengths, memory=None)[0]
 
@@ -137,8 +139,8 @@ def token_losses(run: RunConfig, weights: dict[str, Tensor], batch: StreamBatch,
     """Loss of every token [B, T] in nats; `memory` (by layer, from 0) is read and replaced."""
     embedding = weights["embedding.word_embeddings.weight"]
 
-    def mix(layer: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
-        mixed, leaving = _attention(run, layer, q, k, v, gate, batch, memory.get(layer))
+    def mix(layer: int, q: Tensor, k: Tensor, v: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        mixed, leaving = _attention(run, layer, q, k, v, own, batch, memory.get(layer))
         if leaving is not None:
             memory[layer] = leaving
         return mixed
@@ -165,7 +167,7 @@ def train_plainly(run: RunConfig, dataset: TokenDataset, initial: dict[str, Tens
     weights = {name: value.clone().requires_grad_() for name, value in initial.items()}
     gates = [value for name, value in weights.items() if name.endswith("gate")]
     norms = [value for name, value in weights.items() if name.endswith("layernorm.weight")]
-    matrices = [value for value in weights.values() if value.ndim == 2]
+    matrices = [value for name, value in weights.items() if value.ndim == 2 and not name.endswith("gate")]
     assert len(gates) + len(norms) + len(matrices) == len(weights)
     optimizer = torch.optim.AdamW(
         [

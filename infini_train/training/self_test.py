@@ -71,6 +71,8 @@ def tiny_run(run: RunConfig, data_parallel_size: int) -> RunConfig:
             segment_length=8 * tp,
             update_rule=model.update_rule,
             first_segment=model.first_segment,
+            write_strength=model.write_strength,
+            normaliser=model.normaliser,
             initial_gate=0.5,
             bank_tokens=20,
             bank_top_k=3,

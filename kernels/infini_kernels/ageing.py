@@ -27,15 +27,20 @@ class Removals(Protocol):
 
 
 class PlainRemovals:
-    """`Removals` in PyTorch's own operations, from σ(K)^T of the segments [segments, G, D, W], zero at padding."""
+    """`Removals` in PyTorch's own operations.
 
-    def __init__(self, sigma_k_t: Tensor) -> None:
-        self._sigma_k_t = sigma_k_t
+    sigma_k_t [segments, G, D, W], zero at padding; strength [segments, G, 1, W] of each write, None for 1
+    """
+
+    def __init__(self, sigma_k_t: Tensor, strength: Tensor | None = None) -> None:
+        self._sigma_k_t, self._strength = sigma_k_t, strength
 
     def removal(self, z: Tensor, eps: float) -> Tensor:
         # Cut from the last cut: a gradient as large as all segments for each call would cost more than the products.
         self._sigma_k_t = sigma_k_t = self._sigma_k_t[: len(z)]
         scale = (z.unsqueeze(-2) @ sigma_k_t + eps).reciprocal()  # [X, G, 1, W]
+        if self._strength is not None:
+            scale = scale * self._strength[: len(z)]
         return WeightedGram.apply(sigma_k_t, scale)
 
 

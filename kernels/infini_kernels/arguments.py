@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from infini_kernels.memory import MemoryState, memory_dtype
+from infini_kernels.variants import NORMALISERS
 
 Rotary: TypeAlias = tuple[Tensor, Tensor]  # (cos, sin), each [positions, D/2]
 
@@ -75,13 +76,33 @@ def check_gate(gate: Tensor | None, q: Tensor) -> None:
         raise ValueError(f"gate is on {gate.device} but q is on {q.device}")
 
 
-def check_memory(memory: MemoryState | None, k: Tensor, v: Tensor) -> None:
-    """M [B, G, D, Dv] and z [B, G, D], in the memory type that goes with k, on k's device."""
+def check_write_gate(write_gate: Tensor | None, k: Tensor) -> None:
+    """write_gate [G, D]."""
+    if write_gate is None:
+        return
+    needed = list(k.shape[2:])
+    if list(write_gate.shape) != needed:
+        raise ValueError(f"write_gate has shape {list(write_gate.shape)}, but k {list(k.shape)} needs {needed}")
+    if not write_gate.is_floating_point():
+        raise ValueError(f"write_gate is {write_gate.dtype}, but scores keys of {k.dtype}: it is floating-point")
+    if write_gate.device != k.device:
+        raise ValueError(f"write_gate is on {write_gate.device} but k is on {k.device}")
+
+
+def check_normaliser(normaliser: str, update_rule: str) -> None:
+    check_choice("normaliser", normaliser, NORMALISERS)
+    if normaliser == "corrected" and update_rule != "delta":
+        raise ValueError(f"normaliser is 'corrected', which is the paper's under update_rule {update_rule!r}: write 'paper'")
+
+
+def check_memory(memory: MemoryState | None, k: Tensor, v: Tensor, normaliser: str = "paper") -> None:
+    """M [B, G, D, Dv] and z [B, G, D], in the memory type that goes with k, on k's device; M [B, G, D, Dv + 1] for a
+    corrected normaliser."""
     if memory is None:
         return
     batch_size, _, num_groups, key_width = k.shape
     shapes = {
-        "M": [batch_size, num_groups, key_width, v.shape[3]],
+        "M": [batch_size, num_groups, key_width, v.shape[3] + (normaliser == "corrected")],
         "z": [batch_size, num_groups, key_width],
     }
     needed = memory_dtype(k.dtype)

@@ -63,17 +63,26 @@ class SegmentUpdates(Protocol):
 class PlainUpdates:
     """`SegmentUpdates` in PyTorch's own operations.
 
-    sigma_k [B, N, W, G, D], zero at padding; v [B, N, W, G, Dv]
+    sigma_k [B, N, W, G, D], zero at padding; v [B, N, W, G, Dv]; strength [B, N, W, G, 1] of each write, None for 1
+
+    With strengths s, σ(K)^T diag(s) stands in every place of the σ(K)^T that writes.
     """
 
-    def __init__(self, sigma_k: Tensor, v: Tensor) -> None:
+    def __init__(self, sigma_k: Tensor, v: Tensor, strength: Tensor | None = None) -> None:
         self._sigma_k_t = sigma_k.permute(0, 1, 3, 4, 2)  # [B, N, G, D, W]
-        self.written = self._sigma_k_t @ v.permute(0, 1, 3, 2, 4)
-        self.z = sigma_k.sum(dim=2)
+        self._strength = None if strength is None else strength.permute(0, 1, 3, 4, 2)  # [B, N, G, 1, W]
+        if strength is None:
+            self.written = self._sigma_k_t @ v.permute(0, 1, 3, 2, 4)
+            self.z = sigma_k.sum(dim=2)
+        else:
+            self.written = self._sigma_k_t @ (v * strength).permute(0, 1, 3, 2, 4)
+            self.z = (sigma_k * strength).sum(dim=2)
 
     def select(self, places: Tensor | None) -> Removals:
-        segments = self._sigma_k_t.flatten(0, 1)
-        return PlainRemovals(segments if places is None else segments.index_select(0, places))
+        def chosen(x: Tensor) -> Tensor:
+            return x.flatten(0, 1) if places is None else x.flatten(0, 1).index_select(0, places)
+
+        return PlainRemovals(chosen(self._sigma_k_t), None if self._strength is None else chosen(self._strength))
 
     def walk(self, state: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return walk(state, added, reset, removed)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,12 @@ from infini_kernels.arguments import (
     check_heads,
     check_lengths,
     check_memory,
+    check_normaliser,
     check_repeats,
     check_reset,
     check_rotary,
     check_segment_length,
+    check_write_gate,
 )
 from infini_kernels.memory import MemoryState
 from infini_kernels.parts import part
@@ -47,6 +50,8 @@ def infini_attention(
     backend: str = "auto",
     group: ProcessGroup | None = None,
     repeats: Tensor | None = None,
+    write_gate: Tensor | None = None,
+    normaliser: str = "paper",
 ) -> tuple[Tensor, MemoryState]:
     """Local softmax attention mixed with a compressive memory of all earlier segments (arXiv 2404.07143, Eq. 3 to 10).
 
@@ -71,6 +76,9 @@ def infini_attention(
             the same memory; each gets the memory after the last process's run. Its gradient is the sum over the processes.
         repeats: [B, ceil(T / segment_length)], at least 1: how often each segment is written, as if it came so many times in a
             row ('delta' takes whole numbers, and walks more than two in runs that share a normaliser). None writes each once.
+        write_gate: u [G, D]: a token is written with strength 2 sigmoid(k · u) and not with 1. Not in the paper.
+        normaliser: 'paper', or for 'delta' 'corrected', which is not in the paper: see `variants.read_state`. The memory's M is
+            then [B, G, D, Dv + 1].
 
     Returns:
         out [B, T, H, Dv] in v's type, zero at padding, and the memory after the last segment. Gradients flow through q,
@@ -87,11 +95,18 @@ def infini_attention(
     check_eps(eps)
     check_heads(q, k, v)
     check_gate(gate, q)
-    check_memory(memory, k, v)
+    check_write_gate(write_gate, k)
+    check_normaliser(normaliser, update_rule)
+    check_memory(memory, k, v, normaliser)
     check_rotary(rotary, q, segment_length, "segment_length")
     check_reset(reset, q.shape[0], -(-q.shape[1] // segment_length))
     check_lengths(lengths, q.shape[0], q.shape[1], segment_length)
     check_repeats(repeats, q.shape[0], -(-q.shape[1] // segment_length))
+    more: dict[str, Any] = {}
+    if write_gate is not None or normaliser != "paper":
+        if backend == "triton":
+            raise ValueError("backend is 'triton', which has no write_gate and only the paper's normaliser: write 'auto'")
+        backend, more = "reference", {"write_gate": write_gate, "normaliser": normaliser}
     operation = _operation(backend, q, k, v)
     with part("memory path"):
         return operation(
@@ -109,12 +124,17 @@ def infini_attention(
             eps=eps,
             group=group,
             repeats=repeats,
+            **more,
         )
 
 
-def memory_choice(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """What computes the memory of tensors like these with backend 'auto', for a log."""
-    if _operation("auto", q, k, v) is infini_attention_reference:
+def memory_choice(q: Tensor, k: Tensor, v: Tensor, of_the_paper: bool = True) -> str:
+    """What computes the memory of tensors like these with backend 'auto', for a log.
+
+    Args:
+        of_the_paper: without learned writes and with the paper's normaliser.
+    """
+    if not of_the_paper or _operation("auto", q, k, v) is infini_attention_reference:
         return f"PyTorch {torch.__version__}"
     import triton
 

@@ -12,6 +12,7 @@ from infini_kernels.compressive import PlainUpdates, SegmentMemory, feature_map,
 from infini_kernels.local import segment_attention
 from infini_kernels.memory import MemoryState, memory_dtype
 from infini_kernels.segments import SegmentLayout, padding_mask
+from infini_kernels.variants import read_state, remembered_values, write_strength
 
 
 def infini_attention_reference(
@@ -30,6 +31,8 @@ def infini_attention_reference(
     eps: float,
     group: ProcessGroup | None = None,
     repeats: Tensor | None = None,
+    write_gate: Tensor | None = None,
+    normaliser: str = "paper",
 ) -> tuple[Tensor, MemoryState]:
     """`infini_attention` for arguments that have been checked."""
     dtype = memory_dtype(v.dtype)
@@ -48,14 +51,17 @@ def infini_attention_reference(
         sigma_k = feature_map(k, dtype)  # [B, T, G, D]
         if padding is not None:
             sigma_k = sigma_k.masked_fill(padding, 0)  # σ(0) is 1: a zero key would still be written
-        updates = PlainUpdates(layout.fold(sigma_k), layout.fold(v.to(dtype)))
+        strength = write_strength(k, write_gate, dtype)  # [B, T, G, 1]
+        values = layout.fold(remembered_values(v.to(dtype), normaliser))
+        updates = PlainUpdates(layout.fold(sigma_k), values, None if strength is None else layout.fold(strength))
         written = SegmentMemory(updates, memory, reset, update_rule, eps, group, repeats)
     # Here, so that the exchange of a group that is now under way overlaps with it.
     local = segment_attention(layout.fold(q), layout.fold(k), layout.fold(v), rotary)  # [B, N, W, H, Dv]
     with full_precision(q):
         carried = written.carry()
         sigma_q = layout.fold(feature_map(q, dtype))  # [B, N, W, H, D]
-        mixed = read_and_mix(sigma_q, local, gate, carried.entering, first_segment, eps)
+        entering = None if carried.entering is None else read_state(carried.entering, normaliser)
+        mixed = read_and_mix(sigma_q, local, gate, entering, first_segment, eps)
     out = layout.unfold(mixed).to(v.dtype)  # [B, T, H, Dv]
     if padding is not None:
         out = out.masked_fill(padding, 0)

@@ -19,12 +19,15 @@ from infini_kernels.arguments import (
     check_gate,
     check_heads,
     check_memory,
+    check_normaliser,
     check_rotary,
     check_segment_length,
+    check_write_gate,
 )
 from infini_kernels.compressive import PlainUpdates, SegmentMemory, feature_map, full_precision, read_and_mix
 from infini_kernels.memory import MemoryState, memory_dtype
 from infini_kernels.rotary import apply_rotary
+from infini_kernels.variants import read_state, remembered_values, write_strength
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class SegmentCache:
         value_width: int,
         *,
         with_memory: bool = True,
+        normaliser: str = "paper",
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "SegmentCache":
@@ -57,9 +61,8 @@ class SegmentCache:
         check_segment_length(segment_length)
         memory = None
         if with_memory:
-            memory = MemoryState.zeros(
-                batch_size, num_query_groups, key_width, value_width, device=device, dtype=memory_dtype(dtype)
-            )
+            width = value_width + (normaliser == "corrected")
+            memory = MemoryState.zeros(batch_size, num_query_groups, key_width, width, device=device, dtype=memory_dtype(dtype))
         return cls(
             memory,
             torch.zeros(batch_size, segment_length, num_query_groups, key_width, device=device, dtype=dtype),
@@ -90,6 +93,8 @@ def infini_attention_step(
     rotary: Rotary | None = None,
     first_segment: str = "paper",
     eps: float = 1e-6,
+    write_gate: Tensor | None = None,
+    normaliser: str = "paper",
 ) -> tuple[Tensor, SegmentCache]:
     """The next t tokens of a stream: equal to `infini_attention` on the whole stream. No gradients.
 
@@ -103,22 +108,26 @@ def infini_attention_step(
     check_eps(eps)
     _check_step(q, k, v, cache, segment_length, rotary)
     check_gate(gate, q)
+    check_write_gate(write_gate, k)
+    check_normaliser(normaliser, update_rule)
     if cache.memory is None:
         raise ValueError("cache has no memory, but infini_attention_step reads one; see local_attention_step")
-    check_memory(cache.memory, k, v)
+    check_memory(cache.memory, k, v, normaliser)
 
     memory, cache = cache.memory, _append(cache, k, v)
     local = _chunk_attention(q, cache, rotary)  # [B, t, H, Dv]
     dtype = memory_dtype(v.dtype)
     with full_precision(q):
         sigma_q = feature_map(q, dtype)
-        entering = MemoryState(memory.M.unsqueeze(1), memory.z.unsqueeze(1))
+        entering = read_state(MemoryState(memory.M.unsqueeze(1), memory.z.unsqueeze(1)), normaliser)
         mixed = read_and_mix(sigma_q.unsqueeze(1), local.unsqueeze(1), gate, entering, first_segment, eps)
         if cache.remaining == 0:
-            sigma_k = feature_map(cache.keys, dtype).unsqueeze(1)  # [B, 1, S, G, D]
-            written = SegmentMemory(
-                PlainUpdates(sigma_k, cache.values.to(dtype).unsqueeze(1)), memory, None, update_rule, eps
-            ).carry()
+            sigma_k = feature_map(cache.keys, dtype)  # [B, S, G, D]
+            values = remembered_values(cache.values.to(dtype), normaliser)
+            strength = write_strength(cache.keys, write_gate, dtype)
+            strength = None if strength is None else strength.unsqueeze(1)  # [B, 1, S, G, 1]
+            updates = PlainUpdates(sigma_k.unsqueeze(1), values.unsqueeze(1), strength)
+            written = SegmentMemory(updates, memory, None, update_rule, eps).carry()
             cache = replace(cache, memory=written.leaving, length=0)
     return mixed.squeeze(1).to(v.dtype), cache
 

@@ -90,6 +90,23 @@ def test_every_way_of_computing_equals_one_process(case, pool, reference, run_co
     assert_same_run(results, reference(case.reference()))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(tp=2, sequence_parallel=True, dp=2, zero=2, rule="delta", ageing=40),
+        Case(cp=2, pp=2, recompute="layer", rule="delta"),
+        Case(dp=2, zero=3, recompute="stage", rule="delta", ageing=40),
+    ],
+    ids=lambda case: case.name,
+)
+def test_learned_writes_and_a_corrected_normaliser_in_every_kind_of_layout(case, pool, run_config):
+    run = replace(run_config, model=replace(run_config.model, write_strength="learned", normaliser="corrected"))
+    one = pool(1).run("tests.distributed.jobs", "train", case.reference().apply(run), STEPS)
+    assert_same_run(pool(case.processes).run("tests.distributed.jobs", "train", case.apply(run), STEPS), one)
+    gates = {name: value for name, value in global_weights(one).items() if name.endswith("write_gate")}
+    assert len(gates) == run.model.num_layers and all(value.abs().max() > 1e-3 for value in gates.values())
+
+
 RIVALS = sorted(set(ATTENTION_VARIANTS) - {"infini"})
 
 

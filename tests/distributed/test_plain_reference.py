@@ -15,11 +15,21 @@ from tests.distributed.assemble import global_memory, global_weights
 STEPS = 4
 
 
+BEYOND_THE_PAPER = {"write_strength": "learned", "normaliser": "corrected"}
+
+
 @pytest.mark.parametrize(
-    "rule,first_segment,ageing", [("linear", "paper", 1), ("linear", "paper", 40), ("delta", "local_only", 40)]
+    "rule,first_segment,ageing,more",
+    [
+        ("linear", "paper", 1, {}),
+        ("linear", "paper", 40, {}),
+        ("delta", "local_only", 40, {}),
+        ("linear", "paper", 40, {"write_strength": "learned"}),
+        ("delta", "paper", 1, BEYOND_THE_PAPER),
+    ],
 )
-def test_a_run_equals_plain_torch(rule, first_segment, ageing, pool, run_config):
-    model = replace(run_config.model, update_rule=rule, first_segment=first_segment, initial_gate=0.3)
+def test_a_run_equals_plain_torch(rule, first_segment, ageing, more, pool, run_config):
+    model = replace(run_config.model, update_rule=rule, first_segment=first_segment, initial_gate=0.3, **more)
     training = replace(run_config.training, memory_ageing=ageing, memory_ageing_rise=0.0)
     run = replace(run_config, model=model, training=training)
     results = pool(1).run("tests.distributed.jobs", "train", run, STEPS)

@@ -11,10 +11,10 @@ from infini_train.config import LayoutConfig
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("rule,normaliser", [("linear", "paper"), ("delta", "paper"), ("delta", "corrected")])
 @pytest.mark.parametrize("first_segment", ["paper", "local_only"])
-def test_a_prompt_of_40_segments(rule, first_segment, tensor_parallel, pool, run_config):
-    model = replace(run_config.model, update_rule=rule, first_segment=first_segment)
+def test_a_prompt_of_40_segments(rule, normaliser, first_segment, tensor_parallel, pool, run_config):
+    model = replace(run_config.model, update_rule=rule, normaliser=normaliser, first_segment=first_segment)
     run = replace(run_config, model=model, layout=LayoutConfig(tensor_parallel_size=tensor_parallel))
     length = 39 * model.segment_length + 7
     tokens = torch.randint(0, run.data.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))

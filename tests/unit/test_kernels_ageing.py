@@ -15,24 +15,25 @@ def inputs(dtype=torch.float64, segments=N):
     return {name: torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for name, shape in shapes.items()}
 
 
-def entering(dtype=torch.float64):
+def entering(dtype=torch.float64, value_width=V):
     generator = torch.Generator().manual_seed(7)
-    M = torch.randn(B, G, D, V, generator=generator, dtype=dtype)
+    M = torch.randn(B, G, D, value_width, generator=generator, dtype=dtype)
     z = torch.rand(B, G, D, generator=generator, dtype=dtype) * 20 + 5
     return MemoryState(M.requires_grad_(), z.requires_grad_())
 
 
-def written_out(x, memory, repeats, rule):
+def written_out(x, memory, repeats, rule, **options):
     """Segment by segment, each as often as `repeats` says; its output is that of the first time."""
     outs = []
     for segment in range(N):
-        part = {name: value[:, segment * S : (segment + 1) * S] for name, value in x.items() if name != "gate"}
+        part = {name: value[:, segment * S : (segment + 1) * S] for name, value in x.items() if "gate" not in name}
+        gates = {name: value for name, value in x.items() if "gate" in name}
         row_states = []
         for row in range(B):
             one = {name: value[row : row + 1] for name, value in part.items()}
             state = MemoryState(memory.M[row : row + 1], memory.z[row : row + 1])
             for time in range(int(repeats[row, segment])):
-                out, state = infini_attention(**one, gate=x["gate"], memory=state, segment_length=S, update_rule=rule)
+                out, state = infini_attention(**one, **gates, memory=state, segment_length=S, update_rule=rule, **options)
                 if time == 0:
                     outs.append((segment, row, out))
             row_states.append(state)
@@ -41,16 +42,21 @@ def written_out(x, memory, repeats, rule):
     return torch.cat(rows), memory
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta"])
-def test_up_to_two_writes_are_exact_in_output_memory_and_every_gradient(rule):
+@pytest.mark.parametrize("rule,normaliser", [("linear", "paper"), ("delta", "paper"), ("delta", "corrected")])
+@pytest.mark.parametrize("learned_writes", [False, True])
+def test_up_to_two_writes_are_exact_in_output_memory_and_every_gradient(rule, normaliser, learned_writes):
     repeats = torch.tensor([[1, 2, 1], [2, 1, 2]])
     results = []
     for aged in (True, False):
-        x, memory = inputs(), entering()
+        x, memory = inputs(), entering(value_width=V + (normaliser == "corrected"))
+        if learned_writes:
+            generator = torch.Generator().manual_seed(1)
+            x["write_gate"] = torch.randn(G, D, generator=generator, dtype=torch.float64).requires_grad_()
+        options = {"normaliser": normaliser}
         if aged:
-            out, state = infini_attention(**x, memory=memory, segment_length=S, update_rule=rule, repeats=repeats)
+            out, state = infini_attention(**x, memory=memory, segment_length=S, update_rule=rule, repeats=repeats, **options)
         else:
-            out, state = written_out(x, memory, repeats, rule)
+            out, state = written_out(x, memory, repeats, rule, **options)
         (out.square().sum() + state.M.square().sum() + state.z.square().sum()).backward()
         results.append([out, state.M, state.z, *(value.grad for value in x.values()), memory.M.grad, memory.z.grad])
     for found, expected in zip(*results, strict=True):

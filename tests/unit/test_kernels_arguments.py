@@ -55,6 +55,18 @@ REFUSALS = {
     "segment length": ({"segment_length": 0}, "segment_length is 0"),
     "update rule": ({"update_rule": "hebb"}, "update_rule is 'hebb', but must be one of linear, delta"),
     "first segment": ({"first_segment": "none"}, "first_segment is 'none', but must be one of paper, local_only"),
+    "write gate": ({"write_gate": zeros(H, D)}, r"write_gate has shape \[4, 4\], but k \[2, 7, 2, 4\] needs \[2, 4\]"),
+    "write gate of integers": ({"write_gate": zeros(G, D, dtype=torch.int64)}, "write_gate is torch.int64"),
+    "normaliser": ({"normaliser": "none"}, "normaliser is 'none', but must be one of paper, corrected"),
+    "normaliser of the linear rule": ({"normaliser": "corrected"}, "which is the paper's under update_rule 'linear'"),
+    "memory of a corrected normaliser": (
+        {"normaliser": "corrected", "update_rule": "delta"},
+        r"memory.M has shape \[2, 2, 4, 3\], but k .* need \[2, 2, 4, 4\]",
+    ),
+    "triton without learned writes": (
+        {"backend": "triton", "write_gate": zeros(G, D)},
+        "backend is 'triton', which has no write_gate and only the paper's normaliser",
+    ),
     "backend": ({"backend": "cuda"}, "backend is 'cuda', but must be one of auto, reference, triton"),
     "triton": ({"backend": "triton"}, "backend is 'triton', which takes CUDA tensors of float16, bfloat16 or float32"),
     "eps of zero": ({"eps": 0.0}, "eps is 0.0, but must be finite and at least"),

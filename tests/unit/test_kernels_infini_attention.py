@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from infini_kernels import MemoryState, infini_attention, local_attention
 from tests.unit.test_kernels_oracle import oracle, valid_by_segment
 
-NAMES = ("q", "k", "v", "gate", "M", "z")
+NAMES = ("q", "k", "v", "gate", "M", "z", "write_gate")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Case:
     first_segment: str = "paper"
     batch: int = 2
     eps: float = 1e-6
+    write_gate: bool = False
+    normaliser: str = "paper"
 
     def options(self, dtype: torch.dtype) -> dict[str, object]:
         rotary = None
@@ -46,6 +48,7 @@ class Case:
             "lengths": None if self.lengths is None else torch.tensor(self.lengths),
             "first_segment": self.first_segment,
             "eps": self.eps,
+            "normaliser": self.normaliser,
         }
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -56,11 +59,16 @@ class Case:
             "k": (self.batch, self.tokens, self.groups, self.key_width),
             "v": (self.batch, self.tokens, self.groups, self.value_width),
             "gate": (self.heads,),
-            "M": (self.batch, self.groups, self.key_width, self.value_width),
+            "M": (self.batch, self.groups, self.key_width, self.value_width + (self.normaliser == "corrected")),
             "z": (self.batch, self.groups, self.key_width),
+            "write_gate": (self.groups, self.key_width),
         }
         values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         values["z"] = values["z"].abs() + 1  # a sum of σ(K) is positive
+        if self.normaliser == "corrected":
+            values["M"][..., -1] = values["z"] / 2  # so is what the rule makes of ones
+        if not self.write_gate:
+            del values["write_gate"]
         if not self.memory:
             del values["M"], values["z"]
         return {name: value.to(dtype).requires_grad_() for name, value in values.items()}
@@ -91,6 +99,19 @@ CASES = {
         15, heads=6, groups=1, lengths=((3, 5, 2), (5, 0, 3)), reset=((0, 1, 0), (0, 1, 1)), rule="delta", memory=False
     ),
     "large eps": Case(7, rule="delta", eps=0.5),
+    "learned writes": Case(13, write_gate=True, lengths=((5, 2, 3), (0, 4, 1)), value_width=3),
+    "learned writes, delta": Case(13, write_gate=True, rule="delta", reset=((0, 1, 0), (1, 0, 1)), heads=6, groups=3),
+    "learned writes, one segment": Case(4, write_gate=True, rule="delta", memory=False),
+    "corrected normaliser": Case(13, rule="delta", normaliser="corrected", lengths=((3, 5, 2), (5, 0, 3)), value_width=3),
+    "corrected normaliser, local only, learned writes": Case(
+        22,
+        rule="delta",
+        normaliser="corrected",
+        memory=False,
+        first_segment="local_only",
+        write_gate=True,
+        reset=((0, 0, 1, 0, 0),) * 2,
+    ),
 }
 
 
@@ -114,12 +135,14 @@ def with_gradients(results: tuple[Tensor, Tensor, Tensor], inputs: dict[str, Ten
 @functools.cache
 def expected(name: str) -> Results:
     inputs = CASES[name].inputs(torch.float64)
-    return with_gradients(oracle(*inputs.values(), **CASES[name].options(torch.float64)), inputs)
+    return with_gradients(oracle(**inputs, **CASES[name].options(torch.float64)), inputs)
 
 
 def call(inputs: dict[str, Tensor], **options: object) -> tuple[Tensor, Tensor, Tensor]:
     memory = MemoryState(inputs["M"], inputs["z"]) if "M" in inputs else None
-    out, memory = infini_attention(*(inputs[name] for name in NAMES[:4]), memory, **options)
+    out, memory = infini_attention(
+        *(inputs[name] for name in NAMES[:4]), memory, write_gate=inputs.get("write_gate"), **options
+    )
     return out, memory.M, memory.z
 
 
@@ -140,7 +163,8 @@ def test_results_and_every_gradient_agree_with_the_oracle(name: str, dtype: torc
 def test_the_oracle_comparison_sees_every_input() -> None:
     """Each input's gradient is far from zero in some case, so that a lost gradient cannot pass."""
     for name in NAMES:
-        assert expected("segment lengths")[1][name].abs().max() > 1e-2
+        case = "learned writes" if name == "write_gate" else "segment lengths"
+        assert expected(case)[1][name].abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])
@@ -148,7 +172,7 @@ def test_gradcheck(update_rule: str) -> None:
     inputs = Case(5, segment=2, heads=2, groups=1, key_width=2, value_width=3, batch=1).inputs(torch.float64)
 
     def operation(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return call(dict(zip(NAMES, tensors, strict=True)), segment_length=2, update_rule=update_rule)
+        return call(dict(zip(inputs, tensors, strict=True)), segment_length=2, update_rule=update_rule)
 
     assert torch.autograd.gradcheck(operation, tuple(inputs.values()))
 

@@ -53,16 +53,19 @@ def oracle(
     lengths: Tensor | None = None,
     first_segment: str = "paper",
     eps: float = 1e-6,
+    write_gate: Tensor | None = None,
+    normaliser: str = "paper",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, M, z) for the arguments of `infini_attention`, token by token."""
     batch_size, num_tokens, num_heads, key_width = q.shape
     num_groups, value_width = v.shape[2:]
+    corrected = normaliser == "corrected"
     valid = valid_by_segment(lengths, batch_size, num_tokens, segment_length)
     out = {}
     states = {}
     for b in range(batch_size):
         for g in range(num_groups):
-            M_s = q.new_zeros(key_width, value_width) if M is None else M[b, g]
+            M_s = q.new_zeros(key_width, value_width + corrected) if M is None else M[b, g]
             z_s = q.new_zeros(key_width) if z is None else z[b, g]
             for s, num_valid in enumerate(valid[b]):
                 if reset is not None and reset[b, s]:
@@ -80,6 +83,8 @@ def oracle(
                         local = softmax_read(query, keys, values)
                         sigma_q = sigma(q[b, t, h])
                         from_memory = sigma_q @ M_s / (sigma_q @ z_s + eps)
+                        if corrected:
+                            from_memory = sigma_q @ M_s[:, :-1] / (sigma_q @ M_s[:, -1] + eps)
                         share = torch.sigmoid(gate[h])
                         if first_segment == "local_only" and not z_s.any():
                             share = share * 0
@@ -88,8 +93,10 @@ def oracle(
                 for t in tokens:
                     sigma_k = sigma(k[b, t, g])
                     known = sigma_k @ M_s / (sigma_k @ z_s + eps) if update_rule == "delta" else 0
-                    M_next = M_next + torch.outer(sigma_k, v[b, t, g] - known)
-                    z_next = z_next + sigma_k
+                    value = torch.cat((v[b, t, g], v.new_ones(1))) if corrected else v[b, t, g]
+                    strength = 1 if write_gate is None else 2 * torch.sigmoid(k[b, t, g] @ write_gate[g])
+                    M_next = M_next + strength * torch.outer(sigma_k, value - known)
+                    z_next = z_next + strength * sigma_k
                 M_s, z_s = M_next, z_next
             states[b, g] = M_s, z_s
     nothing = q.new_zeros(value_width)

@@ -35,9 +35,12 @@ def chunks_of(tokens: int, longest: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("longest", [1, 2, 3, 5])
-@pytest.mark.parametrize("update_rule, first_segment", [("linear", "paper"), ("delta", "local_only")])
+@pytest.mark.parametrize(
+    "update_rule, first_segment, normaliser",
+    [("linear", "paper", "paper"), ("delta", "local_only", "paper"), ("delta", "paper", "corrected")],
+)
 def test_chunks_of_any_size_equal_one_call(
-    update_rule: str, first_segment: str, longest: int, dtype: torch.dtype, tolerance: float
+    update_rule: str, first_segment: str, normaliser: str, longest: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     tensors, gate, rotary = stream(17, dtype)
     options = {
@@ -45,11 +48,13 @@ def test_chunks_of_any_size_equal_one_call(
         "update_rule": update_rule,
         "rotary": rotary,
         "first_segment": first_segment,
+        "normaliser": normaliser,
+        "write_gate": None if first_segment == "local_only" else torch.randn(G, D, generator=torch.Generator().manual_seed(3)),
     }
     wanted, _ = infini_attention(*tensors, gate, **options)
     _, wanted_memory = infini_attention(*(x[:, :15] for x in tensors), gate, **options)  # of finished segments only
 
-    cache = SegmentCache.empty(2, S, G, D, DV, dtype=dtype)
+    cache = SegmentCache.empty(2, S, G, D, DV, normaliser=normaliser, dtype=dtype)
     outs = []
     for start, end in chunks_of(17, longest):
         assert cache.remaining >= end - start
