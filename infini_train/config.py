@@ -66,6 +66,11 @@ class ModelConfig:
     tie_embeddings: bool = False
     """Share input embedding and output matrix; needs pipeline_parallel_size 1."""
 
+    @property
+    def memory_value_width(self) -> int:
+        """Columns of a memory M: those of a value, and with a corrected normaliser that of ones."""
+        return self.head_dim + (self.normaliser == "corrected")
+
 
 @dataclass(kw_only=True)
 class DataConfig:

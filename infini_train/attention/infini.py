@@ -26,8 +26,7 @@ class InfiniAttention(SegmentCached):
     @classmethod
     def carried(cls, model: ModelConfig, layer_number: int) -> dict[str, CarriedTensor]:
         groups, width = model.num_query_groups, model.head_dim
-        values = width + (model.normaliser == "corrected")
-        return {"M": CarriedTensor((groups, width, values)), "z": CarriedTensor((groups, width))}
+        return {"M": CarriedTensor((groups, width, model.memory_value_width)), "z": CarriedTensor((groups, width))}
 
     def forward(
         self,

@@ -7,19 +7,21 @@ from torch import Tensor
 
 from infini_kernels import MemoryState
 from infini_kernels.compressive import feature_map
+from infini_kernels.variants import read_state
 
 
-def read_back_cosine(k: Tensor, v: Tensor, memory: MemoryState, eps: float) -> Tensor:
+def read_back_cosine(k: Tensor, v: Tensor, memory: MemoryState, eps: float, normaliser: str = "paper") -> Tensor:
     """Cosine between each value and σ(K) M / (σ(K) z + ε), Eq. 3 of the paper with the key as query.
 
     Args:
         k: [B, T, G, D], as the memory sees it (not rotated).
         v: [B, T, G, Dv].
-        memory: M [B, G, D, Dv], z [B, G, D], as a read takes them (`infini_kernels.variants.read_state`).
+        memory: M [B, G, D, Dv], z [B, G, D]; M [B, G, D, Dv + 1] for a corrected normaliser.
 
     Returns:
         [B, T, G] in the memory's type; 0 where the memory is empty.
     """
+    memory = read_state(memory, normaliser)
     sigma_k = feature_map(k, memory.M.dtype)
     read = torch.einsum("btgd,bgde->btge", sigma_k, memory.M)
     read = read / (torch.einsum("btgd,bgd->btg", sigma_k, memory.z) + eps).unsqueeze(-1)

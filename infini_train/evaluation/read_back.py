@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from infini_kernels import MemoryState
-from infini_kernels.variants import read_state
 from infini_train import platform
 from infini_train.attention.read_back import read_back_cosine
 from infini_train.config import RunConfig
@@ -47,17 +45,17 @@ class _Layer:
             self.in_document = torch.where(reset[:, segment], 0, self.in_document) + (lengths[:, segment] > 0)
         for position, age in enumerate(AGES):
             if age < len(self.segments):
-                self._measure(position, age, read_state(output[1], self.normaliser))
+                self._measure(position, age, output[1])
 
-    def _measure(self, position: int, age: int, memory: MemoryState) -> None:
+    def _measure(self, position: int, age: int, memory: Any) -> None:
         k, v, lengths = self.segments[-1 - age]
         assert self.in_document is not None
         valid = torch.arange(k.shape[1]) < torch.where(self.in_document > age, lengths, 0)[:, None]
         if not valid.any():
             return
-        own = read_back_cosine(k, v, memory, self.eps).cpu()[valid].double()
+        own = read_back_cosine(k, v, memory, self.eps, self.normaliser).cpu()[valid].double()
         # Values have a direction in common, which any key reads; half a segment away stands a token of no relation.
-        other = read_back_cosine(k.roll(k.shape[1] // 2, dims=1), v, memory, self.eps).cpu()[valid].double()
+        other = read_back_cosine(k.roll(k.shape[1] // 2, dims=1), v, memory, self.eps, self.normaliser).cpu()[valid].double()
         self.sums[position] += torch.tensor([own.sum(), other.sum(), own.numel()], dtype=torch.float64)
 
 

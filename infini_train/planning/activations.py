@@ -44,22 +44,24 @@ def _memory_bytes(sizes: Sizes, queries: int, keys: int) -> int:
     queries_copied = rows * groups > 1 if sizes.heads > groups else keys_copied
     total = keys  # σ(K)
     total += keys if keys_copied else 0  # σ(K) in σ(K)^T V
-    total += keys if values_copied or sizes.element < FLOAT32 else 0  # V in it
+    values = keys // model.head_dim * model.memory_value_width
+    total += values if values_copied or sizes.element < FLOAT32 or values > keys else 0  # V in it
     total += queries  # σ(Q)
     total += queries if queries_copied else 0  # σ(Q) with the heads of a group side by side
     total += 2 * sizes.tokens * sizes.heads  # 1 / (σ(Q) z + ε), and the same times the gate
-    states = rows * segments * groups * model.head_dim**2
-    total += states + states // model.head_dim  # M and z that enter each segment
+    keys_of_states = rows * segments * groups * model.head_dim
+    states = keys_of_states * model.memory_value_width
+    total += states + keys_of_states  # M and z that enter each segment
     if run.model.update_rule == "delta":
         total += keys if keys_copied else 0  # σ(K) in σ(K) z
         total += sizes.tokens * sizes.groups  # its reciprocal
-        total += 2 * states  # what each segment removes, and from which M
+        total += states + keys_of_states * model.head_dim  # M from which each segment removes, and what
     if model.write_strength == "learned":
         total += 2 * keys + 3 * sizes.tokens * sizes.groups  # K and V before their strengths, and these
     if sizes.cp > 1:
-        one = rows * groups * model.head_dim**2
-        # The maps of every process's run, and the states between them.
-        total += sizes.cp * one * (3 if run.model.update_rule == "delta" else 2)
+        one = rows * groups * model.head_dim
+        # The states of every process's run and those between them, and under the delta rule the maps.
+        total += sizes.cp * one * (2 * model.memory_value_width + (model.head_dim if model.update_rule == "delta" else 0))
     return total * FLOAT32
 
 

@@ -159,9 +159,9 @@ def _memory(run: RunConfig, pipeline: Any, rows: int, tensor_processes: int) -> 
     """What a step before this one left."""
     if run.model.attention != "infini":
         return {}
-    width, groups = run.model.head_dim, run.model.num_query_groups // tensor_processes
+    width, values, groups = run.model.head_dim, run.model.memory_value_width, run.model.num_query_groups // tensor_processes
     layers = sorted(set().union(*pipeline.chunk_layers))
-    return {layer: MemoryState.zeros(rows, groups, width, width, device=META) for layer in layers}
+    return {layer: MemoryState.zeros(rows, groups, width, values, device=META) for layer in layers}
 
 
 def _batch(run: RunConfig, rows: int, context_processes: int) -> Any:

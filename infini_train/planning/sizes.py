@@ -100,9 +100,9 @@ class Sizes:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of one layer's M [B, G, D, D] and z [B, G, D] on this process."""
-        width = self.run.model.head_dim
-        return self.rows * self.groups * (width * width + width) * FLOAT32 if self.has_memory else 0
+        """Bytes of one layer's M [B, G, D, Dv] and z [B, G, D] on this process."""
+        width, values = self.run.model.head_dim, self.run.model.memory_value_width
+        return self.rows * self.groups * width * (values + 1) * FLOAT32 if self.has_memory else 0
 
     def is_first(self, stage: int, chunk: int = 0) -> bool:
         """Whether the chunk embeds tokens."""

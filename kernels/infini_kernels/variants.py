@@ -21,7 +21,8 @@ def write_strength(k: Tensor, write_gate: Tensor | None, dtype: torch.dtype) -> 
     """
     if write_gate is None:
         return None
-    return 2 * (k.to(dtype) * write_gate.to(dtype)).sum(dim=-1, keepdim=True).sigmoid()
+    # A copy is kept, as of v: where k is a part of one tensor with q and v, that lets theirs go.
+    return 2 * (k.to(dtype).contiguous() * write_gate.to(dtype)).sum(dim=-1, keepdim=True).sigmoid()
 
 
 def remembered_values(v: Tensor, normaliser: str) -> Tensor:

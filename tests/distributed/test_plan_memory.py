@@ -44,7 +44,18 @@ def enlarged(run: RunConfig) -> RunConfig:
 
 @pytest.mark.parametrize("precision,case", CASES, ids=[f"{precision}-{case.name}" for precision, case in CASES])
 def test_plan_against_a_real_run(precision, case, pool, run_config):
+    _check(precision, case, case.apply(enlarged(run_config)), pool)
+
+
+@pytest.mark.parametrize(
+    "precision,case", [("float32", Case(rule="delta")), ("bfloat16", Case(cp=2, window=(2, 4), rule="delta"))]
+)
+def test_plan_of_learned_writes_and_a_corrected_normaliser(precision, case, pool, run_config):
     run = case.apply(enlarged(run_config))
+    _check(precision, case, replace(run, model=replace(run.model, write_strength="learned", normaliser="corrected")), pool)
+
+
+def _check(precision, case, run, pool):
     run = replace(run, training=replace(run.training, precision=precision))
     sizes = Sizes(run, case.processes)
     for measured in pool(case.processes).run("tests.distributed.plan_jobs", "measured_step", run):

@@ -25,7 +25,7 @@ def test_ages_documents_and_padding_are_respected():
     k, v = torch.randn(2, 12, groups, width), torch.randn(2, 12, groups, width)
     reset = torch.tensor([[True, False, False], [True, False, True]])
     lengths = torch.tensor([[4, 4, 2], [4, 3, 4]])
-    layer, memory = _Layer(length, 1e-6), None
+    layer, memory = _Layer(length, 1e-6, "paper"), None
     leaving = []
     for segments in (slice(0, 1), slice(1, 3)):
         part = slice(segments.start * length, segments.stop * length)
