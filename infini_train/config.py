@@ -215,6 +215,9 @@ class TrainingConfig:
     """With more than one process, first train a tiny model in the run's layout and compare it with one process."""
     deterministic: bool = False
     """Refuse operations whose result depends on timing (torch.use_deterministic_algorithms): equal bits on CUDA too."""
+    length_curriculum: float = 0.0
+    """Not in the paper: share of the first epoch's documents, chosen by the seed, that are read by length, shortest first; then
+    come all others in an order without lengths. 0 turns it off."""
     memory_ageing: int = 1
     """Not in the paper: while training, a segment's update may count up to this many times, as if the segment came so often in
     a row. Gradients then see a memory as diluted as that of a very long stream. 1 turns it off; the bound starts at 1."""

@@ -64,7 +64,7 @@ def validate_model(config: RunConfig) -> None:
             f"training.memory_ageing is {training.memory_ageing}, but model.attention {config.model.attention} has no "
             "memory to age; set it to 1"
         )
-    for key in ("memory_ageing_share", "memory_ageing_rise"):
+    for key in ("length_curriculum", "memory_ageing_share", "memory_ageing_rise"):
         if not 0.0 <= (value := getattr(training, key)) <= 1.0:
             raise UserError(f"training.{key} is {value}; it is a share between 0 and 1")
     segments = training.segments_per_micro_batch * training.micro_batches_per_window

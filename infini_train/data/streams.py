@@ -48,7 +48,7 @@ class StreamReader:
 
     In epoch e row r of R reads documents `order_e[r::R]`, where order_e is a permutation seeded by (seed, e) of all documents
     with a target. Over all rows that is every document once an epoch. A row goes on to its next epoch by itself. What a row
-    reads depends on (dataset, r, R, S, seed, shuffle) only, not on which other rows the reader holds.
+    reads depends on (dataset, r, R, S, seed, shuffle, curriculum) only, not on which other rows the reader holds.
 
     A document that is not available is passed over where it would have been read: all others keep their place, so a run that
     goes on without a shard reads what it would have read, less that shard's documents.
@@ -64,6 +64,8 @@ class StreamReader:
         shuffle: False reads in the order of the dataset, or by length.
         num_epochs: rows end after so many epochs; None never ends.
         longest_first: with shuffle False, read by falling length: rows then end within one document's length of each other.
+        length_curriculum: with shuffle, the share of the first epoch's documents, in its order, that come sorted by length,
+            shortest first; the others follow as they are.
 
     Raises:
         ValueError: if rows is empty or not inside 0 .. total_rows - 1.
@@ -80,6 +82,7 @@ class StreamReader:
         shuffle: bool = True,
         num_epochs: int | None = None,
         longest_first: bool = False,
+        length_curriculum: float = 0.0,
     ) -> None:
         if not rows or min(rows) < 0 or max(rows) >= total_rows:
             raise ValueError(f"rows is {rows}; it must name rows among the {total_rows} of the global batch")
@@ -94,6 +97,7 @@ class StreamReader:
         self.seed = seed
         self.shuffle = shuffle
         self.num_epochs = num_epochs
+        self.length_curriculum = length_curriculum
         self._documents = np.flatnonzero(dataset.document_lengths >= 2)
         if longest_first:
             self._documents = self._documents[np.argsort(-dataset.document_lengths[self._documents], kind="stable")]
@@ -237,5 +241,9 @@ class StreamReader:
             self._orders = {e: order for e, order in self._orders.items() if e in reading}
             # Sorting raw bits: numpy guarantees a bit generator's stream between versions, not that of permutation().
             bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self._documents))
-            self._orders[epoch] = self._documents[np.argsort(bits, kind="stable")]
+            order = self._documents[np.argsort(bits, kind="stable")]
+            if epoch == 0:
+                first = order[: round(self.length_curriculum * len(order))]
+                first[:] = first[np.argsort(self.dataset.document_lengths[first], kind="stable")]
+            self._orders[epoch] = order
         return self._orders[epoch]

@@ -178,7 +178,14 @@ def train_plainly(run: RunConfig, dataset: TokenDataset, initial: dict[str, Tens
         betas=(optimizer_config.beta1, optimizer_config.beta2),
         eps=optimizer_config.eps,
     )
-    reader = StreamReader(dataset, range(training.rows), training.rows, run.model.segment_length, training.seed)
+    reader = StreamReader(
+        dataset,
+        range(training.rows),
+        training.rows,
+        run.model.segment_length,
+        training.seed,
+        length_curriculum=training.length_curriculum,
+    )
     memory: dict[int, LayerMemory] = {}
     result: dict[str, Any] = {"loss": [], "grad_norm": []}
     # Full attention's context is the micro-batch; otherwise a window is one call.

@@ -47,7 +47,14 @@ def build_parts(run: RunConfig, dataset: TokenDataset | None = None) -> Parts:
     if dataset is None:
         dataset = TokenDataset(Path(run.data.path), "train")
     rows = layout.rows(run.training.rows)
-    reader = StreamReader(dataset, rows, run.training.rows, run.model.segment_length, run.training.seed)
+    reader = StreamReader(
+        dataset,
+        rows,
+        run.training.rows,
+        run.model.segment_length,
+        run.training.seed,
+        length_curriculum=run.training.length_curriculum,
+    )
     module = build_stage(run, layout.pp_rank)
     placements = parameter_placements(module, layout.layer_offsets(run.model.num_layers))
     initialize_parameters(module, placements, run.model, run.training.seed)

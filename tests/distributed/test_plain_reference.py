@@ -30,7 +30,8 @@ BEYOND_THE_PAPER = {"write_strength": "learned", "normaliser": "corrected"}
 )
 def test_a_run_equals_plain_torch(rule, first_segment, ageing, more, pool, run_config):
     model = replace(run_config.model, update_rule=rule, first_segment=first_segment, initial_gate=0.3, **more)
-    training = replace(run_config.training, memory_ageing=ageing, memory_ageing_rise=0.0)
+    curriculum = 0.5 if more else 0.0
+    training = replace(run_config.training, memory_ageing=ageing, memory_ageing_rise=0.0, length_curriculum=curriculum)
     run = replace(run_config, model=model, training=training)
     results = pool(1).run("tests.distributed.jobs", "train", run, STEPS)
     dataset = TokenDataset(Path(run.data.path), "train")

@@ -250,13 +250,30 @@ def test_a_state_of_another_shape_is_refused() -> None:
 
 
 def test_longest_first_reads_by_falling_length():
-    source = reader(range(1), 1, shuffle=False, num_epochs=1, longest_first=True)
+    lengths = lengths_read(reader(range(1), 1, shuffle=False, num_epochs=1, longest_first=True))
+    assert lengths == sorted((length - 1 for length in LENGTHS), reverse=True)
+
+
+def lengths_read(source: StreamReader) -> list[int]:
+    """Targets of a single row's documents, in the order of reading."""
     lengths: list[int] = []
     while (batch := source.next(1)) is not None:
         if bool(batch.reset[0, 0]):
             lengths.append(0)
         lengths[-1] += int(batch.lengths[0, 0])
-    assert lengths == sorted((length - 1 for length in LENGTHS), reverse=True)
+    return lengths
+
+
+def test_a_curriculum_sorts_a_share_of_the_first_epoch_and_nothing_else() -> None:
+    def epochs(**options: float) -> tuple[list[int], list[int]]:
+        both = lengths_read(reader(range(1), 1, num_epochs=2, **options))
+        return both[: len(both) // 2], both[len(both) // 2 :]
+
+    plain, half, whole = epochs(), epochs(length_curriculum=0.5), epochs(length_curriculum=1.0)
+    assert plain[1] == half[1] == whole[1]
+    assert whole[0] == sorted(plain[0]) != plain[0]
+    middle = round(len(plain[0]) / 2)
+    assert half[0] == sorted(plain[0][:middle]) + plain[0][middle:] != plain[0]
 
 
 def test_random_numbers_belong_to_segments() -> None:
