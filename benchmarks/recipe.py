@@ -2,8 +2,9 @@
 
     python -m benchmarks.recipe configs/passkey-cpu.yaml --seeds 1 2 3
 
-What is finished stays in runs/, so that the same command goes on where it was stopped. The seed is that of the data and of the
-weights; evaluation texts have seeds of their own under the same number, which no training text shares.
+What is finished stays in runs/, so that the same command goes on where it was stopped, and a seed that is in the record under
+the same settings is not run again. The seed is that of the data and of the weights; evaluation texts have seeds of their own
+under the same number, which no training text shares.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -102,6 +104,7 @@ class Seed:
             "steps": self.run.training.steps,
             "tokens": records.last("tokens"),
             "training_minutes": float(records.finite("step_seconds").sum()) / 60,
+            **environment(),
             "cells": [cell for name in GRIDS for cell in self._evaluation(name).get("cells", [])],
         }
 
@@ -121,6 +124,12 @@ def _run(command: list[str]) -> None:
         if code != UserError.exit_code:
             print(f"recipe: ended with {code}; the same command goes on from there", file=sys.stderr)
         raise SystemExit(code)
+
+
+def recorded_seeds(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a record holds of these settings; nothing where it is of others, or is none."""
+    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return report["seeds"] if report.get("settings") == settings else []
 
 
 def show(name: str, records: list[dict[str, Any]]) -> None:
@@ -148,18 +157,22 @@ def main() -> int:
     except UserError as error:
         print(f"recipe: error: {error}", file=sys.stderr)
         return UserError.exit_code
-    name = arguments.config.stem
-    records = []
+    name, settings = arguments.config.stem, yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
+    path = RESULTS / f"{name}.json"
+    records = recorded_seeds(path, settings)
     for seed in arguments.seeds:
+        if any(record["seed"] == seed for record in records):
+            print(f"recipe: seed {seed} is in {path}", file=sys.stderr)
+            continue
         each = Seed(arguments.config, run, seed, Path("runs") / name / f"seed-{seed}", arguments.processes)
         each.train()
         each.evaluate()
         records.append(each.record())
         if not records[1:]:
             each.keep_weights(RESULTS / name)
-        report = {"config": str(arguments.config), **environment(), "seeds": records}
-        (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        show(name, records)
+        report = {"config": str(arguments.config), "settings": settings, "seeds": records}
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    show(name, records)
     return 0
 
 
