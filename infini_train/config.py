@@ -117,6 +117,8 @@ class TaskConfig:
     min_keys: int | None = None
     """Fewest facts in a text of `prepare`, which has from so many to `keys`, each number as often as the lengths allow: a model
     learns the task from texts of few facts first. null: as many as `keys`. `evaluate passkey` has `keys` always."""
+    words: int = 109
+    """Words from which multi_key draws its names and associative_recall its pairs: the first so many of a list of 109."""
     digits: int = 5
     """Digits of a number, each a token."""
     questions: int = 1

@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 from infini_train.config import ModelConfig, RunConfig
 from infini_train.errors import UserError
 
-MOST_KEYS = {"passkey": 1, "multi_key": 109, "associative_recall": 54}
-"""Facts that a text of a task can have; a test compares them with the words at hand."""
+MOST_WORDS = 109
+"""Words at hand; a test compares them with the list."""
+WORDS_OF_A_FACT = {"multi_key": 1, "associative_recall": 2}
 ASKS_SEVERAL = ("multi_key", "associative_recall")
 """Tasks whose facts can each be asked."""
 
@@ -246,9 +247,16 @@ def validate_task(config: RunConfig) -> None:
         task,
         "keys digits questions samples held_out_samples min_tokens answer_weight other_weight samples_per_cell rows",
     )
-    most = MOST_KEYS.get(task.kind or "passkey")
-    if most is not None and task.keys > most:
-        raise UserError(f"task.keys is {task.keys} with task.kind {task.kind or 'passkey'}, which has at most {most}")
+    if not 1 <= task.words <= MOST_WORDS:
+        raise UserError(f"task.words is {task.words}; it must lie between 1 and {MOST_WORDS}")
+    if task.kind in (None, "passkey") and task.keys > 1:
+        raise UserError(f"task.keys is {task.keys} with task.kind passkey, which has at most 1")
+    words = WORDS_OF_A_FACT.get(task.kind or "passkey", 0)
+    if words * task.keys > task.words:
+        raise UserError(
+            f"task.keys is {task.keys} with task.kind {task.kind}, which has at most {task.words // words} with task.words "
+            f"{task.words}"
+        )
     if task.min_keys is not None and not 1 <= task.min_keys <= task.keys:
         raise UserError(f"task.min_keys is {task.min_keys}; it must lie between 1 and task.keys ({task.keys})")
     asks = task.keys if task.kind in ASKS_SEVERAL else 1

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from infini_train.tasks.draws import Draws
-from infini_train.tasks.words import MOVES, OBJECTS, PERSONS, PLACES
+from infini_train.tasks.words import MOVES, PERSONS, PLACES
 
 KEY_INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -36,7 +36,7 @@ class Story:
     """Question and answer of each fact that is not asked, for texts that ask several."""
 
 
-def passkey(draws: Draws, keys: int, digits: int) -> Story:
+def passkey(draws: Draws, keys: int, digits: int, words: Sequence[str]) -> Story:
     """The passkey task as in the Infini-attention paper, from Mohtashami and Jaggi (arXiv 2305.16300); `keys` is 1."""
     key = draws.digits(digits)
     return Story(
@@ -47,9 +47,9 @@ def passkey(draws: Draws, keys: int, digits: int) -> Story:
     )
 
 
-def multi_key(draws: Draws, keys: int, digits: int) -> Story:
+def multi_key(draws: Draws, keys: int, digits: int, words: Sequence[str]) -> Story:
     """Several named keys, one of which is asked."""
-    names = draws.distinct(OBJECTS, keys)
+    names = draws.distinct(words, keys)
     pairs = [(name, draws.digits(digits)) for name in names]
     needles = [
         f"\nThe pass key of the {name} is {value}. Remember it. {value} is the pass key of the {name}.\n"
@@ -68,7 +68,7 @@ def multi_key(draws: Draws, keys: int, digits: int) -> Story:
     )
 
 
-def multi_value(draws: Draws, keys: int, digits: int) -> Story:
+def multi_value(draws: Draws, keys: int, digits: int, words: Sequence[str]) -> Story:
     """Several values of one key, all asked in the order of the text; depth is that of the last."""
     values = [draws.digits(digits) for _ in range(keys)]
     needles = tuple(f"\nOne pass key is {value}. Remember it. {value} is a pass key.\n" for value in values)
@@ -82,10 +82,10 @@ def multi_value(draws: Draws, keys: int, digits: int) -> Story:
     )
 
 
-def associative_recall(draws: Draws, keys: int, digits: int) -> Story:
+def associative_recall(draws: Draws, keys: int, digits: int, words: Sequence[str]) -> Story:
     """Pairs of random words, one of which is asked."""
-    words = draws.distinct(OBJECTS, 2 * keys)
-    pairs = list(zip(words[:keys], words[keys:], strict=True))
+    drawn = draws.distinct(words, 2 * keys)
+    pairs = list(zip(drawn[:keys], drawn[keys:], strict=True))
     needles = tuple(f"\nThe word {first} goes with the word {second}.\n" for first, second in pairs)
     asked, *further = [
         (f"\nWhich word goes with {first}? The word {first} goes with the word", f" {second}") for first, second in pairs
@@ -100,7 +100,7 @@ def associative_recall(draws: Draws, keys: int, digits: int) -> Story:
     )
 
 
-def babi(draws: Draws, keys: int, digits: int) -> Story:
+def babi(draws: Draws, keys: int, digits: int, words: Sequence[str]) -> Story:
     """Persons move between places, and the last move of one of them is asked: bAbI's first task (Weston et al., arXiv
     1502.05698), in long text as in BABILong (Kuratov et al., arXiv 2406.10149).
 
@@ -123,7 +123,7 @@ def babi(draws: Draws, keys: int, digits: int) -> Story:
     )
 
 
-STORIES: dict[str, Callable[[Draws, int, int], Story]] = {
+STORIES: dict[str, Callable[[Draws, int, int, Sequence[str]], Story]] = {
     "passkey": passkey,
     "multi_key": multi_key,
     "multi_value": multi_value,

@@ -16,6 +16,7 @@ from infini_train.tasks.filler import TextFiller
 from infini_train.tasks.placement import Placement, Room
 from infini_train.tasks.sample import Fixed, Part, Sample
 from infini_train.tasks.stories import STORIES, Story
+from infini_train.tasks.words import OBJECTS
 
 
 class EncodedStory(NamedTuple):
@@ -164,7 +165,7 @@ class Task:
 
 def tell(config: TaskConfig, draws: Draws) -> Story:
     """A story of the configured task."""
-    return STORIES[config.kind or "passkey"](draws, config.keys, config.digits)
+    return STORIES[config.kind or "passkey"](draws, config.keys, config.digits, OBJECTS[: config.words])
 
 
 def check_digits(tokenizer: Tokenizer) -> None:

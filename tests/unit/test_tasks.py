@@ -18,8 +18,9 @@ from infini_train.tasks import STORIES, Purpose, RepeatedFiller, Sample, Task, T
 from infini_train.tasks.draws import Draws, sample_seed
 from infini_train.tasks.filler import SENTENCES
 from infini_train.tasks.placement import Placement, Room
+from infini_train.tasks.task import tell
 from infini_train.tasks.words import OBJECTS
-from infini_train.validation import MOST_KEYS, validate_task
+from infini_train.validation import MOST_WORDS, WORDS_OF_A_FACT, validate_task
 
 KEYS = {"passkey": 1, "multi_key": 4, "multi_value": 3, "associative_recall": 5, "babi": 6}
 Make = Callable[..., Sample]
@@ -268,7 +269,12 @@ def test_a_text_has_as_many_facts_as_fit(tokenizer: Tokenizer) -> None:
 
 def test_validation_knows_the_words() -> None:
     assert set(STORIES) == set(TASK_KINDS)
-    assert {"passkey": 1, "multi_key": len(OBJECTS), "associative_recall": len(OBJECTS) // 2} == MOST_KEYS
+    assert len(OBJECTS) == MOST_WORDS == TaskConfig().words
+    for kind, words in WORDS_OF_A_FACT.items():
+        story = tell(TaskConfig(kind=kind, keys=3, words=3 * words), Draws(sample_seed(0, Purpose.TRAIN, 0)))
+        told = "".join([story.needle, *story.anywhere])
+        assert all(told.count(f" {word}") for word in OBJECTS[: 3 * words])
+        assert not any(f" {word}." in told or f" {word} " in told for word in OBJECTS[3 * words :])
 
 
 @pytest.mark.parametrize(
@@ -276,6 +282,11 @@ def test_validation_knows_the_words() -> None:
     [
         ({"keys": 2}, "task.keys is 2 with task.kind passkey, which has at most 1"),
         ({"kind": "associative_recall", "keys": 80}, "task.keys is 80"),
+        (
+            {"kind": "associative_recall", "keys": 5, "words": 9},
+            "task.keys is 5 with task.kind associative_recall, which has at most 4 with task.words 9",
+        ),
+        ({"words": 110}, "task.words is 110; it must lie between 1 and 109"),
         (
             {"kind": "multi_key", "keys": 4, "questions": 5},
             "task.questions is 5, but a text of task.kind multi_key with task.keys 4 asks for at most 4",
