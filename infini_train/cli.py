@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -15,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from infini_train.cluster import command as cluster
 from infini_train.config import TASK_KINDS, RunConfig
 from infini_train.errors import UserError
+from infini_train.parser_errors import in_words
 from infini_train.planning import command as planning
 from infini_train.validation import validate
 
@@ -163,22 +163,7 @@ def _parse(argv: list[str]) -> Namespace:
         arguments = parser.parse_args(argv)
         return parser.instantiate_classes(arguments)
     except ArgumentError as error:
-        # jsonargparse names a missing option by its place in the namespace.
-        message = re.sub(r"(required: ?|, )\w+\.(\w+)", r"\1--\2", " ".join(str(error).split()))
-        raise UserError(message + _suggestion(str(error))) from error
-
-
-def _suggestion(message: str) -> str:
-    """The known key that is nearest to an unknown one which the parser complains about."""
-    unknown = re.search(r"unrecognized arguments: --(\S+)|does not accept option '([^']+)'", message)
-    if unknown is None:
-        return ""
-    sections = {key: field.default_factory for key, field in RunConfig.__dataclass_fields__.items()}
-    known = [
-        f"{key}.{name}" for key, factory in sections.items() for name in getattr(factory, "__dataclass_fields__", {"": None})
-    ]
-    close = difflib.get_close_matches((unknown[1] or unknown[2]).split("=")[0], [*known, "run_dir"], n=1)
-    return f"; did you mean {close[0]}?" if close else "; `--help` lists the keys"
+        raise UserError(in_words(error)) from error
 
 
 def _run_config(section: Namespace) -> RunConfig:

@@ -42,6 +42,13 @@ def test_flags_are_frozen():
         (["submit"], "required: --profile"),
         (["plan"], "required: --gpus, --gpu"),
         (["submit", "--profile", "no-such-cluster"], "known are a100-infiniband"),
+        (["prepare", "--task.min_keys", "x"], "task.min_keys is x; it must be a whole number, or null"),
+        (["prepare", "--task.lengths", "5"], "task.lengths is 5; it must be a list"),
+        (["pretrain", "--model.update_rule", "hebb"], "model.update_rule is hebb; it must be one of linear, delta"),
+        (
+            ["prepare", "--task.kind", "maze"],
+            "it must be one of passkey, multi_key, multi_value, associative_recall, babi, or null",
+        ),
         (["pretrain", "--layout.virtual_stage", "2"], "did you mean layout.virtual_stages?"),
     ],
 )

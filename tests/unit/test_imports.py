@@ -27,7 +27,8 @@ ALLOWED = {
     "evaluation": {"checkpoint", "attention", "model", "parallel", "data", "tasks", "training", *SIDE},
     "planning": {"infini_kernels", "model", "parallel", "data", "training", "validation", *SIDE},
     "cluster": {"checkpoint", "config", "errors", "planning", "validation"},
-    "cli": {"checkpoint", "cluster", "data", "training", "evaluation", "planning", "validation", *SIDE},
+    "parser_errors": {"config"},
+    "cli": {"checkpoint", "cluster", "data", "parser_errors", "training", "evaluation", "planning", "validation", *SIDE},
     "__main__": {"cli"},
     "__init__": set(),
 }
