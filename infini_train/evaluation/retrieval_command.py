@@ -18,6 +18,7 @@ from infini_train.data.task_data import make_filler
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.errors import UserError
 from infini_train.evaluation.commands import load_model
+from infini_train.evaluation.records import read_json
 from infini_train.evaluation.retrieval import Cell, measure_cell
 from infini_train.parallel.pipeline import SegmentPipeline
 from infini_train.tasks import Task
@@ -53,7 +54,13 @@ def evaluation_run(run: RunConfig, world_size: int) -> RunConfig:
 
 
 def evaluate_passkey(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
-    """Measure every cell, shortest texts first; what is measured is written after each cell, so that Ctrl-C loses one."""
+    """Measure every cell, shortest texts first.
+
+    What is measured is written after each cell, and the same measurement goes on from there if it was stopped.
+    """
+    target = Path(run.run_dir) / RESULT_FILE
+    # Before the model is built, for which all processes wait for each other: none has written a cell yet.
+    before = read_json(target, "evaluate passkey", [])
     loaded = load_model(run, checkpoint)
     layout = loaded.layout
     tokenizer = Tokenizer(Path(run.data.path) / TOKENIZER_FILE)
@@ -67,9 +74,13 @@ def evaluate_passkey(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
         "cells": [],
         "complete": False,
     }
-    lengths = sorted(run.task.lengths)
+    if before is not None and before == {**report, "cells": before.get("cells")}:
+        report["cells"] = before["cells"]
+    cells = [(length, depth) for length in sorted(run.task.lengths) for depth in run.task.depths]
     batches = -(-run.task.samples_per_cell // run.task.rows)
-    target = Path(run.run_dir) / RESULT_FILE
+    left = sum(length - 1 for length, _ in cells[len(report["cells"]) :]) * batches
+    if report["cells"] and layout.is_main:
+        print(f"going on after {len(report['cells'])} of {len(cells)} cells, which are in {target}", file=sys.stderr)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -78,16 +89,21 @@ def evaluate_passkey(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not layout.is_main) as progress:
-        line = progress.add_task(task.kind, total=sum(length - 1 for length in lengths) * len(run.task.depths) * batches)
-        for length in lengths:
-            for depth in run.task.depths:
-                progress.update(line, description=f"{task.kind}, {length:,} tokens, depth {depth:g}")
-                cell = measure_cell(run, layout, pipeline, task, length, depth, lambda count: progress.advance(line, count))
-                report["cells"].append(asdict(cell))
-                report["complete"] = len(report["cells"]) == len(lengths) * len(run.task.depths)
-                if layout.is_main:
-                    _write(target, report)
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not (layout.is_main and console.is_terminal)) as progress:
+        line = progress.add_task(task.kind, total=left)
+        for length, depth in cells[len(report["cells"]) :]:
+            name = f"{task.kind}, {length:,} tokens, depth {depth:g}"
+            progress.update(line, description=name)
+            cell = measure_cell(run, layout, pipeline, task, length, depth, lambda count: progress.advance(line, count))
+            report["cells"].append(asdict(cell))
+            report["complete"] = len(report["cells"]) == len(cells)
+            if layout.is_main:
+                _write(target, report)
+                if not console.is_terminal:
+                    done = progress.tasks[line]
+                    minutes = (done.elapsed or 0.0) / 60 * (left / done.completed - 1)
+                    print(f"{name}: {cell.exact_match:.1%} exact, {minutes:.1f} min left", file=sys.stderr, flush=True)
     if layout.is_main:
         print(*table(report), sep="\n")
         print(f"every cell: {target}", file=sys.stderr)

@@ -76,6 +76,16 @@ def test_the_command_writes_cells_a_table_and_a_heat_map(run, tmp_path):
     assert all(cell["samples"] == 6 and cell["seed"] == 0 and 0 <= cell["exact_match"] <= 1 for cell in result["cells"])
     assert result["complete"] is True and result["step"] == 3 and result["task"]["kind"] == "passkey"
     assert "exact match under greedy decoding" in output and "300" in output
+    whole = (tmp_path / "run" / "passkey.json").read_text()
+    kept = [{**cell, "exact_match": 0.125} for cell in result["cells"][:3]]  # nothing measures that again
+    stopped = {**result, "cells": kept, "complete": False}
+    (tmp_path / "run" / "passkey.json").write_text(json.dumps(stopped))
+    output = call("evaluate", "passkey", *config)
+    assert "going on after 3 of 4 cells" in output and "300 tokens, depth 1" in output and "300 tokens, depth 0" not in output
+    again = json.loads((tmp_path / "run" / "passkey.json").read_text())
+    assert again == {**result, "cells": [*kept, result["cells"][3]]}
+    call("evaluate", "passkey", *config)
+    assert (tmp_path / "run" / "passkey.json").read_text() == whole, "a complete measurement is made anew"
     call("report", *config)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Does it find a fact?" in page and "Exact match on the retrieval task" in page and "6 texts a cell" in page
