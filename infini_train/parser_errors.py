@@ -22,12 +22,16 @@ WRONG_VALUE = re.compile(
     r"(?:Expected a (?P<type>.*)\. Got value: (?P<value>.*)|.*Subtypes: \[(?P<types>.*)\] Errors: .*Given value: (?P<given>.*))"
 )
 
+WRONG_FILE = re.compile(r'Parser key "(?P<key>[^"]+)": (?P<what>File does not exist|Path is not a file): \'(?P<path>.*)\'')
+WHAT_TO_DO = {"File does not exist": "there is no file", "Path is not a file": "this is a folder, not a file:"}
+BROKEN_YAML = re.compile(r'Problems parsing (?P<key>\w+): (?P<what>.*?)(?: in "<unicode string>", (?P<where>.*))?')
+
 
 def in_words(error: ArgumentError) -> str:
     """The message for the user."""
     # jsonargparse names a missing option by its place in the namespace.
     message = re.sub(r"(required: ?|, )\w+\.(\w+)", r"\1--\2", " ".join(str(error).split()))
-    return _wrong_value(message) or message + _suggestion(message)
+    return _wrong_value(message) or _wrong_file(message) or message + _suggestion(message)
 
 
 def _wrong_value(message: str) -> str:
@@ -38,6 +42,16 @@ def _wrong_value(message: str) -> str:
     allowed = re.sub(r"<class '(\w+)'>", lambda kind: TYPES.get(kind[1], kind[1]), found["type"] or found["types"])
     allowed = re.sub(r"typing\.Literal\[([^]]*)\]", lambda names: "one of " + names[1].replace("'", ""), allowed)
     return f"{found['key']} is {found['value'] or found['given']}; it must be {allowed.replace(', null', ', or null')}"
+
+
+def _wrong_file(message: str) -> str:
+    """A complaint about a file that cannot be read; empty if it is about something else."""
+    if found := WRONG_FILE.fullmatch(message):
+        return f"--{found['key']}: {WHAT_TO_DO[found['what']]} {found['path']}; configs/ has files to start from"
+    if found := BROKEN_YAML.fullmatch(message):
+        where = f" ({found['where']})" if found["where"] else ""
+        return f"--{found['key']}: the file is not YAML{where}: {found['what']}"
+    return ""
 
 
 def _suggestion(message: str) -> str:

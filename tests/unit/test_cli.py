@@ -30,7 +30,8 @@ def test_flags_are_frozen():
     [
         (["pretrain", "--model.segmentlength", "3"], "model.segmentlength"),
         (["pretrain", "--model.segment_length", "abc"], "model.segment_length"),
-        (["pretrain", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["pretrain", "--config", "nowhere.yaml"], "--config: there is no file"),
+        (["pretrain", "--config", "configs"], "--config: this is a folder, not a file"),
         (["pretrain", "--model.attention", "quadratic"], "model.attention"),
         (["pretrain", "--training.micro_batches_per_window", "1"], "training.micro_batches_per_window"),
         (["pretrain", "--layout.pipeline_parallel_size", "2"], "pipeline_parallel_size 2 does not fit 1 process"),
@@ -60,6 +61,13 @@ def test_errors_are_one_line_and_exit_code_2(arguments, words, capsys):
     assert len(lines) == 1
     assert lines[0].startswith("infini-train: error: ")
     assert words in lines[0]
+
+
+@pytest.mark.parametrize("text, where", [("model: [", "line 2, column 1"), ("\0", "position 0")])
+def test_a_file_that_is_no_yaml_is_said_with_its_place(text, where, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    assert main(["pretrain", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert f"--config: the file is not YAML ({where}): " in capsys.readouterr().err
 
 
 def test_an_unknown_key_in_a_file_names_it_and_its_neighbour(tmp_path, capsys):
