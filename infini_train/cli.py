@@ -43,8 +43,12 @@ CHECKPOINT_ACTIONS = {
 }
 
 
-def build_parser() -> ArgumentParser:
-    """The parser of all commands; its flags are part of the product."""
+def build_parser(only: str | None = None) -> ArgumentParser:
+    """The parser of all commands; its flags are part of the product.
+
+    Args:
+        only: a command; the others get no options then, which takes most of the time.
+    """
     # Beginnings of options are refused: what is unique today is ambiguous after the next key.
     parser = ArgumentParser(
         prog="infini-train", description="Train Infini-attention language models.", exit_on_error=False, allow_abbrev=False
@@ -52,52 +56,56 @@ def build_parser() -> ArgumentParser:
     subcommands = parser.add_subcommands(dest="command", metavar="COMMAND")
     for name, help_text in COMMANDS.items():
         command = ArgumentParser(description=f"infini-train {name}: {help_text}.", exit_on_error=False)
-        if name in WITHOUT_CONFIG:
-            if name == "checkpoint":
-                _add_checkpoint_arguments(command)
-            else:
-                cluster.add_run_argument(name, command)
-            subcommands.add_subcommand(name, command, help=help_text)
-            continue
-        command.add_argument("--config", action="config", help="YAML file of the run; flags after it override its values")
-        if name == "submit":
-            cluster.add_submit_arguments(command)
-        if name == "plan":
-            planning.add_arguments(command)
-        if name == "prepare":
-            command.add_argument("--overwrite", action="store_true", help="replace shards that exist")
-        if name == "evaluate":
-            command.add_argument(
-                "what",
-                nargs="?",
-                choices=["perplexity", "passkey", "compare"],
-                default="perplexity",
-                help="perplexity of the held-out split (default); passkey: accuracy on the task of the section task; compare: "
-                "train the attention variants of the section compare side by side",
-            )
-        if name in ("evaluate", "generate"):
-            command.add_argument(
-                "--from_checkpoint",
-                type=str | None,
-                default=None,
-                help="folder step_XXXXXXXX, or a file of `checkpoint consolidate`; the newest of the run by default",
-            )
-        if name == "generate":
-            command.add_argument("--prompt", type=str | None, default=None, help="text to continue")
-            command.add_argument("--prompt_file", type=str | None, default=None, help="file that holds the text to continue")
-            command.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate at most")
-            command.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
-            command.add_argument("--top_k", type=int, default=50, help="sample among the k most likely; 0 takes all")
-            command.add_argument("--sample_seed", type=int, default=0, help="seed of the sampling")
-        if name == "pretrain":
-            command.add_argument(
-                "--check_only",
-                action="store_true",
-                help="check configuration and data for this many processes, then stop",
-            )
-        command.add_class_arguments(RunConfig)
+        if only in (None, name):
+            _add_arguments(name, command)
         subcommands.add_subcommand(name, command, help=help_text)
     return parser
+
+
+def _add_arguments(name: str, command: ArgumentParser) -> None:
+    if name in WITHOUT_CONFIG:
+        if name == "checkpoint":
+            _add_checkpoint_arguments(command)
+        else:
+            cluster.add_run_argument(name, command)
+        return
+    command.add_argument("--config", action="config", help="YAML file of the run; flags after it override its values")
+    if name == "submit":
+        cluster.add_submit_arguments(command)
+    if name == "plan":
+        planning.add_arguments(command)
+    if name == "prepare":
+        command.add_argument("--overwrite", action="store_true", help="replace shards that exist")
+    if name == "evaluate":
+        command.add_argument(
+            "what",
+            nargs="?",
+            choices=["perplexity", "passkey", "compare"],
+            default="perplexity",
+            help="perplexity of the held-out split (default); passkey: accuracy on the task of the section task; compare: "
+            "train the attention variants of the section compare side by side",
+        )
+    if name in ("evaluate", "generate"):
+        command.add_argument(
+            "--from_checkpoint",
+            type=str | None,
+            default=None,
+            help="folder step_XXXXXXXX, or a file of `checkpoint consolidate`; the newest of the run by default",
+        )
+    if name == "generate":
+        command.add_argument("--prompt", type=str | None, default=None, help="text to continue")
+        command.add_argument("--prompt_file", type=str | None, default=None, help="file that holds the text to continue")
+        command.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate at most")
+        command.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+        command.add_argument("--top_k", type=int, default=50, help="sample among the k most likely; 0 takes all")
+        command.add_argument("--sample_seed", type=int, default=0, help="seed of the sampling")
+    if name == "pretrain":
+        command.add_argument(
+            "--check_only",
+            action="store_true",
+            help="check configuration and data for this many processes, then stop",
+        )
+    command.add_class_arguments(RunConfig)
 
 
 def _add_checkpoint_arguments(command: ArgumentParser) -> None:
@@ -155,10 +163,10 @@ def _spelled_out(argv: list[str]) -> list[str]:
 
 
 def _parse(argv: list[str]) -> Namespace:
-    parser = build_parser()
     if not argv:
-        parser.print_help()
+        build_parser().print_help()
         raise SystemExit(UserError.exit_code)
+    parser = build_parser(only=argv[0])
     try:
         arguments = parser.parse_args(argv)
         return parser.instantiate_classes(arguments)
