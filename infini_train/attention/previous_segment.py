@@ -98,7 +98,12 @@ class PreviousSegmentAttention(Attention):
 
 
 class TransformerXLAttention(PreviousSegmentAttention):
-    """All of the segment before, as a cache without gradient (Transformer-XL, Section 3.2)."""
+    """All of the segment before, as a cache without gradient (Transformer-XL, Section 3.2).
+
+    The cache holds keys and values, as that of Memorizing Transformers (arXiv 2203.08913) does and as Table 2 of the
+    Infini-attention paper counts it. Transformer-XL's holds the layer's input, through which a gradient still reaches the
+    projections to keys and values.
+    """
 
     gradient_enters_previous = False
 
