@@ -189,6 +189,8 @@ def _print_read_back(read_back: dict[str, Any]) -> None:
     print(f"{'segments ago':>20}  " + "".join(f"{age:>8}" for age in read_back["ages"]))
     for kind, name in (("own_key", "own key"), ("other_key", "another's")):
         print(f"{name:>20}  " + "".join(f"{sum(layers) / len(layers):>8.3f}" for layers in read_back[kind]))
+    if strength := read_back.get("write_strength"):
+        print("strength of a write, mean by layer (1 without the option): " + "  ".join(f"{mean:.3f}" for mean in strength))
 
 
 def generate(

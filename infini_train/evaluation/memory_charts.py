@@ -213,12 +213,14 @@ def _lines_by_layer(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
 
 def memory_charts(records: Records) -> list[Chart]:
     charts = []
+    size = "norm (mean over rows and heads)"
     kinds = (
-        ("memory_norm", "Size of the memory M", "Frobenius norm of M"),
-        ("memory_z_norm", "Size of its normaliser z", "L2 norm of z"),
-        ("memory_grad_norm", "Gradient that reaches what was written", "L2 norm over M and z"),
+        ("memory_norm", "Size of the memory M", "Frobenius norm of M", size),
+        ("memory_z_norm", "Size of its normaliser z", "L2 norm of z", size),
+        ("memory_grad_norm", "Gradient that reaches what was written", "L2 norm over M and z", "norm"),
+        ("memory_write_strength", "Learned strength of a write", "0 to 2", "strength (mean over tokens and heads)"),
     )
-    for key, name, unit in kinds:
+    for key, name, unit, what in kinds:
         found = records.nested(key, 1)
         if found is None:
             continue
@@ -230,9 +232,8 @@ def memory_charts(records: Records) -> list[Chart]:
             svg = p.svg_of(figure, key, f"{name} by layer over training steps")
         largest = int(np.argmax(norms[-1]))
         middle = np.median(norms, axis=1)
-        mean = "" if key == "memory_grad_norm" else " (mean over rows and heads)"
         caption = (
-            f"The norm{mean} is largest in layer {largest + 1}, {number(norms[-1, largest])} at "
+            f"The {what} is largest in layer {largest + 1}, {number(norms[-1, largest])} at "
             f"step {steps[-1]:,.0f}; the median over layers went from {number(middle[0])} to {number(middle[-1])}."
         )
         charts.append(Chart(name, svg, caption))

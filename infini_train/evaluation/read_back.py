@@ -6,10 +6,12 @@ from collections import deque
 from contextlib import AbstractContextManager
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from infini_kernels.variants import write_strength
 from infini_train import platform
 from infini_train.attention.read_back import read_back_cosine
 from infini_train.config import RunConfig
@@ -25,10 +27,13 @@ class _Layer:
 
     def __init__(self, segment_length: int, eps: float, normaliser: str) -> None:
         self.segment_length, self.eps, self.normaliser = segment_length, eps, normaliser
+        self.write_gate: Tensor | None = None
         self.segments: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=AGES[-1] + 1)
         self.in_document: Tensor | None = None
         # Own key, key of another token, how many.
         self.sums = torch.zeros(len(AGES), 3, dtype=torch.float64)
+        # Strength, how many.
+        self.strength = torch.zeros(2, dtype=torch.float64)
 
     @torch.no_grad()
     def look(
@@ -37,6 +42,7 @@ class _Layer:
         """After a forward of the layer's attention."""
         _, k, v = arguments
         reset, lengths = keywords["reset"].cpu(), keywords["lengths"].cpu()
+        self._measure_strength(k, lengths)
         if self.in_document is None:
             self.in_document = torch.zeros(len(k), dtype=torch.int64)
         for segment in range(reset.shape[1]):
@@ -58,9 +64,17 @@ class _Layer:
         other = read_back_cosine(k.roll(k.shape[1] // 2, dims=1), v, memory, self.eps, self.normaliser).cpu()[valid].double()
         self.sums[position] += torch.tensor([own.sum(), other.sum(), own.numel()], dtype=torch.float64)
 
+    def _measure_strength(self, k: Tensor, lengths: Tensor) -> None:
+        strength = write_strength(k, self.write_gate, torch.float32)
+        if strength is None:
+            return
+        valid = (torch.arange(self.segment_length) < lengths.unsqueeze(-1)).flatten(1)  # [B, T]
+        written = strength.squeeze(-1).cpu()[valid].double()
+        self.strength += torch.tensor([written.sum(), written.numel()], dtype=torch.float64)
+
 
 class ReadBack(AbstractContextManager["ReadBack"]):
-    """While entered, watches every layer of this process's stage.
+    """While entered, watches every layer of this process's stage. Entering is a collective.
 
     Not with context parallelism, where a process has a part of the segments only.
     """
@@ -76,6 +90,9 @@ class ReadBack(AbstractContextManager["ReadBack"]):
     def __enter__(self) -> ReadBack:
         if self.enabled:
             for number, attention in self.attentions.items():
+                if (gate := attention.write_gate) is not None:
+                    with deepspeed.zero.GatheredParameters(gate, enabled=self.run.layout.zero_stage == 3):
+                        self.layers[number].write_gate = gate.detach().clone()
                 self.hooks.append(attention.register_forward_hook(self.layers[number].look, with_kwargs=True))
         return self
 
@@ -87,16 +104,20 @@ class ReadBack(AbstractContextManager["ReadBack"]):
         """A collective over all processes.
 
         Returns:
-            ages (segments); own_key and other_key: mean cosine by age and layer, None where no document was so long. None
-            for the whole where it cannot be measured.
+            ages (segments); own_key and other_key: mean cosine by age and layer, None where no document was so long;
+            write_strength: mean by layer over tokens and heads, None where it is not learned. None for the whole where it
+            cannot be measured.
         """
         if not self.enabled:
             return None
-        table = torch.zeros(self.run.model.num_layers, len(AGES), 3, dtype=torch.float64)
+        model = self.run.model
+        table = torch.zeros(model.num_layers, len(AGES), 3, dtype=torch.float64)
+        strength = torch.zeros(model.num_layers, 2, dtype=torch.float64)
         for number, layer in self.layers.items():
-            table[number - 1] = layer.sums
-        table = table.to(platform.device())
+            table[number - 1], strength[number - 1] = layer.sums, layer.strength
+        table, strength = table.to(platform.device()), strength.to(platform.device())
         dist.all_reduce(table)
+        dist.all_reduce(strength)
         counts = table[..., 2]
         ages = [position for position in range(len(AGES)) if bool((counts[:, position] > 0).all())]
         means = (table[..., :2] / counts.clamp(min=1.0).unsqueeze(-1)).cpu()
@@ -104,4 +125,5 @@ class ReadBack(AbstractContextManager["ReadBack"]):
             "ages": [AGES[position] for position in ages],
             "own_key": [means[:, position, 0].tolist() for position in ages],
             "other_key": [means[:, position, 1].tolist() for position in ages],
+            "write_strength": (strength[:, 0] / strength[:, 1]).tolist() if model.write_strength == "learned" else None,
         }

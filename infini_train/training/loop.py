@@ -101,7 +101,10 @@ def _due(run: RunConfig, every: int, step: int) -> bool:
 
 
 def _evaluate_when_due(parts: Parts, record: dict[str, Any], progress: TrainingProgress) -> None:
-    """Add held-out loss to the step's metrics, with memory and with it emptied, and what keys read back of new writes."""
+    """Add to the step's metrics what held-out text shows.
+
+    Its loss with memory and with it emptied, what keys read back of new writes, and how strong learned writes are.
+    """
     run, step = parts.run, record["step"]
     if not _due(run, run.evaluation.every, step):
         return
@@ -111,6 +114,8 @@ def _evaluate_when_due(parts: Parts, record: dict[str, Any], progress: TrainingP
     found = read_back.result()
     if found is not None and found["ages"]:
         record["memory_read_back"] = found["own_key"][0]
+    if found is not None and found["write_strength"]:
+        record["memory_write_strength"] = found["write_strength"]
     if state_numbers(run.model):
         emptied = held_out_loss(run, parts.layout, parts.pipeline, limit=limit, memory="emptied")
         record["held_out_loss_memory_emptied"] = emptied.loss

@@ -19,6 +19,7 @@ from infini_train.errors import UserError
 from infini_train.evaluation import perplexity
 from infini_train.evaluation.generation import StreamingModel
 from infini_train.evaluation.perplexity import HeldOutLoss, held_out_loss, shuffled_run
+from infini_train.evaluation.read_back import ReadBack
 from infini_train.model import MicroBatch
 from infini_train.model.micro_batch import Memory
 from infini_train.parallel.optimizer_state import read_optimizer_state
@@ -278,6 +279,18 @@ def held_out_losses(run: RunConfig, segments: int) -> dict[str, HeldOutLoss]:
         assert small == shuffled_run(run, parts.layout)
     pipeline = SegmentPipeline(parts.engine, small, parts.layout, len(parts.layout.rows(run.training.rows)))
     return losses | {"shuffled": held_out_loss(small, parts.layout, pipeline, memory="shuffled")}
+
+
+def read_back(run: RunConfig) -> dict[str, Any]:
+    """After three steps, while all held-out text is read."""
+    parts = build_parts(run)
+    for _ in range(3):
+        train_step(parts, StopRequest())
+    with ReadBack(run, parts.layout, parts.engine.module) as found:
+        held_out_loss(run, parts.layout, parts.pipeline)
+    result = found.result()
+    assert result is not None
+    return result
 
 
 def memory_gradient_norms(run: RunConfig) -> dict[str, Any]:

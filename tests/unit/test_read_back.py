@@ -26,6 +26,7 @@ def test_ages_documents_and_padding_are_respected():
     reset = torch.tensor([[True, False, False], [True, False, True]])
     lengths = torch.tensor([[4, 4, 2], [4, 3, 4]])
     layer, memory = _Layer(length, 1e-6, "paper"), None
+    layer.write_gate = torch.randn(groups, width)
     leaving = []
     for segments in (slice(0, 1), slice(1, 3)):
         part = slice(segments.start * length, segments.stop * length)
@@ -50,3 +51,8 @@ def test_ages_documents_and_padding_are_respected():
             total = sum(cosines(row, segment, valid, leaving[after], shift) for row, segment, valid, after in cells)
             torch.testing.assert_close(layer.sums[age, column], torch.as_tensor(total, dtype=torch.float64))
         assert layer.sums[age, 2] == groups * sum(valid for _, _, valid, _ in cells)
+
+    strength = 2 * torch.sigmoid((k * layer.write_gate).sum(dim=-1))  # [B, T, G]
+    valid = (torch.arange(length) < lengths[..., None]).flatten(1)  # [B, T]
+    torch.testing.assert_close(layer.strength[0], strength[valid].double().sum())
+    assert layer.strength[1] == groups * lengths.sum()
