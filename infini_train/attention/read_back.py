@@ -1,4 +1,4 @@
-"""What the memory gives back of what was written into it: a value against what its own key reads."""
+"""What the memory takes in of a token, and what it gives back: a value against what its own key reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from infini_kernels import MemoryState
 from infini_kernels.compressive import feature_map
-from infini_kernels.variants import read_state
+from infini_kernels.variants import read_state, write_strength
 
 
 def read_back_cosine(k: Tensor, v: Tensor, memory: MemoryState, eps: float, normaliser: str = "paper") -> Tensor:
@@ -26,3 +26,10 @@ def read_back_cosine(k: Tensor, v: Tensor, memory: MemoryState, eps: float, norm
     read = torch.einsum("btgd,bgde->btge", sigma_k, memory.M)
     read = read / (torch.einsum("btgd,bgd->btg", sigma_k, memory.z) + eps).unsqueeze(-1)
     return torch.nn.functional.cosine_similarity(read, v.to(read.dtype), dim=-1)
+
+
+def strength_of_writes(k: Tensor, write_gate: Tensor) -> Tensor:
+    """How much of each token's key and value is written where that is learned; k [B, T, G, D], u [G, D] -> [B, T, G]."""
+    strength = write_strength(k, write_gate, torch.float32)
+    assert strength is not None
+    return strength.squeeze(-1)

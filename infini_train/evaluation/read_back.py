@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from infini_kernels.variants import write_strength
 from infini_train import platform
-from infini_train.attention.read_back import read_back_cosine
+from infini_train.attention.read_back import read_back_cosine, strength_of_writes
 from infini_train.config import RunConfig
 from infini_train.model.stage import StageModel
 from infini_train.parallel.layout import Layout
@@ -65,11 +64,10 @@ class _Layer:
         self.sums[position] += torch.tensor([own.sum(), other.sum(), own.numel()], dtype=torch.float64)
 
     def _measure_strength(self, k: Tensor, lengths: Tensor) -> None:
-        strength = write_strength(k, self.write_gate, torch.float32)
-        if strength is None:
+        if self.write_gate is None:
             return
         valid = (torch.arange(self.segment_length) < lengths.unsqueeze(-1)).flatten(1)  # [B, T]
-        written = strength.squeeze(-1).cpu()[valid].double()
+        written = strength_of_writes(k, self.write_gate).cpu()[valid].double()
         self.strength += torch.tensor([written.sum(), written.numel()], dtype=torch.float64)
 
 
