@@ -21,7 +21,6 @@ WRONG_VALUE = re.compile(
     r'Parser key "(?P<key>[^"]+)": '
     r"(?:Expected a (?P<type>.*)\. Got value: (?P<value>.*)|.*Subtypes: \[(?P<types>.*)\] Errors: .*Given value: (?P<given>.*))"
 )
-
 WRONG_FILE = re.compile(r'Parser key "(?P<key>[^"]+)": (?P<what>File does not exist|Path is not a file): \'(?P<path>.*)\'')
 WHAT_TO_DO = {"File does not exist": "there is no file", "Path is not a file": "this is a folder, not a file:"}
 BROKEN_YAML = re.compile(r'Problems parsing (?P<key>\w+): (?P<what>.*?)(?: in "<unicode string>", (?P<where>.*))?')

@@ -15,11 +15,12 @@ from tests.distributed.command import call
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus and a configuration file with two pipeline stages."""
+    """A corpus and a configuration file with two pipeline stages and learned writes."""
     folder = tmp_path_factory.mktemp("commands")
     write_corpus(folder / "text")
     run = small_run(folder)
     run.layout.pipeline_parallel_size = 2
+    run.model.write_strength = "learned"
     run.evaluation.every = 4
     run.logging.wandb = "offline"
     save_config(run, folder / "run.yaml")
@@ -38,6 +39,7 @@ def test_prepare_train_evaluate_generate_report(folder):
     assert records[-1]["tokens"] == sum(round(2048 / 4 * (1 - record["padding"])) for record in records)
     assert {"loss", "grad_norm", "lr", "gate_lr", "padding", "tokens_per_second", "gates", "memory_norm"} <= set(records[0])
     assert "held_out_loss_memory_emptied" in records[3] and "held_out_loss" not in records[4]
+    assert len(records[3]["memory_write_strength"]) == 4 and "memory_write_strength" not in records[4]
     assert len(records[0]["gates"]) == 4 and len(records[0]["gates"][0]) == 4
     for stage, its_own in ((0, "data"), (1, "output layer and loss")):
         profiled = json.loads((folder / "run" / "profile" / f"stage_{stage}.json").read_text())
@@ -49,6 +51,7 @@ def test_prepare_train_evaluate_generate_report(folder):
     output = call("evaluate", *config)
     evaluation = json.loads((folder / "run" / "evaluation.json").read_text())
     assert f"{evaluation['unigram_entropy']:.4f}" in output
+    assert all(f"{mean:.3f}" in output.split("strength of a write")[1] for mean in evaluation["read_back"]["write_strength"])
     assert sum(row["tokens"] for row in evaluation["by_position"]) == evaluation["tokens"]
     first = evaluation["by_position"][0]
     assert first["loss"] == pytest.approx(first["loss_memory_emptied"]), "a first segment has no memory to empty"
@@ -71,6 +74,7 @@ def test_prepare_train_evaluate_generate_report(folder):
     report = Path(re.search(r"report: (.*)", output)[1])
     assert report.is_file() and "<svg" in report.read_text(encoding="utf-8")
     assert report.read_text(encoding="utf-8").count("<td>memory path</td>") == 2
+    assert "Learned strength of a write" in report.read_text(encoding="utf-8")
 
 
 def test_what_a_user_gets_wrong_is_one_line_through_the_launcher(folder):
