@@ -47,6 +47,9 @@ class ModelConfig:
     normaliser: Literal["paper", "corrected"] = "paper"
     """What a read of the delta rule's memory is divided by. paper: by all keys ever written, so that a value that is written
     twice reads as half of itself; corrected, not in the paper: by what the same rule makes of values of one."""
+    short_convolution: int = 0
+    """Not in the paper: tokens of a causal convolution over queries and keys, one filter a channel, inside each segment. A key
+    sees the tokens before its own, so that memory and attention find what came after the same words; 0 has none."""
     memory_eps: float = 1e-6
     """ε added to the memory's normaliser σ(Q) z."""
     initial_gate: float = 0.0

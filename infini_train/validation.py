@@ -58,6 +58,7 @@ def validate_model(config: RunConfig) -> None:
             f"model.normaliser is corrected, but model.update_rule {model.update_rule} has nothing to correct; set "
             "normaliser to paper or update_rule to delta"
         )
+    _validate_short_convolution(model)
     if training.memory_ageing < 1:
         raise UserError(f"training.memory_ageing is {training.memory_ageing}; use 1 to turn it off")
     if training.memory_ageing > 1 and config.model.attention != "infini":
@@ -73,6 +74,21 @@ def validate_model(config: RunConfig) -> None:
         raise UserError(
             "training.micro_batches_per_window × training.segments_per_micro_batch is "
             f"{segments} segment a window; the writing of memory gets no gradient below 2: raise micro_batches_per_window"
+        )
+
+
+def _validate_short_convolution(model: ModelConfig) -> None:
+    if (width := model.short_convolution) == 0:
+        return
+    if model.attention in ("recurrent_memory", "feedback"):
+        raise UserError(
+            f"model.short_convolution is {width}, but model.attention {model.attention} puts memory tokens among those of the "
+            "text; set it to 0"
+        )
+    if not 2 <= width < model.segment_length:
+        raise UserError(
+            f"model.short_convolution is {width}; use 0 for none, or at least 2 and fewer than model.segment_length = "
+            f"{model.segment_length} tokens"
         )
 
 

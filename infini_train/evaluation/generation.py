@@ -26,7 +26,7 @@ class StreamingModel:
         self.module = module
         self.device = platform.device()
         dtype = DTYPES[run.training.precision]
-        layers = {layer.layer_number: layer.self_attention.core_attention.attention for layer in module.layers()}
+        layers = {layer.layer_number: layer.self_attention.core_attention for layer in module.layers()}
         self.caches = {number: layer.new_cache(batch_size, dtype, self.device) for number, layer in layers.items()}
         self.position = 0
         """Tokens fed so far."""

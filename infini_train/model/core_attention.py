@@ -5,15 +5,27 @@ Shapes: T tokens, B rows, H query heads and G key/value heads of this process, D
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from infini_train.attention import build_attention
+from infini_train.attention.short_convolution import ConvolutionTail, ShortConvolution
 from infini_train.config import RunConfig
 from infini_train.model.micro_batch import MicroBatch
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What a layer keeps of a stream between two chunks."""
+
+    attention: Any  # what `Attention.step` returned
+    tail: ConvolutionTail | None  # None without a convolution
+    remaining: int  # the longest chunk that the next step takes
 
 
 class CoreAttention(MegatronModule):
@@ -33,6 +45,28 @@ class CoreAttention(MegatronModule):
             num_groups=run.model.num_query_groups // tp,
             context_tokens=run.micro_batch_tokens,
         )
+        self.short_convolution = ShortConvolution(run.model, self.attention.num_groups) if run.model.short_convolution else None
+
+    def new_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
+        """The cache at a document's start."""
+        tail = None
+        if self.short_convolution is not None:
+            tail = self.short_convolution.empty_tail(batch_size, self.attention.num_heads, dtype, device)
+        return self._cache(self.attention.new_cache(batch_size, dtype, device), tail)
+
+    def _cache(self, attention: Any, tail: ConvolutionTail | None) -> LayerCache:
+        remaining = attention.remaining
+        if tail is not None:  # `full` streams over more than a segment
+            remaining = min(remaining, self.attention.model.segment_length - tail.length)
+        return LayerCache(attention, tail, remaining)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache) -> tuple[Tensor, LayerCache]:
+        tail = cache.tail
+        if self.short_convolution is not None:
+            assert tail is not None
+            q, k, tail = self.short_convolution.step(q, k, tail)
+        out, attention = self.attention.step(q, k, v, cache.attention)
+        return out, self._cache(attention, tail)
 
     def forward(
         self,
@@ -49,9 +83,11 @@ class CoreAttention(MegatronModule):
         micro_batch = packed_seq_params
         q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))
         if micro_batch.caches is not None:
-            out, micro_batch.caches[self.layer_number] = self.attention.step(q, k, v, micro_batch.caches[self.layer_number])
+            out, micro_batch.caches[self.layer_number] = self._step(q, k, v, micro_batch.caches[self.layer_number])
         else:
             assert micro_batch.reset is not None and micro_batch.lengths is not None
+            if self.short_convolution is not None:
+                q, k = self.short_convolution(q, k)
             out, memory = self.attention(
                 q,
                 k,

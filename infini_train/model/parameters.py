@@ -30,6 +30,7 @@ _SPLITS: dict[str, tuple[int, int]] = {
     "output_layer.weight": (0, 1),
     "attention.gate": (0, 1),
     "attention.write_gate": (0, 1),
+    "short_convolution.weight": (0, 1),
 }
 _REPLICATED = ("layernorm.weight", "memory_tokens")
 _WRITES_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
@@ -97,6 +98,8 @@ def initial_value(placement: ParameterPlacement, model: ModelConfig, seed: int) 
     if name.endswith("attention.write_gate"):
         return torch.zeros(placement.global_shape)
     std = model.init_std
+    if name.endswith("short_convolution.weight"):
+        std = placement.global_shape[-1] ** -0.5  # queries and keys keep their size
     if name.endswith(_WRITES_RESIDUAL):
         std /= math.sqrt(2 * model.num_layers)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

@@ -31,7 +31,10 @@ def attention_bytes(sizes: Sizes) -> int:
     queries, keys = tokens * sizes.heads * model.head_dim, tokens * sizes.groups * model.head_dim
     softmax = (2 * queries + 2 * keys) * element  # rotated q and k, v, and the output
     softmax += tokens * sizes.heads * FLOAT32  # logarithm of the sum of exponentials
-    return softmax + (_memory_bytes(sizes, queries, keys) if sizes.has_memory else 0)
+    convolution = 0
+    if model.short_convolution:  # its inputs, each segment behind as many zeros as the convolution sees tokens before it
+        convolution = (queries + keys) * (model.segment_length + model.short_convolution - 1) // model.segment_length * element
+    return softmax + convolution + (_memory_bytes(sizes, queries, keys) if sizes.has_memory else 0)
 
 
 def _memory_bytes(sizes: Sizes, queries: int, keys: int) -> int:

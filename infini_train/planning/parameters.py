@@ -36,6 +36,8 @@ def _layer(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "self_attention.core_attention.attention.gate", (sizes.heads,)
         if model.write_strength == "learned":
             yield "self_attention.core_attention.attention.write_gate", (sizes.groups, width)
+    if model.short_convolution:
+        yield "self_attention.core_attention.short_convolution.weight", (sizes.groups, width, model.short_convolution)
     yield "self_attention.linear_proj.weight", (hidden, sizes.heads * width)
     yield "self_attention.linear_qkv.weight", ((sizes.heads + 2 * sizes.groups) * width, hidden)
     yield "pre_mlp_layernorm.weight", (hidden,)
@@ -56,5 +58,6 @@ def total_parameters(run: RunConfig) -> int:
     if model.attention == "infini":
         per_layer += model.num_attention_heads
         per_layer += model.num_query_groups * model.head_dim if model.write_strength == "learned" else 0
+    per_layer += model.num_query_groups * model.head_dim * model.short_convolution
     vocabulary = run.data.vocab_size * model.hidden_size
     return model.num_layers * per_layer + model.hidden_size + vocabulary * (1 if model.tie_embeddings else 2)

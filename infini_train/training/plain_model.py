@@ -77,6 +77,19 @@ def _norm(run: RunConfig, weight: Tensor, x: Tensor) -> Tensor:
     return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + run.model.norm_eps)
 
 
+def _convolved(segment_length: int, x: Tensor, filters: Tensor, delay: int) -> Tensor:
+    """Channels of x [B, T, heads, D] filtered over time by [heads, D, W], `delay` tokens late, each segment alone."""
+    x = x.unflatten(1, (-1, segment_length))  # [B, N, S, heads, D]
+    width = filters.shape[-1]
+    total = torch.zeros_like(x)
+    for place in range(width):
+        ago = width - 1 - place + delay
+        shifted = torch.zeros_like(x)
+        shifted[:, :, ago:] = x[:, :, : max(segment_length - ago, 0)]
+        total = total + filters[..., place] * shifted
+    return total.flatten(1, 2)
+
+
 def _layer(run: RunConfig, weights: dict[str, Tensor], layer: int, hidden: Tensor, mix: Mix) -> Tensor:
     """Norm, attention, norm, SwiGLU: [B, T, h] -> [B, T, h]."""
     model, prefix = run.model, f"decoder.layers.{layer}."
@@ -87,6 +100,9 @@ def _layer(run: RunConfig, weights: dict[str, Tensor], layer: int, hidden: Tenso
     # Megatron-core's fused projection: for each key/value head, its query heads, then its key, then its value.
     fused = fused.unflatten(-1, (model.num_query_groups, group_size + 2, model.head_dim))
     q, k, v = fused[..., :group_size, :].flatten(2, 3), fused[..., group_size, :], fused[..., group_size + 1, :]
+    if (filters := weights.get(prefix + "self_attention.core_attention.short_convolution.weight")) is not None:
+        filtered = filters.repeat_interleave(group_size, dim=0)
+        q, k = _convolved(model.segment_length, q, filtered, 0), _convolved(model.segment_length, k, filters, 1)
     attention = prefix + "self_attention.core_attention.attention."
     own = {name.removeprefix(attention): value for name, value in weights.items() if name.startswith(attention)}
     mixed = mix(layer, q, k, v, own)
@@ -167,7 +183,7 @@ def train_plainly(run: RunConfig, dataset: TokenDataset, initial: dict[str, Tens
     weights = {name: value.clone().requires_grad_() for name, value in initial.items()}
     gates = [value for name, value in weights.items() if name.endswith("gate")]
     norms = [value for name, value in weights.items() if name.endswith("layernorm.weight")]
-    matrices = [value for name, value in weights.items() if value.ndim == 2 and not name.endswith("gate")]
+    matrices = [value for name, value in weights.items() if value.ndim >= 2 and not name.endswith("gate")]
     assert len(gates) + len(norms) + len(matrices) == len(weights)
     optimizer = torch.optim.AdamW(
         [

@@ -50,9 +50,10 @@ def test_plan_against_a_real_run(precision, case, pool, run_config):
 @pytest.mark.parametrize(
     "precision,case", [("float32", Case(rule="delta")), ("bfloat16", Case(cp=2, window=(2, 4), rule="delta"))]
 )
-def test_plan_of_learned_writes_and_a_corrected_normaliser(precision, case, pool, run_config):
+def test_plan_of_what_is_beyond_the_paper(precision, case, pool, run_config):
     run = case.apply(enlarged(run_config))
-    _check(precision, case, replace(run, model=replace(run.model, write_strength="learned", normaliser="corrected")), pool)
+    beyond = replace(run.model, write_strength="learned", normaliser="corrected", short_convolution=4)
+    _check(precision, case, replace(run, model=beyond), pool)
 
 
 def _check(precision, case, run, pool):

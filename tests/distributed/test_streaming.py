@@ -12,9 +12,10 @@ from infini_train.config import LayoutConfig
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 @pytest.mark.parametrize("rule,normaliser", [("linear", "paper"), ("delta", "paper"), ("delta", "corrected")])
-@pytest.mark.parametrize("first_segment", ["paper", "local_only"])
-def test_a_prompt_of_40_segments(rule, normaliser, first_segment, tensor_parallel, pool, run_config):
-    model = replace(run_config.model, update_rule=rule, normaliser=normaliser, first_segment=first_segment)
+@pytest.mark.parametrize("first_segment,convolution", [("paper", 0), ("local_only", 5)])
+def test_a_prompt_of_40_segments(rule, normaliser, first_segment, convolution, tensor_parallel, pool, run_config):
+    options = {"normaliser": normaliser, "first_segment": first_segment, "short_convolution": convolution}
+    model = replace(run_config.model, update_rule=rule, **options)
     run = replace(run_config, model=model, layout=LayoutConfig(tensor_parallel_size=tensor_parallel))
     length = 39 * model.segment_length + 7
     tokens = torch.randint(0, run.data.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
@@ -24,10 +25,12 @@ def test_a_prompt_of_40_segments(rule, normaliser, first_segment, tensor_paralle
         assert float(whole.std()) > 1e-2, "logits that are all alike would agree whatever the code did"
 
 
+@pytest.mark.parametrize("convolution", [0, 3])
 @pytest.mark.parametrize("attention", ["local", "full"])
-def test_the_rivals_stream_too(attention, pool, run_config):
+def test_the_rivals_stream_too(attention, convolution, pool, run_config):
     training = replace(run_config.training, segments_per_micro_batch=4, micro_batches_per_window=2)
-    run = replace(run_config, model=replace(run_config.model, attention=attention), training=training)
+    model = replace(run_config.model, attention=attention, short_convolution=convolution)
+    run = replace(run_config, model=model, training=training)
     # Full attention starts anew after each micro-batch; inside one the two must agree.
     length = 4 * run.model.segment_length - 3
     tokens = torch.randint(0, run.data.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))

@@ -116,6 +116,18 @@ def test_memory_tokens_go_segment_by_segment(attention, section, values, key):
         validate(run, 2)
 
 
+@pytest.mark.parametrize("width", [-1, 1, 64])
+def test_a_convolution_is_shorter_than_a_segment(width):
+    with pytest.raises(UserError, match=rf"model\.short_convolution is {width}; use 0 .* model\.segment_length = 64"):
+        validate(changed("model", segment_length=64, short_convolution=width), 2)
+
+
+@pytest.mark.parametrize("attention", ["recurrent_memory", "feedback"])
+def test_no_convolution_over_memory_tokens(attention):
+    with pytest.raises(UserError, match=rf"model\.short_convolution is 4, but model\.attention {attention}"):
+        validate(changed("model", attention=attention, short_convolution=4), 2)
+
+
 def test_recurrent_memory_keeps_to_one_stage():
     run = replace(changed("model", attention="recurrent_memory"), layout=LayoutConfig(pipeline_parallel_size=2))
     with pytest.raises(UserError, match=r"layout\.pipeline_parallel_size is 2 with model\.attention recurrent_memory"):
