@@ -8,8 +8,8 @@ heads form sooner (Olsson et al., arXiv 2209.11895). benchmarks/recipes.md has w
 
 It looks at no token before the segment, so what crosses a segment's start is the memory alone, as without it.
 
-Shapes: B rows, N segments, S segment length, T tokens, t tokens of a chunk, H query heads, G key/value heads, D head width, W width of
-the convolution.
+Shapes: B rows, N segments, S segment length, T tokens, t tokens of a chunk, H query heads, G key/value heads, D head width,
+W width of the convolution.
 """
 
 from __future__ import annotations
