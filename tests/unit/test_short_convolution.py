@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from infini_train.attention.short_convolution import ShortConvolution
-from infini_train.config import ModelConfig
+from infini_train.config import ModelConfig, RunConfig
+from infini_train.model.parameters import ParameterPlacement, initial_value
+from infini_train.training.self_test import tiny_run
 
 B, N, S, G, D = 2, 3, 7, 2, 5
 
@@ -84,3 +86,14 @@ def test_equal_words_have_equal_queries_and_keys(convolution):
     x[:, : width + 1] = x[:, S : S + width + 1] = torch.cat([words, answer], dim=1)
     q, k = convolution(x, x)
     torch.testing.assert_close(q[:, S + width - 1], k[:, width])
+
+
+def test_queries_and_keys_keep_their_size_at_the_start():
+    name = "decoder.layers.0.self_attention.core_attention.short_convolution.weight"
+    drawn = initial_value(ParameterPlacement(name, (4, 64, 9), 0, 1, 0, 1), ModelConfig(init_std=0.02), seed=0)
+    assert float(drawn.std()) == pytest.approx(1 / 3, rel=0.05)
+
+
+@pytest.mark.parametrize("width", [0, 8])
+def test_a_runs_self_test_has_one_if_the_run_does(width):
+    assert (tiny_run(RunConfig(model=ModelConfig(short_convolution=width)), 1).model.short_convolution > 0) == (width > 0)
