@@ -85,5 +85,6 @@ def _channels_first(x: Tensor) -> Tensor:
 
 
 def _tokens_first(x: Tensor, like: Tensor) -> Tensor:
-    """[b, heads × D, t] -> [B, T, heads, D], as many tokens as `like` has."""
-    return x.transpose(1, 2).reshape(len(like), -1, *like.shape[2:])[:, : like.shape[1]]
+    """[b, heads × D, t] -> [B, T, heads, D], as many tokens as `like` has; in memory token by token, as Megatron-core does."""
+    x = x.unflatten(0, (len(like), -1)).permute(1, 3, 0, 2).flatten(0, 1).contiguous()
+    return x.transpose(0, 1).unflatten(2, like.shape[2:])[:, : like.shape[1]]
