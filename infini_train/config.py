@@ -47,6 +47,9 @@ class ModelConfig:
     normaliser: Literal["paper", "corrected"] = "paper"
     """What a read of the delta rule's memory is divided by. paper: by all keys ever written, so that a value that is written
     twice reads as half of itself; corrected, not in the paper: by what the same rule makes of values of one."""
+    feature_map: Literal["elu", "softmax"] = "elu"
+    """σ of queries and keys in the memory: elu is the paper's ELU + 1; softmax, not in the paper, is softmax(2 x) over a head's
+    width, so that what fits best outweighs the rest."""
     short_convolution: int = 0
     """Not in the paper: tokens of a causal convolution over queries and keys, one filter a channel, inside each segment. A key
     sees the tokens before its own, so that memory and attention find what came after the same words; 0 has none."""

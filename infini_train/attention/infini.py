@@ -58,6 +58,7 @@ class InfiniAttention(SegmentCached):
             repeats=repeats,
             write_gate=self.write_gate,
             normaliser=self.model.normaliser,
+            feature_map=self.model.feature_map,
         )
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, cache: SegmentCache) -> tuple[Tensor, SegmentCache]:
@@ -74,4 +75,5 @@ class InfiniAttention(SegmentCached):
             eps=self.model.memory_eps,
             write_gate=self.write_gate,
             normaliser=self.model.normaliser,
+            feature_map=self.model.feature_map,
         )

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from infini_kernels import MemoryState
-from infini_kernels.compressive import feature_map
+from infini_kernels.compressive import sigma
 from infini_kernels.variants import read_state, write_strength
 
 
-def read_back_cosine(k: Tensor, v: Tensor, memory: MemoryState, eps: float, normaliser: str = "paper") -> Tensor:
+def read_back_cosine(
+    k: Tensor, v: Tensor, memory: MemoryState, eps: float, normaliser: str = "paper", feature_map: str = "elu"
+) -> Tensor:
     """Cosine between each value and σ(K) M / (σ(K) z + ε), Eq. 3 of the paper with the key as query.
 
     Args:
@@ -22,7 +24,7 @@ def read_back_cosine(k: Tensor, v: Tensor, memory: MemoryState, eps: float, norm
         [B, T, G] in the memory's type; 0 where the memory is empty.
     """
     memory = read_state(memory, normaliser)
-    sigma_k = feature_map(k, memory.M.dtype)
+    sigma_k = sigma(k, memory.M.dtype, feature_map)
     read = torch.einsum("btgd,bgde->btge", sigma_k, memory.M)
     read = read / (torch.einsum("btgd,bgd->btg", sigma_k, memory.z) + eps).unsqueeze(-1)
     return torch.nn.functional.cosine_similarity(read, v.to(read.dtype), dim=-1)

@@ -73,9 +73,8 @@ class ShortConvolution(nn.Module):
 
     def _filter(self, x: Tensor) -> Tensor:
         """[b, C, W - 1 + t] -> [b, C, t]."""
-        filters = self.weight.flatten(0, 1).unsqueeze(1)  # [G × D, 1, W]
-        if (heads := x.shape[1] // filters.shape[0]) > 1:
-            filters = self.weight.repeat_interleave(heads, dim=0).flatten(0, 1).unsqueeze(1)
+        heads_of_a_group = x.shape[1] // self.weight[..., 0].numel()
+        filters = self.weight.repeat_interleave(heads_of_a_group, dim=0).flatten(0, 1).unsqueeze(1)  # [C, 1, W]
         return functional.conv1d(x, filters, groups=x.shape[1])
 
 

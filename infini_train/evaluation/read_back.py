@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from infini_train import platform
 from infini_train.attention.read_back import read_back_cosine, strength_of_writes
-from infini_train.config import RunConfig
+from infini_train.config import ModelConfig, RunConfig
 from infini_train.model.stage import StageModel
 from infini_train.parallel.layout import Layout
 
@@ -24,8 +25,11 @@ AGES = (0, 1, 2, 4, 8, 16, 32, 64)
 class _Layer:
     """The newest segments of one layer, and what its memory gives back of them."""
 
-    def __init__(self, segment_length: int, eps: float, normaliser: str) -> None:
-        self.segment_length, self.eps, self.normaliser = segment_length, eps, normaliser
+    def __init__(self, model: ModelConfig) -> None:
+        self.segment_length = model.segment_length
+        self.cosine = partial(
+            read_back_cosine, eps=model.memory_eps, normaliser=model.normaliser, feature_map=model.feature_map
+        )
         self.write_gate: Tensor | None = None
         self.segments: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=AGES[-1] + 1)
         self.in_document: Tensor | None = None
@@ -58,9 +62,9 @@ class _Layer:
         valid = torch.arange(k.shape[1]) < torch.where(self.in_document > age, lengths, 0)[:, None]
         if not valid.any():
             return
-        own = read_back_cosine(k, v, memory, self.eps, self.normaliser).cpu()[valid].double()
+        own = self.cosine(k, v, memory).cpu()[valid].double()
         # Values have a direction in common, which any key reads; half a segment away stands a token of no relation.
-        other = read_back_cosine(k.roll(k.shape[1] // 2, dims=1), v, memory, self.eps, self.normaliser).cpu()[valid].double()
+        other = self.cosine(k.roll(k.shape[1] // 2, dims=1), v, memory).cpu()[valid].double()
         self.sums[position] += torch.tensor([own.sum(), other.sum(), own.numel()], dtype=torch.float64)
 
     def _measure_strength(self, k: Tensor, lengths: Tensor) -> None:
@@ -81,8 +85,7 @@ class ReadBack(AbstractContextManager["ReadBack"]):
         self.run, self.layout = run, layout
         self.enabled = run.model.attention == "infini" and layout.cp_size == 1
         self.attentions = {layer.layer_number: layer.self_attention.core_attention.attention for layer in module.layers()}
-        model = run.model
-        self.layers = {n: _Layer(model.segment_length, model.memory_eps, model.normaliser) for n in self.attentions}
+        self.layers = {number: _Layer(run.model) for number in self.attentions}
         self.hooks: list[Any] = []
 
     def __enter__(self) -> ReadBack:

@@ -42,9 +42,13 @@ def _memory_bytes(sizes: Sizes, queries: int, keys: int) -> int:
     rows, segments, groups = sizes.rows, sizes.segments, sizes.groups
     # A product over [row, segment, head] copies what is no view in that order. Keys and queries lie token by token, then row by
     # row, then head by head; values were copied row by row, so that what surrounds them can be let go.
-    keys_copied = segments > 1 and rows * groups > 1
     values_copied = rows * segments > 1 and groups > 1
-    queries_copied = rows * groups > 1 if sizes.heads > groups else keys_copied
+    if model.feature_map == "softmax":  # its result lies row by row whatever it is given
+        keys_copied = values_copied
+        queries_copied = groups > 1 if sizes.heads > groups else keys_copied
+    else:
+        keys_copied = segments > 1 and rows * groups > 1
+        queries_copied = rows * groups > 1 if sizes.heads > groups else keys_copied
     total = keys  # σ(K)
     total += keys if keys_copied else 0  # σ(K) in σ(K)^T V
     values = keys // model.head_dim * model.memory_value_width

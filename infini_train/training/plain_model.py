@@ -66,6 +66,7 @@ def _attention(
         eps=model.memory_eps,
         repeats=batch.repeats,
         normaliser=model.normaliser,
+        feature_map=model.feature_map,
     )
 
 

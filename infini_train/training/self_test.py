@@ -73,6 +73,7 @@ def tiny_run(run: RunConfig, data_parallel_size: int) -> RunConfig:
             first_segment=model.first_segment,
             write_strength=model.write_strength,
             normaliser=model.normaliser,
+            feature_map=model.feature_map,
             short_convolution=model.short_convolution and 3,
             initial_gate=0.5,
             bank_tokens=20,

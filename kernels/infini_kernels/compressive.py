@@ -18,6 +18,7 @@ from infini_kernels.backward import FeatureMap, ScaledProduct
 from infini_kernels.context_parallel import RunExchange
 from infini_kernels.memory import MemoryState
 from infini_kernels.recurrence import walk
+from infini_kernels.variants import sharp_features
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
@@ -28,9 +29,10 @@ def full_precision(x: Tensor) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def feature_map(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """σ(x) = ELU(x) + 1, in the memory's type."""
-    return FeatureMap.apply(x.to(dtype))
+def sigma(x: Tensor, dtype: torch.dtype, feature_map: str = "elu") -> Tensor:
+    """σ(x) over the last dimension in the memory's type: the paper's ELU(x) + 1, or `variants.sharp_features`."""
+    x = x.to(dtype)
+    return FeatureMap.apply(x) if feature_map == "elu" else sharp_features(x)
 
 
 class CarriedMemory(NamedTuple):

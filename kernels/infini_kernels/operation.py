@@ -28,6 +28,7 @@ from infini_kernels.arguments import (
 from infini_kernels.memory import MemoryState
 from infini_kernels.parts import part
 from infini_kernels.reference import infini_attention_reference
+from infini_kernels.variants import FEATURE_MAPS
 
 BACKENDS = ("auto", "reference", "triton")
 TRITON_INSTALLED = find_spec("triton") is not None
@@ -52,6 +53,7 @@ def infini_attention(
     repeats: Tensor | None = None,
     write_gate: Tensor | None = None,
     normaliser: str = "paper",
+    feature_map: str = "elu",
 ) -> tuple[Tensor, MemoryState]:
     """Local softmax attention mixed with a compressive memory of all earlier segments (arXiv 2404.07143, Eq. 3 to 10).
 
@@ -79,6 +81,7 @@ def infini_attention(
         write_gate: u [G, D]: a token is written with strength 2 sigmoid(k · u) and not with 1. Not in the paper.
         normaliser: 'paper', or for 'delta' 'corrected', which is not in the paper: see `variants.read_state`. The memory's M is
             then [B, G, D, Dv + 1].
+        feature_map: σ, 'elu' for ELU + 1, or 'softmax', which is not in the paper: see `variants.sharp_features`.
 
     Returns:
         out [B, T, H, Dv] in v's type, zero at padding, and the memory after the last segment. Gradients flow through q,
@@ -97,16 +100,19 @@ def infini_attention(
     check_gate(gate, q)
     check_write_gate(write_gate, k)
     check_normaliser(normaliser, update_rule)
+    check_choice("feature_map", feature_map, FEATURE_MAPS)
     check_memory(memory, k, v, normaliser)
     check_rotary(rotary, q, segment_length, "segment_length")
     check_reset(reset, q.shape[0], -(-q.shape[1] // segment_length))
     check_lengths(lengths, q.shape[0], q.shape[1], segment_length)
     check_repeats(repeats, q.shape[0], -(-q.shape[1] // segment_length))
     more: dict[str, Any] = {}
-    if write_gate is not None or normaliser != "paper":
+    if write_gate is not None or normaliser != "paper" or feature_map != "elu":
         if backend == "triton":
-            raise ValueError("backend is 'triton', which has no write_gate and only the paper's normaliser: write 'auto'")
-        backend, more = "reference", {"write_gate": write_gate, "normaliser": normaliser}
+            raise ValueError(
+                "backend is 'triton', which has no write_gate and the paper's normaliser and σ alone: write 'auto'"
+            )
+        backend, more = "reference", {"write_gate": write_gate, "normaliser": normaliser, "feature_map": feature_map}
     operation = _operation(backend, q, k, v)
     with part("memory path"):
         return operation(
@@ -132,7 +138,7 @@ def memory_choice(q: Tensor, k: Tensor, v: Tensor, of_the_paper: bool = True) ->
     """What computes the memory of tensors like these with backend 'auto', for a log.
 
     Args:
-        of_the_paper: without learned writes and with the paper's normaliser.
+        of_the_paper: without learned writes and with the paper's normaliser and σ.
     """
     if not of_the_paper or _operation("auto", q, k, v) is infini_attention_reference:
         return f"PyTorch {torch.__version__}"

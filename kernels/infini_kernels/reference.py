@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from infini_kernels.arguments import Rotary, values_known
-from infini_kernels.compressive import PlainUpdates, SegmentMemory, feature_map, full_precision, read_and_mix
+from infini_kernels.compressive import PlainUpdates, SegmentMemory, full_precision, read_and_mix, sigma
 from infini_kernels.local import segment_attention
 from infini_kernels.memory import MemoryState, memory_dtype
 from infini_kernels.segments import SegmentLayout, padding_mask
@@ -33,6 +33,7 @@ def infini_attention_reference(
     repeats: Tensor | None = None,
     write_gate: Tensor | None = None,
     normaliser: str = "paper",
+    feature_map: str = "elu",
 ) -> tuple[Tensor, MemoryState]:
     """`infini_attention` for arguments that have been checked."""
     dtype = memory_dtype(v.dtype)
@@ -48,9 +49,9 @@ def infini_attention_reference(
         reset = None if values_known(reset) and not bool(reset.any()) else reset.to(q.device)
 
     with full_precision(q):
-        sigma_k = feature_map(k, dtype)  # [B, T, G, D]
+        sigma_k = sigma(k, dtype, feature_map)  # [B, T, G, D]
         if padding is not None:
-            sigma_k = sigma_k.masked_fill(padding, 0)  # σ(0) is 1: a zero key would still be written
+            sigma_k = sigma_k.masked_fill(padding, 0)  # σ(0) is not 0: a zero key would still be written
         strength = write_strength(k, write_gate, dtype)  # [B, T, G, 1]
         values = layout.fold(remembered_values(v.to(dtype), normaliser))
         updates = PlainUpdates(layout.fold(sigma_k), values, None if strength is None else layout.fold(strength))
@@ -59,7 +60,7 @@ def infini_attention_reference(
     local = segment_attention(layout.fold(q), layout.fold(k), layout.fold(v), rotary)  # [B, N, W, H, Dv]
     with full_precision(q):
         carried = written.carry()
-        sigma_q = layout.fold(feature_map(q, dtype))  # [B, N, W, H, D]
+        sigma_q = layout.fold(sigma(q, dtype, feature_map))  # [B, N, W, H, D]
         entering = None if carried.entering is None else read_state(carried.entering, normaliser)
         mixed = read_and_mix(sigma_q, local, gate, entering, first_segment, eps)
     out = layout.unfold(mixed).to(v.dtype)  # [B, T, H, Dv]

@@ -24,10 +24,10 @@ from infini_kernels.arguments import (
     check_segment_length,
     check_write_gate,
 )
-from infini_kernels.compressive import PlainUpdates, SegmentMemory, feature_map, full_precision, read_and_mix
+from infini_kernels.compressive import PlainUpdates, SegmentMemory, full_precision, read_and_mix, sigma
 from infini_kernels.memory import MemoryState, memory_dtype
 from infini_kernels.rotary import apply_rotary
-from infini_kernels.variants import read_state, remembered_values, write_strength
+from infini_kernels.variants import FEATURE_MAPS, read_state, remembered_values, write_strength
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def infini_attention_step(
     eps: float = 1e-6,
     write_gate: Tensor | None = None,
     normaliser: str = "paper",
+    feature_map: str = "elu",
 ) -> tuple[Tensor, SegmentCache]:
     """The next t tokens of a stream: equal to `infini_attention` on the whole stream. No gradients.
 
@@ -110,6 +111,7 @@ def infini_attention_step(
     check_gate(gate, q)
     check_write_gate(write_gate, k)
     check_normaliser(normaliser, update_rule)
+    check_choice("feature_map", feature_map, FEATURE_MAPS)
     if cache.memory is None:
         raise ValueError("cache has no memory, but infini_attention_step reads one; see local_attention_step")
     check_memory(cache.memory, k, v, normaliser)
@@ -118,11 +120,11 @@ def infini_attention_step(
     local = _chunk_attention(q, cache, rotary)  # [B, t, H, Dv]
     dtype = memory_dtype(v.dtype)
     with full_precision(q):
-        sigma_q = feature_map(q, dtype)
+        sigma_q = sigma(q, dtype, feature_map)
         entering = read_state(MemoryState(memory.M.unsqueeze(1), memory.z.unsqueeze(1)), normaliser)
         mixed = read_and_mix(sigma_q.unsqueeze(1), local.unsqueeze(1), gate, entering, first_segment, eps)
         if cache.remaining == 0:
-            sigma_k = feature_map(cache.keys, dtype)  # [B, S, G, D]
+            sigma_k = sigma(cache.keys, dtype, feature_map)  # [B, S, G, D]
             values = remembered_values(cache.values.to(dtype), normaliser)
             strength = write_strength(cache.keys, write_gate, dtype)
             strength = None if strength is None else strength.unsqueeze(1)  # [B, 1, S, G, 1]

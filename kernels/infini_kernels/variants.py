@@ -1,6 +1,6 @@
-"""What is not in the paper: a learned strength of each write, and a normaliser that suits the delta rule.
+"""What is not in the paper: a learned strength of each write, a normaliser that suits the delta rule, sharper features.
 
-Both are off unless asked for, and both are in PyTorch's own operations on every device.
+All are off unless asked for, and all are in PyTorch's own operations on every device.
 
 Shapes: B batch, T tokens, G key/value heads, D key width, Dv value width; before them any batch dimensions.
 """
@@ -12,6 +12,16 @@ from torch import Tensor
 from infini_kernels.memory import MemoryState
 
 NORMALISERS = ("paper", "corrected")
+FEATURE_MAPS = ("elu", "softmax")
+
+
+def sharp_features(x: Tensor) -> Tensor:
+    """softmax(2 x) over the last dimension, as in Hedgehog (arXiv 2402.04347) but without features of -x.
+
+    ELU + 1 is linear in what is large, so that a memory weighs many facts almost alike; here the weight of a key that fits
+    grows exponentially with how well it fits.
+    """
+    return (2 * x).softmax(dim=-1)
 
 
 def write_strength(k: Tensor, write_gate: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -100,7 +100,9 @@ def test_every_way_of_computing_equals_one_process(case, pool, reference, run_co
     ids=lambda case: case.name,
 )
 def test_what_is_beyond_the_paper_in_every_kind_of_layout(case, pool, run_config):
-    beyond = replace(run_config.model, write_strength="learned", normaliser="corrected", short_convolution=3)
+    beyond = replace(
+        run_config.model, write_strength="learned", normaliser="corrected", feature_map="softmax", short_convolution=3
+    )
     run = replace(run_config, model=beyond)
     one = pool(1).run("tests.distributed.jobs", "train", case.reference().apply(run), STEPS)
     assert_same_run(pool(case.processes).run("tests.distributed.jobs", "train", case.apply(run), STEPS), one)

@@ -26,7 +26,7 @@ BEYOND_THE_PAPER = {"write_strength": "learned", "normaliser": "corrected"}
         ("delta", "local_only", 40, {}),
         ("linear", "paper", 40, {"write_strength": "learned"}),
         ("delta", "paper", 1, BEYOND_THE_PAPER),
-        ("linear", "paper", 40, {"short_convolution": 3}),
+        ("linear", "paper", 40, {"short_convolution": 3, "feature_map": "softmax"}),
     ],
 )
 def test_a_run_equals_plain_torch(rule, first_segment, ageing, more, pool, run_config):

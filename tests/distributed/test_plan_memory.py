@@ -52,7 +52,7 @@ def test_plan_against_a_real_run(precision, case, pool, run_config):
 )
 def test_plan_of_what_is_beyond_the_paper(precision, case, pool, run_config):
     run = case.apply(enlarged(run_config))
-    beyond = replace(run.model, write_strength="learned", normaliser="corrected", short_convolution=4)
+    beyond = replace(run.model, write_strength="learned", normaliser="corrected", feature_map="softmax", short_convolution=4)
     _check(precision, case, replace(run, model=beyond), pool)
 
 

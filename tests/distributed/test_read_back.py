@@ -18,7 +18,9 @@ JOB = ("tests.distributed.jobs", "read_back")
     ids=lambda case: case.name,
 )
 def test_every_layout_measures_the_same(case, pool, run_config):
-    learned = replace(run_config, model=replace(run_config.model, write_strength="learned", normaliser="corrected"))
+    learned = replace(
+        run_config, model=replace(run_config.model, write_strength="learned", normaliser="corrected", feature_map="softmax")
+    )
     expected = pool(1).run(*JOB, case.reference().apply(learned))[0]
     strength = expected["write_strength"]
     assert len(expected["ages"]) > 1 and len(strength) == learned.model.num_layers

@@ -42,9 +42,12 @@ def written_out(x, memory, repeats, rule, **options):
     return torch.cat(rows), memory
 
 
-@pytest.mark.parametrize("rule,normaliser", [("linear", "paper"), ("delta", "paper"), ("delta", "corrected")])
+@pytest.mark.parametrize(
+    "rule,normaliser,feature_map",
+    [("linear", "paper", "elu"), ("delta", "paper", "elu"), ("delta", "corrected", "elu"), ("delta", "corrected", "softmax")],
+)
 @pytest.mark.parametrize("learned_writes", [False, True])
-def test_up_to_two_writes_are_exact_in_output_memory_and_every_gradient(rule, normaliser, learned_writes):
+def test_up_to_two_writes_are_exact_in_output_memory_and_every_gradient(rule, normaliser, feature_map, learned_writes):
     repeats = torch.tensor([[1, 2, 1], [2, 1, 2]])
     results = []
     for aged in (True, False):
@@ -52,7 +55,7 @@ def test_up_to_two_writes_are_exact_in_output_memory_and_every_gradient(rule, no
         if learned_writes:
             generator = torch.Generator().manual_seed(1)
             x["write_gate"] = torch.randn(G, D, generator=generator, dtype=torch.float64).requires_grad_()
-        options = {"normaliser": normaliser}
+        options = {"normaliser": normaliser, "feature_map": feature_map}
         if aged:
             out, state = infini_attention(**x, memory=memory, segment_length=S, update_rule=rule, repeats=repeats, **options)
         else:

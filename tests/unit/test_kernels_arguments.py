@@ -65,8 +65,13 @@ REFUSALS = {
     ),
     "triton without learned writes": (
         {"backend": "triton", "write_gate": zeros(G, D)},
-        "backend is 'triton', which has no write_gate and only the paper's normaliser",
+        "backend is 'triton', which has no write_gate and the paper's normaliser and σ alone",
     ),
+    "triton without sharp features": (
+        {"backend": "triton", "feature_map": "softmax"},
+        "backend is 'triton', which has no write_gate",
+    ),
+    "feature map": ({"feature_map": "relu"}, "feature_map is 'relu', but must be one of elu, softmax"),
     "backend": ({"backend": "cuda"}, "backend is 'cuda', but must be one of auto, reference, triton"),
     "triton": ({"backend": "triton"}, "backend is 'triton', which takes CUDA tensors of float16, bfloat16 or float32"),
     "eps of zero": ({"eps": 0.0}, "eps is 0.0, but must be finite and at least"),

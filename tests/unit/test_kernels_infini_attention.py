@@ -34,6 +34,7 @@ class Case:
     eps: float = 1e-6
     write_gate: bool = False
     normaliser: str = "paper"
+    feature_map: str = "elu"
 
     def options(self, dtype: torch.dtype) -> dict[str, object]:
         rotary = None
@@ -49,6 +50,7 @@ class Case:
             "first_segment": self.first_segment,
             "eps": self.eps,
             "normaliser": self.normaliser,
+            "feature_map": self.feature_map,
         }
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -111,6 +113,10 @@ CASES = {
         first_segment="local_only",
         write_gate=True,
         reset=((0, 0, 1, 0, 0),) * 2,
+    ),
+    "sharp features": Case(13, feature_map="softmax", lengths=((5, 2, 3), (0, 4, 1)), reset=((0, 1, 0), (1, 0, 1))),
+    "sharp features, all that is beyond the paper": Case(
+        13, heads=6, groups=3, rule="delta", feature_map="softmax", normaliser="corrected", write_gate=True, value_width=3
     ),
 }
 

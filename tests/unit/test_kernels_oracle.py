@@ -11,7 +11,9 @@ from torch import Tensor
 from infini_kernels import infini_attention
 
 
-def sigma(x: Tensor) -> Tensor:
+def sigma(x: Tensor, feature_map: str = "elu") -> Tensor:
+    if feature_map == "softmax":
+        return (2 * x).exp() / (2 * x).exp().sum()
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
@@ -55,6 +57,7 @@ def oracle(
     eps: float = 1e-6,
     write_gate: Tensor | None = None,
     normaliser: str = "paper",
+    feature_map: str = "elu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, M, z) for the arguments of `infini_attention`, token by token."""
     batch_size, num_tokens, num_heads, key_width = q.shape
@@ -81,7 +84,7 @@ def oracle(
                         keys.append(key)
                         values.append(v[b, t, g])
                         local = softmax_read(query, keys, values)
-                        sigma_q = sigma(q[b, t, h])
+                        sigma_q = sigma(q[b, t, h], feature_map)
                         from_memory = sigma_q @ M_s / (sigma_q @ z_s + eps)
                         if corrected:
                             from_memory = sigma_q @ M_s[:, :-1] / (sigma_q @ M_s[:, -1] + eps)
@@ -91,7 +94,7 @@ def oracle(
                         out[b, t, h] = share * from_memory + (1 - share) * local
                 M_next, z_next = M_s, z_s
                 for t in tokens:
-                    sigma_k = sigma(k[b, t, g])
+                    sigma_k = sigma(k[b, t, g], feature_map)
                     known = sigma_k @ M_s / (sigma_k @ z_s + eps) if update_rule == "delta" else 0
                     value = torch.cat((v[b, t, g], v.new_ones(1))) if corrected else v[b, t, g]
                     strength = 1 if write_gate is None else 2 * torch.sigmoid(k[b, t, g] @ write_gate[g])

@@ -36,11 +36,22 @@ def chunks_of(tokens: int, longest: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("longest", [1, 2, 3, 5])
 @pytest.mark.parametrize(
-    "update_rule, first_segment, normaliser",
-    [("linear", "paper", "paper"), ("delta", "local_only", "paper"), ("delta", "paper", "corrected")],
+    "update_rule, first_segment, normaliser, feature_map",
+    [
+        ("linear", "paper", "paper", "elu"),
+        ("delta", "local_only", "paper", "elu"),
+        ("delta", "paper", "corrected", "elu"),
+        ("linear", "paper", "paper", "softmax"),
+    ],
 )
 def test_chunks_of_any_size_equal_one_call(
-    update_rule: str, first_segment: str, normaliser: str, longest: int, dtype: torch.dtype, tolerance: float
+    update_rule: str,
+    first_segment: str,
+    normaliser: str,
+    feature_map: str,
+    longest: int,
+    dtype: torch.dtype,
+    tolerance: float,
 ) -> None:
     tensors, gate, rotary = stream(17, dtype)
     options = {
@@ -49,6 +60,7 @@ def test_chunks_of_any_size_equal_one_call(
         "rotary": rotary,
         "first_segment": first_segment,
         "normaliser": normaliser,
+        "feature_map": feature_map,
         "write_gate": None if first_segment == "local_only" else torch.randn(G, D, generator=torch.Generator().manual_seed(3)),
     }
     wanted, _ = infini_attention(*tensors, gate, **options)

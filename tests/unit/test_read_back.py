@@ -6,6 +6,7 @@ import torch
 
 from infini_kernels import MemoryState, infini_attention
 from infini_train.attention.read_back import read_back_cosine
+from infini_train.config import ModelConfig
 from infini_train.evaluation.read_back import _Layer
 
 
@@ -18,6 +19,14 @@ def test_a_single_write_is_read_back_whole_and_an_empty_memory_gives_nothing():
     assert read_back_cosine(k, v, empty, 1e-6).eq(0).all()
 
 
+def test_sharp_features_read_back_what_they_wrote():
+    """Of two values written under keys that hardly meet, each key reads its own."""
+    k, v = 4 * torch.eye(2, 4, dtype=torch.float64).view(1, 2, 1, 4), torch.randn(1, 2, 1, 5, dtype=torch.float64)
+    _, memory = infini_attention(k, k, v, torch.zeros(1), segment_length=2, feature_map="softmax")
+    assert read_back_cosine(k, v, memory, 1e-6, feature_map="softmax").min() > 0.999
+    assert read_back_cosine(k, v, memory, 1e-6).min() < 0.99
+
+
 def test_ages_documents_and_padding_are_respected():
     """Row 0 goes on through three segments, the last half empty; row 1 begins anew in the last; micro-batches of 1 and 2."""
     torch.manual_seed(0)
@@ -25,7 +34,7 @@ def test_ages_documents_and_padding_are_respected():
     k, v = torch.randn(2, 12, groups, width), torch.randn(2, 12, groups, width)
     reset = torch.tensor([[True, False, False], [True, False, True]])
     lengths = torch.tensor([[4, 4, 2], [4, 3, 4]])
-    layer, memory = _Layer(length, 1e-6, "paper"), None
+    layer, memory = _Layer(ModelConfig(segment_length=length)), None
     layer.write_gate = torch.randn(groups, width)
     leaving = []
     for segments in (slice(0, 1), slice(1, 3)):
