@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from infini_kernels import MemoryState, infini_attention
@@ -27,22 +28,22 @@ def test_sharp_features_read_back_what_they_wrote():
     assert read_back_cosine(k, v, memory, 1e-6).min() < 0.99
 
 
-def test_ages_documents_and_padding_are_respected():
+@pytest.mark.parametrize("feature_map", ["elu", "softmax"])
+def test_ages_documents_and_padding_are_respected(feature_map):
     """Row 0 goes on through three segments, the last half empty; row 1 begins anew in the last; micro-batches of 1 and 2."""
     torch.manual_seed(0)
     length, groups, width = 4, 2, 3
     k, v = torch.randn(2, 12, groups, width), torch.randn(2, 12, groups, width)
     reset = torch.tensor([[True, False, False], [True, False, True]])
     lengths = torch.tensor([[4, 4, 2], [4, 3, 4]])
-    layer, memory = _Layer(ModelConfig(segment_length=length)), None
+    layer, memory = _Layer(ModelConfig(segment_length=length, feature_map=feature_map)), None
     layer.write_gate = torch.randn(groups, width)
     leaving = []
     for segments in (slice(0, 1), slice(1, 3)):
         part = slice(segments.start * length, segments.stop * length)
         keywords = {"reset": reset[:, segments], "lengths": lengths[:, segments]}
-        output = infini_attention(
-            k[:, part], k[:, part], v[:, part], torch.zeros(groups), memory, segment_length=length, **keywords
-        )
+        options = {"segment_length": length, "feature_map": feature_map}
+        output = infini_attention(k[:, part], k[:, part], v[:, part], torch.zeros(groups), memory, **options, **keywords)
         memory = output[1]
         leaving.append(memory)
         layer.look(torch.nn.Identity(), (k[:, part], k[:, part], v[:, part]), keywords, output)
@@ -51,7 +52,7 @@ def test_ages_documents_and_padding_are_respected():
         part = slice(segment * length, segment * length + length)
         keys = k[row : row + 1, part].roll(shift, dims=1)
         of_row = MemoryState(memory.M[row : row + 1], memory.z[row : row + 1])
-        return read_back_cosine(keys, v[row : row + 1, part], of_row, 1e-6)[0, :valid].double().sum()
+        return read_back_cosine(keys, v[row : row + 1, part], of_row, 1e-6, feature_map=feature_map)[0, :valid].double().sum()
 
     # (row, segment, valid tokens, after which micro-batch) by age.
     expected = {0: [(0, 0, 4, 0), (1, 0, 4, 0), (0, 2, 2, 1), (1, 2, 4, 1)], 1: [(0, 1, 4, 1)], 2: [(0, 0, 4, 1)], 3: []}
