@@ -12,10 +12,13 @@ from infini_train.config import LayoutConfig
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 @pytest.mark.parametrize("rule,normaliser", [("linear", "paper"), ("delta", "paper"), ("delta", "corrected")])
-@pytest.mark.parametrize("first_segment,convolution", [("paper", 0), ("local_only", 5)])
-def test_a_prompt_of_40_segments(rule, normaliser, first_segment, convolution, tensor_parallel, pool, run_config):
-    options = {"normaliser": normaliser, "first_segment": first_segment, "short_convolution": convolution}
-    model = replace(run_config.model, update_rule=rule, **options)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"first_segment": "local_only", "short_convolution": 5, "feature_map": "softmax"}],
+    ids=["paper", "beyond the paper"],
+)
+def test_a_prompt_of_40_segments(rule, normaliser, options, tensor_parallel, pool, run_config):
+    model = replace(run_config.model, update_rule=rule, normaliser=normaliser, **options)
     run = replace(run_config, model=model, layout=LayoutConfig(tensor_parallel_size=tensor_parallel))
     length = 39 * model.segment_length + 7
     tokens = torch.randint(0, run.data.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
