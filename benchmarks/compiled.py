@@ -27,18 +27,26 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", t
 Launch = tuple[Any, tuple[Any, ...], dict[str, int], dict[str, Any]]
 
 
-def launches(width: int, dtype: torch.dtype, update_rule: str) -> list[Launch]:
-    """What one layer launches, forward and backward, with 2 key/value heads for 4 query heads of this width."""
+def launches(width: int, dtype: torch.dtype, update_rule: str, beyond_the_paper: bool = False) -> list[Launch]:
+    """What one layer launches, forward and backward, with 2 key/value heads for 4 query heads of this width.
+
+    Args:
+        beyond_the_paper: with learned writes, sharp features and, under the delta rule, the corrected normaliser.
+    """
     T = 2 * SEGMENT
     q = torch.empty(1, T, 4, width, dtype=dtype, requires_grad=True)
     k, v = (torch.empty(1, T, 2, width, dtype=dtype, requires_grad=True) for _ in range(2))
     gate = torch.empty(4, requires_grad=True)
     angle = torch.empty(SEGMENT, width // 2)
+    more: dict[str, Any] = {}
+    if beyond_the_paper:
+        more = {"write_gate": torch.empty(2, width, requires_grad=True), "feature_map": "softmax"}
+        more["normaliser"] = "corrected" if update_rule == "delta" else "paper"
     found: list[Launch] = []
     blocks.observers.append(lambda *launch: found.append(launch))
     try:
         out, memory = infini_attention(
-            q, k, v, gate, segment_length=SEGMENT, update_rule=update_rule, rotary=(angle, angle), backend="triton"
+            q, k, v, gate, segment_length=SEGMENT, update_rule=update_rule, rotary=(angle, angle), backend="triton", **more
         )
         (out.sum() + memory.M.sum()).backward()
     finally:
@@ -56,8 +64,8 @@ def compile_for(launch: Launch, capability: int) -> dict[str, Any]:
             attributes[(number,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1:
-            values[name] = 1
+        elif value is None or value == 1:
+            values[name] = value
         else:
             signature[name] = "i32"
             if value % 16 == 0:
@@ -94,9 +102,11 @@ def measure(
     rows = []
     for width in widths:
         for dtype in (torch.bfloat16, torch.float32):
-            for launch in launches(width, dtype, "delta"):
-                for capability in capabilities:
-                    rows.append({"width": width, "type": TYPES[dtype], **compile_for(launch, capability)})
+            for beyond in (False, True):
+                for launch in launches(width, dtype, "delta", beyond):
+                    for capability in capabilities:
+                        where = {"width": width, "type": TYPES[dtype], "beyond_the_paper": beyond}
+                        rows.append({**where, **compile_for(launch, capability)})
     spilled = [row for row in rows if row["spilled_bytes"]]
     large = [row for row in rows if row["shared_bytes"] > row["shared_limit"]]
     return rows, [f"{len(rows)} kernels compiled, {len(spilled)} spill, {len(large)} exceed the shared memory"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from infini_kernels import MemoryState, infini_attention
+from infini_kernels.segments import padding_mask
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}
 """Of what is rounded to the type of the tokens, relative to the largest number of a result."""
@@ -39,10 +40,16 @@ class Case:
     reset: bool = True
     repeats: bool = False
     first_segment: str = "paper"
+    write_gate: bool = False
+    normaliser: str = "paper"
+    feature_map: str = "elu"
 
     @property
     def segments(self) -> int:
         return -(-self.tokens // self.segment)
+
+    def suits(self, update_rule: str) -> bool:
+        return update_rule == "delta" or self.normaliser == "paper"
 
 
 SMALL = {
@@ -52,6 +59,10 @@ SMALL = {
     "one key head for three, one block too long": Case(1, 70, 3, 1, 32, 16, 35, rotary=False),
     "local_only": Case(2, 24, 2, 2, 16, 16, 8, memory=False, first_segment="local_only"),
     "aged": Case(2, 15, 4, 2, 16, 24, 5, repeats=True),
+    "learned writes": Case(2, 15, 4, 2, 16, 20, 5, write_gate=True, repeats=True),
+    "corrected normaliser": Case(2, 13, 2, 1, 16, 16, 5, write_gate=True, normaliser="corrected"),
+    "sharp features": Case(2, 13, 4, 2, 20, 36, 5, feature_map="softmax"),
+    "sharp features, learned writes, aged": Case(2, 70, 2, 1, 20, 16, 35, write_gate=True, feature_map="softmax", repeats=True),
     "nothing but tokens": Case(1, 64, 2, 2, 64, 64, 16, memory=False, rotary=False, padding=False, reset=False),
 }
 LARGE = {
@@ -59,12 +70,15 @@ LARGE = {
     "width 128, 8B": Case(1, 4100, 32, 8, 128, 128, 2048),
     "width 256": Case(1, 1500, 4, 2, 256, 256, 700),
     "many short segments, aged": Case(2, 1999, 4, 4, 128, 64, 64, repeats=True),
+    "width 128, beyond the paper": Case(1, 1100, 4, 2, 128, 128, 512, write_gate=True, feature_map="softmax"),
+    "width 256, beyond the paper": Case(1, 700, 2, 1, 256, 256, 300, write_gate=True, feature_map="softmax"),
+    "corrected normaliser": Case(1, 1100, 4, 2, 128, 128, 512, normaliser="corrected"),
 }
 """For CUDA alone."""
 
 
 def draw(case: Case, dtype: torch.dtype, device: str, seed: int) -> tuple[list[Tensor], dict[str, Any]]:
-    """Tokens, gate and memory (leaves), and the options of the call."""
+    """Tokens, gate, memory and the gate of writes (leaves), and the options of the call."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -76,8 +90,13 @@ def draw(case: Case, dtype: torch.dtype, device: str, seed: int) -> tuple[list[T
     leaves = [x.to(device, dtype) for x in tokens] + [normal(case.heads).to(device)]
     if case.memory:
         M, z = normal(B, case.groups, case.key_width, case.value_width), 3 * normal(B, case.groups, case.key_width).abs()
+        if case.normaliser == "corrected":
+            M = torch.cat((M, 3 * normal(B, case.groups, case.key_width, 1).abs()), dim=-1)
         leaves += [M.to(device), z.to(device)]
+    if case.write_gate:
+        leaves.append(normal(case.groups, case.key_width).to(device))
     options: dict[str, Any] = {"segment_length": W, "first_segment": case.first_segment}
+    options |= {"normaliser": case.normaliser, "feature_map": case.feature_map}
     if case.rotary:
         angle = torch.arange(W)[:, None] / 100 ** (torch.arange(case.key_width // 2) * 2 / case.key_width)
         options["rotary"] = angle.cos().to(device), angle.sin().to(device)
@@ -86,6 +105,8 @@ def draw(case: Case, dtype: torch.dtype, device: str, seed: int) -> tuple[list[T
     if case.padding:
         present = torch.tensor([min(W, T - W * n) for n in range(N)])
         options["lengths"] = torch.minimum(present, torch.randint(0, W + 1, (B, N), generator=generator))
+        for x in leaves[:3]:  # padding may hold anything
+            x.masked_fill_(padding_mask(options["lengths"], T, W, x.device), float("nan"))
     if case.repeats:
         options["repeats"] = torch.randint(1, 40, (B, N), generator=generator)
     return leaves, options
@@ -96,14 +117,20 @@ def run(
 ) -> dict[str, Tensor]:
     """Outputs and every gradient for one random direction, by name."""
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
-    memory = MemoryState(*leaves[4:]) if leaves[4:] else None
-    out, leaving = operation(*leaves[:4], memory, **options, **more)
+    memory, write_gate = _beside_tokens(leaves)
+    out, leaving = operation(*leaves[:4], memory, write_gate=write_gate, **options, **more)
     generator = torch.Generator().manual_seed(seed)
     results = {"out": out, "M": leaving.M, "z": leaving.z}
     directions = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in results.values()]
     total = sum((x * y).sum() for x, y in zip(results.values(), directions, strict=True))
-    names = ("dq", "dk", "dv", "dgate", "dM", "dz")
-    return {**results, **dict(zip(names, torch.autograd.grad(total, leaves), strict=False))}
+    names = ["dq", "dk", "dv", "dgate", *(["dM", "dz"] if memory else []), *([] if write_gate is None else ["dwrite_gate"])]
+    return {**results, **dict(zip(names, torch.autograd.grad(total, leaves), strict=True))}
+
+
+def _beside_tokens(leaves: list[Tensor]) -> tuple[MemoryState | None, Tensor | None]:
+    """Memory and gate of writes among the leaves of `draw`, as far as they are there."""
+    write_gate = leaves[-1] if len(leaves) % 2 else None
+    return MemoryState(*leaves[4:6]) if len(leaves) >= 6 else None, write_gate
 
 
 def agrees_with_float64(case: Case, dtype: torch.dtype, device: str, update_rule: str, seed: int) -> None:
@@ -149,20 +176,22 @@ def same_bits_without_gradients(case: Case, dtype: torch.dtype, device: str, upd
     """Where no gradient is wanted the output takes the place of the local one, and is the same; inputs stay what they were."""
     leaves, options = draw(case, dtype, device, 6)
     before = [x.clone() for x in leaves]
-    memory = MemoryState(*leaves[4:]) if leaves[4:] else None
+    memory, write_gate = _beside_tokens(leaves)
+    options |= {"update_rule": update_rule, "write_gate": write_gate, "backend": "triton"}
     results = []
     for enabled in (True, False):
         with torch.set_grad_enabled(enabled):
-            out, leaving = infini_attention(*leaves[:4], memory, **options, update_rule=update_rule, backend="triton")
+            out, leaving = infini_attention(*leaves[:4], memory, **options)
         results.append([out.detach(), *leaving])
     torch.testing.assert_close(*results, rtol=0, atol=0)
-    torch.testing.assert_close(leaves, before, rtol=0, atol=0)
+    torch.testing.assert_close(leaves, before, rtol=0, atol=0, equal_nan=True)
 
 
 def compiles_whole(case: Case, dtype: torch.dtype, device: str, update_rule: str, backend: str) -> None:
     """torch.compile makes one graph of the operation, which computes the same, gradients included."""
     leaves, options = draw(case, dtype, device, 7)
     wanted = run(leaves, options, 7, update_rule=update_rule, backend="triton")
+    torch.compiler.reset()  # else the graphs of other cases count as recompilations of this one
     compiled = torch.compile(infini_attention, fullgraph=True, backend=backend)
     found = run(leaves, options, 7, operation=compiled, update_rule=update_rule, backend="triton")
     torch.testing.assert_close(found, wanted)
@@ -205,13 +234,16 @@ def on_cuda() -> list[tuple[str, Callable[[], None]]]:
     for rule in ("linear", "delta"):
         for dtype in TOLERANCE:
             for name, case in {**SMALL, **LARGE}.items():
+                if not case.suits(rule):
+                    continue
                 add(agrees_with_float64, f"{name}, {rule}, {dtype}", case, dtype, "cuda", rule, 1)
             for keys in ("equal", "far below zero", "usual"):
                 add(holds_memory, f"10,000 segments, keys {keys}, {rule}, {dtype}", keys, 10_000, 64, "cuda", rule, dtype)
         for name in ("width 128, 8B", "many short segments, aged"):
             add(same_bits, f"{name}, {rule}", LARGE[name], torch.bfloat16, "cuda", rule)
         for name, case in SMALL.items():
-            add(same_bits_without_gradients, f"{name}, {rule}", case, torch.bfloat16, "cuda", rule)
+            if case.suits(rule):
+                add(same_bits_without_gradients, f"{name}, {rule}", case, torch.bfloat16, "cuda", rule)
         add(compiles_whole, rule, LARGE["width 64"], torch.float32, "cuda", rule, "inductor")
         add(replays_from_a_cuda_graph, rule, rule)
     return checks

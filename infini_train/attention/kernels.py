@@ -14,5 +14,4 @@ def kernels_in_words(model: ModelConfig, dtype: torch.dtype, device: torch.devic
     words = f"attention: {local_attention_choice(heads, heads)}"
     if model.attention != "infini":
         return words
-    of_the_paper = model.write_strength == "one" and model.normaliser == "paper" and model.feature_map == "elu"
-    return f"{words}; memory: {memory_choice(heads, heads, heads, of_the_paper)}"
+    return f"{words}; memory: {memory_choice(heads, heads, heads)}"

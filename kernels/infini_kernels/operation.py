@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,13 +105,6 @@ def infini_attention(
     check_reset(reset, q.shape[0], -(-q.shape[1] // segment_length))
     check_lengths(lengths, q.shape[0], q.shape[1], segment_length)
     check_repeats(repeats, q.shape[0], -(-q.shape[1] // segment_length))
-    more: dict[str, Any] = {}
-    if write_gate is not None or normaliser != "paper" or feature_map != "elu":
-        if backend == "triton":
-            raise ValueError(
-                "backend is 'triton', which has no write_gate and the paper's normaliser and σ alone: write 'auto'"
-            )
-        backend, more = "reference", {"write_gate": write_gate, "normaliser": normaliser, "feature_map": feature_map}
     operation = _operation(backend, q, k, v)
     with part("memory path"):
         return operation(
@@ -130,17 +122,15 @@ def infini_attention(
             eps=eps,
             group=group,
             repeats=repeats,
-            **more,
+            write_gate=write_gate,
+            normaliser=normaliser,
+            feature_map=feature_map,
         )
 
 
-def memory_choice(q: Tensor, k: Tensor, v: Tensor, of_the_paper: bool = True) -> str:
-    """What computes the memory of tensors like these with backend 'auto', for a log.
-
-    Args:
-        of_the_paper: without learned writes and with the paper's normaliser and σ.
-    """
-    if not of_the_paper or _operation("auto", q, k, v) is infini_attention_reference:
+def memory_choice(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What computes the memory of tensors like these with backend 'auto', for a log."""
+    if _operation("auto", q, k, v) is infini_attention_reference:
         return f"PyTorch {torch.__version__}"
     import triton
 

@@ -1,6 +1,6 @@
 """What is not in the paper: a learned strength of each write, a normaliser that suits the delta rule, sharper features.
 
-All are off unless asked for, and all are in PyTorch's own operations on every device.
+All are off unless asked for.
 
 Shapes: B batch, T tokens, G key/value heads, D key width, Dv value width; before them any batch dimensions.
 """

@@ -12,9 +12,11 @@ from tests import kernel_cases
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+CASES = [(name, rule) for name, case in kernel_cases.SMALL.items() for rule in ("linear", "delta") if case.suits(rule)]
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("update_rule", ["linear", "delta"])
-@pytest.mark.parametrize("name", kernel_cases.SMALL)
+@pytest.mark.parametrize(("name", "update_rule"), CASES)
 def test_agrees_with_float64(name: str, update_rule: str, dtype: torch.dtype) -> None:
     kernel_cases.agrees_with_float64(kernel_cases.SMALL[name], dtype, "cpu", update_rule, seed=1)
 
@@ -38,7 +40,8 @@ def test_same_inputs_same_bits(update_rule: str) -> None:
 
 @pytest.mark.parametrize("name", kernel_cases.SMALL)
 def test_same_bits_without_gradients(name: str) -> None:
-    kernel_cases.same_bits_without_gradients(kernel_cases.SMALL[name], torch.float32, "cpu", "linear")
+    case = kernel_cases.SMALL[name]
+    kernel_cases.same_bits_without_gradients(case, torch.float32, "cpu", "linear" if case.suits("linear") else "delta")
 
 
 def test_operators_are_registered_soundly() -> None:
@@ -54,14 +57,19 @@ def test_operators_are_registered_soundly() -> None:
     rows, few = torch.tensor([2, 0], dtype=torch.int32), torch.tensor([5, 5], dtype=torch.int32)
     reset = torch.tensor([[0, 1], [0, 0]], dtype=torch.int8)
     angle = torch.randn(5, 8, generator=generator)
+    shift, strength = operation.softmax_shift(k.detach()), normal(2, 9, 1).detach().abs().requires_grad_()
     calls = [
         (operation.segment_states, (k, v, tokens, 5)),
+        (operation.segment_states, (k, v, tokens, 5, shift, strength)),
+        (operation.softmax_shift, (k.detach(),)),
         (operation.read_and_mix, (q, local, gate, M, z, tokens, 5, False, 1e-6)),
+        (operation.read_and_mix, (q, local, gate, M, z, tokens, 5, False, 1e-6, operation.softmax_shift(q.detach()))),
         (
             operation.read_and_mix_in_place,
             (q.detach(), local.detach(), gate.detach(), M.detach(), z.detach(), tokens, 5, True, 1e-6),
         ),
         (operation.segment_removals, (k, z.detach().flatten(0, 1)[:2].requires_grad_(), rows, few, 5, 1e-6)),
+        (operation.segment_removals, (k, z.detach().flatten(0, 1)[:2].requires_grad_(), rows, few, 5, 1e-6, shift, strength)),
         (operation.walk_segments, (normal(2, 1, 16, 20), M, reset, normal(2, 2, 1, 16, 16), False)),
         (operation.rotate, (q, angle.cos(), angle.sin(), tokens, 5, 1)),
     ]
@@ -69,10 +77,18 @@ def test_operators_are_registered_soundly() -> None:
         torch.library.opcheck(operator, arguments)
 
 
-@pytest.mark.parametrize("update_rule", ["linear", "delta"])
-def test_torch_compile_takes_it_whole(update_rule: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "update_rule"),
+    [
+        ("odd widths, partial last segment", "linear"),
+        ("odd widths, partial last segment", "delta"),
+        ("sharp features", "linear"),
+        ("corrected normaliser", "delta"),  # with learned writes
+    ],
+)
+def test_torch_compile_takes_it_whole(name: str, update_rule: str) -> None:
     """No graph break, and the same numbers, forward and backward."""
-    case = kernel_cases.SMALL["odd widths, partial last segment"]
+    case = kernel_cases.SMALL[name]
     kernel_cases.compiles_whole(case, torch.float32, "cpu", update_rule, "aot_eager")
 
 

@@ -63,14 +63,6 @@ REFUSALS = {
         {"normaliser": "corrected", "update_rule": "delta"},
         r"memory.M has shape \[2, 2, 4, 3\], but k .* need \[2, 2, 4, 4\]",
     ),
-    "triton without learned writes": (
-        {"backend": "triton", "write_gate": zeros(G, D)},
-        "backend is 'triton', which has no write_gate and the paper's normaliser and σ alone",
-    ),
-    "triton without sharp features": (
-        {"backend": "triton", "feature_map": "softmax"},
-        "backend is 'triton', which has no write_gate",
-    ),
     "feature map": ({"feature_map": "relu"}, "feature_map is 'relu', but must be one of elu, softmax"),
     "backend": ({"backend": "cuda"}, "backend is 'cuda', but must be one of auto, reference, triton"),
     "triton": ({"backend": "triton"}, "backend is 'triton', which takes CUDA tensors of float16, bfloat16 or float32"),

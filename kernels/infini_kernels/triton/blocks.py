@@ -21,18 +21,6 @@ WIDEST_HEAD = 256
 
 
 @triton.jit
-def sigma(x):
-    """σ(x) = ELU(x) + 1, float32."""
-    return tl.exp(tl.minimum(x, 0.0)) + tl.maximum(x, 0.0)
-
-
-@triton.jit
-def sigma_slope(s):
-    """σ'(x) from s = σ(x)."""
-    return tl.minimum(s, 1.0)
-
-
-@triton.jit
 def dot_exact(a, b, acc, WAY: tl.constexpr):
     """acc + a b for float32 a, and b as it was read, as exact as in float32.
 
@@ -99,14 +87,18 @@ def by_token(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return x, (x.stride(0), x.stride(1), x.stride(2))
 
 
-def tile(head_width: int, dtype: torch.dtype) -> tuple[int, int, int]:
+def tile(head_width: int, dtype: torch.dtype, plain: bool = True) -> tuple[int, int, int]:
     """For kernels whose blocks span a head: tokens of a block, value columns of a step, and warps.
 
     As large as registers hold without spilling on sm_80 and sm_90 (benchmarks/compiled.py).
+
+    Args:
+        plain: ELU + 1 and writes of strength 1, which take fewer registers.
     """
     if dtype == torch.float32:
-        return 16, 16, 8 if head_width <= 64 else 4 if head_width <= 128 else 16
-    return (64, 32, 4) if head_width <= 64 else (64, 32, 8) if head_width <= 128 else (16, 32, 8)
+        return 16, 16, 8 if head_width <= 64 or (head_width <= 128 and not plain) else 4 if head_width <= 128 else 16
+    tokens = 16 if head_width > 128 else 64 if plain else 32
+    return tokens, 32, 4 if head_width <= 64 else 8
 
 
 def sum_tile(head_width: int, value_width: int, dtype: torch.dtype) -> tuple[int, int, int, int]:

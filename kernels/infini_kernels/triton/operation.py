@@ -17,11 +17,13 @@ from infini_kernels.local import segment_attention
 from infini_kernels.memory import MemoryState
 from infini_kernels.parts import counted_as
 from infini_kernels.segments import SegmentLayout, lengths_by_segment, padding_mask
+from infini_kernels.triton.features import softmax_shift
 from infini_kernels.triton.read import read_and_mix, read_and_mix_in_place
 from infini_kernels.triton.removal import segment_removals
 from infini_kernels.triton.rotary import rotate
 from infini_kernels.triton.states import segment_states
 from infini_kernels.triton.walk import walk_segments
+from infini_kernels.variants import read_state, remembered_values, write_strength
 
 
 def infini_attention_triton(
@@ -40,43 +42,58 @@ def infini_attention_triton(
     eps: float,
     group: ProcessGroup | None = None,
     repeats: Tensor | None = None,
+    write_gate: Tensor | None = None,
+    normaliser: str = "paper",
+    feature_map: str = "elu",
 ) -> tuple[Tensor, MemoryState]:
     """`infini_attention` for arguments that have been checked, and for which `blocks.supports` holds."""
     layout = SegmentLayout.of(q.shape[1], segment_length)
     tokens = _tokens(lengths, layout, q, segment_length)
+    padding = padding_mask(lengths, layout.num_tokens, segment_length, q.device)
     if reset is not None:
         reset = reset.to(q.device, torch.int8)
     with full_precision(q):
-        updates = KernelUpdates(k, v, tokens, layout.width)
+        # What stands at padding may be NaN, and its gradient 0 * NaN.
+        real = k if padding is None or write_gate is None else k.masked_fill(padding, 0)
+        strength = write_strength(real, write_gate, torch.float32)
+        strength = None if strength is None else strength.squeeze(-1)
+        shift = _shift(k, feature_map)
+        updates = KernelUpdates(k, remembered_values(v, normaliser), tokens, layout.width, shift, strength)
         written = SegmentMemory(updates, memory, reset, update_rule, eps, group, repeats)
     # Here, so that the exchange of a group that is now under way overlaps with it.
-    local = _local(q, k, v, rotary, tokens, padding_mask(lengths, layout.num_tokens, segment_length, q.device), layout)
+    local = _local(q, k, v, rotary, tokens, padding, layout)
     with full_precision(q):
         carried = written.carry()
-        M, z = carried.entering or (torch.zeros_like(updates.written), torch.zeros_like(updates.z))
-        reading = (q, local, gate, M, z, tokens, layout.width, first_segment == "local_only", eps)
+        entering = carried.entering or MemoryState(torch.zeros_like(updates.written), torch.zeros_like(updates.z))
+        M, z = read_state(entering, normaliser)
+        reading = (q, local, gate, M, z, tokens, layout.width, first_segment == "local_only", eps, _shift(q, feature_map))
         if torch.is_grad_enabled() or not local.is_contiguous():
             return read_and_mix(*reading), carried.leaving
         read_and_mix_in_place(*reading)
     return local, carried.leaving
 
 
+def _shift(x: Tensor, feature_map: str) -> Tensor | None:
+    """What `features.sigma` needs for this feature map."""
+    return None if feature_map == "elu" else softmax_shift(x.detach())
+
+
 class KernelUpdates:
     """`compressive.SegmentUpdates` from kernels; they read keys as they are.
 
-    k [B, T, G, D]; v [B, T, G, Dv]; tokens [B, N] int32
+    k [B, T, G, D]; v [B, T, G, Dv]; tokens [B, N] int32; shift and strength [B, T, G], None for ELU + 1 and for writes of 1
     """
 
-    def __init__(self, k: Tensor, v: Tensor, tokens: Tensor, width: int) -> None:
-        self._k, self._tokens, self._width = k, tokens, width
-        self.written, self.z = segment_states(k, v, tokens, width)
+    def __init__(self, k: Tensor, v: Tensor, tokens: Tensor, width: int, shift: Tensor | None, strength: Tensor | None) -> None:
+        self._k, self._tokens, self._width, self._shift, self._strength = k, tokens, width, shift, strength
+        self.written, self.z = segment_states(k, v, tokens, width, shift, strength)
 
     def select(self, places: Tensor | None) -> Removals:
         """What the segments b N + n of these places remove, in their order; None takes all."""
         tokens = self._tokens.flatten()
         if places is None:
             places = torch.arange(len(tokens), device=tokens.device)
-        return KernelRemovals(self._k, places.int(), tokens.index_select(0, places), self._width)
+        return KernelRemovals(self._k, places.int(), tokens.index_select(0, places), self._width, self._shift, self._strength)
 
     def walk(self, state: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `recurrence.walk`."""
@@ -89,13 +106,15 @@ class KernelUpdates:
 class KernelRemovals:
     """`ageing.Removals` from kernels: rows [X] int32 names segments b N + n, tokens [X] int32 their tokens."""
 
-    def __init__(self, k: Tensor, rows: Tensor, tokens: Tensor, width: int) -> None:
-        self._k, self._rows, self._tokens, self._width = k, rows, tokens, width
+    def __init__(
+        self, k: Tensor, rows: Tensor, tokens: Tensor, width: int, shift: Tensor | None, strength: Tensor | None
+    ) -> None:
+        self._k, self._rows, self._tokens, self._width, self._shift, self._strength = k, rows, tokens, width, shift, strength
 
     def removal(self, z: Tensor, eps: float) -> Tensor:
         """See `ageing.Removals`."""
-        count = len(z)
-        return segment_removals(self._k, z, self._rows[:count], self._tokens[:count], self._width, eps)[0]
+        rows, tokens = self._rows[: len(z)], self._tokens[: len(z)]
+        return segment_removals(self._k, z, rows, tokens, self._width, eps, self._shift, self._strength)[0]
 
 
 def _tokens(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, segment_length: int) -> Tensor:

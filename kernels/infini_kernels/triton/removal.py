@@ -1,7 +1,8 @@
 """What the delta rule removes: σ(K)^T diag(1 / (σ(K) z + ε)) σ(K) of every segment.
 
 Shapes: X segments of any rows, W tokens of a segment, G key/value heads, D key width. `rows` [X] int32 names the segments, as
-b N + n; `tokens` [X] int32 says how many of their tokens are no padding.
+b N + n; `tokens` [X] int32 says how many of their tokens are no padding. `strength` [B, T, G] float32, where it is given,
+stands beside the normaliser: σ(K)^T diag(strength / (σ(K) z + ε)) σ(K); for `shift` see `features`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini_kernels.triton.blocks import block, by_token, launch, product_precision, sigma, sigma_slope, tile
+from infini_kernels.triton.blocks import block, by_token, launch, product_precision, tile
+from infini_kernels.triton.features import sigma, sigma_backward
 
 
 @triton.jit
 def _scale_kernel(
-    k_ptr, z_ptr, rows_ptr, tokens_ptr, scale_ptr, k_row, k_token, k_head, eps, N, G, W: tl.constexpr,
+    k_ptr, z_ptr, rows_ptr, tokens_ptr, shift_ptr, scale_ptr, k_row, k_token, k_head, eps, T, N, G, W: tl.constexpr,
     D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """1 / (σ(K) z + ε) of each token, 0 at padding: [X, G, W]."""
@@ -29,9 +31,11 @@ def _scale_kernel(
     d = tl.arange(0, BD)
     here, in_d = w < tl.load(tokens_ptr + x), d < D
     place = ((segment % N) * W + w).to(tl.int64)
-    keys = k_ptr + (segment // N).to(tl.int64) * k_row + place[:, None] * k_token + g * k_head + d[None, :]
+    row = (segment // N).to(tl.int64)
+    keys = k_ptr + row * k_row + place[:, None] * k_token + g * k_head + d[None, :]
     mask = here[:, None] & in_d[None, :]
-    s = tl.where(mask, sigma(tl.load(keys, mask=mask, other=0.0).to(tl.float32)), 0.0)
+    places = ((row * T + place) * G + g)[:, None]
+    s = tl.where(mask, sigma(tl.load(keys, mask=mask, other=0.0), shift_ptr, places, here[:, None]), 0.0)
     z = tl.load(z_ptr + program.to(tl.int64) * D + d, mask=in_d, other=0.0)
     scale = tl.where(here, 1 / (tl.sum(s * z[None, :], axis=1) + eps), 0.0)
     tl.store(scale_ptr + program.to(tl.int64) * W + w, scale, mask=w < W)
@@ -39,7 +43,8 @@ def _scale_kernel(
 
 @triton.jit
 def _removal_kernel(
-    k_ptr, scale_ptr, rows_ptr, tokens_ptr, removed_ptr, k_row, k_token, k_head, N, G, W: tl.constexpr,
+    k_ptr, scale_ptr, rows_ptr, tokens_ptr, shift_ptr, strength_ptr, removed_ptr,
+    k_row, k_token, k_head, T, N, G, W: tl.constexpr,
     D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -48,17 +53,21 @@ def _removal_kernel(
     tokens = tl.load(tokens_ptr + x)
     i = tl.program_id(1) * BD + tl.arange(0, BD)
     j = tl.program_id(2) * BD + tl.arange(0, BD)
-    keys = k_ptr + (segment // N).to(tl.int64) * k_row + ((segment % N) * W).to(tl.int64) * k_token + g * k_head
+    row, first = (segment // N).to(tl.int64), ((segment % N) * W).to(tl.int64)
+    keys = k_ptr + row * k_row + first * k_token + g * k_head
     removed = tl.zeros((BD, BD), tl.float32)
     for start in range(0, W, BW):
         w = start + tl.arange(0, BW)
         here = w < tokens
         left_mask, right_mask = (i < D)[:, None] & here[None, :], here[:, None] & (j < D)[None, :]
-        left = tl.load(keys + w[None, :].to(tl.int64) * k_token + i[:, None], mask=left_mask, other=0.0).to(tl.float32)
-        right = tl.load(keys + w[:, None].to(tl.int64) * k_token + j[None, :], mask=right_mask, other=0.0).to(tl.float32)
+        left = tl.load(keys + w[None, :].to(tl.int64) * k_token + i[:, None], mask=left_mask, other=0.0)
+        right = tl.load(keys + w[:, None].to(tl.int64) * k_token + j[None, :], mask=right_mask, other=0.0)
+        places = (row * T + first + w) * G + g
         scale = tl.load(scale_ptr + program.to(tl.int64) * W + w, mask=here, other=0.0)
-        left = tl.where(left_mask, sigma(left), 0.0) * scale[None, :]
-        right = tl.where(right_mask, sigma(right), 0.0)
+        if strength_ptr is not None:
+            scale *= tl.load(strength_ptr + places, mask=here, other=0.0)
+        left = tl.where(left_mask, sigma(left, shift_ptr, places[None, :], here[None, :]), 0.0) * scale[None, :]
+        right = tl.where(right_mask, sigma(right, shift_ptr, places[:, None], here[:, None]), 0.0)
         removed = tl.dot(left, right, removed, input_precision=PRECISION)
     out = removed_ptr + program.to(tl.int64) * D * D + i[:, None] * D + j[None, :]
     tl.store(out, removed, mask=(i < D)[:, None] & (j < D)[None, :])
@@ -66,11 +75,12 @@ def _removal_kernel(
 
 @triton.jit
 def _removal_backward_kernel(
-    k_ptr, z_ptr, scale_ptr, symmetric_ptr, rows_ptr, tokens_ptr, ds_ptr, dnorm_ptr,
-    k_row, k_token, k_head, N, G, W: tl.constexpr,
+    k_ptr, z_ptr, scale_ptr, symmetric_ptr, rows_ptr, tokens_ptr, shift_ptr, strength_ptr, ds_ptr, dnorm_ptr, dstrength_ptr,
+    k_row, k_token, k_head, T, N, G, W: tl.constexpr,
     D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BJ: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys [X, W, G, D] and of σ(K) z, [X, G, W], from the gradient of what is removed plus its transpose."""
+    """Gradients of keys [X, W, G, D], of σ(K) z [X, G, W] and of strength [X, W, G], from that of what is removed plus its
+    transpose."""
     program = tl.program_id(0)
     g, x = program % G, program // G
     segment = tl.load(rows_ptr + x)
@@ -78,31 +88,39 @@ def _removal_backward_kernel(
     d = tl.arange(0, BD)
     here, in_d = w < tl.load(tokens_ptr + x), d < D
     place = ((segment % N) * W + w).to(tl.int64)
-    keys = k_ptr + (segment // N).to(tl.int64) * k_row + place[:, None] * k_token + g * k_head
+    row = (segment // N).to(tl.int64)
+    keys = k_ptr + row * k_row + place[:, None] * k_token + g * k_head
     mask = here[:, None] & in_d[None, :]
-    s = tl.where(mask, sigma(tl.load(keys + d[None, :], mask=mask, other=0.0).to(tl.float32)), 0.0)
+    places = (row * T + place) * G + g
+    s = tl.where(mask, sigma(tl.load(keys + d[None, :], mask=mask, other=0.0), shift_ptr, places[:, None], here[:, None]), 0.0)
     product = tl.zeros((BW, BD), tl.float32)
     for first in range(0, D, BJ):
         j = first + tl.arange(0, BJ)
         piece_mask = here[:, None] & (j < D)[None, :]
-        piece = tl.load(keys + j[None, :], mask=piece_mask, other=0.0).to(tl.float32)
-        piece = tl.where(piece_mask, sigma(piece), 0.0)
+        piece = tl.load(keys + j[None, :], mask=piece_mask, other=0.0)
+        piece = tl.where(piece_mask, sigma(piece, shift_ptr, places[:, None], here[:, None]), 0.0)
         rows = symmetric_ptr + program.to(tl.int64) * D * D + j[:, None] * D + d[None, :]
         matrix = tl.load(rows, mask=(j < D)[:, None] & in_d[None, :], other=0.0)
         product = tl.dot(piece, matrix, product, input_precision=PRECISION)
     scale = tl.load(scale_ptr + program.to(tl.int64) * W + w, mask=here, other=0.0)
     z = tl.load(z_ptr + program.to(tl.int64) * D + d, mask=in_d, other=0.0)
-    dnorm = -scale * scale * tl.sum(product * s, axis=1) / 2
-    dkey = (product * scale[:, None] + dnorm[:, None] * z[None, :]) * sigma_slope(s)
-    out = ((x.to(tl.int64) * W + w) * G + g) * D
+    by_scale = scale * tl.sum(product * s, axis=1) / 2
+    out = (x.to(tl.int64) * W + w) * G + g
     inside = w < W
-    tl.store(ds_ptr + out[:, None] + d[None, :], tl.where(mask, dkey, 0.0), mask=inside[:, None] & in_d[None, :])
+    dnorm = -by_scale * scale
+    if strength_ptr is not None:
+        tl.store(dstrength_ptr + out, by_scale, mask=inside)
+        strength = tl.load(strength_ptr + places, mask=here, other=0.0)
+        dnorm *= strength
+        scale *= strength
+    dkey = sigma_backward(product * scale[:, None] + dnorm[:, None] * z[None, :], s, shift_ptr)
+    tl.store(ds_ptr + out[:, None] * D + d[None, :], tl.where(mask, dkey, 0.0), mask=inside[:, None] & in_d[None, :])
     tl.store(dnorm_ptr + program.to(tl.int64) * W + w, dnorm, mask=inside)
 
 
 @triton.jit
 def _norm_backward_kernel(
-    k_ptr, dnorm_ptr, rows_ptr, tokens_ptr, dz_ptr, k_row, k_token, k_head, N, G, W: tl.constexpr,
+    k_ptr, dnorm_ptr, rows_ptr, tokens_ptr, shift_ptr, dz_ptr, k_row, k_token, k_head, T, N, G, W: tl.constexpr,
     D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Gradient of z from that of σ(K) z: [X, G, D]."""
@@ -111,114 +129,139 @@ def _norm_backward_kernel(
     segment = tl.load(rows_ptr + x)
     tokens = tl.load(tokens_ptr + x)
     d = tl.arange(0, BD)
-    keys = k_ptr + (segment // N).to(tl.int64) * k_row + ((segment % N) * W).to(tl.int64) * k_token + g * k_head
+    row, first = (segment // N).to(tl.int64), ((segment % N) * W).to(tl.int64)
+    keys = k_ptr + row * k_row + first * k_token + g * k_head
     dz = tl.zeros((BD,), tl.float32)
     for start in range(0, W, BW):
         w = start + tl.arange(0, BW)
         here = w < tokens
         mask = here[:, None] & (d < D)[None, :]
-        key = tl.load(keys + w[:, None].to(tl.int64) * k_token + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        key = tl.load(keys + w[:, None].to(tl.int64) * k_token + d[None, :], mask=mask, other=0.0)
+        places = ((row * T + first + w) * G + g)[:, None]
         dnorm = tl.load(dnorm_ptr + program.to(tl.int64) * W + w, mask=here, other=0.0)
-        dz += tl.sum(tl.where(mask, sigma(key), 0.0) * dnorm[:, None], axis=0)
+        dz += tl.sum(tl.where(mask, sigma(key, shift_ptr, places, here[:, None]), 0.0) * dnorm[:, None], axis=0)
     tl.store(dz_ptr + program.to(tl.int64) * D + d, dz, mask=d < D)
 
 
 @torch.library.custom_op("infini_kernels::segment_removals", mutates_args=())
-def segment_removals(k: Tensor, z: Tensor, rows: Tensor, tokens: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
+def segment_removals(
+    k: Tensor,
+    z: Tensor,
+    rows: Tensor,
+    tokens: Tensor,
+    width: int,
+    eps: float,
+    shift: Tensor | None = None,
+    strength: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """k [B, T, G, D], z [X, G, D] that enters each segment, rows and tokens [X], W -> removed [X, G, D, D], and
     1 / (σ(K) z + ε) [X, G, W] for the backward; float32."""
-    (X, G, D), N = z.shape, -(-k.shape[1] // width)
+    (X, G, D), T, N = z.shape, k.shape[1], -(-k.shape[1] // width)
     k, strides = by_token(k)
     scale = torch.empty(X, G, width, dtype=torch.float32, device=k.device)
     removed = torch.empty(X, G, D, D, dtype=torch.float32, device=k.device)
     BW = block(width, 64)
     launch(
-        _scale_kernel,
-        (X * G, triton.cdiv(width, BW)),
-        k,
-        z.contiguous(),
-        rows,
-        tokens,
-        scale,
-        *strides,
-        eps,
-        N,
-        G,
-        W=width,
-        D=D,
-        BW=BW,
-        BD=block(D),
-    )
+        _scale_kernel, (X * G, triton.cdiv(width, BW)),
+        k, z.contiguous(), rows, tokens, shift, scale, *strides, eps, T, N, G, W=width, D=D, BW=BW, BD=block(D),
+    )  # fmt: skip
     BD = block(D, 32 if k.dtype == torch.float32 else 64)
     launch(
         _removal_kernel, (X * G, triton.cdiv(D, BD), triton.cdiv(D, BD)),
-        k, scale, rows, tokens, removed, *strides, N, G, W=width,
+        k, scale, rows, tokens, shift, strength, removed, *strides, T, N, G, W=width,
         D=D, BW=block(width, 32), BD=BD, PRECISION="ieee" if k.dtype == torch.float32 else "tf32x3",
     )  # fmt: skip
     return removed, scale
 
 
 @segment_removals.register_fake
-def _(k: Tensor, z: Tensor, rows: Tensor, tokens: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
+def _(
+    k: Tensor,
+    z: Tensor,
+    rows: Tensor,
+    tokens: Tensor,
+    width: int,
+    eps: float,
+    shift: Tensor | None = None,
+    strength: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     (X, G, D) = z.shape
     return z.new_empty(X, G, D, D, dtype=torch.float32), z.new_empty(X, G, width, dtype=torch.float32)
 
 
 @torch.library.custom_op("infini_kernels::segment_removals_backward", mutates_args=())
 def segment_removals_backward(
-    gradient: Tensor, k: Tensor, z: Tensor, scale: Tensor, rows: Tensor, tokens: Tensor, width: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the keys of these segments [X, W, G, D], float32, and of z [X, G, D]."""
-    (X, G, D), N = z.shape, -(-k.shape[1] // width)
+    gradient: Tensor,
+    k: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    tokens: Tensor,
+    shift: Tensor | None,
+    strength: Tensor | None,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the keys of these segments [X, W, G, D], float32, of z [X, G, D], and of their tokens' strength [X, W, G],
+    which is empty where there is no strength."""
+    (X, G, D), T, N = z.shape, k.shape[1], -(-k.shape[1] // width)
     k, strides = by_token(k)
     symmetric = gradient + gradient.transpose(-1, -2)
-    dk = torch.empty(X, width, G, D, dtype=torch.float32, device=k.device)
-    dnorm, dz = torch.empty_like(scale), torch.empty(z.shape, dtype=torch.float32, device=k.device)
-    BW, BJ, warps = tile(D, k.dtype)
+    dk, dz, dstrength = _backward_outputs(z, strength, width)
+    dnorm = torch.empty_like(scale)
+    BW, BJ, warps = tile(D, k.dtype, plain=shift is None and strength is None)
     BW = block(width, BW)
     launch(
         _removal_backward_kernel, (X * G, triton.cdiv(width, BW)),
-        k, z.contiguous(), scale, symmetric, rows, tokens, dk, dnorm, *strides, N, G, W=width,
+        k, z.contiguous(), scale, symmetric, rows, tokens, shift, strength, dk, dnorm, dstrength, *strides, T, N, G, W=width,
         D=D, BW=BW, BD=block(D), BJ=block(D, BJ), PRECISION=product_precision(k.dtype), num_warps=warps,
     )  # fmt: skip
     launch(
-        _norm_backward_kernel,
-        (X * G,),
-        k,
-        dnorm,
-        rows,
-        tokens,
-        dz,
-        *strides,
-        N,
-        G,
-        W=width,
-        D=D,
-        BW=block(width, 32),
-        BD=block(D),
-    )
-    return dk, dz
+        _norm_backward_kernel, (X * G,),
+        k, dnorm, rows, tokens, shift, dz, *strides, T, N, G, W=width, D=D, BW=block(width, 32), BD=block(D),
+    )  # fmt: skip
+    return dk, dz, dstrength
+
+
+def _backward_outputs(z: Tensor, strength: Tensor | None, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    X, G, D = z.shape
+    dk, dz = z.new_empty(X, width, G, D, dtype=torch.float32), z.new_empty(X, G, D, dtype=torch.float32)
+    return dk, dz, z.new_empty((0,) if strength is None else (X, width, G), dtype=torch.float32)
 
 
 @segment_removals_backward.register_fake
-def _(gradient: Tensor, k: Tensor, z: Tensor, scale: Tensor, rows: Tensor, tokens: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    X, G, D = z.shape
-    return z.new_empty(X, width, G, D, dtype=torch.float32), z.new_empty(z.shape, dtype=torch.float32)
+def _(
+    gradient: Tensor,
+    k: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    tokens: Tensor,
+    shift: Tensor | None,
+    strength: Tensor | None,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward_outputs(z, strength, width)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    k, z, rows, tokens, ctx.width, _ = inputs
-    ctx.save_for_backward(k, z, output[1], rows, tokens)
+    k, z, rows, tokens, ctx.width, _, shift, strength = inputs
+    ctx.save_for_backward(k, z, output[1], rows, tokens, shift, strength)
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    k, _, _, rows, _ = ctx.saved_tensors
-    by_segment, dz = segment_removals_backward(gradient, *ctx.saved_tensors, ctx.width)
-    B, T, G, D = k.shape
-    num_segments = -(-T // ctx.width)
-    dk = torch.zeros(B * num_segments, *by_segment.shape[1:], dtype=torch.float32, device=k.device)
-    dk.index_copy_(0, rows.long(), by_segment)
-    return dk.view(B, num_segments * ctx.width, G, D)[:, :T].to(k.dtype), dz, None, None, None, None
+    k, _, _, rows, _, _, strength = ctx.saved_tensors
+    by_segment, dz, dstrength = segment_removals_backward(gradient, *ctx.saved_tensors, ctx.width)
+
+    def by_token(x: Tensor) -> Tensor:
+        """x [X, W, ...] at its places among all tokens, [B, T, ...], and zero where no segment is."""
+        B, T = k.shape[:2]
+        num_segments = -(-T // ctx.width)
+        whole = torch.zeros(B * num_segments, *x.shape[1:], dtype=torch.float32, device=k.device)
+        whole.index_copy_(0, rows.long(), x)
+        return whole.view(B, num_segments * ctx.width, *x.shape[2:])[:, :T]
+
+    dk = by_token(by_segment).to(k.dtype)
+    return dk, dz, None, None, None, None, None, None if strength is None else by_token(dstrength)
 
 
 segment_removals.register_autograd(_backward, setup_context=_save)

@@ -1,7 +1,8 @@
 """σ(K)^T V and Σ σ(K) of every segment, all segments at once.
 
 Shapes: B rows, T tokens, N segments, W tokens of a segment, G key/value heads, D key width, Dv value width. `tokens` [B, N]
-int32 says how many of a segment's tokens are no padding.
+int32 says how many of a segment's tokens are no padding. `strength` [B, T, G] float32, where it is given, is what each token's
+key and value are written with in place of 1; for `shift` see `features`.
 """
 
 from __future__ import annotations
@@ -20,18 +21,17 @@ from infini_kernels.triton.blocks import (
     exact_way,
     launch,
     product_precision,
-    sigma,
-    sigma_slope,
     sum_tile,
     tile,
 )
+from infini_kernels.triton.features import sigma, sigma_backward
 
 
 @triton.jit
 def _states_kernel(
-    k_ptr, v_ptr, tokens_ptr, state_ptr, z_ptr,
+    k_ptr, v_ptr, tokens_ptr, shift_ptr, strength_ptr, state_ptr, z_ptr,
     k_row, k_token, k_head, v_row, v_token, v_head,
-    N, G, W: tl.constexpr,
+    T, N, G, W: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
     segment, d_block, v_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -44,26 +44,29 @@ def _states_kernel(
     first = (n * W).to(tl.int64)
     k_ptr += b.to(tl.int64) * k_row + first * k_token + g * k_head
     v_ptr += b.to(tl.int64) * v_row + first * v_token + g * v_head
+    place = (b.to(tl.int64) * T + first) * G + g
     state = tl.zeros((BD, BV), tl.float32)
     z = tl.zeros((BD,), tl.float32)
     for start in range(0, W, BW):
         w = start + tl.arange(0, BW)
         here = w < tokens
         mask_k = here[None, :] & (d < D)[:, None]
-        key = tl.load(k_ptr + w[None, :] * k_token + d[:, None], mask=mask_k, other=0.0).to(tl.float32)
-        s = tl.where(mask_k, sigma(key), 0.0)  # [BD, BW]
+        key = tl.load(k_ptr + w[None, :] * k_token + d[:, None], mask=mask_k, other=0.0)
+        s = tl.where(mask_k, sigma(key, shift_ptr, place + w[None, :] * G, here[None, :]), 0.0)  # [BD, BW]
+        if strength_ptr is not None:
+            s *= tl.load(strength_ptr + place + w * G, mask=here, other=0.0)[None, :]
         value = tl.load(v_ptr + w[:, None] * v_token + e[None, :], mask=here[:, None] & (e < DV)[None, :], other=0.0)
         state = dot_exact(s, value, state, WAY)
         z += tl.sum(s, axis=1)
-    place = segment.to(tl.int64) * D
-    tl.store(state_ptr + (place + d[:, None]) * DV + e[None, :], state, mask=(d < D)[:, None] & (e < DV)[None, :])
+    out = segment.to(tl.int64) * D
+    tl.store(state_ptr + (out + d[:, None]) * DV + e[None, :], state, mask=(d < D)[:, None] & (e < DV)[None, :])
     if v_block == 0:
-        tl.store(z_ptr + place + d, z, mask=d < D)
+        tl.store(z_ptr + out + d, z, mask=d < D)
 
 
 @triton.jit
 def _states_backward_kernel(
-    k_ptr, v_ptr, tokens_ptr, dstate_ptr, dz_ptr, dk_ptr, dv_ptr,
+    k_ptr, v_ptr, tokens_ptr, shift_ptr, strength_ptr, dstate_ptr, dz_ptr, dk_ptr, dv_ptr, dstrength_ptr,
     k_row, k_token, k_head, v_row, v_token, v_head,
     T, N, G, W: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
@@ -80,10 +83,12 @@ def _states_backward_kernel(
     row, place = b.to(tl.int64), t.to(tl.int64)
     mask = here[:, None] & in_d[None, :]
     key = tl.load(k_ptr + row * k_row + place[:, None] * k_token + g * k_head + d[None, :], mask=mask, other=0.0)
-    s = tl.where(mask, sigma(key.to(tl.float32)), 0.0)  # [BW, BD]
+    out = (row * T + place) * G + g
+    s = tl.where(mask, sigma(key, shift_ptr, out[:, None], here[:, None]), 0.0)  # [BW, BD]
+    if strength_ptr is not None:
+        strength = tl.load(strength_ptr + out, mask=here, other=0.0)
     ds = tl.zeros((BW, BD), tl.float32)
     state = segment.to(tl.int64) * D
-    out = (row * T + place) * G + g
     for start in range(0, DV, BV):
         e = start + tl.arange(0, BV)
         in_e = e < DV
@@ -93,17 +98,24 @@ def _states_backward_kernel(
         dstate = tl.load(dstates, mask=in_d[:, None] & in_e[None, :], other=0.0)  # [BD, BV]
         ds = tl.dot(value, tl.trans(dstate), ds, input_precision=PRECISION)
         dvalue = tl.dot(s, dstate, input_precision=PRECISION)
+        if strength_ptr is not None:
+            dvalue *= strength[:, None]
         mask_v = inside[:, None] & in_e[None, :]
         tl.store(dv_ptr + out[:, None] * DV + e[None, :], dvalue.to(dv_ptr.dtype.element_ty), mask=mask_v)
     ds += tl.load(dz_ptr + state + d, mask=in_d, other=0.0)[None, :]
-    dkey = tl.where(mask, ds * sigma_slope(s), 0.0)
+    if strength_ptr is not None:
+        tl.store(dstrength_ptr + out, tl.sum(ds * s, axis=1), mask=inside)
+        ds *= strength[:, None]
+    dkey = tl.where(mask, sigma_backward(ds, s, shift_ptr), 0.0)
     tl.store(dk_ptr + out[:, None] * D + d[None, :], dkey.to(dk_ptr.dtype.element_ty), mask=inside[:, None] & in_d[None, :])
 
 
 @torch.library.custom_op("infini_kernels::segment_states", mutates_args=())
-def segment_states(k: Tensor, v: Tensor, tokens: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def segment_states(
+    k: Tensor, v: Tensor, tokens: Tensor, width: int, shift: Tensor | None = None, strength: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """k [B, T, G, D], v [B, T, G, Dv], tokens [B, N], W -> σ(K)^T V [B, N, G, D, Dv] and Σ σ(K) [B, N, G, D], float32."""
-    (B, N), (_, _, G, D), DV = tokens.shape, k.shape, v.shape[-1]
+    (B, N), (_, T, G, D), DV = tokens.shape, k.shape, v.shape[-1]
     (k, k_strides), (v, v_strides) = by_token(k), by_token(v)
     state = k.new_empty(B, N, G, D, DV, dtype=torch.float32)
     z = k.new_empty(B, N, G, D, dtype=torch.float32)
@@ -111,48 +123,59 @@ def segment_states(k: Tensor, v: Tensor, tokens: Tensor, width: int) -> tuple[Te
     grid = (B * N * G, triton.cdiv(D, BD), triton.cdiv(DV, BV))
     launch(
         _states_kernel, grid,
-        k, v, tokens, state, z, *k_strides, *v_strides, N, G, W=width,
+        k, v, tokens, shift, strength, state, z, *k_strides, *v_strides, T, N, G, W=width,
         D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, WAY=exact_way(v.dtype), num_warps=warps,
     )  # fmt: skip
     return state, z
 
 
 @segment_states.register_fake
-def _(k: Tensor, v: Tensor, tokens: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _(
+    k: Tensor, v: Tensor, tokens: Tensor, width: int, shift: Tensor | None = None, strength: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     shape = *tokens.shape, k.shape[2], k.shape[3]
     return k.new_empty(*shape, v.shape[-1], dtype=torch.float32), k.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("infini_kernels::segment_states_backward", mutates_args=())
 def segment_states_backward(
-    k: Tensor, v: Tensor, tokens: Tensor, dstate: Tensor, dz: Tensor, width: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v, zero at padding."""
+    dstate: Tensor, dz: Tensor, k: Tensor, v: Tensor, tokens: Tensor, shift: Tensor | None, strength: Tensor | None, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of k, v and strength, zero at padding; the last one is empty where there is no strength."""
     (B, N), (_, T, G, D), DV = tokens.shape, k.shape, v.shape[-1]
     (k, k_strides), (v, v_strides) = by_token(k), by_token(v)
-    dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    BW, BV, warps = tile(D, k.dtype)
+    dk, dv, dstrength = _backward_outputs(k, v, strength)
+    BW, BV, warps = tile(D, k.dtype, plain=shift is None and strength is None)
     BW = block(width, BW)
     launch(
         _states_backward_kernel, (B * N * G, triton.cdiv(width, BW)),
-        k, v, tokens, dstate.contiguous(), dz.contiguous(), dk, dv, *k_strides, *v_strides, T, N, G, W=width,
+        k, v, tokens, shift, strength, dstate.contiguous(), dz.contiguous(), dk, dv, dstrength,
+        *k_strides, *v_strides, T, N, G, W=width,
         D=D, DV=DV, BW=BW, BD=block(D), BV=block(DV, BV), PRECISION=product_precision(k.dtype), num_warps=warps,
     )  # fmt: skip
-    return dk, dv
+    return dk, dv, dstrength
+
+
+def _backward_outputs(k: Tensor, v: Tensor, strength: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    dk, dv = torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    return dk, dv, k.new_empty((0,) if strength is None else k.shape[:3], dtype=torch.float32)
 
 
 @segment_states_backward.register_fake
-def _(k: Tensor, v: Tensor, tokens: Tensor, dstate: Tensor, dz: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    return torch.empty(k.shape, dtype=k.dtype, device=k.device), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+def _(
+    dstate: Tensor, dz: Tensor, k: Tensor, v: Tensor, tokens: Tensor, shift: Tensor | None, strength: Tensor | None, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward_outputs(k, v, strength)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.width = inputs
-    ctx.save_for_backward(*tensors)
+    k, v, tokens, ctx.width, shift, strength = inputs
+    ctx.save_for_backward(k, v, tokens, shift, strength)
 
 
 def _backward(ctx: Any, dstate: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
-    return *segment_states_backward(*ctx.saved_tensors, dstate, dz, ctx.width), None, None
+    dk, dv, dstrength = segment_states_backward(dstate, dz, *ctx.saved_tensors, ctx.width)
+    return dk, dv, None, None, None, None if ctx.saved_tensors[-1] is None else dstrength
 
 
 segment_states.register_autograd(_backward, setup_context=_save)

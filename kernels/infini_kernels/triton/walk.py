@@ -108,10 +108,11 @@ def walk_segments(start: Tensor, added: Tensor, reset: Tensor, removed: Tensor |
     else:
         DV = added.shape[-1]
         BV = block(DV, 16)
+        BK = 16 if DV % 16 and D > 64 else 32  # rows that are not aligned take more registers
         launch(
-        _recurrence_kernel, (B * G, triton.cdiv(DV, BV)),
+            _recurrence_kernel, (B * G, triton.cdiv(DV, BV)),
             start, added, removed.contiguous(), reset, entering, leaving, N, G,
-            D=D, DV=DV, BD=block(D), BK=block(D, 32), BV=BV, BACKWARD=backward,
+            D=D, DV=DV, BD=block(D), BK=block(D, BK), BV=BV, BACKWARD=backward,
         )  # fmt: skip
     return entering, leaving
 
