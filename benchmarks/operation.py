@@ -89,8 +89,8 @@ def measure_one(
         "rotary": rotary_tables(geometry, device),
     }
 
-    def whole(operation: Callable[..., Any], backend: str) -> Callable[[], Any]:
-        return lambda: both_ways(lambda: operation(q, k, v, gate, **options, backend=backend)[0], leaves)
+    def whole(operation: Callable[..., Any], backend: str, **more: Any) -> Callable[[], Any]:
+        return lambda: both_ways(lambda: operation(q, k, v, gate, **options, **more, backend=backend)[0], leaves)
 
     def local_alone() -> Callable[[], Any]:
         return both_ways(lambda: local_attention(q, k, v, segment_length=geometry.segment, rotary=options["rotary"]), (q, k, v))
@@ -107,6 +107,7 @@ def measure_one(
         "local": local_alone,
         "memory path": memory_alone,
         "whole": whole(infini_attention, "triton"),
+        "whole, beyond": whole(infini_attention, "triton", write_gate=torch.zeros_like(k[0, 0]), feature_map="softmax"),
         "states forward": states_forward,
     }
     if tokens in plain_at:
@@ -137,6 +138,7 @@ def measure_one(
         "of copy bandwidth": memory and floor / memory,
         "memory/local": memory and local and memory / local,
         "whole ms": all_of_it,
+        "learned writes, softmax ms": found["whole, beyond"],
         "plain/whole": plain and all_of_it and plain / all_of_it,
         "compiled/whole": compiled and all_of_it and compiled / all_of_it,
         "states ms": found["states forward"],

@@ -84,7 +84,9 @@ class KernelUpdates:
     k [B, T, G, D]; v [B, T, G, Dv]; tokens [B, N] int32; shift and strength [B, T, G], None for ELU + 1 and for writes of 1
     """
 
-    def __init__(self, k: Tensor, v: Tensor, tokens: Tensor, width: int, shift: Tensor | None, strength: Tensor | None) -> None:
+    def __init__(
+        self, k: Tensor, v: Tensor, tokens: Tensor, width: int, shift: Tensor | None = None, strength: Tensor | None = None
+    ) -> None:
         self._k, self._tokens, self._width, self._shift, self._strength = k, tokens, width, shift, strength
         self.written, self.z = segment_states(k, v, tokens, width, shift, strength)
 

@@ -1,0 +1,32 @@
+"""What `make bench-gpu` measures of one layer, under Triton's interpreter: the figures mean nothing, the code runs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from benchmarks import operation
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_every_variant_is_measured(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operation, "median_milliseconds", lambda step, on_gpu: float(step() is not None))
+    geometry = operation.Geometry("tiny", heads=2, groups=1, width=16, segment=8)
+    row = operation.measure_one(geometry, 24, rule, torch.device("cpu"), bandwidth=1e9, plain_at=(24,))
+    columns = ("local ms", "memory ms", "whole ms", "learned writes, softmax ms", "states ms", "memory/local", "plain/whole")
+    assert [row[name] for name in columns] == [1.0] * len(columns)
+    assert math.isclose(row["floor ms"], 1000 * sum(operation.bytes_moved(geometry, 24, 4)) / 1e9)
+
+
+def test_the_memory_path_is_the_operation_without_local_attention() -> None:
+    geometry = operation.Geometry("tiny", heads=2, groups=1, width=16, segment=8)
+    q, k, v, gate = operation.inputs(geometry, 24, torch.device("cpu"), torch.float32)
+    rotary = operation.rotary_tables(geometry, torch.device("cpu"))
+    local = operation.local_attention(q, k, v, segment_length=8, rotary=rotary)
+    found = operation.memory_path(q, k, v, gate, local, geometry, "delta")
+    wanted = operation.infini_attention(
+        q, k, v, gate, segment_length=8, update_rule="delta", rotary=rotary, backend="reference"
+    )[0]
+    torch.testing.assert_close(found, wanted)
