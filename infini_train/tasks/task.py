@@ -83,9 +83,10 @@ class Task:
             encoded = self._encode(story, questions)
             if encoded.num_tokens <= length:
                 return self._assemble(story, encoded, draws, length, placement)
+        too_many = "task.min_keys" if keys and self.config.min_keys else "task.keys"
         raise UserError(
             f"a text of {length} tokens is too short for the task {self.kind}: without any filler it takes "
-            f"{encoded.num_tokens}; use longer texts or a smaller task.keys"
+            f"{encoded.num_tokens}; use longer texts or a smaller {too_many}"
         )
 
     def _encode(self, story: Story, questions: int) -> EncodedStory:

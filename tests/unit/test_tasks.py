@@ -254,6 +254,12 @@ def test_too_short_texts_are_refused(make: Make) -> None:
         make("multi_key", length=60)
 
 
+def test_too_short_texts_for_the_fewest_keys_name_that_option(tokenizer: Tokenizer) -> None:
+    task = Task(TaskConfig(kind="multi_key", keys=5, min_keys=2), tokenizer, RepeatedFiller(tokenizer))
+    with pytest.raises(UserError, match=r"a text of 60 tokens .* or a smaller task\.min_keys$"):
+        task.sample(3, Purpose.TRAIN, (0,), 60, at_depth(0.5), 1, range(5, 1, -1))
+
+
 def test_a_text_has_as_many_facts_as_fit(tokenizer: Tokenizer) -> None:
     task = Task(TaskConfig(kind="multi_key", keys=8), tokenizer, RepeatedFiller(tokenizer))
 
