@@ -24,7 +24,7 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that one block may have: CUDA C++ Programming Guide, table of compute capabilities, less 1 KB."""
 SEGMENT = 2048
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int8: "i8"}
-Launch = tuple[Any, tuple[Any, ...], dict[str, int], dict[str, Any]]
+Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, int], dict[str, Any]]
 
 
 def launches(width: int, dtype: torch.dtype, update_rule: str, beyond_the_paper: bool = False) -> list[Launch]:
@@ -56,7 +56,7 @@ def launches(width: int, dtype: torch.dtype, update_rule: str, beyond_the_paper:
 
 def compile_for(launch: Launch, capability: int) -> dict[str, Any]:
     """One launch, compiled and taken apart."""
-    kernel, arguments, options, constants = launch
+    kernel, _, arguments, options, constants = launch
     signature, values, attributes = {}, dict(constants), {}
     for number, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
         if isinstance(value, Tensor):

@@ -5,6 +5,7 @@ Torch and Triton are enough for the checks and for `operation`; `step` and `stre
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import sys
@@ -18,7 +19,9 @@ import torch
 from benchmarks import run
 from tests import kernel_cases
 
-NEEDS = {"operation": (), "step": ("megatron", "deepspeed"), "stream": ("megatron", "deepspeed")}
+MEASURED = {"operation": (), "step": ("megatron", "deepspeed"), "stream": ("megatron", "deepspeed")}
+"""What is measured, and the packages that it needs."""
+PARTS = ("checks", *MEASURED)
 
 
 def failure(number: int) -> str | None:
@@ -34,29 +37,37 @@ def failure(number: int) -> str | None:
 def failures() -> list[str]:
     """What went wrong in each check that failed. Compiling the kernels takes most of their time, so several run at once."""
     numbers = range(len(kernel_cases.on_cuda()))
-    workers = max(1, min(8, (os.cpu_count() or 1) // 2))
+    # Processes that each take every core for the reference would stand in each other's way.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    workers = max(1, min(16, os.cpu_count() or 1))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return [each for each in pool.map(failure, numbers) if each is not None]
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the parts")
+    parts = parser.parse_args(arguments).only
     if not torch.cuda.is_available():
         print("make bench-gpu needs a CUDA device, and torch sees none here", file=sys.stderr)
         return 2
     started = time.monotonic()
-    print(f"{torch.cuda.get_device_name()}: checking the kernels against float64")
-    failed = failures()
-    print(f"{len(kernel_cases.on_cuda())} checks, {len(failed)} failed, {time.monotonic() - started:.0f} s")
-    if failed:
-        print("nothing is measured, because these fail:", *failed, sep="\n", file=sys.stderr)
-        return 1
-    for name, needed in NEEDS.items():
-        missing = [package for package in needed if find_spec(package) is None]
+    if "checks" in parts:
+        print(f"{torch.cuda.get_device_name()}: checking the kernels against float64", flush=True)
+        failed = failures()
+        print(f"{len(kernel_cases.on_cuda())} checks, {len(failed)} failed, {time.monotonic() - started:.0f} s", flush=True)
+        if failed:
+            print("nothing is measured, because these fail:", *failed, sep="\n", file=sys.stderr)
+            return 1
+    for name in MEASURED:
+        if name not in parts:
+            continue
+        missing = [package for package in MEASURED[name] if find_spec(package) is None]
         if missing:
             print(f"{name} is left out: {', '.join(missing)} is not installed")
             continue
         run.run(name)
-        print(f"{time.monotonic() - started:.0f} s in all")
+        print(f"{time.monotonic() - started:.0f} s in all", flush=True)
     return 0
 
 

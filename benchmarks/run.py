@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-NAMES = ("stream", "window", "pipeline", "checkpoint", "peers", "compiled", "operation", "step")
+NAMES = ("stream", "window", "pipeline", "checkpoint", "peers", "compiled", "tiles", "operation", "step")
 LIBRARIES = ("torch", "triton", "megatron-core", "deepspeed", "flash-attn", "liger-kernel", "flash-linear-attention")
 RESULTS = Path(__file__).parent / "results"
 

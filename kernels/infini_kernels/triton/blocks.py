@@ -43,12 +43,12 @@ def launch(
 ) -> None:
     """Every kernel starts here, so that what is compiled for a card can be asked for where there is none."""
     if observers:
-        observers[-1](kernel, arguments, {"num_warps": num_warps, "num_stages": num_stages}, constants)
+        observers[-1](kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages}, constants)
         return
     kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
 
 
-observers: list[Callable[[Any, tuple[Any, ...], dict[str, int], dict[str, Any]], None]] = []
+observers: list[Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, int], dict[str, Any]], None]] = []
 """The last of them, if there is one, takes a launch in place of the device."""
 
 

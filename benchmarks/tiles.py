@@ -1,0 +1,150 @@
+"""Which tiles suit this card: every kernel of one layer's memory path, timed with other blocks, warps and pipeline stages.
+
+What `blocks.tile` and `blocks.sum_tile` choose is the row marked "now". Needs CUDA, torch and Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.clock import copy_bandwidth
+from benchmarks.operation import GEOMETRIES, Geometry, inputs, memory_path
+from infini_kernels.triton import blocks
+
+TOKENS = 32768
+BY_TOKENS = {"BW": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)}
+BY_STATE = {"BW": (32, 64, 128), "BD": (64, 128), "BV": (64, 128), "num_warps": (4, 8), "num_stages": (2, 3)}
+CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
+    "_read_kernel": {**BY_TOKENS, "BV": (32, 64, 128)},
+    "_read_backward_tokens_kernel": {**BY_TOKENS, "BV": (32, 64, 128)},
+    "_states_backward_kernel": {**BY_TOKENS, "BV": (32, 64, 128)},
+    "_removal_backward_kernel": {**BY_TOKENS, "BJ": (32, 64, 128)},
+    "_states_kernel": BY_STATE,
+    "_read_backward_states_kernel": BY_STATE,
+    "_removal_kernel": {"BW": (32, 64), "BD": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
+    "_recurrence_kernel": {"BV": (16, 32), "BK": (16, 32, 64), "num_warps": (4, 8)},
+}
+"""Values to try, by kernel and by name of a constant or of an option. Others are timed as they are."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A launch with one choice of blocks."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    settings: dict[str, Any]
+    choice: str
+
+    def start(self) -> None:
+        self.kernel[self.grid](*self.arguments, **self.settings)
+
+    def compilation(self) -> tuple[str, str, list[Any], dict[str, Any]]:
+        """What another process needs to compile it into Triton's cache."""
+        plain = [argument.dtype if isinstance(argument, Tensor) else argument for argument in self.arguments]
+        return self.kernel.fn.__module__, self.kernel.__name__, plain, self.settings
+
+
+def compile_one(compilation: tuple[str, str, list[Any], dict[str, Any]]) -> str | None:
+    """Compile into the cache; what went wrong."""
+    module, name, arguments, settings = compilation
+    try:
+        getattr(importlib.import_module(module), name).warmup(*arguments, grid=(1,), **settings)
+    except Exception as error:  # a tile that this compiler cannot make is a finding
+        return f"{type(error).__name__}: {error}"[:200]
+    return None
+
+
+def recorded(geometry: Geometry, tokens: int, rule: str) -> list[Trial]:
+    """What one layer's memory path launches, forward and backward, while it runs."""
+    found: list[Trial] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: Any, constants: Any) -> None:
+        found.append(Trial(kernel, grid, arguments, {**constants, **options}, "now"))
+        found[-1].start()
+
+    q, k, v, gate = leaves = inputs(geometry, tokens, torch.device("cuda"), torch.bfloat16)
+    local = torch.randn_like(q).requires_grad_()
+    blocks.observers.append(record)
+    try:
+        out = memory_path(q, k, v, gate, local, geometry, rule)
+        torch.autograd.grad(out, (*leaves, local), torch.randn_like(out))
+    finally:
+        blocks.observers.pop()
+    return found
+
+
+def others(now: Trial) -> Iterator[Trial]:
+    """The same launch with every other choice."""
+    name = now.kernel.__name__
+    choices = CHOICES.get(name, {})
+    for values in itertools.product(*choices.values()):
+        settings = {**now.settings, **dict(zip(choices, values, strict=True))}
+        arguments = tuple(
+            # One number for each block of tokens: there may be more of them.
+            argument.new_empty(argument.numel() * 8) if parameter == "dshare_ptr" else argument
+            for parameter, argument in zip(now.kernel.arg_names, now.arguments, strict=False)
+        )
+        if settings != now.settings:
+            choice = " ".join(f"{key} {value}" for key, value in zip(choices, values, strict=True))
+            yield Trial(now.kernel, grid(name, now.grid, settings), arguments, settings, choice)
+
+
+def grid(name: str, now: tuple[int, ...], settings: dict[str, Any]) -> tuple[int, ...]:
+    """Programs of a launch whose blocks have changed."""
+    if name in ("_states_kernel", "_read_backward_states_kernel"):
+        return now[0], -(-settings["D"] // settings["BD"]), -(-settings["DV"] // settings["BV"])
+    if name == "_removal_kernel":
+        return now[0], -(-settings["D"] // settings["BD"]), -(-settings["D"] // settings["BD"])
+    if name == "_recurrence_kernel":
+        return now[0], -(-settings["DV"] // settings["BV"])
+    return now[0], -(-settings["W"] // settings["BW"])
+
+
+def milliseconds(trial: Trial) -> float | None:
+    """None where the card refuses the launch."""
+    from triton.testing import do_bench
+
+    try:
+        return float(do_bench(trial.start, warmup=10, rep=40, return_mode="median"))
+    except Exception:
+        return None
+
+
+def measure(geometry: Geometry = GEOMETRIES[-1], tokens: int = TOKENS, best: int = 4) -> tuple[list[dict[str, Any]], list[str]]:
+    """For each kernel of the delta rule what it takes now, and its fastest choices."""
+    launches = recorded(geometry, tokens, "delta")
+    trials = [[now, *others(now)] for now in launches]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        failed = list(pool.map(compile_one, [trial.compilation() for each in trials for trial in each]))
+    bandwidth = copy_bandwidth(torch.device("cuda"))
+    rows = []
+    for now, *more in trials:
+        touched = sum(each.nbytes for each in now.arguments if isinstance(each, Tensor))
+        timed = sorted(((took, each) for each in more if (took := milliseconds(each)) is not None), key=lambda pair: pair[0])
+        for took, trial in [(milliseconds(now), now), *timed[:best]]:
+            rows.append(
+                {
+                    "kernel": now.kernel.__name__.strip("_").removesuffix("_kernel"),
+                    "choice": trial.choice,
+                    "ms": took,
+                    "arguments GB": touched / 1e9,
+                    "of copy bandwidth": took and 1000 * touched / bandwidth / took,
+                }
+            )
+    refused = [each for each in failed if each is not None]
+    return rows, [
+        f"{geometry.name}, {tokens} tokens, copy bandwidth {bandwidth / 1e12:.3f} TB/s; {len(refused)} choices do not compile",
+        *sorted(set(refused))[:3],
+    ]

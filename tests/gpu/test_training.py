@@ -1,0 +1,78 @@
+"""A whole run on CUDA, command by command: the same losses as on a CPU, and the same bits after a restart."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+pytest.importorskip("deepspeed")
+
+from infini_train.config import RunConfig, save_config
+from tests.corpus import small_run, write_corpus
+from tests.distributed.command import call
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs a CUDA device, and no interpreter"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A tiny delta model with learned writes on a prepared corpus."""
+    folder = tmp_path_factory.mktemp("gpu")
+    write_corpus(folder / "text")
+    run = small_run(folder)
+    run.model = replace(run.model, head_dim=16, update_rule="delta", write_strength="learned")
+    run.layout.zero_stage = 1
+    save_config(run, folder / "prepare.yaml")
+    call("prepare", "--config", str(folder / "prepare.yaml"))
+    return run
+
+
+def trained(run: RunConfig, name: str, *arguments: str) -> list[dict]:
+    """Records of a run of its own name."""
+    folder = Path(run.run_dir).parent
+    run = replace(run, run_dir=str(folder / name))
+    save_config(run, folder / f"{name}.yaml")
+    call("pretrain", "--config", str(folder / f"{name}.yaml"), *arguments)
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_computes_the_run_of_a_cpu(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = trained(run, "gpu", "--profile.steps", "2")
+    assert "mfu" in on_gpu[-1]
+    profiled = json.loads((Path(run.run_dir).parent / "gpu" / "profile" / "stage_0.json").read_text(encoding="utf-8"))
+    assert profiled["device"] == torch.cuda.get_device_name()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    on_cpu = trained(run, "cpu")
+    for key in ("loss", "grad_norm"):
+        assert [record[key] for record in on_gpu] == pytest.approx([record[key] for record in on_cpu], rel=2e-4)
+
+
+@pytest.mark.parametrize("layers", ["plain", "liger"])
+def test_bfloat16_goes_on_with_the_same_bits(run: RunConfig, layers: str) -> None:
+    if layers == "liger":
+        pytest.importorskip("liger_kernel")
+    training = replace(run.training, precision="bfloat16", fused_layers=layers, memory_ageing=20)
+    run = replace(run, training=training, checkpoint=replace(run.checkpoint, every=4))
+    whole = trained(run, f"whole-{layers}")
+    folder = Path(run.run_dir).parent / f"whole-{layers}"
+    for checkpoint in (folder / "checkpoints").glob("step_00000008*"):
+        checkpoint.rename(folder / "last")
+    again = trained(run, f"whole-{layers}")
+    assert [record["loss"] for record in again[-4:]] == [record["loss"] for record in whole[-4:]]
+    assert [record["step"] for record in again[-4:]] == [5, 6, 7, 8]
+
+
+def test_evaluates_and_generates(run: RunConfig) -> None:
+    trained(run, "again")
+    config = ["--config", str(Path(run.run_dir).parent / "again.yaml")]
+    call("evaluate", *config)
+    assert "the model goes on" in call("generate", *config, "--prompt", "once upon a time", "--max_new_tokens", "20")
+    assert "report:" in call("report", *config)
