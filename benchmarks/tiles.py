@@ -22,19 +22,32 @@ from benchmarks.operation import GEOMETRIES, Geometry, inputs, memory_path
 from infini_kernels.triton import blocks
 
 TOKENS = 32768
-BY_TOKENS = {"BW": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)}
-BY_STATE = {"BW": (32, 64, 128), "BD": (64, 128), "BV": (64, 128), "num_warps": (4, 8), "num_stages": (2, 3)}
-CHOICES: dict[str, dict[str, tuple[int, ...]]] = {
-    "_read_kernel": {**BY_TOKENS, "BV": (32, 64, 128)},
-    "_read_backward_tokens_kernel": {**BY_TOKENS, "BV": (32, 64, 128)},
-    "_states_backward_kernel": {**BY_TOKENS, "BV": (32, 64, 128)},
-    "_removal_backward_kernel": {**BY_TOKENS, "BJ": (32, 64, 128)},
+BY_TOKENS: dict[str, tuple[Any, ...]] = {
+    "BW": (32, 64, 128),
+    "tokens of a program": (512, 1024, 2048),
+    "num_warps": (4, 8),
+    "num_stages": (1, 2, 3),
+}
+BY_STATE: dict[str, tuple[Any, ...]] = {
+    "BW": (32, 64, 128),
+    "BD": (64, 128),
+    "BV": (64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3),
+}
+CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "_read_kernel": BY_TOKENS,
+    "_read_backward_kernel": BY_TOKENS,
+    "_states_backward_kernel": BY_TOKENS,
+    "_removal_backward_kernel": BY_TOKENS,
     "_states_kernel": BY_STATE,
     "_read_backward_states_kernel": BY_STATE,
-    "_removal_kernel": {"BW": (32, 64), "BD": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
-    "_recurrence_kernel": {"BV": (16, 32), "BK": (16, 32, 64), "num_warps": (4, 8)},
+    "_removal_kernel": {"BW": (32, 64, 128), "BD": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
+    "_recurrence_kernel": {"BV": (16, 32), "BK": (32, 64, 128), "num_warps": (4, 8), "WAY": ("ieee", "tf32x3")},
 }
 """Values to try, by kernel and by name of a constant or of an option. Others are timed as they are."""
+BY_PROGRAM = ("dshare_ptr", "dstate_ptr", "dz_ptr")
+"""Arguments that may hold a number or a state for each program, of which there may be more."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +102,17 @@ def others(now: Trial) -> Iterator[Trial]:
     """The same launch with every other choice."""
     name = now.kernel.__name__
     choices = CHOICES.get(name, {})
+    arguments = tuple(
+        argument.new_empty(argument.numel() * 8) if choices and parameter in BY_PROGRAM and argument is not None else argument
+        for parameter, argument in zip(now.kernel.arg_names, now.arguments, strict=False)
+    )
     for values in itertools.product(*choices.values()):
-        settings = {**now.settings, **dict(zip(choices, values, strict=True))}
-        arguments = tuple(
-            # One number for each block of tokens: there may be more of them.
-            argument.new_empty(argument.numel() * 8) if parameter == "dshare_ptr" else argument
-            for parameter, argument in zip(now.kernel.arg_names, now.arguments, strict=False)
-        )
+        chosen = dict(zip(choices, values, strict=True))
+        choice = " ".join(f"{key} {value}" for key, value in chosen.items())
+        if "PER" in now.settings:
+            chosen["PER"] = max(1, chosen.pop("tokens of a program") // chosen["BW"])
+        settings = {**now.settings, **chosen}
         if settings != now.settings:
-            choice = " ".join(f"{key} {value}" for key, value in zip(choices, values, strict=True))
             yield Trial(now.kernel, grid(name, now.grid, settings), arguments, settings, choice)
 
 
@@ -109,7 +124,7 @@ def grid(name: str, now: tuple[int, ...], settings: dict[str, Any]) -> tuple[int
         return now[0], -(-settings["D"] // settings["BD"]), -(-settings["D"] // settings["BD"])
     if name == "_recurrence_kernel":
         return now[0], -(-settings["DV"] // settings["BV"])
-    return now[0], -(-settings["W"] // settings["BW"])
+    return now[0], -(-settings["W"] // (settings["BW"] * settings["PER"]))
 
 
 def milliseconds(trial: Trial) -> float | None:

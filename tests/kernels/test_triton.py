@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from infini_kernels import infini_attention
-from infini_kernels.triton import operation
+from infini_kernels.triton import blocks, operation
 from tests import kernel_cases
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -19,6 +19,14 @@ CASES = [(name, rule) for name, case in kernel_cases.SMALL.items() for rule in (
 @pytest.mark.parametrize(("name", "update_rule"), CASES)
 def test_agrees_with_float64(name: str, update_rule: str, dtype: torch.dtype) -> None:
     kernel_cases.agrees_with_float64(kernel_cases.SMALL[name], dtype, "cpu", update_rule, seed=1)
+
+
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+def test_a_segment_of_several_programs_and_blocks(update_rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 tokens a block and two blocks a program; the last program has one block, and that is not full."""
+    monkeypatch.setattr(blocks, "TOKENS_OF_A_PROGRAM", 128)
+    case = kernel_cases.Case(1, 170, 2, 1, 16, 20, 170)
+    kernel_cases.agrees_with_float64(case, torch.bfloat16, "cpu", update_rule, seed=1)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -55,9 +63,11 @@ def test_operators_are_registered_soundly() -> None:
     k, v, q, local = normal(2, 9, 1, 16), normal(2, 9, 1, 20), normal(2, 9, 2, 16), normal(2, 9, 2, 20)
     M, z, gate = normal(2, 2, 1, 16, 20), normal(2, 2, 1, 16).detach().abs().requires_grad_(), normal(2)
     rows, few = torch.tensor([2, 0], dtype=torch.int32), torch.tensor([5, 5], dtype=torch.int32)
+    every, all_tokens = torch.arange(4, dtype=torch.int32), tokens.flatten()
     reset = torch.tensor([[0, 1], [0, 0]], dtype=torch.int8)
     angle = torch.randn(5, 8, generator=generator)
     shift, strength = operation.softmax_shift(k.detach()), normal(2, 9, 1).detach().abs().requires_grad_()
+    all_z = z.detach().flatten(0, 1).requires_grad_()
     calls = [
         (operation.segment_states, (k, v, tokens, 5)),
         (operation.segment_states, (k, v, tokens, 5, shift, strength)),
@@ -70,6 +80,10 @@ def test_operators_are_registered_soundly() -> None:
         ),
         (operation.segment_removals, (k, z.detach().flatten(0, 1)[:2].requires_grad_(), rows, few, 5, 1e-6)),
         (operation.segment_removals, (k, z.detach().flatten(0, 1)[:2].requires_grad_(), rows, few, 5, 1e-6, shift, strength)),
+        (
+            operation.segment_removals,
+            (k, all_z, every, all_tokens, 5, 1e-6, None, None, True),
+        ),
         (operation.walk_segments, (normal(2, 1, 16, 20), M, reset, normal(2, 2, 1, 16, 16), False)),
         (operation.rotate, (q, angle.cos(), angle.sin(), tokens, 5, 1)),
     ]

@@ -21,20 +21,67 @@ WIDEST_HEAD = 256
 
 
 @triton.jit
+def load_state(state_ptr, first, d, e, D: tl.constexpr, DV: tl.constexpr):
+    """Rows d and columns e of the state [D, DV] whose first row is `first`."""
+    return tl.load(state_ptr + (first + d[:, None]) * DV + e[None, :], mask=(d < D)[:, None] & (e < DV)[None, :], other=0.0)
+
+
+@triton.jit
+def _halves(x):
+    """x in float32 as the sum of two bfloat16 numbers, of which it keeps 16 bits."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def dot(a, b, acc, WAY: tl.constexpr):
+    """acc + a b, for results that are rounded to the type of the tokens.
+
+    WAY (`product_way`): 'bf16' rounds both to bfloat16; 'emulated' does the same where the interpreter knows no bfloat16
+    products; else a precision of Triton's for float32.
+    """
+    if WAY == "bf16":
+        acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
+    elif WAY == "emulated":
+        acc = tl.dot(a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32), acc)
+    else:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=WAY)
+    return acc
+
+
+@triton.jit
+def rounded(a, WAY: tl.constexpr):
+    """Float32 a as `dot` rounds it."""
+    if WAY == "bf16" or WAY == "emulated":
+        a = a.to(tl.bfloat16).to(tl.float32)
+    return a
+
+
+@triton.jit
 def dot_exact(a, b, acc, WAY: tl.constexpr):
     """acc + a b for float32 a, and b as it was read, as exact as in float32.
 
-    WAY (`exact_way`): 'split' multiplies both halves of a as bfloat16, the type of b, at twice the cost of one such product;
+    WAY (`exact_way`): 'bf16' multiplies both halves of a as bfloat16, the type of b, at twice the cost of one such product;
     'emulated' does the same where the interpreter knows no bfloat16 products; else a precision of Triton's.
     """
-    if WAY == "split" or WAY == "emulated":
-        high = a.to(tl.bfloat16)
-        low = (a - high.to(tl.float32)).to(tl.bfloat16)
-        if WAY == "emulated":
-            high, low, b = high.to(tl.float32), low.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(low, b, tl.dot(high, b, acc))
+    if WAY == "bf16" or WAY == "emulated":
+        high, low = _halves(a)
+        acc = dot(low, b, dot(high, b, acc, WAY), WAY)
     else:
         acc = tl.dot(a, b.to(tl.float32), acc, input_precision=WAY)
+    return acc
+
+
+@triton.jit
+def dot_exact_both(a, b, acc, WAY: tl.constexpr):
+    """acc + a b for float32 a and b, as exact as in float32; WAY as for `dot_exact`."""
+    if WAY == "bf16" or WAY == "emulated":
+        a_high, a_low = _halves(a)
+        b_high, b_low = _halves(b)
+        acc = dot(a_high, b_low, dot(a_low, b_high, acc, WAY), WAY)
+        acc = dot(a_high, b_high, acc, WAY)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=WAY)
     return acc
 
 
@@ -53,15 +100,26 @@ observers: list[Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, int],
 
 
 def exact_way(dtype: torch.dtype) -> str:
-    """WAY of `dot_exact` for an operand of this type. Halves of float16 would lose σ(k) of keys below -17."""
+    """WAY of `dot_exact` for tokens of this type. Halves of float16 would lose σ(k) of keys below -17."""
     if dtype == torch.bfloat16:
-        return "emulated" if INTERPRETED else "split"
+        return "emulated" if INTERPRETED else "bf16"
     return "tf32x3" if dtype == torch.float16 else "ieee"
 
 
-def product_precision(dtype: torch.dtype) -> str:
-    """Precision of products whose result is rounded to this type."""
-    return "ieee" if dtype == torch.float32 else "tf32"
+def product_way(dtype: torch.dtype) -> str:
+    """WAY of `dot` for tokens of this type. Float16 would not hold the sums in a memory."""
+    if dtype == torch.bfloat16:
+        return "emulated" if INTERPRETED else "bf16"
+    return "tf32" if dtype == torch.float16 else "ieee"
+
+
+def halves(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A float32 state as `dot` takes it for tokens of this type: as it is, or as two bfloat16 numbers that it is the sum of."""
+    x = x.contiguous()
+    if dtype != torch.bfloat16:
+        return x, None
+    high = x.bfloat16()
+    return high, (x - high).bfloat16()
 
 
 def block(width: int, largest: int = WIDEST_HEAD) -> int:
@@ -90,19 +148,30 @@ def by_token(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
 def tile(head_width: int, dtype: torch.dtype, plain: bool = True) -> tuple[int, int, int]:
     """For kernels whose blocks span a head: tokens of a block, value columns of a step, and warps.
 
-    As large as registers hold without spilling on sm_80 and sm_90 (benchmarks/compiled.py).
+    As large as registers hold without spilling on sm_80 and sm_90 (benchmarks/compiled.py); benchmarks/tiles.py times others.
 
     Args:
         plain: ELU + 1 and writes of strength 1, which take fewer registers.
     """
     if dtype == torch.float32:
         return 16, 16, 8 if head_width <= 64 or (head_width <= 128 and not plain) else 4 if head_width <= 128 else 16
+    if dtype == torch.bfloat16 and head_width <= 128:
+        return 64, 128, 4 if head_width <= 64 else 8
     tokens = 16 if head_width > 128 else 64 if plain else 32
     return tokens, 32, 4 if head_width <= 64 else 8
+
+
+TOKENS_OF_A_PROGRAM = 1024
+"""Tokens for which a program keeps a state that it has read whole."""
+
+
+def blocks_of_a_program(width: int, block_tokens: int) -> int:
+    """Blocks of tokens that a program takes one after the other in a segment of this width."""
+    return min(triton.cdiv(width, block_tokens), max(1, TOKENS_OF_A_PROGRAM // block_tokens))
 
 
 def sum_tile(head_width: int, value_width: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """For kernels that sum up a state over tokens: tokens of a step, key and value columns of the state, and warps."""
     if dtype == torch.float32:
         return 32, block(head_width, 64), block(value_width, 32), 4
-    return 64, block(head_width, 128), block(value_width, 64), 4 if head_width <= 64 else 8
+    return 64, block(head_width, 64), block(value_width, 128), 4

@@ -93,9 +93,12 @@ class KernelUpdates:
     def select(self, places: Tensor | None) -> Removals:
         """What the segments b N + n of these places remove, in their order; None takes all."""
         tokens = self._tokens.flatten()
+        whole = places is None
         if places is None:
             places = torch.arange(len(tokens), device=tokens.device)
-        return KernelRemovals(self._k, places.int(), tokens.index_select(0, places), self._width, self._shift, self._strength)
+        else:
+            tokens = tokens.index_select(0, places)
+        return KernelRemovals(self._k, places.int(), tokens, self._width, self._shift, self._strength, whole)
 
     def walk(self, state: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `recurrence.walk`."""
@@ -106,17 +109,21 @@ class KernelUpdates:
 
 
 class KernelRemovals:
-    """`ageing.Removals` from kernels: rows [X] int32 names segments b N + n, tokens [X] int32 their tokens."""
+    """`ageing.Removals` from kernels: rows [X] int32 names segments b N + n, tokens [X] int32 their tokens.
+
+    whole: these are all segments in their order.
+    """
 
     def __init__(
-        self, k: Tensor, rows: Tensor, tokens: Tensor, width: int, shift: Tensor | None, strength: Tensor | None
+        self, k: Tensor, rows: Tensor, tokens: Tensor, width: int, shift: Tensor | None, strength: Tensor | None, whole: bool
     ) -> None:
         self._k, self._rows, self._tokens, self._width, self._shift, self._strength = k, rows, tokens, width, shift, strength
+        self._whole = whole
 
     def removal(self, z: Tensor, eps: float) -> Tensor:
         """See `ageing.Removals`."""
         rows, tokens = self._rows[: len(z)], self._tokens[: len(z)]
-        return segment_removals(self._k, z, rows, tokens, self._width, eps, self._shift, self._strength)[0]
+        return segment_removals(self._k, z, rows, tokens, self._width, eps, self._shift, self._strength, self._whole)[0]
 
 
 def _tokens(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, segment_length: int) -> Tensor:

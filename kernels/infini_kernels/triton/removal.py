@@ -14,7 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini_kernels.triton.blocks import block, by_token, launch, product_precision, tile
+from infini_kernels.triton.blocks import (
+    block,
+    blocks_of_a_program,
+    by_token,
+    dot,
+    dot_exact_both,
+    exact_way,
+    launch,
+    load_state,
+    product_way,
+    tile,
+)
 from infini_kernels.triton.features import sigma, sigma_backward
 
 
@@ -45,7 +56,7 @@ def _scale_kernel(
 def _removal_kernel(
     k_ptr, scale_ptr, rows_ptr, tokens_ptr, shift_ptr, strength_ptr, removed_ptr,
     k_row, k_token, k_head, T, N, G, W: tl.constexpr,
-    D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     g, x = program % G, program // G
@@ -68,79 +79,71 @@ def _removal_kernel(
             scale *= tl.load(strength_ptr + places, mask=here, other=0.0)
         left = tl.where(left_mask, sigma(left, shift_ptr, places[None, :], here[None, :]), 0.0) * scale[None, :]
         right = tl.where(right_mask, sigma(right, shift_ptr, places[:, None], here[:, None]), 0.0)
-        removed = tl.dot(left, right, removed, input_precision=PRECISION)
+        removed = dot_exact_both(left, right, removed, WAY)
     out = removed_ptr + program.to(tl.int64) * D * D + i[:, None] * D + j[None, :]
     tl.store(out, removed, mask=(i < D)[:, None] & (j < D)[None, :])
 
 
 @triton.jit
 def _removal_backward_kernel(
-    k_ptr, z_ptr, scale_ptr, symmetric_ptr, rows_ptr, tokens_ptr, shift_ptr, strength_ptr, ds_ptr, dnorm_ptr, dstrength_ptr,
+    k_ptr, z_ptr, scale_ptr, symmetric_ptr, rows_ptr, tokens_ptr, shift_ptr, strength_ptr, dk_ptr, dz_ptr, dstrength_ptr,
     k_row, k_token, k_head, T, N, G, W: tl.constexpr,
-    D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BJ: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BJ: tl.constexpr, PER: tl.constexpr, WHOLE: tl.constexpr,
+    WAY: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys [X, W, G, D], of σ(K) z [X, G, W] and of strength [X, W, G], from that of what is removed plus its
-    transpose."""
-    program = tl.program_id(0)
-    g, x = program % G, program // G
-    segment = tl.load(rows_ptr + x)
-    w = tl.program_id(1) * BW + tl.arange(0, BW)
-    d = tl.arange(0, BD)
-    here, in_d = w < tl.load(tokens_ptr + x), d < D
-    place = ((segment % N) * W + w).to(tl.int64)
-    row = (segment // N).to(tl.int64)
-    keys = k_ptr + row * k_row + place[:, None] * k_token + g * k_head
-    mask = here[:, None] & in_d[None, :]
-    places = (row * T + place) * G + g
-    s = tl.where(mask, sigma(tl.load(keys + d[None, :], mask=mask, other=0.0), shift_ptr, places[:, None], here[:, None]), 0.0)
-    product = tl.zeros((BW, BD), tl.float32)
-    for first in range(0, D, BJ):
-        j = first + tl.arange(0, BJ)
-        piece_mask = here[:, None] & (j < D)[None, :]
-        piece = tl.load(keys + j[None, :], mask=piece_mask, other=0.0)
-        piece = tl.where(piece_mask, sigma(piece, shift_ptr, places[:, None], here[:, None]), 0.0)
-        rows = symmetric_ptr + program.to(tl.int64) * D * D + j[:, None] * D + d[None, :]
-        matrix = tl.load(rows, mask=(j < D)[:, None] & in_d[None, :], other=0.0)
-        product = tl.dot(piece, matrix, product, input_precision=PRECISION)
-    scale = tl.load(scale_ptr + program.to(tl.int64) * W + w, mask=here, other=0.0)
-    z = tl.load(z_ptr + program.to(tl.int64) * D + d, mask=in_d, other=0.0)
-    by_scale = scale * tl.sum(product * s, axis=1) / 2
-    out = (x.to(tl.int64) * W + w) * G + g
-    inside = w < W
-    dnorm = -by_scale * scale
-    if strength_ptr is not None:
-        tl.store(dstrength_ptr + out, by_scale, mask=inside)
-        strength = tl.load(strength_ptr + places, mask=here, other=0.0)
-        dnorm *= strength
-        scale *= strength
-    dkey = sigma_backward(product * scale[:, None] + dnorm[:, None] * z[None, :], s, shift_ptr)
-    tl.store(ds_ptr + out[:, None] * D + d[None, :], tl.where(mask, dkey, 0.0), mask=inside[:, None] & in_d[None, :])
-    tl.store(dnorm_ptr + program.to(tl.int64) * W + w, dnorm, mask=inside)
+    """Gradients of keys, of z by program [X, G, programs, D], and of strength, from that of what is removed plus its transpose.
 
-
-@triton.jit
-def _norm_backward_kernel(
-    k_ptr, dnorm_ptr, rows_ptr, tokens_ptr, shift_ptr, dz_ptr, k_row, k_token, k_head, T, N, G, W: tl.constexpr,
-    D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Gradient of z from that of σ(K) z: [X, G, D]."""
+    WHOLE: all segments are there in their order, and what has tokens is [B, T, G, ...]; else it is [X, W, G, ...].
+    """
     program = tl.program_id(0)
     g, x = program % G, program // G
     segment = tl.load(rows_ptr + x)
     tokens = tl.load(tokens_ptr + x)
     d = tl.arange(0, BD)
-    row, first = (segment // N).to(tl.int64), ((segment % N) * W).to(tl.int64)
-    keys = k_ptr + row * k_row + first * k_token + g * k_head
+    in_d = d < D
+    row = (segment // N).to(tl.int64)
+    keys = k_ptr + row * k_row + g * k_head
+    matrix = program.to(tl.int64) * D
+    z = tl.load(z_ptr + program.to(tl.int64) * D + d, mask=in_d, other=0.0)
     dz = tl.zeros((BD,), tl.float32)
-    for start in range(0, W, BW):
-        w = start + tl.arange(0, BW)
+    if BJ >= D:  # all of the gradient at once, for all of the program's tokens
+        symmetric = load_state(symmetric_ptr, matrix, d, d, D, D)
+    for step in range(0, PER):
+        w = (tl.program_id(1) * PER + step) * BW + tl.arange(0, BW)
         here = w < tokens
-        mask = here[:, None] & (d < D)[None, :]
-        key = tl.load(keys + w[:, None].to(tl.int64) * k_token + d[None, :], mask=mask, other=0.0)
-        places = ((row * T + first + w) * G + g)[:, None]
-        dnorm = tl.load(dnorm_ptr + program.to(tl.int64) * W + w, mask=here, other=0.0)
-        dz += tl.sum(tl.where(mask, sigma(key, shift_ptr, places, here[:, None]), 0.0) * dnorm[:, None], axis=0)
-    tl.store(dz_ptr + program.to(tl.int64) * D + d, dz, mask=d < D)
+        place = ((segment % N) * W + w).to(tl.int64)
+        mask = here[:, None] & in_d[None, :]
+        places = (row * T + place) * G + g
+        key = tl.load(keys + place[:, None] * k_token + d[None, :], mask=mask, other=0.0)
+        s = tl.where(mask, sigma(key, shift_ptr, places[:, None], here[:, None]), 0.0)
+        if BJ >= D:
+            product = dot(s, symmetric, None, WAY)
+        else:
+            product = tl.zeros((BW, BD), tl.float32)
+            for first in range(0, D, BJ):
+                j = first + tl.arange(0, BJ)
+                piece_mask = here[:, None] & (j < D)[None, :]
+                piece = tl.load(keys + place[:, None] * k_token + j[None, :], mask=piece_mask, other=0.0)
+                piece = tl.where(piece_mask, sigma(piece, shift_ptr, places[:, None], here[:, None]), 0.0)
+                product = dot(piece, load_state(symmetric_ptr, matrix, j, d, D, D), product, WAY)
+        scale = tl.load(scale_ptr + program.to(tl.int64) * W + w, mask=here, other=0.0)
+        by_scale = scale * tl.sum(product * s, axis=1) / 2
+        if WHOLE:
+            out, inside = places, (w < W) & (place < T)
+        else:
+            out, inside = (x.to(tl.int64) * W + w) * G + g, w < W
+        dnorm = -by_scale * scale
+        if strength_ptr is not None:
+            tl.store(dstrength_ptr + out, by_scale, mask=inside)
+            strength = tl.load(strength_ptr + places, mask=here, other=0.0)
+            dnorm *= strength
+            scale *= strength
+        dkey = sigma_backward(product * scale[:, None] + dnorm[:, None] * z[None, :], s, shift_ptr)
+        dkey = tl.where(mask, dkey, 0.0).to(dk_ptr.dtype.element_ty)
+        tl.store(dk_ptr + out[:, None] * D + d[None, :], dkey, mask=inside[:, None] & in_d[None, :])
+        dz += tl.sum(s * dnorm[:, None], axis=0)
+    part = program.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(dz_ptr + part * D + d, dz, mask=in_d)
 
 
 @torch.library.custom_op("infini_kernels::segment_removals", mutates_args=())
@@ -153,9 +156,10 @@ def segment_removals(
     eps: float,
     shift: Tensor | None = None,
     strength: Tensor | None = None,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """k [B, T, G, D], z [X, G, D] that enters each segment, rows and tokens [X], W -> removed [X, G, D, D], and
-    1 / (σ(K) z + ε) [X, G, W] for the backward; float32."""
+    1 / (σ(K) z + ε) [X, G, W] for the backward; float32. whole: rows are all segments in their order."""
     (X, G, D), T, N = z.shape, k.shape[1], -(-k.shape[1] // width)
     k, strides = by_token(k)
     scale = torch.empty(X, G, width, dtype=torch.float32, device=k.device)
@@ -165,11 +169,12 @@ def segment_removals(
         _scale_kernel, (X * G, triton.cdiv(width, BW)),
         k, z.contiguous(), rows, tokens, shift, scale, *strides, eps, T, N, G, W=width, D=D, BW=BW, BD=block(D),
     )  # fmt: skip
-    BD = block(D, 32 if k.dtype == torch.float32 else 64)
+    BW, BD, warps = (32, 32, 4) if k.dtype == torch.float32 else (32, 64, 4)
+    BD = block(D, BD)
     launch(
         _removal_kernel, (X * G, triton.cdiv(D, BD), triton.cdiv(D, BD)),
         k, scale, rows, tokens, shift, strength, removed, *strides, T, N, G, W=width,
-        D=D, BW=block(width, 32), BD=BD, PRECISION="ieee" if k.dtype == torch.float32 else "tf32x3",
+        D=D, BW=block(width, BW), BD=BD, WAY=exact_way(k.dtype), num_warps=warps,
     )  # fmt: skip
     return removed, scale
 
@@ -184,6 +189,7 @@ def _(
     eps: float,
     shift: Tensor | None = None,
     strength: Tensor | None = None,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor]:
     (X, G, D) = z.shape
     return z.new_empty(X, G, D, D, dtype=torch.float32), z.new_empty(X, G, width, dtype=torch.float32)
@@ -200,32 +206,37 @@ def segment_removals_backward(
     shift: Tensor | None,
     strength: Tensor | None,
     width: int,
+    whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the keys of these segments [X, W, G, D], float32, of z [X, G, D], and of their tokens' strength [X, W, G],
-    which is empty where there is no strength."""
+    """Gradients of the keys of these segments, of z [X, G, D], and of their tokens' strength, empty where there is none.
+
+    Those of keys and strength are [B, T, G, ...] in their types if whole, else [X, W, G, ...] in float32.
+    """
     (X, G, D), T, N = z.shape, k.shape[1], -(-k.shape[1] // width)
     k, strides = by_token(k)
     symmetric = gradient + gradient.transpose(-1, -2)
-    dk, dz, dstrength = _backward_outputs(z, strength, width)
-    dnorm = torch.empty_like(scale)
+    dk, dz, dstrength = _backward_outputs(k, z, strength, width, whole)
     BW, BJ, warps = tile(D, k.dtype, plain=shift is None and strength is None)
-    BW = block(width, BW)
+    BW, BJ = block(width, BW), block(D, BJ)
+    per = blocks_of_a_program(width, BW) if BJ >= D else 1
+    programs = triton.cdiv(width, BW * per)
+    parts = dz.new_empty(X, G, programs, D)
     launch(
-        _removal_backward_kernel, (X * G, triton.cdiv(width, BW)),
-        k, z.contiguous(), scale, symmetric, rows, tokens, shift, strength, dk, dnorm, dstrength, *strides, T, N, G, W=width,
-        D=D, BW=BW, BD=block(D), BJ=block(D, BJ), PRECISION=product_precision(k.dtype), num_warps=warps,
+        _removal_backward_kernel, (X * G, programs),
+        k, z.contiguous(), scale, symmetric, rows, tokens, shift, strength, dk, parts, dstrength, *strides, T, N, G, W=width,
+        D=D, BW=BW, BD=block(D), BJ=BJ, PER=per, WHOLE=whole, WAY=product_way(k.dtype), num_warps=warps,
     )  # fmt: skip
-    launch(
-        _norm_backward_kernel, (X * G,),
-        k, dnorm, rows, tokens, shift, dz, *strides, T, N, G, W=width, D=D, BW=block(width, 32), BD=block(D),
-    )  # fmt: skip
-    return dk, dz, dstrength
+    return dk, torch.sum(parts, dim=2, out=dz), dstrength
 
 
-def _backward_outputs(z: Tensor, strength: Tensor | None, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_outputs(k: Tensor, z: Tensor, strength: Tensor | None, width: int, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
     X, G, D = z.shape
-    dk, dz = z.new_empty(X, width, G, D, dtype=torch.float32), z.new_empty(X, G, D, dtype=torch.float32)
-    return dk, dz, z.new_empty((0,) if strength is None else (X, width, G), dtype=torch.float32)
+    dz, no_strength = z.new_empty(X, G, D, dtype=torch.float32), z.new_empty((0,), dtype=torch.float32)
+    if whole:
+        dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+        return dk, dz, no_strength if strength is None else z.new_empty(k.shape[:3], dtype=torch.float32)
+    dk = z.new_empty(X, width, G, D, dtype=torch.float32)
+    return dk, dz, no_strength if strength is None else z.new_empty(X, width, G, dtype=torch.float32)
 
 
 @segment_removals_backward.register_fake
@@ -239,29 +250,31 @@ def _(
     shift: Tensor | None,
     strength: Tensor | None,
     width: int,
+    whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_outputs(z, strength, width)
+    return _backward_outputs(k, z, strength, width, whole)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    k, z, rows, tokens, ctx.width, _, shift, strength = inputs
+    k, z, rows, tokens, ctx.width, _, shift, strength, ctx.whole = inputs
     ctx.save_for_backward(k, z, output[1], rows, tokens, shift, strength)
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     k, _, _, rows, _, _, strength = ctx.saved_tensors
-    by_segment, dz, dstrength = segment_removals_backward(gradient, *ctx.saved_tensors, ctx.width)
+    dk, dz, dstrength = segment_removals_backward(gradient, *ctx.saved_tensors, ctx.width, ctx.whole)
 
     def by_token(x: Tensor) -> Tensor:
         """x [X, W, ...] at its places among all tokens, [B, T, ...], and zero where no segment is."""
         B, T = k.shape[:2]
         num_segments = -(-T // ctx.width)
-        whole = torch.zeros(B * num_segments, *x.shape[1:], dtype=torch.float32, device=k.device)
-        whole.index_copy_(0, rows.long(), x)
-        return whole.view(B, num_segments * ctx.width, *x.shape[2:])[:, :T]
+        everywhere = torch.zeros(B * num_segments, *x.shape[1:], dtype=torch.float32, device=k.device)
+        everywhere.index_copy_(0, rows.long(), x)
+        return everywhere.view(B, num_segments * ctx.width, *x.shape[2:])[:, :T]
 
-    dk = by_token(by_segment).to(k.dtype)
-    return dk, dz, None, None, None, None, None, None if strength is None else by_token(dstrength)
+    if not ctx.whole:
+        dk, dstrength = by_token(dk).to(k.dtype), dstrength if strength is None else by_token(dstrength)
+    return dk, dz, None, None, None, None, None, None if strength is None else dstrength, None
 
 
 segment_removals.register_autograd(_backward, setup_context=_save)

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from infini_kernels.triton.blocks import (
     block,
+    blocks_of_a_program,
     by_token,
+    dot,
     dot_exact,
     exact_way,
     launch,
-    product_precision,
+    load_state,
+    product_way,
     sum_tile,
     tile,
 )
@@ -69,45 +72,50 @@ def _states_backward_kernel(
     k_ptr, v_ptr, tokens_ptr, shift_ptr, strength_ptr, dstate_ptr, dz_ptr, dk_ptr, dv_ptr, dstrength_ptr,
     k_row, k_token, k_head, v_row, v_token, v_head,
     T, N, G, W: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PER: tl.constexpr,
+    WAY: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
     g = segment % G
     n = (segment // G) % N
     b = segment // (G * N)
     tokens = tl.load(tokens_ptr + b * N + n)
-    w = tl.program_id(1) * BW + tl.arange(0, BW)
-    t = n * W + w
     d = tl.arange(0, BD)
-    here, inside, in_d = w < tokens, (w < W) & (t < T), d < D
-    row, place = b.to(tl.int64), t.to(tl.int64)
-    mask = here[:, None] & in_d[None, :]
-    key = tl.load(k_ptr + row * k_row + place[:, None] * k_token + g * k_head + d[None, :], mask=mask, other=0.0)
-    out = (row * T + place) * G + g
-    s = tl.where(mask, sigma(key, shift_ptr, out[:, None], here[:, None]), 0.0)  # [BW, BD]
-    if strength_ptr is not None:
-        strength = tl.load(strength_ptr + out, mask=here, other=0.0)
-    ds = tl.zeros((BW, BD), tl.float32)
+    row, in_d = b.to(tl.int64), d < D
     state = segment.to(tl.int64) * D
-    for start in range(0, DV, BV):
-        e = start + tl.arange(0, BV)
-        in_e = e < DV
-        values = v_ptr + row * v_row + place[:, None] * v_token + g * v_head + e[None, :]
-        value = tl.load(values, mask=here[:, None] & in_e[None, :], other=0.0).to(tl.float32)
-        dstates = dstate_ptr + (state + d[:, None]) * DV + e[None, :]
-        dstate = tl.load(dstates, mask=in_d[:, None] & in_e[None, :], other=0.0)  # [BD, BV]
-        ds = tl.dot(value, tl.trans(dstate), ds, input_precision=PRECISION)
-        dvalue = tl.dot(s, dstate, input_precision=PRECISION)
+    by_z = tl.load(dz_ptr + state + d, mask=in_d, other=0.0)
+    if BV >= DV:  # all of the state's gradient at once, for all of the program's tokens
+        dstate = load_state(dstate_ptr, state, d, tl.arange(0, BV), D, DV)
+    for piece in range(0, PER):
+        w = (tl.program_id(1) * PER + piece) * BW + tl.arange(0, BW)
+        t = n * W + w
+        here, inside, place = w < tokens, (w < W) & (t < T), t.to(tl.int64)
+        mask = here[:, None] & in_d[None, :]
+        key = tl.load(k_ptr + row * k_row + place[:, None] * k_token + g * k_head + d[None, :], mask=mask, other=0.0)
+        out = (row * T + place) * G + g
+        s = tl.where(mask, sigma(key, shift_ptr, out[:, None], here[:, None]), 0.0)  # [BW, BD]
         if strength_ptr is not None:
-            dvalue *= strength[:, None]
-        mask_v = inside[:, None] & in_e[None, :]
-        tl.store(dv_ptr + out[:, None] * DV + e[None, :], dvalue.to(dv_ptr.dtype.element_ty), mask=mask_v)
-    ds += tl.load(dz_ptr + state + d, mask=in_d, other=0.0)[None, :]
-    if strength_ptr is not None:
-        tl.store(dstrength_ptr + out, tl.sum(ds * s, axis=1), mask=inside)
-        ds *= strength[:, None]
-    dkey = tl.where(mask, sigma_backward(ds, s, shift_ptr), 0.0)
-    tl.store(dk_ptr + out[:, None] * D + d[None, :], dkey.to(dk_ptr.dtype.element_ty), mask=inside[:, None] & in_d[None, :])
+            strength = tl.load(strength_ptr + out, mask=here, other=0.0)
+        ds = tl.zeros((BW, BD), tl.float32)
+        for start in range(0, DV, BV):
+            e = start + tl.arange(0, BV)
+            in_e = e < DV
+            if BV < DV:
+                dstate = load_state(dstate_ptr, state, d, e, D, DV)
+            values = v_ptr + row * v_row + place[:, None] * v_token + g * v_head + e[None, :]
+            value = tl.load(values, mask=here[:, None] & in_e[None, :], other=0.0)
+            ds = dot(value, tl.trans(dstate), ds, WAY)
+            dvalue = dot(s, dstate, None, WAY)
+            if strength_ptr is not None:
+                dvalue *= strength[:, None]
+            mask_v = inside[:, None] & in_e[None, :]
+            tl.store(dv_ptr + out[:, None] * DV + e[None, :], dvalue.to(dv_ptr.dtype.element_ty), mask=mask_v)
+        ds += by_z[None, :]
+        if strength_ptr is not None:
+            tl.store(dstrength_ptr + out, tl.sum(ds * s, axis=1), mask=inside)
+            ds *= strength[:, None]
+        dkey = tl.where(mask, sigma_backward(ds, s, shift_ptr), 0.0).to(dk_ptr.dtype.element_ty)
+        tl.store(dk_ptr + out[:, None] * D + d[None, :], dkey, mask=inside[:, None] & in_d[None, :])
 
 
 @torch.library.custom_op("infini_kernels::segment_states", mutates_args=())
@@ -124,7 +132,7 @@ def segment_states(
     launch(
         _states_kernel, grid,
         k, v, tokens, shift, strength, state, z, *k_strides, *v_strides, T, N, G, W=width,
-        D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, WAY=exact_way(v.dtype), num_warps=warps,
+        D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, WAY=exact_way(v.dtype), num_warps=warps, num_stages=3,
     )  # fmt: skip
     return state, z
 
@@ -146,12 +154,13 @@ def segment_states_backward(
     (k, k_strides), (v, v_strides) = by_token(k), by_token(v)
     dk, dv, dstrength = _backward_outputs(k, v, strength)
     BW, BV, warps = tile(D, k.dtype, plain=shift is None and strength is None)
-    BW = block(width, BW)
+    BW, BV = block(width, BW), block(DV, BV)
+    per = blocks_of_a_program(width, BW) if BV >= DV else 1
     launch(
-        _states_backward_kernel, (B * N * G, triton.cdiv(width, BW)),
+        _states_backward_kernel, (B * N * G, triton.cdiv(width, BW * per)),
         k, v, tokens, shift, strength, dstate.contiguous(), dz.contiguous(), dk, dv, dstrength,
         *k_strides, *v_strides, T, N, G, W=width,
-        D=D, DV=DV, BW=BW, BD=block(D), BV=block(DV, BV), PRECISION=product_precision(k.dtype), num_warps=warps,
+        D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per, WAY=product_way(k.dtype), num_warps=warps,
     )  # fmt: skip
     return dk, dv, dstrength
 

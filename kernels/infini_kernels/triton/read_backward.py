@@ -1,0 +1,230 @@
+"""The backward of `read`: in one pass over the tokens where a program holds a whole state and its gradient, else in two.
+
+Shapes: B rows, T tokens, N segments, W tokens of a segment, H query heads, G key/value heads, R = H / G, D key width, Dv value
+width. `tokens` [B, N] int32 says how many of a segment's tokens are no padding; for `shift` see `features`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from infini_kernels.triton.blocks import (
+    block,
+    blocks_of_a_program,
+    by_token,
+    dot,
+    halves,
+    launch,
+    load_state,
+    product_way,
+    sum_tile,
+    tile,
+)
+from infini_kernels.triton.features import sigma, sigma_backward
+
+ONE_PASS_WIDTH = 128
+"""Widest head for which a program holds a state and its gradient."""
+
+
+@triton.jit
+def share_of_memory(gate_ptr, z, h, LOCAL_ONLY: tl.constexpr):
+    """Share of the memory in head h: sigmoid(β), and 0 where LOCAL_ONLY finds the memory empty."""
+    share = tl.sigmoid(tl.load(gate_ptr + h).to(tl.float32))
+    if LOCAL_ONLY:
+        share = tl.where(tl.max(tl.abs(z), axis=0) > 0, share, 0.0)
+    return share
+
+
+@triton.jit
+def _read_backward_kernel(
+    q_ptr, local_ptr, gate_ptr, state_ptr, z_ptr, tokens_ptr, shift_ptr, grad_ptr,
+    dq_ptr, dlocal_ptr, dshare_ptr, dstate_ptr, dz_ptr, scale_ptr, dnorm_ptr,
+    q_row, q_token, q_head, local_row, local_token, local_head, grad_row, grad_token, grad_head,
+    eps, T, N, H, R, W: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PER: tl.constexpr,
+    ONE_PASS: tl.constexpr, LOCAL_ONLY: tl.constexpr, WAY: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries, A_dot and the memory's share.
+
+    ONE_PASS: those of states too, by head and program; else it leaves what `_read_backward_states_kernel` needs.
+    """
+    program = tl.program_id(0)
+    h = program % H
+    n = (program // H) % N
+    b = program // (H * N)
+    tokens = tl.load(tokens_ptr + b * N + n)
+    d = tl.arange(0, BD)
+    row, in_d = b.to(tl.int64), d < D
+    state = ((row * N + n) * (H // R) + h // R) * D
+    z = tl.load(z_ptr + state + d, mask=in_d, other=0.0)
+    share = share_of_memory(gate_ptr, z, h, LOCAL_ONLY)
+    if BV >= DV:  # all of the state at once, for all of the program's tokens
+        memory = load_state(state_ptr, state, d, tl.arange(0, BV), D, DV)
+    if ONE_PASS:
+        dstate = tl.zeros((BD, BV), tl.float32)
+        dz = tl.zeros((BD,), tl.float32)
+    dshare = tl.zeros((BW,), tl.float32)
+    for piece in range(0, PER):
+        w = (tl.program_id(1) * PER + piece) * BW + tl.arange(0, BW)
+        t = n * W + w
+        here, inside, place = w < tokens, (w < W) & (t < T), t.to(tl.int64)
+        mask = here[:, None] & in_d[None, :]
+        query = tl.load(q_ptr + row * q_row + place[:, None] * q_token + h * q_head + d[None, :], mask=mask, other=0.0)
+        places = (row * T + place) * H + h
+        s = tl.where(mask, sigma(query, shift_ptr, places[:, None], here[:, None]), 0.0)  # [BW, BD]
+        norm = tl.sum(s * z[None, :], axis=1) + eps  # [BW]
+        scale = tl.where(here, share / norm, 0.0)
+        by_read = tl.zeros((BW, BD), tl.float32)  # Σ_e g M
+        local_grad = tl.zeros((BW,), tl.float32)  # Σ_e g A_dot
+        for start in range(0, DV, BV):
+            e = start + tl.arange(0, BV)
+            wide = here[:, None] & (e < DV)[None, :]
+            if BV < DV:
+                memory = load_state(state_ptr, state, d, e, D, DV)
+            grads = grad_ptr + row * grad_row + place[:, None] * grad_token + h * grad_head + e[None, :]
+            grad = tl.load(grads, mask=wide, other=0.0)
+            by_read = dot(grad, tl.trans(memory), by_read, WAY)
+            if ONE_PASS:
+                dstate = dot(tl.trans(s * scale[:, None]), grad, dstate, WAY)
+            locals_ = local_ptr + row * local_row + place[:, None] * local_token + h * local_head + e[None, :]
+            local = tl.load(locals_, mask=wide, other=0.0).to(tl.float32)
+            local_grad += tl.sum(local * grad.to(tl.float32), axis=1)
+            dlocal = ((1 - share) * grad.to(tl.float32)).to(dlocal_ptr.dtype.element_ty)
+            tl.store(dlocal_ptr + places[:, None] * DV + e[None, :], dlocal, mask=inside[:, None] & (e < DV)[None, :])
+        read_grad = tl.sum(s * by_read, axis=1)  # Σ_e g σ(q) M
+        dnorm = -scale * read_grad / norm
+        dshare += tl.where(here, read_grad / norm - local_grad, 0.0)
+        dquery = sigma_backward(by_read * scale[:, None] + dnorm[:, None] * z[None, :], s, shift_ptr)
+        dquery = tl.where(mask, dquery, 0.0).to(dq_ptr.dtype.element_ty)
+        tl.store(dq_ptr + places[:, None] * D + d[None, :], dquery, mask=inside[:, None] & in_d[None, :])
+        if ONE_PASS:
+            dz += tl.sum(s * dnorm[:, None], axis=0)
+        else:
+            tl.store(scale_ptr + places, scale, mask=inside)
+            tl.store(dnorm_ptr + places, dnorm, mask=inside)
+    part = program.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    if ONE_PASS:
+        e = tl.arange(0, BV)
+        at = dstate_ptr + (part * D + d[:, None]) * DV + e[None, :]
+        tl.store(at, dstate, mask=in_d[:, None] & (e < DV)[None, :])
+        tl.store(dz_ptr + part * D + d, dz, mask=in_d)
+    total = tl.sum(dshare, axis=0)
+    if LOCAL_ONLY:
+        total = tl.where(tl.max(tl.abs(z), axis=0) > 0, total, 0.0)
+    tl.store(dshare_ptr + part, total)
+
+
+@triton.jit
+def _read_backward_states_kernel(
+    q_ptr, tokens_ptr, shift_ptr, grad_ptr, scale_ptr, dnorm_ptr, dstate_ptr, dz_ptr,
+    q_row, q_token, q_head, grad_row, grad_token, grad_head,
+    T, N, H, R: tl.constexpr, W: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr,
+):  # fmt: skip
+    segment, d_block, v_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    G = H // R
+    g = segment % G
+    n = (segment // G) % N
+    b = segment // (G * N)
+    tokens = tl.load(tokens_ptr + b * N + n)
+    row = b.to(tl.int64)
+    d = d_block * BD + tl.arange(0, BD)
+    e = v_block * BV + tl.arange(0, BV)
+    in_d, in_e = d < D, e < DV
+    dstate = tl.zeros((BD, BV), tl.float32)
+    dz = tl.zeros((BD,), tl.float32)
+    BLOCKS: tl.constexpr = (W + BW - 1) // BW
+    for step in range(0, R * BLOCKS):  # one loop, which the compiler can pipeline, over the heads of the group and their tokens
+        h = g * R + step // BLOCKS
+        w = (step % BLOCKS) * BW + tl.arange(0, BW)
+        here = w < tokens
+        place = (n * W + w).to(tl.int64)
+        mask = in_d[:, None] & here[None, :]
+        queries = q_ptr + row * q_row + place[None, :] * q_token + h * q_head + d[:, None]
+        each = (row * T + place) * H + h
+        query = tl.load(queries, mask=mask, other=0.0)
+        s = tl.where(mask, sigma(query, shift_ptr, each[None, :], here[None, :]), 0.0)  # [BD, BW]
+        grads = grad_ptr + row * grad_row + place[:, None] * grad_token + h * grad_head + e[None, :]
+        grad = tl.load(grads, mask=here[:, None] & in_e[None, :], other=0.0)
+        scale = tl.load(scale_ptr + each, mask=here, other=0.0)
+        dstate = dot(s * scale[None, :], grad, dstate, WAY)
+        dz += tl.sum(s * tl.load(dnorm_ptr + each, mask=here, other=0.0)[None, :], axis=1)
+    state = segment.to(tl.int64) * D
+    tl.store(dstate_ptr + (state + d[:, None]) * DV + e[None, :], dstate, mask=in_d[:, None] & in_e[None, :])
+    if v_block == 0:
+        tl.store(dz_ptr + state + d, dz, mask=in_d)
+
+
+@torch.library.custom_op("infini_kernels::read_and_mix_backward", mutates_args=())
+def read_and_mix_backward(
+    grad: Tensor,
+    q: Tensor,
+    local: Tensor,
+    gate: Tensor,
+    M: Tensor,
+    z: Tensor,
+    tokens: Tensor,
+    shift: Tensor | None,
+    width: int,
+    local_only: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, A_dot, gate, M and z."""
+    (B, N), (_, T, H, D), DV, G = tokens.shape, q.shape, local.shape[-1], M.shape[2]
+    (q, q_strides), (local, local_strides), (grad, grad_strides) = by_token(q), by_token(local), by_token(grad)
+    dq, dlocal, dgate, dM, dz = _backward_outputs(q, local, gate, M, z)
+    BW, BV, warps = tile(D, q.dtype, plain=shift is None)
+    BW, BV = block(width, BW), block(DV, BV)
+    per = blocks_of_a_program(width, BW) if BV >= DV else 1
+    programs = triton.cdiv(width, BW * per)
+    one_pass = q.dtype == torch.bfloat16 and max(D, DV) <= ONE_PASS_WIDTH
+    # In one pass a gradient of the states for each head and program of a group; else two numbers for each token and head.
+    parts = [x.new_empty(B, N, G, H // G * programs, *x.shape[3:]) for x in (dM, dz)] if one_pass else [None, None]
+    scale, dnorm = (None if one_pass else dM.new_empty(B, T, H) for _ in range(2))
+    dshare = torch.empty(B, N, H, programs, dtype=torch.float32, device=q.device)
+    launch(
+        _read_backward_kernel, (B * N * H, programs),
+        q, local, gate, halves(M, q.dtype)[0], z.contiguous(), tokens, shift, grad,
+        dq, dlocal, dshare, *parts, scale, dnorm,
+        *q_strides, *local_strides, *grad_strides, eps, T, N, H, H // G, W=width,
+        D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per,
+        ONE_PASS=one_pass, LOCAL_ONLY=local_only, WAY=product_way(q.dtype), num_warps=warps,
+    )  # fmt: skip
+    if one_pass:
+        for part, total in zip(parts, (dM, dz), strict=True):
+            torch.sum(part, dim=3, out=total)  # type: ignore[arg-type]
+    else:
+        _, BD, BV, _ = sum_tile(D, DV, q.dtype)
+        BW = 32 if shift is None or q.dtype == torch.float32 else 16
+        launch(
+            _read_backward_states_kernel, (B * N * G, triton.cdiv(D, BD), triton.cdiv(DV, BV)),
+            q, tokens, shift, grad, scale, dnorm, dM, dz, *q_strides, *grad_strides, T, N, H, R=H // G, W=width,
+            D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, WAY=product_way(q.dtype), num_warps=8,
+        )  # fmt: skip
+    share = gate.float().sigmoid()
+    dgate.copy_(dshare.sum(dim=(0, 1, 3)) * share * (1 - share))
+    return dq, dlocal, dgate, dM, dz
+
+
+def _backward_outputs(q: Tensor, local: Tensor, gate: Tensor, M: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, local, gate, M, z))
+
+
+@read_and_mix_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    local: Tensor,
+    gate: Tensor,
+    M: Tensor,
+    z: Tensor,
+    tokens: Tensor,
+    shift: Tensor | None,
+    width: int,
+    local_only: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _backward_outputs(q, local, gate, M, z)  # type: ignore[return-value]
