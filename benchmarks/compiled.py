@@ -27,7 +27,9 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", t
 Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, int], dict[str, Any]]
 
 
-def launches(width: int, dtype: torch.dtype, update_rule: str, beyond_the_paper: bool = False) -> list[Launch]:
+def launches(
+    width: int, dtype: torch.dtype, update_rule: str, beyond_the_paper: bool = False, capability: int = 90
+) -> list[Launch]:
     """What one layer launches, forward and backward, with 2 key/value heads for 4 query heads of this width.
 
     Args:
@@ -44,6 +46,7 @@ def launches(width: int, dtype: torch.dtype, update_rule: str, beyond_the_paper:
         more["normaliser"] = "corrected" if update_rule == "delta" else "paper"
     found: list[Launch] = []
     blocks.observers.append(lambda *launch: found.append(launch))
+    blocks.compiled_for.append(capability)
     try:
         out, memory = infini_attention(
             q, k, v, gate, segment_length=SEGMENT, update_rule=update_rule, rotary=(angle, angle), backend="triton", **more
@@ -51,6 +54,7 @@ def launches(width: int, dtype: torch.dtype, update_rule: str, beyond_the_paper:
         (out.sum() + memory.M.sum()).backward()
     finally:
         blocks.observers.pop()
+        blocks.compiled_for.pop()
     return found
 
 
@@ -103,9 +107,9 @@ def measure(
     for width in widths:
         for dtype in (torch.bfloat16, torch.float32):
             for beyond in (False, True):
-                for launch in launches(width, dtype, "delta", beyond):
-                    for capability in capabilities:
-                        where = {"width": width, "type": TYPES[dtype], "beyond_the_paper": beyond}
+                for capability in capabilities:
+                    where = {"width": width, "type": TYPES[dtype], "beyond_the_paper": beyond}
+                    for launch in launches(width, dtype, "delta", beyond, capability):
                         rows.append({**where, **compile_for(launch, capability)})
     spilled = [row for row in rows if row["spilled_bytes"]]
     large = [row for row in rows if row["shared_bytes"] > row["shared_limit"]]

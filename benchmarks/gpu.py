@@ -36,7 +36,10 @@ def failure(number: int) -> str | None:
 
 def failures() -> list[str]:
     """What went wrong in each check that failed. Compiling the kernels takes most of their time, so several run at once."""
-    numbers = range(len(kernel_cases.on_cuda()))
+    # Those that take longest first: a single one at the end would keep the others waiting.
+    long = ("compiles_whole", "holds_memory", "8B", "many short segments")
+    names = [name for name, _ in kernel_cases.on_cuda()]
+    numbers = sorted(range(len(names)), key=lambda number: not any(word in names[number] for word in long))
     # Processes that each take every core for the reference would stand in each other's way.
     os.environ["OMP_NUM_THREADS"] = "1"
     workers = max(1, min(16, os.cpu_count() or 1))

@@ -7,6 +7,7 @@ mixed output is written; the backward reads these and the output's gradient and 
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -112,7 +113,7 @@ def measure_one(
     }
     if tokens in plain_at:
         makers["whole, plain"] = whole(infini_attention, "reference")
-        if on_gpu and geometry == GEOMETRIES[-1]:
+        if on_gpu and geometry == GEOMETRIES[-1] and rule == "linear":
             makers["whole, torch.compile"] = whole(torch.compile(infini_attention), "reference")
     if on_gpu and rule == "linear" and find_spec("fla"):
         makers["states forward, fla"] = lambda: _fla_states(k, v, geometry.segment)
@@ -159,10 +160,8 @@ def measure(
     """One row for each geometry, rule and length."""
     where = torch.device(device)
     bandwidth = copy_bandwidth(where)
-    rows = [
-        measure_one(geometry, tokens, rule, where, bandwidth)
-        for geometry in geometries
-        for rule in ("linear", "delta")
-        for tokens in lengths
-    ]
+    rows = []
+    for geometry, rule, tokens in itertools.product(geometries, ("linear", "delta"), lengths):
+        rows.append(measure_one(geometry, tokens, rule, where, bandwidth))
+        print({name: round(value, 4) if isinstance(value, float) else value for name, value in rows[-1].items()}, flush=True)
     return rows, [f"copy bandwidth {bandwidth / 1e12:.3f} TB/s; floor: bytes that must move at this rate"]

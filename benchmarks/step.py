@@ -66,16 +66,20 @@ def one(model: str, variant: str, fused_layers: str) -> dict[str, Any]:
 
 def measure() -> tuple[list[dict[str, Any]], list[str]]:
     """One row for each model, attention and kind of layers."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for model in MODELS:
-        kinds = [(variant, "plain") for variant in VARIANTS]
-        if find_spec("liger_kernel"):
-            kinds.append((VARIANTS[0], "liger"))
-        found = [in_own_process("benchmarks.step", model=model, variant=kind[0], fused_layers=kind[1]) for kind in kinds]
-        local = found[VARIANTS.index("local")]["tokens_per_second"]
-        for (variant, fused_layers), each in zip(kinds, found, strict=True):
-            row = {"model": model, "attention": variant, "layers": fused_layers, **each}
-            rows.append({**row, "of local": each["tokens_per_second"] / local})
+        for fused_layers in ("liger", "plain") if find_spec("liger_kernel") else ("plain",):
+            for variant in VARIANTS:
+                each = in_own_process("benchmarks.step", model=model, variant=variant, fused_layers=fused_layers)
+                rows.append({"model": model, "attention": variant, "layers": fused_layers, **each})
+                print(rows[-1], flush=True)
+    for row in rows:
+        same = next(
+            each
+            for each in rows
+            if (each["model"], each["layers"]) == (row["model"], row["layers"]) and each["attention"] == "local"
+        )
+        row["of local"] = row["tokens_per_second"] / same["tokens_per_second"]
     return rows, [
         f"{ROWS} rows, micro-batches of {SEGMENTS} segments of 2,048 tokens, {MICRO_BATCHES} a window and step, bfloat16"
     ]

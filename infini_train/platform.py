@@ -77,7 +77,13 @@ class _NoRandomState:
 
 def _quiet_libraries() -> None:
     """Keep start-up chatter of the libraries off the screen; their errors stay."""
-    for pattern in (".*Apex is not installed.*", ".*Transformer Engine.*", ".*full scope is deprecated.*"):
+    for pattern in (
+        ".*Apex is not installed.*",
+        ".*Transformer Engine.*",
+        ".*full scope is deprecated.*",
+        ".*barrier.*using the device under current context.*",  # which `install` has set
+        ".*Profiler clears events at the end of each cycle.*",
+    ):
         warnings.filterwarnings("ignore", message=pattern)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

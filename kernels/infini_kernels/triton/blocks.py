@@ -6,7 +6,7 @@ Every sum is one program's own, in one order: same inputs, same bits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,7 +23,9 @@ WIDEST_HEAD = 256
 @triton.jit
 def load_state(state_ptr, first, d, e, D: tl.constexpr, DV: tl.constexpr):
     """Rows d and columns e of the state [D, DV] whose first row is `first`."""
-    return tl.load(state_ptr + (first + d[:, None]) * DV + e[None, :], mask=(d < D)[:, None] & (e < DV)[None, :], other=0.0)
+    return tl.load(
+        state_ptr + first * DV + (d[:, None] * DV + e[None, :]), mask=(d < D)[:, None] & (e < DV)[None, :], other=0.0
+    )
 
 
 @triton.jit
@@ -145,23 +147,32 @@ def by_token(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return x, (x.stride(0), x.stride(1), x.stride(2))
 
 
-def tile(head_width: int, dtype: torch.dtype, plain: bool = True) -> tuple[int, int, int]:
-    """For kernels whose blocks span a head: tokens of a block, value columns of a step, and warps.
+class Tile(NamedTuple):
+    """Tokens of a block, value columns of a step, warps, and stages of the loads' pipeline."""
 
-    As large as registers hold without spilling on sm_80 and sm_90 (benchmarks/compiled.py); benchmarks/tiles.py times others.
+    tokens: int
+    columns: int
+    warps: int
+    stages: int = 2
+
+
+def tile(head_width: int, dtype: torch.dtype, plain: bool = True) -> Tile:
+    """For kernels whose blocks span a head.
+
+    As large as registers hold without spilling on sm_80 and sm_90 (benchmarks/compiled.py), and of those the fastest on an H100
+    (benchmarks/tiles.py).
 
     Args:
         plain: ELU + 1 and writes of strength 1, which take fewer registers.
     """
     if dtype == torch.float32:
-        return 16, 16, 8 if head_width <= 64 or (head_width <= 128 and not plain) else 4 if head_width <= 128 else 16
+        return Tile(16, 16, 8 if head_width <= 64 or (head_width <= 128 and not plain) else 4 if head_width <= 128 else 8)
     if dtype == torch.bfloat16 and head_width <= 128:
-        return 64, 128, 4 if head_width <= 64 else 8
-    tokens = 16 if head_width > 128 else 64 if plain else 32
-    return tokens, 32, 4 if head_width <= 64 else 8
+        return Tile(64 if plain else 32, 128, 4 if head_width <= 64 else 8, 3)
+    return Tile(16 if head_width > 128 else 64 if plain else 32, 32, 4 if head_width <= 64 else 8)
 
 
-TOKENS_OF_A_PROGRAM = 1024
+TOKENS_OF_A_PROGRAM = 2048
 """Tokens for which a program keeps a state that it has read whole."""
 
 
@@ -174,4 +185,15 @@ def sum_tile(head_width: int, value_width: int, dtype: torch.dtype) -> tuple[int
     """For kernels that sum up a state over tokens: tokens of a step, key and value columns of the state, and warps."""
     if dtype == torch.float32:
         return 32, block(head_width, 64), block(value_width, 32), 4
+    if dtype == torch.float16:
+        return 32, block(head_width, 128), block(value_width, 64), 8
     return 64, block(head_width, 64), block(value_width, 128), 4
+
+
+def on_hopper(x: Tensor) -> bool:
+    """Whether x lies on a card of compute capability 9 or later; `compiled_for` says so where there is no card."""
+    return (torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else compiled_for[-1] // 10) >= 9
+
+
+compiled_for = [90]
+"""The last of them is the compute capability for which kernels are compiled without a card."""

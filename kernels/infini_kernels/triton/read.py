@@ -21,6 +21,7 @@ from infini_kernels.triton.blocks import (
     halves,
     launch,
     load_state,
+    on_hopper,
     product_way,
     rounded,
     tile,
@@ -43,7 +44,12 @@ def _read_kernel(
     b = program // (H * N)
     tokens = tl.load(tokens_ptr + b * N + n)
     d = tl.arange(0, BD)
-    row, in_d = b.to(tl.int64), d < D
+    row, first, in_d = b.to(tl.int64), (n * W).to(tl.int64), d < D
+    # Of the segment's first token; offsets within a segment are of 32 bits.
+    q_ptr += row * q_row + first * q_token + h * q_head
+    local_ptr += row * local_row + first * local_token + h * local_head
+    out = (row * T + first) * H + h
+    out_ptr += out * DV
     state = ((row * N + n) * (H // R) + h // R) * D
     z = tl.load(z_ptr + state + d, mask=in_d, other=0.0)
     share = share_of_memory(gate_ptr, z, h, LOCAL_ONLY)
@@ -53,17 +59,16 @@ def _read_kernel(
             low = load_state(low_ptr, state, d, tl.arange(0, BV), D, DV)
     for piece in range(0, PER):
         w = (tl.program_id(1) * PER + piece) * BW + tl.arange(0, BW)
-        t = n * W + w
-        here, inside, place = w < tokens, (w < W) & (t < T), t.to(tl.int64)
+        here, inside = w < tokens, (w < W) & (n * W + w < T)
         mask = here[:, None] & in_d[None, :]
-        query = tl.load(q_ptr + row * q_row + place[:, None] * q_token + h * q_head + d[None, :], mask=mask, other=0.0)
-        places = (row * T + place) * H + h
-        s = tl.where(mask, sigma(query, shift_ptr, places[:, None], here[:, None]), 0.0)  # [BW, BD]
+        query = tl.load(q_ptr + (w[:, None] * q_token + d[None, :]), mask=mask, other=0.0)
+        s = tl.where(mask, sigma(query, shift_ptr, out + (w * H)[:, None], here[:, None]), 0.0)  # [BW, BD]
         s = rounded(s, WAY)  # once, for both sums: their quotient weighs what was written with one set of features
         scale = share / (tl.sum(s * z[None, :], axis=1) + eps)  # [BW]
         for start in range(0, DV, BV):
             e = start + tl.arange(0, BV)
             in_e = e < DV
+            local = tl.load(local_ptr + (w[:, None] * local_token + e[None, :]), mask=here[:, None] & in_e[None, :], other=0.0)
             if BV < DV:
                 memory = load_state(state_ptr, state, d, e, D, DV)
                 if low_ptr is not None:
@@ -71,11 +76,12 @@ def _read_kernel(
             read = dot(s, memory, None, WAY)
             if low_ptr is not None:
                 read = dot(s, low, read, WAY)
-            read *= scale[:, None]
-            locals_ = local_ptr + row * local_row + place[:, None] * local_token + h * local_head + e[None, :]
-            local = tl.load(locals_, mask=here[:, None] & in_e[None, :], other=0.0).to(tl.float32)
-            mixed = tl.where(here[:, None], read + (1 - share) * local, 0.0).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + places[:, None] * DV + e[None, :], mixed, mask=inside[:, None] & in_e[None, :])
+            mixed = tl.where(here[:, None], read * scale[:, None] + (1 - share) * local.to(tl.float32), 0.0)
+            tl.store(
+                out_ptr + ((w * (H * DV))[:, None] + e[None, :]),
+                mixed.to(out_ptr.dtype.element_ty),
+                mask=inside[:, None] & in_e[None, :],
+            )
 
 
 @torch.library.custom_op("infini_kernels::read_and_mix", mutates_args=())
@@ -146,14 +152,16 @@ def _read_and_mix(
 ) -> None:
     (B, N), (_, T, H, D), DV = tokens.shape, q.shape, local.shape[-1]
     (q, q_strides), (local, local_strides) = by_token(q), by_token(local)
-    BW, BV, warps = tile(D, q.dtype, plain=shift is None)
+    BW, BV, warps, stages = tile(D, q.dtype, plain=shift is None)
+    if q.dtype == torch.bfloat16 and D <= 128 and on_hopper(q):
+        warps = 4  # two programs at once on a multiprocessor
     BW, BV = block(width, BW), block(DV, BV)
     per = blocks_of_a_program(width, BW) if BV >= DV else 1
     launch(
         _read_kernel, (B * N * H, triton.cdiv(width, BW * per)),
         q, local, gate, *halves(M, q.dtype), z.contiguous(), tokens, shift, out, *q_strides, *local_strides,
         eps, T, N, H, H // M.shape[2], W=width, D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per,
-        LOCAL_ONLY=local_only, WAY=product_way(q.dtype), num_warps=warps,
+        LOCAL_ONLY=local_only, WAY=product_way(q.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infini_kernels.triton.blocks import (
+    Tile,
     block,
     blocks_of_a_program,
     by_token,
@@ -19,14 +20,15 @@ from infini_kernels.triton.blocks import (
     halves,
     launch,
     load_state,
+    on_hopper,
     product_way,
     sum_tile,
     tile,
 )
 from infini_kernels.triton.features import sigma, sigma_backward
 
-ONE_PASS_WIDTH = 128
-"""Widest head for which a program holds a state and its gradient."""
+ONE_PASS = Tile(32, 128, 8, 3)
+"""For one pass, which takes the registers of a Hopper card and heads of up to 128 columns."""
 
 
 @triton.jit
@@ -57,7 +59,14 @@ def _read_backward_kernel(
     b = program // (H * N)
     tokens = tl.load(tokens_ptr + b * N + n)
     d = tl.arange(0, BD)
-    row, in_d = b.to(tl.int64), d < D
+    row, first, in_d = b.to(tl.int64), (n * W).to(tl.int64), d < D
+    # Of the segment's first token; offsets within a segment are of 32 bits.
+    q_ptr += row * q_row + first * q_token + h * q_head
+    local_ptr += row * local_row + first * local_token + h * local_head
+    grad_ptr += row * grad_row + first * grad_token + h * grad_head
+    out = (row * T + first) * H + h
+    dq_ptr += out * D
+    dlocal_ptr += out * DV
     state = ((row * N + n) * (H // R) + h // R) * D
     z = tl.load(z_ptr + state + d, mask=in_d, other=0.0)
     share = share_of_memory(gate_ptr, z, h, LOCAL_ONLY)
@@ -69,12 +78,10 @@ def _read_backward_kernel(
     dshare = tl.zeros((BW,), tl.float32)
     for piece in range(0, PER):
         w = (tl.program_id(1) * PER + piece) * BW + tl.arange(0, BW)
-        t = n * W + w
-        here, inside, place = w < tokens, (w < W) & (t < T), t.to(tl.int64)
+        here, inside = w < tokens, (w < W) & (n * W + w < T)
         mask = here[:, None] & in_d[None, :]
-        query = tl.load(q_ptr + row * q_row + place[:, None] * q_token + h * q_head + d[None, :], mask=mask, other=0.0)
-        places = (row * T + place) * H + h
-        s = tl.where(mask, sigma(query, shift_ptr, places[:, None], here[:, None]), 0.0)  # [BW, BD]
+        query = tl.load(q_ptr + (w[:, None] * q_token + d[None, :]), mask=mask, other=0.0)
+        s = tl.where(mask, sigma(query, shift_ptr, out + (w * H)[:, None], here[:, None]), 0.0)  # [BW, BD]
         norm = tl.sum(s * z[None, :], axis=1) + eps  # [BW]
         scale = tl.where(here, share / norm, 0.0)
         by_read = tl.zeros((BW, BD), tl.float32)  # Σ_e g M
@@ -82,33 +89,31 @@ def _read_backward_kernel(
         for start in range(0, DV, BV):
             e = start + tl.arange(0, BV)
             wide = here[:, None] & (e < DV)[None, :]
+            grad = tl.load(grad_ptr + (w[:, None] * grad_token + e[None, :]), mask=wide, other=0.0)
+            local = tl.load(local_ptr + (w[:, None] * local_token + e[None, :]), mask=wide, other=0.0).to(tl.float32)
             if BV < DV:
                 memory = load_state(state_ptr, state, d, e, D, DV)
-            grads = grad_ptr + row * grad_row + place[:, None] * grad_token + h * grad_head + e[None, :]
-            grad = tl.load(grads, mask=wide, other=0.0)
             by_read = dot(grad, tl.trans(memory), by_read, WAY)
             if ONE_PASS:
                 dstate = dot(tl.trans(s * scale[:, None]), grad, dstate, WAY)
-            locals_ = local_ptr + row * local_row + place[:, None] * local_token + h * local_head + e[None, :]
-            local = tl.load(locals_, mask=wide, other=0.0).to(tl.float32)
             local_grad += tl.sum(local * grad.to(tl.float32), axis=1)
             dlocal = ((1 - share) * grad.to(tl.float32)).to(dlocal_ptr.dtype.element_ty)
-            tl.store(dlocal_ptr + places[:, None] * DV + e[None, :], dlocal, mask=inside[:, None] & (e < DV)[None, :])
+            tl.store(dlocal_ptr + ((w * (H * DV))[:, None] + e[None, :]), dlocal, mask=inside[:, None] & (e < DV)[None, :])
         read_grad = tl.sum(s * by_read, axis=1)  # Σ_e g σ(q) M
         dnorm = -scale * read_grad / norm
         dshare += tl.where(here, read_grad / norm - local_grad, 0.0)
         dquery = sigma_backward(by_read * scale[:, None] + dnorm[:, None] * z[None, :], s, shift_ptr)
         dquery = tl.where(mask, dquery, 0.0).to(dq_ptr.dtype.element_ty)
-        tl.store(dq_ptr + places[:, None] * D + d[None, :], dquery, mask=inside[:, None] & in_d[None, :])
+        tl.store(dq_ptr + ((w * (H * D))[:, None] + d[None, :]), dquery, mask=inside[:, None] & in_d[None, :])
         if ONE_PASS:
             dz += tl.sum(s * dnorm[:, None], axis=0)
         else:
-            tl.store(scale_ptr + places, scale, mask=inside)
-            tl.store(dnorm_ptr + places, dnorm, mask=inside)
+            tl.store(scale_ptr + (out + w * H), scale, mask=inside)
+            tl.store(dnorm_ptr + (out + w * H), dnorm, mask=inside)
     part = program.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     if ONE_PASS:
         e = tl.arange(0, BV)
-        at = dstate_ptr + (part * D + d[:, None]) * DV + e[None, :]
+        at = dstate_ptr + part * D * DV + (d[:, None] * DV + e[None, :])
         tl.store(at, dstate, mask=in_d[:, None] & (e < DV)[None, :])
         tl.store(dz_ptr + part * D + d, dz, mask=in_d)
     total = tl.sum(dshare, axis=0)
@@ -176,11 +181,11 @@ def read_and_mix_backward(
     (B, N), (_, T, H, D), DV, G = tokens.shape, q.shape, local.shape[-1], M.shape[2]
     (q, q_strides), (local, local_strides), (grad, grad_strides) = by_token(q), by_token(local), by_token(grad)
     dq, dlocal, dgate, dM, dz = _backward_outputs(q, local, gate, M, z)
-    BW, BV, warps = tile(D, q.dtype, plain=shift is None)
+    one_pass = q.dtype == torch.bfloat16 and max(D, DV) <= ONE_PASS.columns and on_hopper(q)
+    BW, BV, warps, stages = ONE_PASS if one_pass else tile(D, q.dtype, plain=shift is None)
     BW, BV = block(width, BW), block(DV, BV)
     per = blocks_of_a_program(width, BW) if BV >= DV else 1
     programs = triton.cdiv(width, BW * per)
-    one_pass = q.dtype == torch.bfloat16 and max(D, DV) <= ONE_PASS_WIDTH
     # In one pass a gradient of the states for each head and program of a group; else two numbers for each token and head.
     parts = [x.new_empty(B, N, G, H // G * programs, *x.shape[3:]) for x in (dM, dz)] if one_pass else [None, None]
     scale, dnorm = (None if one_pass else dM.new_empty(B, T, H) for _ in range(2))
@@ -192,6 +197,7 @@ def read_and_mix_backward(
         *q_strides, *local_strides, *grad_strides, eps, T, N, H, H // G, W=width,
         D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per,
         ONE_PASS=one_pass, LOCAL_ONLY=local_only, WAY=product_way(q.dtype), num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
     if one_pass:
         for part, total in zip(parts, (dM, dz), strict=True):

@@ -169,12 +169,12 @@ def segment_removals(
         _scale_kernel, (X * G, triton.cdiv(width, BW)),
         k, z.contiguous(), rows, tokens, shift, scale, *strides, eps, T, N, G, W=width, D=D, BW=BW, BD=block(D),
     )  # fmt: skip
-    BW, BD, warps = (32, 32, 4) if k.dtype == torch.float32 else (32, 64, 4)
+    BW, BD, warps, stages = {torch.float32: (32, 32, 4, 2), torch.float16: (32, 64, 4, 2)}.get(k.dtype, (64, 128, 8, 3))
     BD = block(D, BD)
     launch(
         _removal_kernel, (X * G, triton.cdiv(D, BD), triton.cdiv(D, BD)),
         k, scale, rows, tokens, shift, strength, removed, *strides, T, N, G, W=width,
-        D=D, BW=block(width, BW), BD=BD, WAY=exact_way(k.dtype), num_warps=warps,
+        D=D, BW=block(width, BW), BD=BD, WAY=exact_way(k.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return removed, scale
 
@@ -216,8 +216,8 @@ def segment_removals_backward(
     k, strides = by_token(k)
     symmetric = gradient + gradient.transpose(-1, -2)
     dk, dz, dstrength = _backward_outputs(k, z, strength, width, whole)
-    BW, BJ, warps = tile(D, k.dtype, plain=shift is None and strength is None)
-    BW, BJ = block(width, BW), block(D, BJ)
+    BW, BJ, warps, stages = tile(D, k.dtype, plain=shift is None and strength is None)
+    BW, BJ = block(width, min(BW, 32)), block(D, BJ)
     per = blocks_of_a_program(width, BW) if BJ >= D else 1
     programs = triton.cdiv(width, BW * per)
     parts = dz.new_empty(X, G, programs, D)
@@ -225,6 +225,7 @@ def segment_removals_backward(
         _removal_backward_kernel, (X * G, programs),
         k, z.contiguous(), scale, symmetric, rows, tokens, shift, strength, dk, parts, dstrength, *strides, T, N, G, W=width,
         D=D, BW=BW, BD=block(D), BJ=BJ, PER=per, WHOLE=whole, WAY=product_way(k.dtype), num_warps=warps,
+        num_stages=stages,
     )  # fmt: skip
     return dk, torch.sum(parts, dim=2, out=dz), dstrength
 

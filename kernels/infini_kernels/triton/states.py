@@ -132,7 +132,8 @@ def segment_states(
     launch(
         _states_kernel, grid,
         k, v, tokens, shift, strength, state, z, *k_strides, *v_strides, T, N, G, W=width,
-        D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, WAY=exact_way(v.dtype), num_warps=warps, num_stages=3,
+        D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, WAY=exact_way(v.dtype), num_warps=warps,
+        num_stages=2 if k.dtype == torch.float16 else 3,
     )  # fmt: skip
     return state, z
 
@@ -153,14 +154,16 @@ def segment_states_backward(
     (B, N), (_, T, G, D), DV = tokens.shape, k.shape, v.shape[-1]
     (k, k_strides), (v, v_strides) = by_token(k), by_token(v)
     dk, dv, dstrength = _backward_outputs(k, v, strength)
-    BW, BV, warps = tile(D, k.dtype, plain=shift is None and strength is None)
+    BW, BV, warps, stages = tile(D, k.dtype, plain=shift is None and strength is None)
+    if shift is not None or strength is not None:
+        BW, stages = 16, 2
     BW, BV = block(width, BW), block(DV, BV)
     per = blocks_of_a_program(width, BW) if BV >= DV else 1
     launch(
         _states_backward_kernel, (B * N * G, triton.cdiv(width, BW * per)),
         k, v, tokens, shift, strength, dstate.contiguous(), dz.contiguous(), dk, dv, dstrength,
         *k_strides, *v_strides, T, N, G, W=width,
-        D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per, WAY=product_way(k.dtype), num_warps=warps,
+        D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per, WAY=product_way(k.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return dk, dv, dstrength
 

@@ -118,7 +118,7 @@ def walk_segments(start: Tensor, added: Tensor, reset: Tensor, removed: Tensor |
         launch(
             _recurrence_kernel, (B * G, triton.cdiv(DV, BV)),
             start, added, removed.contiguous(), reset, entering, leaving, N, G,
-            D=D, DV=DV, BD=block(D), BK=block(D, BK), BV=BV, BACKWARD=backward, WAY="ieee",
+            D=D, DV=DV, BD=block(D), BK=block(D, BK), BV=BV, BACKWARD=backward, WAY="tf32x3", num_warps=8,
         )  # fmt: skip
     return entering, leaving
 
