@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.clock import copy_bandwidth, median_milliseconds
-from infini_kernels import infini_attention, local_attention
+from infini_kernels import infini_attention
 from infini_kernels.compressive import SegmentMemory
-from infini_kernels.triton.operation import KernelUpdates
+from infini_kernels.segments import SegmentLayout
+from infini_kernels.triton.operation import KernelUpdates, local_half, tokens_by_segment
 from infini_kernels.triton.read import read_and_mix
 from infini_kernels.triton.states import segment_states
 
@@ -94,7 +95,9 @@ def measure_one(
         return lambda: both_ways(lambda: operation(q, k, v, gate, **options, **more, backend=backend)[0], leaves)
 
     def local_alone() -> Callable[[], Any]:
-        return both_ways(lambda: local_attention(q, k, v, segment_length=geometry.segment, rotary=options["rotary"]), (q, k, v))
+        layout = SegmentLayout.of(tokens, geometry.segment)
+        present = tokens_by_segment(None, layout, q, geometry.segment)
+        return both_ways(lambda: local_half(q, k, v, options["rotary"], present, None, layout), (q, k, v))
 
     def memory_alone() -> Callable[[], Any]:
         local = torch.randn_like(q).requires_grad_()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import operation
+from infini_kernels import infini_attention, local_attention
 
 
 @pytest.mark.parametrize("rule", ["linear", "delta"])
@@ -24,9 +25,9 @@ def test_the_memory_path_is_the_operation_without_local_attention() -> None:
     geometry = operation.Geometry("tiny", heads=2, groups=1, width=16, segment=8)
     q, k, v, gate = operation.inputs(geometry, 24, torch.device("cpu"), torch.float32)
     rotary = operation.rotary_tables(geometry, torch.device("cpu"))
-    local = operation.local_attention(q, k, v, segment_length=8, rotary=rotary)
+    local = local_attention(q, k, v, segment_length=8, rotary=rotary)
     found = operation.memory_path(q, k, v, gate, local, geometry, "delta")
-    wanted = operation.infini_attention(
+    wanted = infini_attention(
         q, k, v, gate, segment_length=8, update_rule="delta", rotary=rotary, backend="reference"
     )[0]
     torch.testing.assert_close(found, wanted)

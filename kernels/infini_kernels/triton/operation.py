@@ -48,7 +48,7 @@ def infini_attention_triton(
 ) -> tuple[Tensor, MemoryState]:
     """`infini_attention` for arguments that have been checked, and for which `blocks.supports` holds."""
     layout = SegmentLayout.of(q.shape[1], segment_length)
-    tokens = _tokens(lengths, layout, q, segment_length)
+    tokens = tokens_by_segment(lengths, layout, q, segment_length)
     padding = padding_mask(lengths, layout.num_tokens, segment_length, q.device)
     if reset is not None:
         reset = reset.to(q.device, torch.int8)
@@ -61,7 +61,7 @@ def infini_attention_triton(
         updates = KernelUpdates(k, remembered_values(v, normaliser), tokens, layout.width, shift, strength)
         written = SegmentMemory(updates, memory, reset, update_rule, eps, group, repeats)
     # Here, so that the exchange of a group that is now under way overlaps with it.
-    local = _local(q, k, v, rotary, tokens, padding, layout)
+    local = local_half(q, k, v, rotary, tokens, padding, layout)
     with full_precision(q):
         carried = written.carry()
         entering = carried.entering or MemoryState(torch.zeros_like(updates.written), torch.zeros_like(updates.z))
@@ -126,7 +126,7 @@ class KernelRemovals:
         return segment_removals(self._k, z, rows, tokens, self._width, eps, self._shift, self._strength, self._whole)[0]
 
 
-def _tokens(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, segment_length: int) -> Tensor:
+def tokens_by_segment(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, segment_length: int) -> Tensor:
     """Tokens of each segment that are there and no padding, [B, N] int32 on q's device."""
     given = None if lengths is None else lengths_by_segment(lengths, layout.num_tokens, segment_length)
     # Nothing is copied to the device but lengths that are not there: a CUDA graph cannot hold such a copy.
@@ -138,7 +138,7 @@ def _tokens(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, segment_le
 
 
 @counted_as("local attention")
-def _local(
+def local_half(
     q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, tokens: Tensor, padding: Tensor | None, layout: SegmentLayout
 ) -> Tensor:
     """Segment-local attention [B, T, H, Dv]; what stands at padding may be NaN, so it is zeroed first."""
