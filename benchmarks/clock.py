@@ -15,7 +15,7 @@ def median_milliseconds(work: Callable[[], Any], on_gpu: bool) -> float:
     if on_gpu:
         from triton.testing import do_bench
 
-        return float(do_bench(work, warmup=50, rep=200, return_mode="median"))
+        return float(do_bench(work, warmup=25, rep=100, return_mode="median"))
     work()
     times = []
     for _ in range(3):

@@ -67,12 +67,15 @@ def one(model: str, variant: str, fused_layers: str) -> dict[str, Any]:
 def measure() -> tuple[list[dict[str, Any]], list[str]]:
     """One row for each model, attention and kind of layers."""
     rows: list[dict[str, Any]] = []
-    for model in MODELS:
-        for fused_layers in ("liger", "plain") if find_spec("liger_kernel") else ("plain",):
-            for variant in VARIANTS:
-                each = in_own_process("benchmarks.step", model=model, variant=variant, fused_layers=fused_layers)
-                rows.append({"model": model, "attention": variant, "layers": fused_layers, **each})
-                print(rows[-1], flush=True)
+    fused = "liger" if find_spec("liger_kernel") else "plain"
+    kinds = [("slice of 8B", variant, fused) for variant in VARIANTS]
+    kinds += [("1B", variant, fused) for variant in ("infini linear", "local")]
+    if fused != "plain":
+        kinds += [("slice of 8B", variant, "plain") for variant in ("infini linear", "local")]
+    for model, variant, fused_layers in kinds:
+        each = in_own_process("benchmarks.step", model=model, variant=variant, fused_layers=fused_layers)
+        rows.append({"model": model, "attention": variant, "layers": fused_layers, **each})
+        print(rows[-1], flush=True)
     for row in rows:
         same = next(
             each

@@ -27,7 +27,5 @@ def test_the_memory_path_is_the_operation_without_local_attention() -> None:
     rotary = operation.rotary_tables(geometry, torch.device("cpu"))
     local = local_attention(q, k, v, segment_length=8, rotary=rotary)
     found = operation.memory_path(q, k, v, gate, local, geometry, "delta")
-    wanted = infini_attention(
-        q, k, v, gate, segment_length=8, update_rule="delta", rotary=rotary, backend="reference"
-    )[0]
+    wanted = infini_attention(q, k, v, gate, segment_length=8, update_rule="delta", rotary=rotary, backend="reference")[0]
     torch.testing.assert_close(found, wanted)
