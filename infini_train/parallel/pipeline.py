@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from infini_kernels.segments import to_device
 from infini_train import platform
 from infini_train.attention import LayerMemory, detached, map_parts
 from infini_train.config import RunConfig
@@ -183,7 +184,7 @@ class SegmentPipeline:
             wanted = slice(valid if first is None else min(max(first - start, 0), valid), valid)
             micro_batch = MicroBatch(reset=batch.reset, lengths=batch.lengths, memory_in=dict(memory), output_positions=wanted)
             logits = self.engine.forward(
-                input_ids=batch.tokens.to(self.device),
+                input_ids=to_device(batch.tokens, self.device),
                 position_ids=None,
                 attention_mask=None,
                 packed_seq_params=micro_batch,
@@ -218,15 +219,15 @@ class SegmentPipeline:
         output = self.engine.forward(
             chunk=chunk,
             hidden=hidden,
-            input_ids=batch.tokens.to(self.device),
+            input_ids=to_device(batch.tokens, self.device),
             position_ids=None,
             attention_mask=None,
-            labels=batch.targets.to(self.device) if is_last else None,
+            labels=to_device(batch.targets, self.device) if is_last else None,
             packed_seq_params=micro_batch,
         )
         if not is_last:
             return output, micro_batch.memory_out, output.new_zeros(())
-        loss = (output.float() * batch.loss_mask.to(self.device)).sum()
+        loss = (output.float() * to_device(batch.loss_mask, self.device)).sum()
         return output, micro_batch.memory_out, loss
 
     def _add_squares(self, gradients: dict[int, LayerMemory]) -> None:

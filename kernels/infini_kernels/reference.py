@@ -11,7 +11,7 @@ from infini_kernels.arguments import Rotary, values_known
 from infini_kernels.compressive import PlainUpdates, SegmentMemory, full_precision, read_and_mix, sigma
 from infini_kernels.local import segment_attention
 from infini_kernels.memory import MemoryState, memory_dtype
-from infini_kernels.segments import SegmentLayout, padding_mask
+from infini_kernels.segments import SegmentLayout, padding_mask, to_device
 from infini_kernels.variants import read_state, remembered_values, write_strength
 
 
@@ -46,7 +46,7 @@ def infini_attention_reference(
         # v alone is kept as it came. Where it is a part of one tensor with q and k, its copy lets theirs go.
         v = v.contiguous()
     if reset is not None:
-        reset = None if values_known(reset) and not bool(reset.any()) else reset.to(q.device)
+        reset = None if values_known(reset) and not bool(reset.any()) else to_device(reset, q.device)
 
     with full_precision(q):
         sigma_k = sigma(k, dtype, feature_map)  # [B, T, G, D]

@@ -37,6 +37,13 @@ class SegmentLayout(NamedTuple):
         return x if x.shape[1] == self.num_tokens else x[:, : self.num_tokens]
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device. From pageable memory a copy to CUDA would wait until the device has done all that is queued before it."""
+    if x.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def lengths_by_segment(lengths: Tensor, num_tokens: int, segment_length: int) -> Tensor:
     """Valid tokens of each segment [B, N], from those of each row [B] or of each segment [B, N]."""
     if lengths.dim() == 2:
@@ -57,4 +64,4 @@ def padding_mask(lengths: Tensor | None, num_tokens: int, segment_length: int, d
         return None
     position = torch.arange(num_tokens, device=lengths.device)  # [T]
     padding = position % segment_length >= lengths[:, position // segment_length]
-    return padding.to(device)[:, :, None, None]
+    return to_device(padding, device)[:, :, None, None]

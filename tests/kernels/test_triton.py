@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from infini_kernels import infini_attention
+from infini_kernels.segments import SegmentLayout
 from infini_kernels.triton import blocks, operation
 from tests import kernel_cases
 
@@ -104,6 +105,16 @@ def test_torch_compile_takes_it_whole(name: str, update_rule: str) -> None:
     """No graph break, and the same numbers, forward and backward."""
     case = kernel_cases.SMALL[name]
     kernel_cases.compiles_whole(case, torch.float32, "cpu", update_rule, "aot_eager")
+
+
+def test_full_segments_need_no_copy_from_the_host() -> None:
+    """Lengths on the host that turn out to be full are counted on the device, as if there were none."""
+    layout, q = SegmentLayout.of(13, 5), torch.zeros(2, 13, 1, 8, device="meta")
+    full = torch.tensor([[5, 5, 3], [5, 5, 3]])
+    for lengths in (None, full, torch.tensor([13, 13])):
+        assert operation.tokens_by_segment(lengths, layout, q, 5).device == q.device
+    found = operation.tokens_by_segment(full - torch.tensor([[0, 0, 0], [0, 2, 3]]), layout, torch.zeros(2, 13, 1, 8), 5)
+    assert found.tolist() == [[5, 5, 3], [5, 3, 0]]
 
 
 def test_what_has_no_kernel_is_refused_or_left_to_the_reference() -> None:
