@@ -22,7 +22,7 @@ ALLOWED = {
     "attention": {"infini_kernels", *SIDE},
     "model": {"infini_kernels", "attention", *SIDE},
     "checkpoint": {"config", "errors"},
-    "parallel": {"attention", "model", "data", *SIDE},
+    "parallel": {"infini_kernels", "attention", "model", "data", *SIDE},
     "training": {"checkpoint", "infini_kernels", "attention", "model", "parallel", "data", "evaluation", *SIDE},
     "evaluation": {"checkpoint", "attention", "model", "parallel", "data", "tasks", "training", *SIDE},
     "planning": {"infini_kernels", "model", "parallel", "data", "training", "validation", *SIDE},
