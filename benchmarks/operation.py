@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.clock import copy_bandwidth, median_milliseconds
+from benchmarks.run import progress
 from infini_kernels import infini_attention
 from infini_kernels.compressive import SegmentMemory
 from infini_kernels.segments import SegmentLayout
@@ -166,6 +167,5 @@ def measure(
     bandwidth = copy_bandwidth(where)
     rows = []
     for geometry, rule, tokens in itertools.product(geometries, ("linear", "delta"), lengths):
-        rows.append(measure_one(geometry, tokens, rule, where, bandwidth))
-        print({name: round(value, 4) if isinstance(value, float) else value for name, value in rows[-1].items()}, flush=True)
+        rows.append(progress(measure_one(geometry, tokens, rule, where, bandwidth)))
     return rows, [f"copy bandwidth {bandwidth / 1e12:.3f} TB/s; floor: bytes that must move at this rate"]

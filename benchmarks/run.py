@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -57,15 +58,38 @@ def show(name: str, rows: list[dict[str, Any]]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
+_rows: list[dict[str, Any]] = []
+
+
+def progress(row: dict[str, Any]) -> dict[str, Any]:
+    """Show a row of a benchmark that takes minutes as soon as it is there; it is recorded even if the rest is cut off."""
+    print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
+    _rows.append(row)
+    return row
+
+
 def run(name: str) -> None:
     """Measure, show and record one benchmark."""
-    rows, conclusions = importlib.import_module(f"benchmarks.{name}").measure()
+    _rows.clear()
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        rows, conclusions = importlib.import_module(f"benchmarks.{name}").measure()
+    except (KeyboardInterrupt, SystemExit):
+        if _rows:
+            record(name, _rows, [f"stopped after {len(_rows)} rows"])
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     show(name, rows)
     print(*conclusions, sep="\n")
-    record = {"name": name, **environment(), "rows": rows, "conclusions": conclusions}
+    record(name, rows, conclusions)
+
+
+def record(name: str, rows: list[dict[str, Any]], conclusions: list[str]) -> None:
+    """Append to benchmarks/results/NAME.jsonl."""
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps({"name": name, **environment(), "rows": rows, "conclusions": conclusions}) + "\n")
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.one_process import OneDocument, in_own_process
+from benchmarks.run import progress
 from infini_train.cli import read_config
 from infini_train.config import LayoutConfig, RunConfig
 
@@ -74,8 +75,7 @@ def measure() -> tuple[list[dict[str, Any]], list[str]]:
         kinds += [("slice of 8B", variant, "plain") for variant in ("infini linear", "local")]
     for model, variant, fused_layers in kinds:
         each = in_own_process("benchmarks.step", model=model, variant=variant, fused_layers=fused_layers)
-        rows.append({"model": model, "attention": variant, "layers": fused_layers, **each})
-        print(rows[-1], flush=True)
+        rows.append(progress({"model": model, "attention": variant, "layers": fused_layers, **each}))
     for row in rows:
         same = next(
             each

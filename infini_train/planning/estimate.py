@@ -28,8 +28,9 @@ ATTENTION_SHARE = {"A100": 0.50, "H100": 0.35, "H200": 0.35}
 """Share of the peak of FlashAttention-2, forward and backward: 50 to 73% on A100 (arXiv 2307.08691, abstract), 35% on H100
 (arXiv 2407.08608, abstract)."""
 MEMORY_SHARE = 0.50
-"""Share of the float32 peak that the memory's products reach. Cautious: with bfloat16 tokens the kernels of one layer of 8B took 1.5
-(linear) and 1.9 ms (delta) for 32,768 tokens on an H100, as products at 1.2 to 1.3 of that peak would; other types were not measured."""
+"""Share of the float32 peak that the memory's products reach. Cautious: with bfloat16 tokens the kernels of one layer of 8B
+took 1.5 (linear) and 1.9 ms (delta) for 32,768 tokens on an H100, as products at 1.2 to 1.3 of that peak would.
+Other types were not measured."""
 BANDWIDTH_SHARE = 0.80
 """Share of the memory bandwidth of passes over tensors. STREAM-like copies reach 80 to 90% (a rule of thumb, no source)."""
 TRAFFIC_PER_KEPT_BYTE = 6.0

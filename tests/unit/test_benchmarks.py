@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks import gpu, step
+from benchmarks import gpu, run, step
 from benchmarks.run import NAMES, show
 from infini_train.validation import validate
 
@@ -13,10 +18,10 @@ from infini_train.validation import validate
 @pytest.mark.parametrize("model", step.MODELS)
 @pytest.mark.parametrize("variant", step.VARIANTS)
 def test_steps_are_runs_that_can_be(model: str, variant: str) -> None:
-    run = step.step_run(model, variant, "plain")
-    validate(run, world_size=1)
-    assert run.model.attention == variant.split()[0] and run.tokens_per_step == 2 * 4 * 4096
-    assert run.model.hidden_size == {"1B": 2048, "slice of 8B": 4096}[model] and run.training.precision == "bfloat16"
+    config = step.step_run(model, variant, "plain")
+    validate(config, world_size=1)
+    assert config.model.attention == variant.split()[0] and config.tokens_per_step == 2 * 4 * 4096
+    assert config.model.hidden_size == {"1B": 2048, "slice of 8B": 4096}[model] and config.training.precision == "bfloat16"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card to measure")
@@ -29,3 +34,16 @@ def test_without_a_card_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_table_has_its_columns_under_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     show("speeds", [{"tokens": 8, "ms": 1234.5}, {"tokens": 1024, "ms": None}])
     assert capsys.readouterr().out == "speeds\ntokens     ms\n     8  1,234\n  1024   None\n"
+
+
+def test_rows_that_are_there_are_kept_when_the_rest_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off() -> None:
+        run.progress({"tokens": 8, "ms": 1.5})
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(step, "measure", cut_off)
+    with pytest.raises(SystemExit):
+        run.run("step")
+    record = json.loads((tmp_path / "results" / "step.jsonl").read_text(encoding="utf-8"))
+    assert record["rows"] == [{"tokens": 8, "ms": 1.5}] and record["conclusions"] == ["stopped after 1 rows"]
