@@ -79,7 +79,7 @@ def compile_one(compilation: tuple[str, str, list[Any], dict[str, Any]]) -> str 
     return None
 
 
-def recorded(geometry: Geometry, tokens: int, rule: str) -> list[Trial]:
+def recorded(geometry: Geometry, tokens: int, rule: str, device: str = "cuda") -> list[Trial]:
     """What one layer's memory path launches, forward and backward, while it runs."""
     found: list[Trial] = []
 
@@ -87,7 +87,7 @@ def recorded(geometry: Geometry, tokens: int, rule: str) -> list[Trial]:
         found.append(Trial(kernel, grid, arguments, {**constants, **options}, "now"))
         found[-1].start()
 
-    q, k, v, gate = leaves = inputs(geometry, tokens, torch.device("cuda"), torch.bfloat16)
+    q, k, v, gate = leaves = inputs(geometry, tokens, torch.device(device), torch.bfloat16)
     local = torch.randn_like(q).requires_grad_()
     blocks.observers.append(record)
     try:
@@ -129,11 +129,12 @@ def grid(name: str, now: tuple[int, ...], settings: dict[str, Any]) -> tuple[int
 
 def milliseconds(trial: Trial) -> float | None:
     """None where the card refuses the launch."""
+    from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
     try:
         return float(do_bench(trial.start, warmup=10, rep=40, return_mode="median"))
-    except Exception:
+    except (OutOfResources, RuntimeError):
         return None
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import operation
+from benchmarks import operation, tiles
 from infini_kernels import infini_attention, local_attention
 
 
@@ -29,3 +29,18 @@ def test_the_memory_path_is_the_operation_without_local_attention() -> None:
     found = operation.memory_path(q, k, v, gate, local, geometry, "delta")
     wanted = infini_attention(q, k, v, gate, segment_length=8, update_rule="delta", rotary=rotary, backend="reference")[0]
     torch.testing.assert_close(found, wanted)
+
+
+def test_other_tiles_start_and_cover_the_same_outputs() -> None:
+    geometry = operation.Geometry("tiny", heads=2, groups=1, width=16, segment=150)
+    launches = tiles.recorded(geometry, 300, "delta", device="cpu")
+    assert set(tiles.CHOICES) - {"_read_backward_states_kernel"} <= {now.kernel.__name__ for now in launches}
+    read = next(now for now in launches if now.kernel.__name__ == "_read_kernel")
+    out = read.arguments[read.kernel.arg_names.index("out_ptr")]
+    wanted = out.clone()
+    tried = [trial for trial in tiles.others(read) if trial.settings["num_warps"] == 4 and trial.settings["num_stages"] == 2]
+    assert {trial.settings["BW"] for trial in tried} == {32, 64, 128}
+    for trial in tried:
+        out.fill_(float("nan"))
+        trial.start()
+        torch.testing.assert_close(out, wanted, rtol=0, atol=0)
