@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 NAMES = ("stream", "window", "pipeline", "checkpoint", "peers", "compiled", "tiles", "operation", "step")
+ON_CUDA = ("tiles", "operation", "step")
 LIBRARIES = ("torch", "triton", "megatron-core", "deepspeed", "flash-attn", "liger-kernel", "flash-linear-attention")
 RESULTS = Path(__file__).parent / "results"
 
@@ -92,10 +93,14 @@ def record(name: str, rows: list[dict[str, Any]], conclusions: list[str]) -> Non
         file.write(json.dumps({"name": name, **environment(), "rows": rows, "conclusions": conclusions}) + "\n")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("name", choices=NAMES)
-    run(parser.parse_args().name)
+    name = parser.parse_args(arguments).name
+    if name in ON_CUDA and not torch.cuda.is_available():
+        print(f"python -m benchmarks.run {name} needs a CUDA device, and torch sees none here", file=sys.stderr)
+        return 2
+    run(name)
     return 0
 
 

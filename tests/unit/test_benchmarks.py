@@ -29,6 +29,9 @@ def test_without_a_card_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 2
     assert "needs a CUDA device" in capsys.readouterr().err
     assert set(gpu.MEASURED) <= set(NAMES)
+    for name in run.ON_CUDA:
+        assert run.main([name]) == 2
+        assert capsys.readouterr().err == f"python -m benchmarks.run {name} needs a CUDA device, and torch sees none here\n"
 
 
 def test_a_table_has_its_columns_under_each_other(capsys: pytest.CaptureFixture[str]) -> None:
