@@ -226,6 +226,10 @@ def _prepare(run: RunConfig, arguments: Namespace) -> int:
 
 def _pretrain(run: RunConfig, arguments: Namespace) -> int:
     _check(run)
+    if run.checkpoint.copy_to is not None:
+        from infini_train.checkpoint.remote import check_url
+
+        check_url(run.checkpoint.copy_to)
     if arguments.check_only:
         return 0
     from infini_train import platform

@@ -36,10 +36,15 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step of a folder `step_XXXXXXXX`."""
+    return int(path.name.removeprefix("step_"))
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Committed checkpoints of a run, oldest first; whether their files are whole is for `damage` to say."""
     found = [path for path in checkpoint_root(run_dir).glob("step_*") if path.name[5:].isdigit() and is_committed(path)]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=step_of)
 
 
 def is_committed(path: Path) -> bool:
@@ -173,14 +178,22 @@ def delete(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def retain(run_dir: Path, keep: int, keep_every: int) -> None:
+def retain(run_dir: Path, newest: int, keep: int, keep_every: int) -> None:
     """Delete what is older than the newest `keep` checkpoints, except steps that `keep_every` divides (0: none is kept so),
-    and what interrupted saves left behind."""
-    committed = list_checkpoints(run_dir)
-    for path in committed[:-keep]:
-        if not keep_every or int(path.name[5:]) % keep_every:
+    and what is left of interrupted saves and of damaged checkpoints.
+
+    Args:
+        newest: step of the checkpoint that was committed just now. One of a later step was damaged, or the run would have gone
+            on from it: it counts for nothing.
+    """
+    committed = {step_of(path): path for path in list_checkpoints(run_dir)}
+    for step, path in committed.items():
+        if step > newest:
             delete(path)
-    newest = int(committed[-1].name[5:]) if committed else 0
+    whole = [step for step in committed if step <= newest]
+    for step in whole[:-keep]:
+        if not keep_every or step % keep_every:
+            delete(committed[step])
     for path in checkpoint_root(run_dir).glob("step_*"):
         number = path.name[5:].removesuffix(".partial")
         if number.isdigit() and int(number) <= newest and not is_committed(path):

@@ -7,6 +7,22 @@ from pathlib import Path
 import fsspec
 
 from infini_train.checkpoint.folder import COMMIT_FILE
+from infini_train.errors import UserError
+
+
+def check_url(url: str) -> None:
+    """Refuse a URL for which no backend is there; nothing is read or written.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    try:
+        fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"checkpoint.copy_to is {url}, which cannot be written to: {error}; use file://, or install fsspec's backend for it "
+            "(s3fs for s3://, gcsfs for gs://)"
+        ) from error
 
 
 def copy_to_url(path: Path, url: str) -> None:

@@ -76,8 +76,6 @@ class CheckpointWriter:
         self.group = _writers_group(config.timeout_seconds)
         self.failures_in_a_row = 0
         self._current: Save | None = None
-        self.last_step: int | None = None
-        """Step of the newest one that is committed and still stands for the run's state."""
         self._unreported: Save | None = None
 
     def save(self, step: int, stage: Callable[[], dict[str, Tensor]], facts: dict[str, Any]) -> None:
@@ -93,8 +91,6 @@ class CheckpointWriter:
         """
         started = time.monotonic()
         self.finish()
-        if self.last_step == step:
-            return
         entries = stage()
         self._current = current = Save(step, started, pause_seconds=time.monotonic() - started)
         if self.config.asynchronous:
@@ -121,7 +117,7 @@ class CheckpointWriter:
         ended = current.done.wait(timeout=max(0.0, current.started + self.config.timeout_seconds - time.monotonic()))
         self._stop_if_stalled(current, ended)
         if current.error is None:
-            self.failures_in_a_row, self.last_step = 0, current.step
+            self.failures_in_a_row = 0
             return current.path
         self.failures_in_a_row += 1
         if must_succeed or self.failures_in_a_row > 1:
@@ -161,7 +157,7 @@ class CheckpointWriter:
         try:
             self._on_main(lambda: folder.start_folder(self.run_dir, current.step))
             dcp.save(entries, storage_writer=_Files(partial, current), process_group=self.group)
-            current.path = self._commit(partial, facts)
+            current.path = self._commit(partial, current.step, facts)
             current.durable_seconds = time.monotonic() - current.started
             self._unreported = current
         except BaseException as error:  # a thread's exception would be lost
@@ -172,7 +168,7 @@ class CheckpointWriter:
         finally:
             current.done.set()
 
-    def _commit(self, partial: Path, facts: dict[str, Any]) -> Path:
+    def _commit(self, partial: Path, step: int, facts: dict[str, Any]) -> Path:
         rank = dist.get_rank()
         mine: Any
         try:
@@ -191,9 +187,9 @@ class CheckpointWriter:
             for name in (".metadata", folder.STATE_FILE):
                 files[name] = folder.describe_file(partial / name)
             final = folder.commit(partial, files)
-            folder.retain(self.run_dir, self.config.keep, self.config.keep_every)
+            folder.retain(self.run_dir, step, self.config.keep, self.config.keep_every)
             if self.config.copy_to is not None:
-                copy_to_url(final, self.config.copy_to)
+                _try_to_copy(final, self.config.copy_to)
 
         self._on_main(commit)
         return partial.with_suffix("")
@@ -209,6 +205,14 @@ class CheckpointWriter:
         dist.broadcast_object_list(error, src=0, group=self.group)
         if error[0] is not None:
             raise SaveError(error[0])
+
+
+def _try_to_copy(path: Path, url: str) -> None:
+    """A store out of reach costs the copy, not the run: the checkpoint itself is whole."""
+    try:
+        copy_to_url(path, url)
+    except Exception as error:  # each of fsspec's backends has exceptions of its own
+        print(f"\n{path} was not copied to {url}: {_one_line(error)}; training goes on", file=sys.stderr)
 
 
 @cache

@@ -132,6 +132,7 @@ class Checkpointer:
             "tokens": state.tokens,
             "health": state.health.state_dict(),
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
+            "dataset_fingerprint": state.reader.dataset.fingerprint,
             "config": asdict(self.run),
             "versions": {name: version(name) for name in ("infini-train", "torch", "megatron-core", "deepspeed")},
         }
@@ -140,11 +141,12 @@ class Checkpointer:
         """Restore weights, optimizer, memory and stream positions into a fresh engine and state.
 
         Raises:
-            UserError: the checkpoint belongs to another model, tokenizer or number of rows.
+            UserError: the checkpoint belongs to another model or tokenizer, or its stream positions mean nothing here.
         """
         facts = self._read_facts(path)
+        self._check_streams(facts, path, state)
         optimizer = {
-            kind: {name: self._empty(name, parameter) for name, parameter in engine.module.named_parameters()}
+            kind: {name: self._empty(parameter) for name, parameter in engine.module.named_parameters()}
             for kind in ("model", *MOMENTS)
         }
         memory = self._empty_memory()
@@ -160,7 +162,6 @@ class Checkpointer:
         state.reader.load_state(_local(entries["streams"]))
         torch.set_rng_state(entries["random.torch"])
         state.step, state.tokens = facts["step"], facts["tokens"]
-        self.writer.last_step = None  # after a rollback the same step is another state
 
     def load_weights(self, path: Path, module: torch.nn.Module) -> int:
         """Restore weights alone, in any layout; returns the checkpoint's step.
@@ -174,7 +175,7 @@ class Checkpointer:
         if path.suffix == SUFFIX:
             return self._load_weights_file(path, module)
         facts = self._read_facts(path)
-        weights = {"model": {name: self._empty(name, parameter) for name, parameter in module.named_parameters()}}
+        weights = {"model": {name: self._empty(parameter) for name, parameter in module.named_parameters()}}
         entries = self._optimizer_entries(weights)
         read_tensors(path, entries)
         self._collect_blocks(entries, weights)
@@ -217,13 +218,23 @@ class Checkpointer:
                     f"model.{key} is {value}, but checkpoint {path} was trained with {saved[key]}; "
                     "set it back, or choose a new run_dir"
                 )
-        if facts["config"]["training"]["rows"] != self.run.training.rows:
+
+    def _check_streams(self, facts: dict[str, Any], path: Path, state: TrainingState) -> None:
+        """Positions in streams and the memories beside them belong to one order of one set of documents."""
+        for key in ("rows", "seed", "length_curriculum"):
+            ours, saved = getattr(self.run.training, key), facts["config"]["training"][key]
+            if saved != ours:
+                raise UserError(
+                    f"training.{key} is {ours}, but checkpoint {path} was trained with {saved}; "
+                    "set it back, or choose a new run_dir"
+                )
+        if facts.get("dataset_fingerprint", state.reader.dataset.fingerprint) != state.reader.dataset.fingerprint:
             raise UserError(
-                f"training.rows is {self.run.training.rows}, but checkpoint {path} was trained with "
-                f"{facts['config']['training']['rows']} rows; set it back, or choose a new run_dir"
+                f"data.path {self.run.data.path} holds other documents than those that checkpoint {path} was trained on; "
+                "use the data that the run was started with, or choose a new run_dir"
             )
 
-    def _empty(self, name: str, parameter: torch.nn.Parameter) -> Tensor:
+    def _empty(self, parameter: torch.nn.Parameter) -> Tensor:
         shape = getattr(parameter, "ds_shape", parameter.shape)
         return torch.empty(shape, dtype=torch.float32, device=platform.device())
 

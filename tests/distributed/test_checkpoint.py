@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -15,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import CheckpointConfig, LayoutConfig, RunConfig, save_config
 from tests.distributed.assemble import global_memory, global_weights
 from tests.distributed.cases import Case
+from tests.unit.test_checkpoint_folder import recommit
 from tests.warm.interpreter import launcher
 
 REPOSITORY = Path(__file__).parents[2]
@@ -135,6 +138,20 @@ def test_only_the_newest_checkpoints_are_kept(run, undisturbed):
 def test_a_finished_run_started_again_changes_nothing(run, undisturbed):
     assert "trained to step 24" in finish(start(run, 2), 0)
     assert metrics(run) == undisturbed
+
+
+def test_positions_in_other_streams_are_refused(run, undisturbed):
+    """A saved position exists in another order or set of documents too, where it means something else."""
+    other = elsewhere(run, "other streams")
+    shutil.copytree(run.run_dir, other.run_dir)
+    reordered = replace(other, training=replace(run.training, seed=run.training.seed + 1, steps=25))
+    assert f"training.seed is {run.training.seed + 1}, but checkpoint" in finish(start(reordered, 2), 2)
+    newest = list_checkpoints(Path(other.run_dir))[-1]
+    facts = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps({**facts, "dataset_fingerprint": "0" * 64}))
+    recommit(newest)
+    longer = replace(other, training=replace(run.training, steps=25))
+    assert f"data.path {run.data.path} holds other documents" in finish(start(longer, 2), 2)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,16 @@ def test_a_disk_that_stays_full_stops_the_run_on_all_ranks(pair, undisturbed_pai
     assert metrics(hit) == undisturbed_pair
 
 
+def test_a_store_that_takes_no_copies_costs_the_copies_alone(pair, undisturbed_pair):
+    hit = elsewhere(pair, "no copies")
+    hit = replace(hit, checkpoint=replace(pair.checkpoint, copy_to="file:///dev/null/archive"))
+    result = pretrain(hit, 2)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("was not copied to file:///dev/null/archive") == 3 and "failed" not in result.stdout
+    assert metrics(hit) == undisturbed_pair
+    assert sorted(path.name[5:] for path in (Path(hit.run_dir) / "checkpoints").iterdir()) == ["00000008", "00000012"]
+
+
 def test_a_writer_that_stalls_is_named(pair, undisturbed_pair):
     hit = replace(elsewhere(pair, "stalled"), checkpoint=CheckpointConfig(every=4, timeout_seconds=8.0))
     result = pretrain(hit, 2, "stall@1@4")

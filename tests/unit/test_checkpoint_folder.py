@@ -80,8 +80,16 @@ def test_retention(tmp_path):
     for step in (10, 20, 25, 30, 40):
         write(tmp_path, step)
     folder.start_folder(tmp_path, 35)
-    folder.retain(tmp_path, keep=2, keep_every=20)
+    folder.retain(tmp_path, newest=40, keep=2, keep_every=20)
     assert sorted(path.name[5:] for path in folder.checkpoint_root(tmp_path).iterdir()) == ["00000020", "00000030", "00000040"]
+
+
+def test_checkpoints_that_a_resume_passed_over_count_for_nothing(tmp_path):
+    """The run went on from 20, because 30 and 40 were damaged, and has saved 25."""
+    for step in (10, 20, 25, 30, 40):
+        write(tmp_path, step)
+    folder.retain(tmp_path, newest=25, keep=2, keep_every=10)
+    assert sorted(path.name[5:] for path in folder.checkpoint_root(tmp_path).iterdir()) == ["00000010", "00000020", "00000025"]
 
 
 def test_an_interrupted_deletion_leaves_nothing_to_trust(tmp_path, monkeypatch):
