@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 
 from infini_train.cluster import command as cluster
 from infini_train.config import TASK_KINDS, RunConfig
-from infini_train.errors import UserError
+from infini_train.errors import AgreedError, UserError
 from infini_train.parser_errors import in_words
 from infini_train.planning import command as planning
 from infini_train.validation import validate
@@ -136,13 +137,19 @@ def main(argv: list[str] | None = None) -> int:
         handler: Callable[[RunConfig, Namespace], int] = globals()[f"_{arguments.command}"]
         return handler(_run_config(section), section)
     except UserError as error:
-        # Under a launcher every process finds the same error; one of them says it.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"infini-train: error: {error}", file=sys.stderr)
+        _say_once(error)
         return error.exit_code
     except KeyboardInterrupt:
         print("infini-train: interrupted", file=sys.stderr)
         return 130
+
+
+def _say_once(error: UserError) -> None:
+    """Rank 0 says what all ranks found; the first rank of each other node, what may be the matter with that node alone."""
+    if (rank := os.environ.get("RANK", "0")) == "0":
+        print(f"infini-train: error: {error}", file=sys.stderr)
+    elif os.environ.get("LOCAL_RANK", "0") == "0" and not isinstance(error, AgreedError):
+        print(f"infini-train: error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
 
 
 def _spelled_out(argv: list[str]) -> list[str]:

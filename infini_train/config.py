@@ -257,7 +257,7 @@ class OptimizerConfig:
     decay_steps: int = 0
     """Steps of the final decay; wsd only."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices; norms and gates have none."""
+    """Decoupled weight decay of matrices; norms have none, gates their own."""
     beta1: float = 0.9
     """AdamW's β1."""
     beta2: float = 0.95
@@ -265,9 +265,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     """AdamW's ε."""
     gate_learning_rate: float = 1e-2
-    """Peak learning rate of the memory gates β, an optimizer group of their own."""
+    """Peak learning rate of the gates, an optimizer group of their own: β, and those of learned writes."""
     gate_weight_decay: float = 0.0
-    """Weight decay of the memory gates."""
+    """Weight decay of the gates."""
     clip_grad_norm: float = 1.0
     """Gradients are scaled down to this global L2 norm; 0 turns clipping off."""
 

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 
 class UserError(Exception):
@@ -11,7 +11,11 @@ class UserError(Exception):
     exit_code = 2
 
 
-class UnhealthyRun(UserError):
+class AgreedError(UserError):
+    """One that all processes of a run raise together, with the same words."""
+
+
+class UnhealthyRun(AgreedError):
     """A run that stopped itself, because going on would waste time or harm the weights: a person must look at it."""
 
     exit_code = 87

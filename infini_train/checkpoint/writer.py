@@ -27,7 +27,7 @@ from infini_train.checkpoint import folder
 from infini_train.checkpoint.reader import failed_ranks
 from infini_train.checkpoint.remote import copy_to_url
 from infini_train.config import CheckpointConfig
-from infini_train.errors import UserError
+from infini_train.errors import AgreedError
 
 
 class SaveError(Exception):
@@ -87,7 +87,7 @@ class CheckpointWriter:
             facts: what state.json holds.
 
         Raises:
-            UserError: the save before this one failed for the second time in a row, or does not end.
+            AgreedError: the save before this one failed for the second time in a row, or does not end.
         """
         started = time.monotonic()
         self.finish()
@@ -109,7 +109,7 @@ class CheckpointWriter:
             The committed folder; None if nothing was on its way or it failed.
 
         Raises:
-            UserError: see `save`.
+            AgreedError: see `save`.
         """
         current, self._current = self._current, None
         if current is None:
@@ -121,7 +121,7 @@ class CheckpointWriter:
             return current.path
         self.failures_in_a_row += 1
         if must_succeed or self.failures_in_a_row > 1:
-            raise UserError(
+            raise AgreedError(
                 f"the checkpoint of step {current.step} could not be written: {current.error}; the newest whole one remains: "
                 "mend the cause and start the same command again"
             )
@@ -147,7 +147,7 @@ class CheckpointWriter:
             return
         slow = [str(rank) for rank, (_, written) in enumerate(states) if not written]
         where = f"rank {', '.join(slow)} has not written its files" if slow else "it was not committed"
-        raise UserError(
+        raise AgreedError(
             f"the checkpoint of step {current.step} did not end: {where} after {self.config.timeout_seconds:g} s; look at that "
             "machine's storage, or raise checkpoint.timeout_seconds"
         )

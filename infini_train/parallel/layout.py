@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from infini_train import platform
 from infini_train.config import RunConfig
-from infini_train.errors import UserError
+from infini_train.errors import AgreedError, UserError
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,13 @@ class Layout:
         return [layers.start for layers in self.layers(num_layers)]
 
 
-def initialize_process_group() -> None:
-    """Join the processes that the launcher started, or be the only one."""
+def initialize_process_group(timeout_seconds: float = 1800.0) -> None:
+    """Join the processes that the launcher started, or be the only one.
+
+    Args:
+        timeout_seconds: how long a collective may take; only the first call counts.
+    """
+    global _timeout
     if dist.is_initialized():
         return
     # DeepSpeed insists on it.
@@ -72,8 +78,13 @@ def initialize_process_group() -> None:
     if "RANK" not in os.environ:
         dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(platform.backend(), timeout=timedelta(minutes=30))
+        _timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group(platform.backend(), timeout=_timeout)
     atexit.register(destroy_process_groups)
+
+
+_timeout = timedelta(minutes=30)
+"""Of the process group, and of the groups that are made of it."""
 
 
 def initialize_layout(run: RunConfig) -> Layout:
@@ -118,6 +129,7 @@ def _make_or_recall_groups(tp: int, cp: int, pp: int) -> None:
         context_parallel_size=cp,
         pipeline_model_parallel_size=pp,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(_timeout / timedelta(minutes=1)),
     )
     _known_groups[tp, cp, pp] = {
         name: value for name, value in vars(parallel_state).items() if name.startswith("_") and name == name.upper()
@@ -143,13 +155,13 @@ def raise_everywhere(error: UserError | None) -> None:
     """After some process met an error and all have agreed on that: raise it on all; a collective over all processes.
 
     Raises:
-        UserError: the error of the first process that has one.
+        AgreedError: the error of the first process that has one.
     """
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, None if error is None else str(error))
     first = next((message for message in messages if message is not None), None)
     if first is not None:
-        raise UserError(first) from error
+        raise AgreedError(first) from error
 
 
 class ModelParallelUnit:

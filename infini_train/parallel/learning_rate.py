@@ -11,7 +11,7 @@ def learning_rate_factor(optimizer: OptimizerConfig, total_steps: int, step: int
     """Learning rate of a step as a share of the peak.
 
     Linear warm-up over `warmup_steps`, then cosine decay to `final_learning_rate_fraction`; or, for `wsd`, the peak until the
-    last `decay_steps` and a linear decay over them.
+    last `decay_steps` and a linear decay over them. Both reach the final rate with the last step.
 
     Args:
         step: 0-based number of the step that is about to be taken.
@@ -20,8 +20,8 @@ def learning_rate_factor(optimizer: OptimizerConfig, total_steps: int, step: int
     if step < optimizer.warmup_steps:
         return (step + 1) / optimizer.warmup_steps
     if optimizer.schedule == "wsd":
-        remaining = total_steps - step
-        if remaining > optimizer.decay_steps:
+        remaining = total_steps - 1 - step  # after this one
+        if remaining >= optimizer.decay_steps:
             return 1.0
         return final + (1.0 - final) * remaining / optimizer.decay_steps
     progress = (step - optimizer.warmup_steps) / max(1, total_steps - 1 - optimizer.warmup_steps)

@@ -38,8 +38,8 @@ def pretrain(run: RunConfig) -> int:
     Returns:
         The exit code: 0 when all steps are done, RESUMABLE_EXIT_CODE when a signal stopped the run after a checkpoint.
     """
+    initialize_process_group(_collective_timeout(run))
     with StopRequest() as stop, RunDirectoryLock(run) as lock, Watchdog(run) as watchdog:
-        initialize_process_group()
         if run.training.self_test:
             self_test(run)
         warnings: list[str] = []
@@ -93,6 +93,13 @@ def pretrain(run: RunConfig) -> int:
                 parts.checkpointer.finish(must_succeed=True)
             progress.say(f"trained to step {state.step}: {list_checkpoints(Path(run.run_dir))[-1]}")
     return 0
+
+
+def _collective_timeout(run: RunConfig) -> float:
+    """Seconds; longer than every limit that ends a run with the name of the process that holds it up."""
+    health = run.health
+    limits = (health.hang_seconds, health.first_step_seconds, health.save_seconds, run.checkpoint.timeout_seconds, 1800.0)
+    return max(limits) + 300.0
 
 
 def _due(run: RunConfig, every: int, step: int) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import uuid
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from infini_train.config import RunConfig
 
@@ -59,6 +60,24 @@ def _for_wandb(record: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def _open_wandb(run: RunConfig, mode: Literal["online", "offline"]) -> Any:
+    import wandb
+
+    opened = wandb.init(
+        project=run.logging.wandb_project,
+        name=Path(run.run_dir).name,
+        dir=run.run_dir,
+        mode=mode,
+        config=asdict(run),
+        # One run there for one run directory, also when it is stopped and started again.
+        id=_wandb_id(Path(run.run_dir)),
+        resume="allow",
+        settings=wandb.Settings(silent=True),
+    )
+    opened.define_metric("*", step_metric="step")
+    return opened
+
+
 class MetricsWriter:
     """Appends to `metrics.jsonl` of the run directory and mirrors numbers to Weights & Biases, on the main process only."""
 
@@ -77,17 +96,16 @@ class MetricsWriter:
             # Imported here: it takes a second, and most runs on a laptop do without.
             import wandb
 
-            self._wandb = wandb.init(
-                project=run.logging.wandb_project,
-                name=Path(run.run_dir).name,
-                dir=run.run_dir,
-                mode="online" if mode == "online" else "offline",
-                config=asdict(run),
-                # One run there for one run directory, also when it is stopped and started again.
-                id=_wandb_id(Path(run.run_dir)),
-                resume="allow",
-                settings=wandb.Settings(silent=True),
-            )
+            try:
+                self._wandb = _open_wandb(run, "online" if mode == "online" else "offline")
+            except wandb.errors.Error as error:  # no network, a wrong key: no reason not to train
+                reason = str(error).splitlines()[0]
+                print(
+                    f"Weights & Biases cannot be reached ({reason}); records go to {run.run_dir}/wandb, and `wandb sync` sends "
+                    "them later",
+                    file=sys.stderr,
+                )
+                self._wandb = _open_wandb(run, "offline")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one step's record; flushed, so that a killed run loses none."""
@@ -95,7 +113,8 @@ class MetricsWriter:
             self._file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
             self._file.flush()
         if self._wandb is not None:
-            self._wandb.log(_for_wandb(record), step=record["step"])
+            # Not as its own step, which must never fall: after a rollback ours does.
+            self._wandb.log(_for_wandb(record))
 
     def __enter__(self) -> MetricsWriter:
         return self

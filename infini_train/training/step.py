@@ -6,6 +6,8 @@ import time
 from math import isfinite
 from typing import Any
 
+from torch.profiler import record_function
+
 from infini_kernels.parts import part
 from infini_train import platform
 from infini_train.data.streams import StreamBatch
@@ -17,8 +19,10 @@ from infini_train.training.health import memory_after_skip
 from infini_train.training.memory_ageing import memory_repeats
 from infini_train.training.setup import Parts
 from infini_train.training.signals import StopRequest
+from infini_train.training.time_by_part import STEP
 
 
+@record_function(STEP)
 def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     """One optimizer step; where a gradient of any process is not finite, all of them read on without one.
 

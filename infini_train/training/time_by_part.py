@@ -23,6 +23,8 @@ PARTS = (
 OTHER = "norms, activations, embedding"
 LINEAR = ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul", "LinearWithGradAccumulation")
 COMMUNICATION = ("c10d::", "nccl:", "gloo:", "ncclDevKernel", "record_param_comms")
+STEP = "training step"
+"""Name of the range around a step: what is outside of all such ranges, as an evaluation, is no part of one."""
 GRADIENT = "torch::autograd::AccumulateGrad"
 
 
@@ -47,12 +49,19 @@ def time_by_part(events: Iterable[Any], steps: int, on_gpu: bool) -> list[PartTi
     finished gradient belongs to the optimizer.
 
     Args:
-        events: of torch.profiler, `FunctionEvent`.
+        events: of torch.profiler, `FunctionEvent`; those inside of ranges named STEP count.
         steps: optimizer steps that they cover.
         on_gpu: count kernels on the GPU, not time on the CPU.
     """
     events = [event for event in events if event.device_type.name == "CPU" and not event.is_async]
-    roots = [event for event in events if event.cpu_parent is None]
+    ranges = [event.time_range for event in events if event.name == STEP]
+    roots = [
+        event
+        for event in events
+        if (event.cpu_parent is None or event.cpu_parent.name == STEP)
+        and event.name != STEP
+        and any(each.start <= event.time_range.start < each.end for each in ranges)
+    ]
     part_of_node: dict[tuple[int, int], str | None] = {}
     for event in roots:
         _note_forward(event, None, part_of_node)

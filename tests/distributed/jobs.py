@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import safe_set_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor
 
 from infini_train.attention import map_parts
@@ -186,9 +186,12 @@ def run_self_test(run: RunConfig, fault: str | None = None) -> str | None:
     sum_gradients, step = engine._sum_gradients_over_tensor_group, engine.Engine.step
 
     def step_without_a_weight(self: engine.Engine, number: int) -> float:
-        kept = {name: p.detach().clone() for name, p in self.module.named_parameters() if "linear_fc2" in name}
+        weights = {name: p for name, p in self.module.named_parameters() if "linear_fc2" in name}
+        kept = {name: safe_get_full_fp32_param(p).clone() for name, p in weights.items()}
         norm = step(self, number)
         for name, parameter in self.module.named_parameters():
+            if fault == "skip_a_weight_in_bfloat16" and parameter.dtype != torch.bfloat16:
+                continue
             if name in kept and parameter.shape == kept[name].shape and not self.module.chunks[0].pre_process:
                 safe_set_full_fp32_param(parameter, kept[name])
         return norm
@@ -196,7 +199,7 @@ def run_self_test(run: RunConfig, fault: str | None = None) -> str | None:
     try:
         if fault == "drop_norm_gradients":
             engine._sum_gradients_over_tensor_group = lambda module: None
-        if fault == "skip_a_weight":
+        if fault in ("skip_a_weight", "skip_a_weight_in_bfloat16"):
             engine.Engine.step = step_without_a_weight
         self_test(run)
     except UserError as error:

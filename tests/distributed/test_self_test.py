@@ -25,6 +25,12 @@ def test_exact_layouts_pass(case, pool, run_config):
     )
 
 
+@pytest.mark.parametrize("case", [Case(dp=2), Case(tp=2, cp=2, rule="delta"), Case(pp=2, virtual=2)], ids=lambda case: case.name)
+def test_exact_layouts_pass_in_bfloat16(case, pool, run_config):
+    run = case.apply(replace(run_config, training=replace(run_config.training, precision="bfloat16")))
+    assert pool(case.processes).run("tests.distributed.jobs", "run_self_test", run) == [None] * case.processes
+
+
 @pytest.mark.parametrize("attention", ["local", "full"])
 def test_the_rivals_pass(attention, pool, run_config):
     run = Case(pp=2).apply(replace(run_config, model=replace(run_config.model, attention=attention)))
@@ -41,3 +47,10 @@ def test_a_wrong_layout_is_named(fault, words, pool, run_config):
     for message in pool(2).run("tests.distributed.jobs", "run_self_test", case.apply(run_config), fault):
         assert message is not None
         assert words in message and "self-test" in message
+
+
+def test_what_is_wrong_in_bfloat16_alone_is_named(pool, run_config):
+    run = Case(pp=2, window=(1, 4)).apply(replace(run_config, training=replace(run_config.training, precision="bfloat16")))
+    for message in pool(2).run("tests.distributed.jobs", "run_self_test", run, "skip_a_weight_in_bfloat16"):
+        assert message is not None
+        assert "in bfloat16, parameter decoder.layers.1.mlp.linear_fc2.weight" in message

@@ -24,9 +24,16 @@ def test_wsd_stays_at_the_peak_and_decays_linearly():
     optimizer = OptimizerConfig(schedule="wsd", warmup_steps=10, decay_steps=20, final_learning_rate_fraction=0.0)
     factors = [learning_rate_factor(optimizer, 100, step) for step in range(100)]
     assert factors[10:80] == [1.0] * 70
-    assert factors[80] == pytest.approx(1.0)
-    assert factors[90] == pytest.approx(0.5)
-    assert factors[99] == pytest.approx(0.05)
+    assert factors[80] == pytest.approx(0.95)
+    assert factors[89] == pytest.approx(0.5)
+    assert factors[99] == 0.0
+
+
+@pytest.mark.parametrize("decay_steps", [1, 2, 7])
+def test_wsd_ends_at_the_final_rate(decay_steps):
+    optimizer = OptimizerConfig(schedule="wsd", warmup_steps=10, decay_steps=decay_steps, final_learning_rate_fraction=0.1)
+    assert learning_rate_factor(optimizer, 100, 99) == pytest.approx(0.1)
+    assert learning_rate_factor(optimizer, 100, 99 - decay_steps) == 1.0
 
 
 def test_no_warm_up():

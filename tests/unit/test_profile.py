@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from infini_kernels import infini_attention
 from infini_kernels.parts import counted_as, part
@@ -17,7 +17,7 @@ from infini_train.cli import _spelled_out
 from infini_train.config import ProfilingConfig, RunConfig
 from infini_train.errors import UserError
 from infini_train.evaluation.report import write_report
-from infini_train.training.time_by_part import OTHER, time_by_part
+from infini_train.training.time_by_part import OTHER, STEP, time_by_part
 from infini_train.validation import validate
 from tests.unit.test_report import step_record, write_run
 
@@ -37,7 +37,7 @@ class Cube(torch.autograd.Function):
 
 
 def events_of(work) -> list[FunctionEvent]:
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function(STEP):
         work()
     return list(profiler.events())
 
@@ -52,6 +52,18 @@ def parts_of(events: list[FunctionEvent]) -> dict[tuple[str, str], float]:
     for each in time_by_part(events, 1, on_gpu=False):
         found[each.name, "forward"], found[each.name, "backward"] = each.forward, each.backward
     return found
+
+
+def test_what_is_outside_of_a_step_is_no_part_of_it() -> None:
+    """As an evaluation between two steps, and the backward of one that was begun before."""
+    x = torch.randn(64, 64, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        (x @ x).sum().backward()
+        with record_function(STEP), part("memory path"):
+            torch.exp(x)
+        x @ x
+    parts = {each.name: each.total for each in time_by_part(list(profiler.events()), 1, on_gpu=False) if each.total}
+    assert parts.keys() == {"memory path"}
 
 
 def test_an_operation_and_its_backward_belong_to_the_innermost_part() -> None:
@@ -90,7 +102,7 @@ def test_an_operation_and_its_backward_belong_to_the_innermost_part() -> None:
 def test_every_operation_is_counted_once() -> None:
     x = torch.randn(64, 64, requires_grad=True)
     events = events_of(lambda: Cube.apply(x @ x).relu().sum().backward())
-    roots = [event for event in events if event.cpu_parent is None]
+    roots = [event for event in events if event.cpu_parent is not None and event.cpu_parent.name == STEP]
     total = sum(event.cpu_time_total for event in roots) / 1000
     assert sum(parts_of(events).values()) == pytest.approx(total, rel=1e-6)
 
