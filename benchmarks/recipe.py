@@ -2,9 +2,9 @@
 
     python -m benchmarks.recipe configs/passkey-cpu.yaml --seeds 1 2 3
 
-What is finished stays in runs/, so that the same command goes on where it was stopped, and a seed that is in the record under
-the same settings is not run again. The seed is that of the data and of the weights; evaluation texts have seeds of their own
-under the same number, which no training text shares.
+What is finished stays in runs/, so that the same command goes on where it was stopped, and a seed that is in the record is not
+run again; folders and records of other settings are refused, never replaced. The seed is that of the data and of the weights;
+evaluation texts have seeds of their own under the same number, which no training text shares.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rich.table import Table
 from benchmarks.run import RESULTS, environment
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.cli import read_config
-from infini_train.config import RunConfig
+from infini_train.config import RunConfig, difference_from
 from infini_train.data.manifest import MANIFEST_FILE, TOKENIZER_FILE
 from infini_train.errors import UserError
 from infini_train.evaluation.compare import run_to_its_end
@@ -65,10 +66,21 @@ class Seed:
 
     def train(self) -> None:
         """Data and weights, as far as they are not there."""
+        if (difference := difference_from(self.folder / "config.yaml", self.seeded_run())) is not None:
+            raise UserError(f"{self.folder} belongs to other settings ({difference}); move it away first")
         if not (self.folder / "data" / MANIFEST_FILE).exists():
             self._call("prepare", "--overwrite", run_dir=self.folder)
         if not self._trained():
             self._call("pretrain", run_dir=self.folder, processes=self.processes)
+
+    def seeded_run(self) -> RunConfig:
+        """The run as `_call` starts it."""
+        return replace(
+            self.run,
+            data=replace(self.run.data, path=str(self.folder / "data")),
+            task=replace(self.run.task, seed=self.seed),
+            training=replace(self.run.training, seed=self.seed),
+        )
 
     def _trained(self) -> Path | None:
         """The checkpoint of the last step."""
@@ -109,8 +121,7 @@ class Seed:
         }
 
     def keep_weights(self, target: Path) -> None:
-        """Copy weights and tokenizer to a folder from which `evaluate passkey --from_checkpoint` can measure again."""
-        shutil.rmtree(target, ignore_errors=True)
+        """Copy weights and tokenizer to a new folder from which `evaluate passkey --from_checkpoint` can measure again."""
         target.mkdir(parents=True)
         shutil.copy(self.folder / "data" / TOKENIZER_FILE, target)
         output = str(target / f"seed-{self.seed}.safetensors")
@@ -127,9 +138,17 @@ def _run(command: list[str]) -> None:
 
 
 def recorded_seeds(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a record holds of these settings; nothing where it is of others, or is none."""
-    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return report["seeds"] if report.get("settings") == settings else []
+    """What a record holds; nothing where there is none.
+
+    Raises:
+        UserError: it is of other settings.
+    """
+    if not path.exists():
+        return []
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if report["settings"] != settings:
+        raise UserError(f"{path} holds seeds of other settings; move it and the folder {path.stem}/ beside it away first")
+    return report["seeds"]
 
 
 def show(name: str, records: list[dict[str, Any]]) -> None:
@@ -153,27 +172,36 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help="that train; evaluation takes one")
     arguments = parser.parse_args()
     try:
-        run = read_config(arguments.config)
+        run_recipe(arguments.config, arguments.seeds, arguments.processes)
     except UserError as error:
         print(f"recipe: error: {error}", file=sys.stderr)
         return UserError.exit_code
-    name, settings = arguments.config.stem, yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
+    return 0
+
+
+def run_recipe(config: Path, seeds: list[int], processes: int) -> None:
+    """Run what is not in the record yet, and show it.
+
+    Raises:
+        UserError: the configuration is wrong, or the record or a seed's folder is of another one.
+    """
+    run = read_config(config)
+    name, settings = config.stem, yaml.safe_load(config.read_text(encoding="utf-8"))
     path = RESULTS / f"{name}.json"
     records = recorded_seeds(path, settings)
-    for seed in arguments.seeds:
+    for seed in seeds:
         if any(record["seed"] == seed for record in records):
             print(f"recipe: seed {seed} is in {path}", file=sys.stderr)
             continue
-        each = Seed(arguments.config, run, seed, Path("runs") / name / f"seed-{seed}", arguments.processes)
+        each = Seed(config, run, seed, Path("runs") / name / f"seed-{seed}", processes)
         each.train()
         each.evaluate()
         records.append(each.record())
-        if not records[1:]:
+        if not (RESULTS / name).exists():
             each.keep_weights(RESULTS / name)
-        report = {"config": str(arguments.config), "settings": settings, "seeds": records}
+        report = {"config": str(config), "settings": settings, "seeds": records}
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     show(name, records)
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from infini_train.config import TASK_KINDS, RunConfig
 from infini_train.errors import AgreedError, UserError
 from infini_train.parser_errors import in_words
 from infini_train.planning import command as planning
-from infini_train.validation import validate
+from infini_train.validation import validate, validate_compare, validate_values
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -176,14 +178,26 @@ def _parse(argv: list[str]) -> Namespace:
     parser = build_parser(only=argv[0])
     try:
         arguments = parser.parse_args(argv)
+        _refuse_values_for_sections(arguments.get(argv[0]) or Namespace())
         return parser.instantiate_classes(arguments)
     except ArgumentError as error:
         raise UserError(in_words(error)) from error
+    except UnicodeDecodeError as error:
+        raise UserError("--config: the file is not text in UTF-8; configs/ has files to start from") from error
+
+
+def _refuse_values_for_sections(parsed: Namespace) -> None:
+    for name, field in RunConfig.__dataclass_fields__.items():
+        value = parsed.get(name)
+        if is_dataclass(field.default_factory) and value is not None and not isinstance(value, Namespace):
+            raise UserError(f"{name} is {value!r} in the configuration, but it is a section: put keys with values under it")
 
 
 def _run_config(section: Namespace) -> RunConfig:
     fields = RunConfig.__dataclass_fields__
-    return RunConfig(**{name: section[name] for name in fields})
+    run = RunConfig(**{name: section[name] for name in fields})
+    validate_values(run)
+    return run
 
 
 def read_config(path: Path) -> RunConfig:
@@ -267,6 +281,7 @@ def _evaluate_passkey(run: RunConfig, arguments: Namespace) -> int:
 def _evaluate_compare(run: RunConfig) -> int:
     if _world_size() > 1:
         raise UserError("evaluate compare starts its runs itself, one process each; call it without a launcher")
+    validate_compare(run)
     from infini_train.evaluation import compare
 
     for each in compare.compare_runs(run):
@@ -280,6 +295,7 @@ def _evaluate_compare(run: RunConfig) -> int:
 
 def _generate(run: RunConfig, arguments: Namespace) -> int:
     prompt = arguments.prompt
+    _check_sampling(arguments)
     if arguments.prompt_file is not None:
         try:
             prompt = Path(arguments.prompt_file).read_text(encoding="utf-8")
@@ -305,6 +321,20 @@ def _generate(run: RunConfig, arguments: Namespace) -> int:
     )
 
 
+def _check_sampling(arguments: Namespace) -> None:
+    if arguments.prompt is not None and arguments.prompt_file is not None:
+        raise UserError("--prompt and --prompt_file are both given; give one")
+    try:
+        (arguments.prompt or "").encode()
+    except UnicodeEncodeError as error:
+        raise UserError("--prompt is not text in UTF-8; put it into a file and give --prompt_file") from error
+    if not (arguments.temperature == 0 or 0.001 <= arguments.temperature < math.inf):
+        raise UserError(f"--temperature is {arguments.temperature}; use 0 for the most likely token, or at least 0.001")
+    for name, least in (("top_k", 0), ("max_new_tokens", 1), ("sample_seed", 0)):
+        if not least <= (value := getattr(arguments, name)) < 1 << 63:
+            raise UserError(f"--{name} is {value}; use a number from {least} to 2^63 - 1")
+
+
 def _with_model(
     run: RunConfig,
     arguments: Namespace,
@@ -319,7 +349,10 @@ def _with_model(
     run = commands.inference_layout(run, _world_size())
     check(run)
     checkpoint = commands.find_checkpoint(run, arguments.from_checkpoint)
-    Path(run.run_dir).mkdir(parents=True, exist_ok=True)  # a checkpoint of elsewhere; results go here
+    try:
+        Path(run.run_dir).mkdir(parents=True, exist_ok=True)  # a checkpoint of elsewhere; results go here
+    except OSError as error:
+        raise UserError(f"run_dir {run.run_dir}: no folder can be made there ({error.strerror}); name another") from error
     action(commands, run, checkpoint)
     return 0
 
@@ -331,6 +364,8 @@ def _checkpoint(arguments: Namespace) -> int:
     if arguments.action == "list":
         return commands.list_all(run_dir)
     paths = folder.list_checkpoints(run_dir) if arguments.path is None else [Path(arguments.path)]
+    if arguments.path is not None and not paths[0].is_dir():
+        raise UserError(f"--path {arguments.path}: there is no such folder; `infini-train checkpoint list` shows a run's")
     if not paths:
         raise UserError(f"run_dir {run_dir} holds no checkpoint; name another --run_dir, or a folder with --path")
     if arguments.action == "verify":

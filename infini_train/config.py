@@ -3,9 +3,9 @@ that needs one, so a wrong value is refused within a second and before any proce
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_args
 
 import yaml
 
@@ -394,21 +394,6 @@ class RunConfig:
         return world_size // self.layout.model_processes
 
 
-def model_with(model: ModelConfig, key: str, text: str) -> ModelConfig:
-    """The model with one key set to a value written as text.
-
-    Raises:
-        KeyError: there is no such key.
-        ValueError: the text is no value of its type.
-    """
-    kind = get_type_hints(ModelConfig)[key]
-    choices = {"true": True, "false": False} if kind is bool else {choice: choice for choice in get_args(kind)}
-    value = kind(text) if kind in (int, float) else choices.get(text)
-    if value is None:
-        raise ValueError(text)
-    return replace(model, **{key: value})  # type: ignore[arg-type]
-
-
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML, readable again by every command."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
@@ -417,6 +402,28 @@ def dump_config(config: RunConfig) -> str:
 def save_config(config: RunConfig, path: Path) -> None:
     """Write `dump_config` to a file."""
     path.write_text(dump_config(config), encoding="utf-8")
+
+
+WHAT_TRAINS = ("model", "data", "task", "training", "optimizer")
+"""Sections that decide what a run learns."""
+MEASURES_ALONE = {"task.lengths", "task.depths", "task.samples_per_cell", "task.rows"}
+"""Keys among theirs that say how it is measured."""
+
+
+def difference_from(path: Path, config: RunConfig) -> str | None:
+    """The first key in which a run that wrote `path` with `save_config` learned something else; None if there is none.
+
+    A file that is not there differs in nothing, and a key that is newer than the file had its default.
+    """
+    if not path.is_file():
+        return None
+    saved, ours = yaml.safe_load(path.read_text(encoding="utf-8")), asdict(config)
+    for section in WHAT_TRAINS:
+        for key, value in ours[section].items():
+            before = saved.get(section, {}).get(key, getattr(getattr(RunConfig(), section), key))
+            if before != value and f"{section}.{key}" not in MEASURES_ALONE:
+                return f"{section}.{key} is {value}, and was {before}"
+    return None
 
 
 def read_steps(path: Path) -> int | None:

@@ -7,7 +7,7 @@ import re
 
 from jsonargparse import ArgumentError
 
-from infini_train.config import RunConfig
+from infini_train.config import TASK_KINDS, RunConfig
 
 TYPES = {
     "int": "a whole number",
@@ -30,6 +30,11 @@ def in_words(error: ArgumentError) -> str:
     """The message for the user."""
     # jsonargparse names a missing option by its place in the namespace.
     message = re.sub(r"(required: ?|, )\w+\.(\w+)", r"\1--\2", " ".join(str(error).split()))
+    if found := re.fullmatch(r"Unexpected config:\s*(?P<text>.*)", message):
+        held = found["text"] or "nothing"
+        return f"--config: the file holds {held}, but no keys under sections; configs/ has files to start from"
+    if found := re.match(r'Parser key "task": Unable to load config [\'"](?P<kind>\w+)[\'"]', message):
+        return f"--task is {found['kind']}; it must be one of {', '.join(TASK_KINDS)}"
     return _wrong_value(message) or _wrong_file(message) or message + _suggestion(message)
 
 

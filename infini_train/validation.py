@@ -4,6 +4,8 @@ Like `config` this imports neither torch nor a library that needs one."""
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
+from math import isfinite
 from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
@@ -22,6 +24,32 @@ def _positive(section: str, config: Any, names: str) -> None:
         value = getattr(config, name)
         if value <= 0:
             raise UserError(f"{section}.{name} is {value}; it must be positive")
+
+
+def _not_negative(section: str, config: Any, names: str) -> None:
+    for name in names.split():
+        if not 0 <= (value := getattr(config, name)) < 1 << 63:
+            raise UserError(f"{section}.{name} is {value}; use 0 or a positive number")
+
+
+def _share(section: str, config: Any, names: str) -> None:
+    for name in names.split():
+        if not 0 <= (value := getattr(config, name)) <= 1:
+            raise UserError(f"{section}.{name} is {value}; it is a share between 0 and 1")
+
+
+def validate_values(config: RunConfig) -> None:
+    """Refuse a key without a value, which YAML reads as null, and numbers that are none.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for section, holder in vars(config).items():
+        for name, value in vars(holder).items() if is_dataclass(holder) else ():
+            if value is None and type(None) not in get_args(get_type_hints(type(holder))[name]):
+                raise UserError(f"{section}.{name} has no value; give it one, or leave it out")
+            if isinstance(value, float) and not isfinite(value):
+                raise UserError(f"{section}.{name} is {value}; it must be a finite number")
 
 
 def _divides(divisor_key: str, divisor: int, key: str, value: int) -> None:
@@ -66,9 +94,8 @@ def validate_model(config: RunConfig) -> None:
             f"training.memory_ageing is {training.memory_ageing}, but model.attention {config.model.attention} has no "
             "memory to age; set it to 1"
         )
-    for key in ("length_curriculum", "memory_ageing_share", "memory_ageing_rise"):
-        if not 0.0 <= (value := getattr(training, key)) <= 1.0:
-            raise UserError(f"training.{key} is {value}; it is a share between 0 and 1")
+    _share("training", training, "length_curriculum memory_ageing_share memory_ageing_rise")
+    _not_negative("training", training, "seed")
     segments = training.segments_per_micro_batch * training.micro_batches_per_window
     if segments < 2:
         raise UserError(
@@ -100,6 +127,11 @@ def validate_optimizer(config: RunConfig) -> None:
     """
     optimizer = config.optimizer
     _positive("optimizer", optimizer, "learning_rate gate_learning_rate eps")
+    _not_negative("optimizer", optimizer, "weight_decay gate_weight_decay")
+    _share("optimizer", optimizer, "final_learning_rate_fraction")
+    for name in ("beta1", "beta2"):
+        if not 0 <= (value := getattr(optimizer, name)) < 1:
+            raise UserError(f"optimizer.{name} is {value}; it must be at least 0 and below 1")
     if optimizer.clip_grad_norm < 0:
         raise UserError(f"optimizer.clip_grad_norm is {optimizer.clip_grad_norm}; use 0 to turn clipping off")
     if optimizer.warmup_steps < 0 or optimizer.warmup_steps >= config.training.steps:
@@ -284,18 +316,26 @@ def validate_task(config: RunConfig) -> None:
     if task.max_tokens < task.min_tokens:
         raise UserError(f"task.max_tokens is {task.max_tokens}, less than task.min_tokens {task.min_tokens}; exchange them")
     shares = ("late_share", "border_share", "own_segment_share")
-    for name in shares:
-        if not 0 <= getattr(task, name) <= 1:
-            raise UserError(f"task.{name} is {getattr(task, name)}; it must lie between 0 and 1")
+    _share("task", task, " ".join(shares))
     if sum(getattr(task, name) for name in shares) > 1:
         values = " + ".join(f"{name} {getattr(task, name)}" for name in shares)
         raise UserError(f"task.{values} is more than 1; lower one of them")
-    if task.seed < 0:
-        raise UserError(f"task.seed is {task.seed}; use 0 or a positive number")
+    _not_negative("task", task, "seed")
     if not task.lengths or min(task.lengths) < 1:
         raise UserError(f"task.lengths is {task.lengths}; give one or more positive numbers of tokens")
     if not task.depths or not all(0 <= depth <= 1 for depth in task.depths):
         raise UserError(f"task.depths is {task.depths}; give one or more numbers between 0 and 1")
+
+
+def validate_compare(config: RunConfig) -> None:
+    """Refuse a comparison of nothing.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for name in ("variants", "seeds"):
+        if not (value := getattr(config.compare, name)):
+            raise UserError(f"compare.{name} is {value}; give one or more")
 
 
 def validate(config: RunConfig, world_size: int) -> None:

@@ -16,6 +16,8 @@ GRACE_SECONDS = 60.0
 """How long the others may take to end after one process failed."""
 AGREED_EXIT_CODES = (2, 85, 87)
 """All ranks find the same and end by themselves: wrong input, stopped and resumable, unhealthy."""
+ON_SEVERAL_PROCESSES = ("pretrain", "evaluate", "generate", "preflight")
+"""Commands whose processes work together; those of another would each do all of its work."""
 HANG_EXIT_CODE = 86
 """The watchdog of a rank found that the job hangs; all ranks that can still run have written their stacks and end."""
 HANG_GRACE_SECONDS = 2.0
@@ -149,6 +151,12 @@ def check_configuration(command: list[str], world_size: int) -> int | None:
     Returns:
         The exit code to leave with; None to go on.
     """
+    if command[0] not in ON_SEVERAL_PROCESSES:
+        print(
+            f"launch: error: {command[0]} is for one process: call infini-train {command[0]} without a launcher",
+            file=sys.stderr,
+        )
+        return 2
     if command[0] != "pretrain":
         return None
     checked = subprocess.run(

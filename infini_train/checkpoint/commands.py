@@ -7,6 +7,7 @@ import math
 import re
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from infini_train.checkpoint import folder
 from infini_train.checkpoint.reader import describe_tensors, read_whole
-from infini_train.checkpoint.weights_file import write_weights_file
+from infini_train.checkpoint.weights_file import SUFFIX, write_weights_file
 from infini_train.errors import UserError
 
 DAMAGED_EXIT_CODE = 1
@@ -29,14 +30,21 @@ def list_all(run_dir: Path) -> int:
         raise UserError(f"{root} holds no checkpoint; name a run directory with --run_dir, or train first")
     table = Table("checkpoint", "step", "tokens", "MB", "written", "state")
     for path in folders:
-        committed = folder.is_committed(path)
-        facts = folder.read_state_file(path) if committed else {}
+        facts, state = _state_in_words(path)
         size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         written = datetime.fromtimestamp(path.stat().st_mtime).isoformat(sep=" ", timespec="seconds")
-        state = "committed" if committed else "not committed: it will not be used"
         table.add_row(path.name, f"{facts.get('step', '')}", f"{facts.get('tokens', '')}", f"{size:,.1f}", written, state)
     Console().print(table)
     return 0
+
+
+def _state_in_words(path: Path) -> tuple[dict[str, Any], str]:
+    if not folder.is_committed(path):
+        return {}, "not committed: it will not be used"
+    try:
+        return folder.read_state_file(path), "committed"
+    except UserError:
+        return {}, f"damaged: {folder.STATE_FILE}; it will not be used"
 
 
 def verify(paths: list[Path]) -> int:
@@ -69,8 +77,12 @@ def inspect(path: Path) -> int:
 def consolidate(path: Path, output: Path) -> int:
     """Write the model's weights, whole and in float32, as one safetensors file."""
     _must_be_whole(path, by="consolidate")
+    if output.suffix != SUFFIX:
+        raise UserError(f"--output is {output}; give it a name that ends in {SUFFIX}, by which other commands know such files")
     if output.exists():
         raise UserError(f"--output {output} exists; name another file, or delete it")
+    if not output.parent.is_dir():
+        raise UserError(f"--output is {output}, but there is no folder {output.parent}; make it first")
     names = [name for name in describe_tensors(path) if name.startswith("model.")]
     weights = join_blocks({name.removeprefix("model."): tensor for name, tensor in read_whole(path, names).items()})
     facts = folder.read_state_file(path)

@@ -20,8 +20,8 @@ def check_url(url: str) -> None:
         fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise UserError(
-            f"checkpoint.copy_to is {url}, which cannot be written to: {error}; use file://, or install fsspec's backend for it "
-            "(s3fs for s3://, gcsfs for gs://)"
+            f"checkpoint.copy_to is {url}, which cannot be written to: {error}; use file://, or install fsspec's backend for "
+            "it (s3fs for s3://, gcsfs for gs://)"
         ) from error
 
 

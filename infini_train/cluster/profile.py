@@ -10,6 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from infini_train.cluster.environment import is_secret, read_environment
 from infini_train.errors import UserError
+from infini_train.parser_errors import in_words
 
 PROFILES = Path(__file__).parents[2] / "slurm" / "profiles"
 
@@ -94,7 +95,9 @@ def load_profile(name: str) -> ClusterProfile:
     try:
         parsed = parser.instantiate_classes(parser.parse_path(path))
     except ArgumentError as error:
-        raise UserError(f"--profile {path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"--profile {path}: {in_words(error)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--profile {path} is not text in UTF-8; slurm/profiles/ has files to start from") from error
     profile = ClusterProfile(**{key: parsed[key] for key in ClusterProfile.__dataclass_fields__})
     validate_profile(profile, str(path))
     return profile

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from itertools import product
-
-from jsonargparse import ArgumentError, ArgumentParser
 
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
+from infini_train.overrides import with_overrides
 
 
 def sweep_runs(run: RunConfig, sweeps: list[str]) -> list[RunConfig]:
@@ -25,18 +23,11 @@ def sweep_runs(run: RunConfig, sweeps: list[str]) -> list[RunConfig]:
     keys = [key for key, _ in axes]
     if len(set(keys)) < len(keys):
         raise UserError(f"--sweep names {next(key for key in keys if keys.count(key) > 1)} twice; give all its values in one")
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(RunConfig)
     runs = []
     for number, values in enumerate(product(*(values for _, values in axes))):
-        overrides = [f"--{key}={value}" for key, value in zip(keys, values, strict=True)]
-        overrides.append(f"--run_dir={run.run_dir}/task_{number}")
-        try:
-            parsed = parser.parse_args(overrides, namespace=parser.parse_object(asdict(run)))
-        except ArgumentError as error:
-            raise UserError(f"--sweep {' '.join(overrides[:-1])}: {' '.join(str(error).split())}") from error
-        instantiated = parser.instantiate_classes(parsed)
-        runs.append(RunConfig(**{name: instantiated[name] for name in RunConfig.__dataclass_fields__}))
+        changes = dict(zip(keys, values, strict=True))
+        where = "--sweep " + " ".join(f"{key}={value}" for key, value in changes.items())
+        runs.append(with_overrides(run, {**changes, "run_dir": f"{run.run_dir}/task_{number}"}, where))
     return runs
 
 

@@ -21,9 +21,10 @@ from infini_train import platform
 from infini_train.attention import state_numbers
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.checkpoint.reader import describe_tensors
-from infini_train.config import ModelConfig, RunConfig, model_with, save_config
+from infini_train.config import ModelConfig, RunConfig, difference_from, save_config
 from infini_train.errors import UserError
 from infini_train.evaluation.records import read_json, read_metrics
+from infini_train.overrides import with_overrides
 from infini_train.training.signals import RESUMABLE_EXIT_CODE
 
 RESULT_FILE = "compare.json"
@@ -65,24 +66,19 @@ def compare_runs(run: RunConfig) -> list[CompareRun]:
     return [_variant_run(run, variant, seed) for seed in run.compare.seeds for variant in run.compare.variants]
 
 
-def variant_model(model: ModelConfig, variant: str) -> ModelConfig:
+def variant_model(run: RunConfig, variant: str) -> ModelConfig:
     """The model with another attention: `NAME` or `NAME key=value ...`, keys of the section model.
 
     Raises:
-        UserError: a key that is none.
+        UserError: a key that is none, or a value that it does not take.
     """
-    attention, *changes = variant.split()
-    model = replace(model, attention=attention)  # type: ignore[arg-type]
-    for change in changes:
-        key, _, value = change.partition("=")
-        try:
-            model = model_with(model, key, value)
-        except (KeyError, ValueError) as error:
-            raise UserError(
-                f"compare.variants has {variant!r}: {change!r} is no key of model with a value; write for example "
-                "'infini update_rule=delta'"
-            ) from error
-    return model
+    values = {}
+    for change in f"attention={variant}".split():
+        key, separator, value = change.partition("=")
+        if not separator or not value:
+            raise UserError(f"compare.variants has {variant!r}; write for example infini or 'infini update_rule=delta'")
+        values[f"model.{key}"] = value
+    return with_overrides(run, values, f"compare.variants has {variant!r}").model
 
 
 def _variant_run(run: RunConfig, variant: str, seed: int) -> CompareRun:
@@ -90,7 +86,7 @@ def _variant_run(run: RunConfig, variant: str, seed: int) -> CompareRun:
     changed = replace(
         run,
         run_dir=str(folder),
-        model=variant_model(run.model, variant),
+        model=variant_model(run, variant),
         training=replace(run.training, seed=seed),
         logging=replace(run.logging, wandb="off"),
     )
@@ -104,6 +100,10 @@ def compare(run: RunConfig) -> int:
         0, or the exit code of the run that ended the comparison.
     """
     runs = compare_runs(run)
+    for each in runs:
+        folder = Path(each.run.run_dir)
+        if (difference := difference_from(folder / "variant.yaml", each.run)) is not None:
+            raise UserError(f"{folder} belongs to other settings ({difference}); set it back, or choose another run_dir")
     Path(run.run_dir).mkdir(parents=True, exist_ok=True)
     measured: list[Measured] = []
     for number, each in enumerate(runs, start=1):

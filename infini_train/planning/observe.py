@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -116,8 +115,3 @@ def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
         if tensor is not None:
             storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
-
-
-def summary(messages: Iterable[Message]) -> Counter[tuple[str, tuple[int, ...], int]]:
-    """How often each (operation, group, bytes) occurs."""
-    return Counter((message.operation, message.ranks, message.bytes) for message in messages)

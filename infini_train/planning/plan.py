@@ -13,7 +13,7 @@ from infini_train.planning.memory import StageMemory, worst_stage
 from infini_train.planning.parameters import total_parameters
 from infini_train.planning.sizes import Sizes
 from infini_train.training.flops import training_flops_per_token
-from infini_train.validation import validate, validate_model
+from infini_train.validation import validate
 
 USABLE_MEMORY = 0.90
 """Share of the data sheet's memory that a plan may fill. The rest is for CUDA's context, NCCL's buffers and what the allocator
@@ -89,7 +89,6 @@ def plan(run: RunConfig, gpus: int, gpu: str) -> Plan:
         UserError: the GPU is not known, or the run is not valid on so many processes.
     """
     found = find_gpu(gpu)
-    validate_model(run)
     validate(run, gpus)
     return Plan(Sizes(run, gpus), found)
 

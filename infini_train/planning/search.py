@@ -9,6 +9,7 @@ from infini_train.config import RunConfig
 from infini_train.errors import UserError
 from infini_train.hardware import find_gpu
 from infini_train.planning.plan import Plan, plan, with_layout, with_training
+from infini_train.validation import validate_data, validate_model, validate_optimizer, validate_task
 
 MOST_GPUS = 8192
 """More are not suggested."""
@@ -17,13 +18,13 @@ SIMPLICITY = 0.01
 
 
 def layouts(run: RunConfig, gpus: int, gpus_per_node: int) -> Iterator[RunConfig]:
-    """The same training spread in other ways: every layout, recomputation and cut of a window into micro-batches that fits the
-    processes. What a step computes is the same in all of them."""
+    """The same training spread in other ways: every layout with one, two or four virtual stages, every recomputation, and cuts
+    of a window into micro-batches, as far as they fit the processes. What a step computes is the same in all of them."""
     window = run.training.segments_per_micro_batch * run.training.micro_batches_per_window
     cuts = [run.training.segments_per_micro_batch]
     if run.model.attention != "full":  # its context is the micro-batch
         cuts = [segments for segments in (1, 2, 4, 8, 16) if window % segments == 0]
-    for tp, cp, pp in product(_powers(gpus_per_node), _powers(window), _powers(run.model.num_layers)):
+    for tp, cp, pp in product(_divisors(gpus_per_node), _divisors(window), _divisors(run.model.num_layers)):
         if gpus % (tp * cp * pp):
             continue
         precision = run.training.precision
@@ -47,6 +48,10 @@ def layouts(run: RunConfig, gpus: int, gpus_per_node: int) -> Iterator[RunConfig
             )
 
 
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
 def _powers(limit: int) -> list[int]:
     return [1 << exponent for exponent in range(limit.bit_length()) if 1 << exponent <= limit]
 
@@ -63,8 +68,12 @@ def search(run: RunConfig, gpus: int, gpu: str, count: int = 10) -> list[Plan]:
     """The fastest layouts that fit, best first; among equals, the one with fewer kinds of parallelism.
 
     Raises:
-        UserError: the GPU is not known.
+        UserError: the GPU is not known, or the run is wrong in every layout.
     """
+    validate_model(run)
+    validate_data(run)
+    validate_task(run)
+    validate_optimizer(run)
     candidates = layouts(run, gpus, find_gpu(gpu).gpus_per_node)
     fitting = [each for each in _valid(candidates, gpus, gpu) if each.fits]
     if not fitting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from statistics import median
@@ -92,8 +93,11 @@ def loss_spiked(parts: Parts, record: dict[str, Any]) -> bool:
     return spiked
 
 
-def roll_back(parts: Parts) -> Path | None:
+def roll_back(parts: Parts, on_damage: Callable[[str], None]) -> Path | None:
     """Go back to the newest checkpoint and read on behind the newest step; a collective over all processes.
+
+    Args:
+        on_damage: see `newest_checkpoint`.
 
     Returns:
         The checkpoint; None if there is none yet, and nothing was changed.
@@ -109,7 +113,7 @@ def roll_back(parts: Parts) -> Path | None:
         )
     with parts.pipeline.activity.during("search for a whole checkpoint", limit="save"):
         parts.checkpointer.finish()
-        checkpoint = newest_checkpoint(Path(parts.run.run_dir), lambda _: None)
+        checkpoint = newest_checkpoint(Path(parts.run.run_dir), on_damage)
     if checkpoint is None:
         return None
     positions, spikes, rollbacks = state.reader.state(), state.health.spikes, state.health.rollbacks

@@ -154,7 +154,7 @@ def _on_spike(parts: Parts, record: dict[str, Any], progress: TrainingProgress) 
     progress.say(line + f"median of {health.spike_window} steps")
     if health.on_spike == "report":
         return None
-    checkpoint = roll_back(parts)
+    checkpoint = roll_back(parts, progress.say)
     if checkpoint is None:
         progress.say("no checkpoint to go back to yet: training goes on")
     else:

@@ -36,7 +36,7 @@ class Tolerance:
 
 
 TOLERANCES = {"float32": Tolerance(1e-4, 1e-4, 1e-3), "bfloat16": Tolerance(2e-3, 1e-2, 0.2)}
-"""By precision. In bfloat16 Adam's first steps make much of small gradients' rounding: 0.1 of a weight's change was seen, where a
+"""By precision. In bfloat16 Adam's first steps make much of small gradients' rounding: 0.1 of a weight's change was seen; a
 weight that is forgotten differs by all of it."""
 
 

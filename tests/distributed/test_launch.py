@@ -109,16 +109,25 @@ def test_a_wrong_configuration_is_one_line_on_each_host(run, tmp_path):
 
 def test_hosts_that_were_started_differently_say_so():
     port = free_port()
-    hosts = [launch(0, port, "evaluate"), launch(1, port, "report")]
+    hosts = [launch(0, port, "evaluate"), launch(1, port, "generate")]
     for host in hosts:
         output = finish(host, 1)
-        assert "127.0.0.2 was started with the command ['report'], and 127.0.0.1 with ['evaluate']" in output
+        assert "127.0.0.2 was started with the command ['generate'], and 127.0.0.1 with ['evaluate']" in output
+
+
+def test_a_command_for_one_process_is_refused():
+    for host in (0, 1):
+        assert "prepare is for one process: call infini-train prepare without" in finish(
+            launch(host, free_port(), "prepare"), 2
+        )
 
 
 def test_a_host_that_does_not_come_is_named():
-    assert "127.0.0.2 did not come to 127.0.0.1" in finish(launch(0, free_port(), "report", options=("--meet_seconds", "1")), 1)
+    assert "127.0.0.2 did not come to 127.0.0.1" in finish(
+        launch(0, free_port(), "generate", options=("--meet_seconds", "1")), 1
+    )
     port = free_port()
-    output = finish(launch(1, port, "report", options=("--meet_seconds", "1")), 1)
+    output = finish(launch(1, port, "generate", options=("--meet_seconds", "1")), 1)
     assert f"127.0.0.1, port {port}, did not answer within 1 s" in output
 
 

@@ -25,7 +25,9 @@ def test_exact_layouts_pass(case, pool, run_config):
     )
 
 
-@pytest.mark.parametrize("case", [Case(dp=2), Case(tp=2, cp=2, rule="delta"), Case(pp=2, virtual=2)], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [Case(dp=2), Case(tp=2, cp=2, rule="delta"), Case(pp=2, virtual=2)], ids=lambda case: case.name
+)
 def test_exact_layouts_pass_in_bfloat16(case, pool, run_config):
     run = case.apply(replace(run_config, training=replace(run_config.training, precision="bfloat16")))
     assert pool(case.processes).run("tests.distributed.jobs", "run_self_test", run) == [None] * case.processes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,65 @@ def test_a_file_that_is_no_yaml_is_said_with_its_place(text, where, tmp_path, ca
     assert f"--config: the file is not YAML ({where}): " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        (b"", "--config: the file holds nothing, but no keys under sections"),
+        (b"model:\n", "--config: the file holds model:, but no keys under sections"),
+        (b"- 3\n", "--config: the file holds - 3, but"),
+        (b"model: 3\n", "model is 3 in the configuration, but it is a section"),
+        (b"training: {steps: }\n", "training.steps has no value; give it one, or leave it out"),
+        (b"optimizer: {learning_rate: .nan}\n", "optimizer.learning_rate is nan; it must be a finite number"),
+        (b"model: {initial_gate: .inf}\n", "model.initial_gate is inf; it must be a finite number"),
+        (b"\xff\xfe\n", "--config: the file is not text in UTF-8"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(content, words, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_bytes(content)
+    assert main(["pretrain", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert words in (line := capsys.readouterr().err) and line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (["--temperature", "-1"], "--temperature is -1.0; use 0 for the most likely token, or at least 0.001"),
+        (["--temperature", "1e-300"], "--temperature is 1e-300"),
+        (["--top_k", "-5"], "--top_k is -5; use a number from 0"),
+        (["--max_new_tokens", "0"], "--max_new_tokens is 0; use a number from 1"),
+        (["--sample_seed", str(10**23)], "--sample_seed is 100000000000000000000000"),
+        (["--prompt", "a", "--prompt_file", "b"], "--prompt and --prompt_file are both given; give one"),
+        (["--prompt", "a\udcff"], "--prompt is not text in UTF-8"),
+    ],
+)
+def test_sampling_that_cannot_be_is_refused_before_a_model_is_read(options, words, capsys):
+    assert main(["generate", *options]) == 2
+    assert words in (line := capsys.readouterr().err) and line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (["verify", "--path", "nowhere"], "--path nowhere: there is no such folder"),
+        (["list"], "holds no checkpoint"),
+    ],
+)
+def test_checkpoints_that_are_not_there(options, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["checkpoint", *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank,local_rank,said", [("0", "0", True), ("1", "1", False), ("8", "0", True), ("9", "1", False)])
+def test_each_node_says_what_may_be_its_own_trouble(rank, local_rank, said, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert main(["pretrain", "--data.path", "nowhere"]) == 2
+    line = capsys.readouterr().err
+    assert ("data.path nowhere does not exist" in line) == said
+    assert ("rank 8 on " in line) == (rank == "8")
+
+
 def test_an_unknown_key_in_a_file_names_it_and_its_neighbour(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("model:\n  segment_lenght: 64\n", encoding="utf-8")
     assert main(["pretrain", "--config", str(tmp_path / "run.yaml")]) == 2
@@ -100,17 +161,19 @@ def test_every_config_file_is_valid(path):
 
 
 def test_every_key_has_help():
-    """`--help` explains each key."""
-    import re
-
+    """`--help` explains each key: a docstring stands under it."""
     from infini_train import config
 
-    source = Path(config.__file__).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    for number, line in enumerate(lines):
-        field = re.match(r"    (\w+): .* = ", line)
-        if field and "field(default_factory" not in line:
-            assert lines[number + 1].strip().startswith('"""'), f"{field[1]} has no docstring"
+    tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
+    keys = 0
+    for holder in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Config")):
+        for field, after in pairwise([*holder.body, ast.Pass()]):
+            if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).endswith("Config"):
+                assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), (
+                    f"{ast.unparse(field.target)} has none"
+                )
+                keys += 1
+    assert keys > 100
 
 
 def test_wrong_configuration_is_refused_without_importing_torch():

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from infini_train.cli import main
-from infini_train.config import CompareConfig, RunConfig
+from infini_train.config import CheckpointConfig, CompareConfig, RunConfig, save_config
 from infini_train.errors import UserError
-from infini_train.evaluation.compare import Measured, compare_runs, run_to_its_end, variant_model
+from infini_train.evaluation.compare import Measured, compare, compare_runs, run_to_its_end, variant_model
 from infini_train.evaluation.compare_page import compare_page, markdown_table
 from infini_train.training.signals import RESUMABLE_EXIT_CODE
 
@@ -37,23 +37,48 @@ def test_one_run_for_each_variant_and_seed_that_differ_in_nothing_else():
 
 
 def test_numbers_of_a_variant_are_numbers():
-    assert variant_model(RUN.model, "memorizing bank_tokens=128 rotary_base=5e5").bank_tokens == 128
-    assert variant_model(RUN.model, "local rotary_base=500000.0").rotary_base == 500000.0
+    assert variant_model(RUN, "memorizing bank_tokens=128 rotary_base=5e5").bank_tokens == 128
+    assert variant_model(RUN, "local rotary_base=500000.0").rotary_base == 500000.0
 
 
 @pytest.mark.parametrize(
-    "variant",
-    ["infini delta", "infini rule=delta", "infini bank_tokens=many", "infini update_rule=gamma", "infini tie_embeddings=1"],
+    "variant,said",
+    [
+        ("", "write for example infini or"),
+        ("infini delta", "write for example infini or"),
+        ("infini rule=delta", "unrecognized arguments: --model.rule=delta; did you mean"),
+        ("infini bank_tokens=many", "model.bank_tokens is many; it must be a whole number"),
+        ("infini update_rule=gamma", "model.update_rule is gamma; it must be one of linear, delta"),
+        ("infini tie_embeddings=1", "model.tie_embeddings is 1; it must be true or false"),
+    ],
 )
-def test_a_key_that_is_none_is_named(variant):
-    with pytest.raises(UserError, match="is no key of model with a value"):
-        variant_model(RUN.model, variant)
+def test_a_key_that_is_none_is_named(variant, said):
+    with pytest.raises(UserError, match=f"compare.variants has {variant!r}.*{said}"):
+        variant_model(RUN, variant)
+
+
+def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
+    """Before anything starts: the folder's run had another learning rate."""
+    run = replace(RUN, run_dir=str(tmp_path))
+    each = compare_runs(run)[1]
+    Path(each.run.run_dir).mkdir(parents=True)
+    earlier = replace(each.run, optimizer=replace(run.optimizer, learning_rate=0.5), checkpoint=CheckpointConfig(every=7))
+    save_config(earlier, Path(each.run.run_dir) / "variant.yaml")
+    with pytest.raises(
+        UserError, match=r"local/seed-4 belongs to other settings \(optimizer.learning_rate is 0.0003, and was 0.5\)"
+    ):
+        compare(run)
+    assert not (tmp_path / "infini-update_rule-delta").exists()
 
 
 @pytest.mark.parametrize(
     "variants,said",
     [
-        ("[infini, infinite]", "compare.variants 'infinite': model.attention is infinite; use one of infini, full, local"),
+        (
+            "[infini, infinite]",
+            "compare.variants has 'infinite': model.attention is infinite; it must be one of infini, full, local",
+        ),
+        ("[]", "compare.variants is []; give one or more"),
         ("['local head_dim=7']", "compare.variants 'local head_dim=7': model.head_dim is 7; rotary embedding needs an even"),
     ],
 )
