@@ -43,6 +43,7 @@ class DocumentSource:
     Attributes:
         documents: documents given so far.
         text_bytes: their size in UTF-8, in bytes.
+        stopped_early: whether there was more text than max_text_mb.
         skipped_not_utf8: files and records whose text is not valid UTF-8.
         skipped_empty: texts without a single character that is not white space.
 
@@ -70,6 +71,7 @@ class DocumentSource:
         self.text_bytes = 0
         self.skipped_not_utf8 = 0
         self.skipped_empty = 0
+        self.stopped_early = False
         self._work_done = 0
 
     @property
@@ -83,6 +85,9 @@ class DocumentSource:
     def __iter__(self) -> Iterator[Document]:
         self._reset()
         for text, name in self._hugging_face_rows() if self.is_hugging_face else self._files():
+            if self.max_text_bytes is not None and self.text_bytes >= self.max_text_bytes:
+                self.stopped_early = True
+                return
             if not text.strip():
                 self.skipped_empty += 1
                 continue
@@ -94,8 +99,6 @@ class DocumentSource:
             self.documents += 1
             self.text_bytes += size
             yield Document(text, name)
-            if self.max_text_bytes is not None and self.text_bytes >= self.max_text_bytes:
-                return
         if not self.documents:
             raise UserError(
                 f"data.source {self.source} holds no document: {self.skipped_empty} empty and {self.skipped_not_utf8} "

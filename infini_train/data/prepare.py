@@ -47,6 +47,8 @@ class PrepareSummary:
     segment_length: int
     skipped_empty: int
     skipped_not_utf8: int
+    stopped_at_mb: float | None
+    """data.max_text_mb, if the source has more text than that."""
     splits: dict[str, SplitSummary]
 
     @property
@@ -77,6 +79,11 @@ class PrepareSummary:
             )
         if self.skipped_empty or self.skipped_not_utf8:
             lines.append(f"  skipped: {self.skipped_empty} empty, {self.skipped_not_utf8} not in UTF-8")
+        if self.stopped_at_mb is not None:
+            lines.append(
+                f"  stopped after {self.stopped_at_mb:g} MB of text (data.max_text_mb), and data.source has more: "
+                "--data.max_text_mb null takes all of it"
+            )
         return "\n".join(lines)
 
 
@@ -199,6 +206,7 @@ def _summary(folder: Path, segment_length: int, source: DocumentSource | None) -
         segment_length=segment_length,
         skipped_empty=source.skipped_empty if source else 0,
         skipped_not_utf8=source.skipped_not_utf8 if source else 0,
+        stopped_at_mb=source.max_text_bytes / 1e6 if source and source.stopped_early and source.max_text_bytes else None,
         splits=splits,
     )
 

@@ -51,12 +51,13 @@ def loss_chart(records: Records, held: HeldOut) -> Chart | None:
     if not np.isfinite(losses).any():
         return None
     width = max(5, len(losses) // 50) | 1
+    every = "training, each step" if records.one_each == "steps" else "training, each logged step"
     smoothed = p.smooth(losses, width)
     with chart_figure(WIDE, 4.2) as (figure, axes):
         few = len(losses) < 2 * width
-        p.line(axes, steps, losses, p.INK if few else p.FAINT, "training, each step", 1.8 if few else 0.9, marked=few)
+        p.line(axes, steps, losses, p.INK if few else p.FAINT, every, 1.8 if few else 0.9, marked=few)
         if not few:
-            p.line(axes, steps, smoothed, p.INK, f"training, mean of {width} steps", 2.0)
+            p.line(axes, steps, smoothed, p.INK, f"training, mean of {width} {records.one_each}", 2.0)
         p.line(axes, steps, emptied, p.EMPTIED, "held out, memory emptied", marked=True)
         p.line(
             axes, steps, with_memory, p.WITH_MEMORY, "held out, with memory" if records.has_memory else "held out", marked=True
@@ -72,7 +73,7 @@ def loss_chart(records: Records, held: HeldOut) -> Chart | None:
     if len(finite) > 1:
         caption = (
             f"The training loss went from {finite[:ends].mean():.3f} to {finite[-ends:].mean():.3f} nats per token "
-            f"(mean of the first and last {ends} steps)"
+            f"(mean of the first and last {ends} {records.one_each})"
             if ends > 1
             else f"The training loss went from {finite[0]:.3f} to {finite[-1]:.3f} nats per token"
         )
@@ -130,7 +131,7 @@ def gradient_chart(records: Records) -> Chart | None:
         p.step_axis(axes, steps)
         svg = p.svg_of(figure, "gradient", "Gradient norm over training steps")
     peak = int(np.nanargmax(np.where(np.isfinite(norms), norms, np.nan)))
-    thick = "" if few else f" (dark line: median of {width} steps)"
+    thick = "" if few else f" (dark line: median of {width} {records.one_each})"
     caption = (
         f"The gradient norm{thick} has a median of {number(float(np.median(finite)))}; its highest value is "
         f"{number(norms[peak])}, at step {steps[peak]:,.0f}."

@@ -223,6 +223,7 @@ def generate(
     if loaded.layout.is_main:
         shown = tokenizer.decode(tokens)
         facts = {
+            "step": loaded.step,
             "prompt": shown,
             "text": text,
             "prompt_tokens": len(tokens),

@@ -44,7 +44,7 @@ def position_chart(entries: list[dict[str, Any]], has_memory: bool) -> Chart | N
         axes.set_xticks(x[::every], show[::every])
         axes.set_xlabel("segment of the document, counted from 0; below it the held-out tokens measured there")
         axes.set_xlim(-0.4, len(x) - 0.6)
-        if has_memory:
+        if np.isfinite(np.concatenate([emptied, shuffled])).any():
             p.legend_above(axes, columns=3)
         svg = p.svg_of(figure, "positions", "Held-out perplexity by position in the document")
     far = len(x) - 1

@@ -24,9 +24,19 @@ class Records:
         return np.array([row["step"] for row in self.rows], dtype=float)
 
     @property
-    def has_memory(self) -> bool:
-        """Whether the run's attention is one with memory."""
+    def has_gates(self) -> bool:
+        """Whether the run's attention mixes memory and local attention by gates."""
         return any(row.get("gates") for row in self.rows)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the run's attention carries something from segment to segment."""
+        return self.has_gates or len(self.finite("held_out_loss_memory_emptied")) > 0
+
+    @property
+    def one_each(self) -> str:
+        """What a record stands for, in the plural: every step has one, or some have (logging.every)."""
+        return "steps" if len(self.rows) < 2 or np.median(np.diff(self.steps)) <= 1 else "logged steps"
 
     def column(self, name: str) -> np.ndarray:
         """One number per step, NaN where the step did not record it."""
@@ -156,6 +166,7 @@ class HeldOut:
     loss_memory_emptied: float | None = None
     unigram_entropy: float | None = None
     source: str = ""
+    step: int | None = None
 
 
 def held_out(records: Records, evaluation: dict[str, Any] | None) -> HeldOut:
@@ -167,11 +178,12 @@ def held_out(records: Records, evaluation: dict[str, Any] | None) -> HeldOut:
             loss_memory_emptied=_finite((evaluation.get("memory_emptied") or {}).get("loss")),
             unigram_entropy=_finite(evaluation.get("unigram_entropy")),
             source=f"evaluation of step {step:,}" if isinstance(step, int) else "evaluation.json",
+            step=step if isinstance(step, int) else None,
         )
     for row in reversed(records.rows):
         if (loss := _finite(row.get("held_out_loss"))) is not None:
             emptied = _finite(row.get("held_out_loss_memory_emptied"))
-            return HeldOut(loss, emptied, None, f"evaluation during training, step {row['step']:,}")
+            return HeldOut(loss, emptied, None, f"evaluation during training, step {row['step']:,}", row["step"])
     return HeldOut()
 
 

@@ -43,17 +43,25 @@ def write_report(run_dir: Path) -> Path:
     retrieval = read_json(run_dir / "passkey.json", "infini-train evaluate passkey", notes)
     times = time_sections(run_dir, notes)
     held = held_out(records, evaluation)
+    newest = int(records.steps[-1]) if records.rows else 0
+    for result, name, command in (
+        (evaluation, "evaluation.json", "evaluate"),
+        (retrieval, "passkey.json", "evaluate passkey"),
+        (generation, "generation.json", "generate"),
+    ):
+        if isinstance(step := (result or {}).get("step"), int) and step < newest:
+            notes.append(f"{name} is of step {step:,}, and the run has gone on since: run `infini-train {command}` again.")
     config_file = run_dir / "config.yaml"
     config = config_file.read_text(encoding="utf-8", errors="replace") if config_file.exists() else None
 
     sections = [
         _cards(records, held),
-        "".join(f'<p class="note">{_text(note)}</p>' for note in notes),
+        "".join(f'<p class="note">{_code(note)}</p>' for note in notes),
         *_chart_sections(records, evaluation, held),
         _retrieval(retrieval),
         _sample(generation),
         times,
-        _reading(records),
+        _reading(records.has_memory or held.loss_memory_emptied is not None),
         _config(config),
     ]
     target = run_dir / "report.html"
@@ -75,7 +83,8 @@ def _lead(records: Records, held: HeldOut) -> str:
     seen = f" and {plotting.compact(tokens)} tokens" if tokens else ""
     sentences = [f"Trained for {_steps(records)}{seen}."]
     if held.loss is not None:
-        known = f"On text that it was not trained on, its perplexity is {number(perplexity(held.loss))}"
+        earlier = f" after {held.step:,} of them" if held.step is not None and held.step < records.steps[-1] else ""
+        known = f"On text that it was not trained on, its perplexity{earlier} is {number(perplexity(held.loss))}"
         if held.unigram_entropy is not None:
             below = held.unigram_entropy - held.loss
             comparison = "better" if below >= 0 else "worse"
@@ -99,7 +108,7 @@ def _cards(records: Records, held: HeldOut) -> str:
         last = finite[-20:]
         detail = "nats per token"
         if len(last) > 1:
-            detail += f", mean of the last {len(last)}; the last one {finite[-1]:.3f}"
+            detail += f", mean of the last {len(last)} {records.one_each}; the last one {finite[-1]:.3f}"
         cards.append(("Training loss", f"{last.mean():.3f}", detail, ""))
     if held.loss is not None:
         detail = f"loss {held.loss:.3f}; {held.source}"
@@ -150,10 +159,11 @@ def _duration(seconds: float) -> str:
 def _chart_sections(records: Records, evaluation: dict[str, Any] | None, held: HeldOut) -> list[str]:
     if not records.rows:
         return []
-    by_position = memory_charts.position_chart(positions(evaluation), records.has_memory)
+    has_memory = records.has_memory or held.loss_memory_emptied is not None
+    by_position = memory_charts.position_chart(positions(evaluation), has_memory)
     missing_evaluation = "No evaluation.json with positions: run `infini-train evaluate` to measure them."
-    missing_gates = "This run recorded no gates: its attention has no memory (local or full)."
-    if records.has_memory:
+    missing_gates = "This run recorded no gates: its attention has none."
+    if records.has_gates:
         missing_gates = "The recorded gates are not finite: the run has diverged."
     gates = [
         memory_charts.gate_map_chart(records),
@@ -175,8 +185,8 @@ def _chart_sections(records: Records, evaluation: dict[str, Any] | None, held: H
     return [
         _section("Learning", "", [charts.loss_chart(records, held)], "No finite loss is recorded."),
         _section(
-            "Does the memory help?" if records.has_memory else "Along the document",
-            compared if by_position and records.has_memory else "",
+            "Does the memory help?" if has_memory else "Along the document",
+            compared if by_position and has_memory else "",
             [by_position],
             missing_evaluation,
         ),
@@ -189,7 +199,7 @@ def _chart_sections(records: Records, evaluation: dict[str, Any] | None, held: H
             gates,
             missing_gates,
         ),
-        _section("Memory", "", memory, "This run recorded no finite memory norms.") if records.has_memory else "",
+        _section("Memory", "", memory, "This run recorded no finite memory norms.") if records.has_gates or any(memory) else "",
         _section("Course of training", "", health, "Nothing about the course of training is recorded."),
     ]
 
@@ -235,6 +245,8 @@ def _sample(generation: dict[str, Any] | None) -> str:
         if isinstance(count, int)
     ]
     intro = f"The prompt has {' in '.join(facts)}. " if facts else ""
+    if isinstance(step := generation.get("step"), int):
+        intro += f"Written after step {step:,}. "
     intro += "Grey is the prompt, the marked part is what the model wrote."
     if len(prompt) > LONGEST_PROMPT:
         intro += f" Only the last {LONGEST_PROMPT:,} of the prompt's {len(prompt):,} characters are shown."
@@ -248,7 +260,7 @@ def _sample(generation: dict[str, Any] | None) -> str:
     )
 
 
-def _reading(records: Records) -> str:
+def _reading(has_memory: bool) -> str:
     terms = [
         ("Perplexity", "exp(loss): among how many equally likely tokens the model is undecided; lower is better."),
         ("Segment", "tokens that attend to each other exactly; everything earlier reaches a head through its memory."),
@@ -266,7 +278,7 @@ def _reading(records: Records) -> str:
             "so spikes stay.",
         ),
     ]
-    if not records.has_memory:
+    if not has_memory:
         terms = [term for term in terms if term[0] not in ("Segment", "Memory emptied", "Memory of another row")]
     items = "".join(f"<dt>{_text(term)}</dt><dd>{_text(meaning)}</dd>" for term, meaning in terms)
     return f'<section><h2>How to read this page</h2><dl class="terms">{items}</dl></section>'

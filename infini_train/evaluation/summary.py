@@ -25,13 +25,13 @@ def summary_lines(run_dir: Path) -> list[str]:
         last = float(np.mean(losses[-LAST_STEPS:]))
         lines.append(
             f"training loss: {losses[0]:.3f} nats per token in the first logged step, {last:.3f} in the last "
-            f"{min(LAST_STEPS, len(losses))} ({losses[0] - last:.3f} lower)"
+            f"{min(LAST_STEPS, len(losses))} ({abs(losses[0] - last):.3f} {'lower' if last <= losses[0] else 'higher'})"
         )
     result = held_out(records, read_json(run_dir / "evaluation.json", "evaluate", notes))
     if result.unigram_entropy is not None:
         lines.append(f"unigram entropy of the held-out text: {result.unigram_entropy:.3f} nats per token")
     if result.loss is not None:
-        line = f"held-out perplexity: {np.exp(result.loss):.2f}"
+        line = f"held-out perplexity ({result.source}): {np.exp(result.loss):.2f}"
         if result.loss_memory_emptied is not None:
             line += f" with memory, {np.exp(result.loss_memory_emptied):.2f} with the memory emptied at every segment"
         lines.append(line)

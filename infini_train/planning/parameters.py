@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 
-from infini_train.config import RunConfig
+from infini_train.config import LayoutConfig, RunConfig
 from infini_train.planning.sizes import Sizes
 
 
@@ -52,12 +53,4 @@ def count(shapes: dict[str, tuple[int, ...]]) -> int:
 
 def total_parameters(run: RunConfig) -> int:
     """Parameters of the whole model."""
-    model = run.model
-    per_layer = model.hidden_size * (2 * model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim
-    per_layer += 3 * model.hidden_size * model.ffn_hidden_size + 2 * model.hidden_size
-    if model.attention == "infini":
-        per_layer += model.num_attention_heads
-        per_layer += model.num_query_groups * model.head_dim if model.write_strength == "learned" else 0
-    per_layer += model.num_query_groups * model.head_dim * model.short_convolution
-    vocabulary = run.data.vocab_size * model.hidden_size
-    return model.num_layers * per_layer + model.hidden_size + vocabulary * (1 if model.tie_embeddings else 2)
+    return count(stage_parameters(Sizes(replace(run, layout=LayoutConfig()), 1), 0))

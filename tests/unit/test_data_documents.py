@@ -105,6 +105,10 @@ def test_max_text_mb_stops_after_the_document_that_reaches_it(tmp_path: Path) ->
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(["x" * 400, "é" * 300, "z"]) + b"never parsed")
     assert read(path, max_text_mb=0.001) == ["x" * 400, "é" * 300]
+    for limit, more in ((0.001, True), (None, False), (1.0, False)):
+        path.write_bytes(jsonl(["x" * 400, "é" * 300, "z"]))
+        source = DocumentSource(str(path), max_text_mb=limit)
+        assert len(list(source)) == (2 if more else 3) and source.stopped_early == more
 
 
 @pytest.mark.parametrize(

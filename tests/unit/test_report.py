@@ -15,6 +15,7 @@ from infini_train.errors import UserError
 from infini_train.evaluation.plotting import MAX_POINTS, running_median, smooth, svg_of, thin
 from infini_train.evaluation.records import read_metrics
 from infini_train.evaluation.report import write_report
+from infini_train.evaluation.summary import summary_lines
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -238,6 +239,38 @@ def test_a_run_that_barely_began_has_a_page(tmp_path: Path, lines: int) -> None:
     outline(page)
     assert page.count("<svg") == (10 if lines else 0)
     assert ("No step is recorded yet" in page) == (lines == 0)
+
+
+def test_results_of_an_earlier_step_are_told(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path, [step_record(step) for step in range(1, 7)])
+    (run_dir / "evaluation.json").write_text(json.dumps({"step": 4, "with_memory": {"loss": 4.0}}))
+    (run_dir / "generation.json").write_text(json.dumps({"step": 6, "prompt": "a", "text": "b"}))
+    page = write_report(run_dir).read_text()
+    assert "its perplexity after 4 of them is 54.6" in page
+    assert "evaluation.json is of step 4, and the run has gone on since: run <code>infini-train evaluate</code> again." in page
+    assert "generation.json is of" not in page and "Written after step 6." in page
+    assert "held-out perplexity (evaluation of step 4): 54.60" in "".join(summary_lines(run_dir))
+
+
+def test_a_memory_without_gates_is_a_memory(tmp_path: Path) -> None:
+    """As Transformer-XL's: nothing to show of gates, and all curves along the document have a name."""
+    records = [{key: value for key, value in step_record(step).items() if key != "gates"} for step in range(1, 7)]
+    run_dir = write_run(tmp_path, records)
+    places = [
+        {"first_segment": n, "last_segment": n, "tokens": 9, "loss": 4.0, "loss_memory_emptied": 4.0 + n} for n in range(2)
+    ]
+    evaluation = {"step": 6, "with_memory": {"loss": 4.0}, "memory_emptied": {"loss": 4.5}, "by_position": places}
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    page = write_report(run_dir).read_text()
+    assert "This run recorded no gates: its attention has none." in page and "Does the memory help?" in page
+    assert "memory emptied at every segment" in outline(page).text, "the legend"
+
+
+def test_means_count_what_was_logged(tmp_path: Path) -> None:
+    page = write_report(write_run(tmp_path, [step_record(10 * step) for step in range(1, 61)])).read_text()
+    assert "(mean of the first and last 10 logged steps)" in page
+    every = write_report(write_run(tmp_path, [step_record(step) for step in range(1, 61)])).read_text()
+    assert "(mean of the first and last 10 steps)" in every
 
 
 def test_missing_metrics_name_the_remedy(tmp_path: Path) -> None:
