@@ -89,7 +89,8 @@ def measure() -> tuple[list[dict[str, Any]], list[str]]:
                 if number < rounds:
                     found[length].append(in_own_process("benchmarks.stream", kind=kind, tokens=length))
         speed = {
-            length: CHUNK / quantiles([second for result in results for second in result["seconds"]], n=4)[0]
+            length: CHUNK
+            / quantiles([second for result in results for second in result["seconds"]], n=4, method="inclusive")[0]
             for length, results in found.items()
         }
         peak = {length: max(result["peak_mb"] for result in results) for length, results in found.items()}

@@ -46,8 +46,8 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "_recurrence_kernel": {"BV": (16, 32), "BK": (32, 64, 128), "num_warps": (4, 8), "WAY": ("ieee", "tf32x3")},
 }
 """Values to try, by kernel and by name of a constant or of an option. Others are timed as they are."""
-BY_PROGRAM = ("dshare_ptr", "dstate_ptr", "dz_ptr")
-"""Arguments that may hold a number or a state for each program, of which there may be more."""
+BY_PROGRAM = {"_read_backward_kernel": ("dshare_ptr", "dstate_ptr", "dz_ptr"), "_removal_backward_kernel": ("dz_ptr",)}
+"""Outputs that hold a number or a state for each program, of which another tile may have more."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,9 @@ def others(now: Trial) -> Iterator[Trial]:
     """The same launch with every other choice."""
     name = now.kernel.__name__
     choices = CHOICES.get(name, {})
+    grow = BY_PROGRAM.get(name, ())
     arguments = tuple(
-        argument.new_empty(argument.numel() * 8) if choices and parameter in BY_PROGRAM and argument is not None else argument
+        argument.new_empty(argument.numel() * 8) if parameter in grow and argument is not None else argument
         for parameter, argument in zip(now.kernel.arg_names, now.arguments, strict=False)
     )
     for values in itertools.product(*choices.values()):

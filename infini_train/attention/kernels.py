@@ -11,7 +11,8 @@ from infini_train.config import ModelConfig
 def kernels_in_words(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
     """For example 'attention: flash_attn 2.8.3; memory: triton 3.6.0'."""
     heads = torch.empty(1, 1, 1, model.head_dim, dtype=dtype, device=device)
-    words = f"attention: {local_attention_choice(heads, heads)}"
+    grouped = model.num_query_groups != model.num_attention_heads
+    words = f"attention: {local_attention_choice(heads, heads, grouped)}"
     if model.attention != "infini":
         return words
     return f"{words}; memory: {memory_choice(heads, heads, heads)}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from infini_kernels.backward import Composition, WeightedGram
+from infini_kernels.segments import to_device
 
 
 class Removals(Protocol):
@@ -71,7 +72,7 @@ def repeated_removal(updates: Updates, entering_z: Tensor, repeats: Tensor, eps:
     identity = torch.eye(width, dtype=entering_z.dtype, device=entering_z.device)
     # Sorted by falling r, the segments that are not done are always the first ones, and the others cost nothing.
     left, order = repeats.long().cpu().flatten().sort(descending=True, stable=True)
-    places = order.to(entering_z.device)
+    places = to_device(order, entering_z.device)
     v, z, dz = (x.flatten(0, 1).index_select(0, places) for x in (updates.written, entering_z, updates.z))
     removals = updates.select(places)
 
@@ -87,7 +88,7 @@ def repeated_removal(updates: Updates, entering_z: Tensor, repeats: Tensor, eps:
             break
         left, v, z, dz = (x[:active] for x in (left, v, z, dz))
         count = left.clamp(max=1 << exponent)
-        middle = (applied + (count - 1) / 2).to(z)[:, None, None]
+        middle = to_device(applied + (count - 1) / 2, z.device).to(z.dtype)[:, None, None]
         step = torch.cat((identity - removals.removal(z + middle * dz, eps), v), dim=-1)
         total = _after_steps(step, count, exponent, total)
         left, applied, exponent = left - count, applied + (1 << exponent), exponent + 1
@@ -111,7 +112,7 @@ def _after_steps(step: Tensor, count: Tensor, exponent: int, total: Tensor) -> T
     while bool(few.any()):
         taken = (few & 1).bool()
         if bool(taken.any()):
-            here = taken.to(few_step.device)[:, None, None, None]
+            here = to_device(taken, few_step.device)[:, None, None, None]
             few_total = torch.where(here, Composition.apply(few_step, few_total), few_total)
         few = few >> 1
         if bool(few.any()):

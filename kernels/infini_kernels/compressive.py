@@ -18,6 +18,7 @@ from infini_kernels.backward import FeatureMap, ScaledProduct
 from infini_kernels.context_parallel import RunExchange
 from infini_kernels.memory import MemoryState
 from infini_kernels.recurrence import walk
+from infini_kernels.segments import to_device
 from infini_kernels.variants import sharp_features
 
 
@@ -117,7 +118,7 @@ class SegmentMemory:
         batch_size, num_segments, num_groups, key_width, value_width = updates.written.shape
         self._written, self._written_z = updates.written, updates.z
         if repeats is not None:
-            counts = repeats.to(updates.z)[:, :, None, None]
+            counts = to_device(repeats, updates.z.device).to(updates.z.dtype)[:, :, None, None]
             self._written_z = counts * updates.z
             if update_rule == "linear":
                 self._written = counts.unsqueeze(-1) * self._written

@@ -44,16 +44,26 @@ def flash_attention_for(q: Tensor, v: Tensor) -> ModuleType | None:
     return None
 
 
-def local_attention_choice(q: Tensor, v: Tensor) -> str:
-    """What computes the attention of tensors like these, for a log."""
+def local_attention_choice(q: Tensor, v: Tensor, grouped: bool = False) -> str:
+    """What computes the attention of tensors like these, for a log.
+
+    Args:
+        grouped: there are fewer key/value heads than query heads.
+    """
     flash_attn = flash_attention_for(q, v)
     if flash_attn is not None:
         return f"{flash_attn.__name__} {getattr(flash_attn, '__version__', '')}".strip()
     if not q.is_cuda:
         return f"PyTorch {torch.__version__} on {q.device.type}"
-    q, k, v = (x.new_empty(1, 2, 16, max(q.shape[-1], v.shape[-1])) for x in (q, q, v))
-    number = torch._fused_sdp_choice(q, k, v, is_causal=True)
+    grouped = grouped and _takes_groups(q)
+    q, k, v = (q.new_empty(1, heads, 16, max(q.shape[-1], v.shape[-1])) for heads in ((2, 1, 1) if grouped else (2, 2, 2)))
+    number = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=grouped)
     return f"PyTorch {torch.__version__}, {SDPBackend(number).name.lower()}"
+
+
+def _takes_groups(q: Tensor) -> bool:
+    """Whether PyTorch has a fused kernel for grouped heads: on CUDA not in float32, where it would hold all scores."""
+    return not q.is_cuda or q.dtype in (torch.float16, torch.bfloat16)
 
 
 def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,14 +94,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] <= SHORT_ROW_ON_CPU:
         out = _ShortRowsOnCpu.apply(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale).transpose(1, 2)
     else:
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            is_causal=True,
-            scale=scale,
-            enable_gqa=q.shape[2] != k.shape[2],
-        ).transpose(1, 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        grouped = q.shape[1] != k.shape[1]
+        if grouped and not _takes_groups(q):
+            k, v, grouped = _for_each_head(k, q), _for_each_head(v, q), False
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
     return out if out.shape[-1] == value_width else out[..., :value_width]
 
 

@@ -35,6 +35,15 @@ def test_other_tiles_start_and_cover_the_same_outputs() -> None:
     geometry = operation.Geometry("tiny", heads=2, groups=1, width=16, segment=150)
     launches = tiles.recorded(geometry, 300, "delta", device="cpu")
     assert set(tiles.CHOICES) - {"_read_backward_states_kernel"} <= {now.kernel.__name__ for now in launches}
+    # Inputs stay what they are: time depends on what is in them.
+    for now in launches:
+        for trial in tiles.others(now):
+            changed = {
+                name
+                for name, mine, its in zip(now.kernel.arg_names, now.arguments, trial.arguments, strict=False)
+                if its is not mine
+            }
+            assert changed <= set(tiles.BY_PROGRAM.get(now.kernel.__name__, ()))
     read = next(now for now in launches if now.kernel.__name__ == "_read_kernel")
     out = read.arguments[read.kernel.arg_names.index("out_ptr")]
     wanted = out.clone()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from infini_kernels import MemoryState, infini_attention
 from infini_kernels.segments import SegmentLayout
 from infini_kernels.triton import blocks, operation
+from infini_kernels.triton.blocks import by_token
 from tests import kernel_cases
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -133,14 +135,46 @@ def test_a_read_keeps_what_is_small_beside_what_cancels(dtype: torch.dtype) -> N
     torch.testing.assert_close(out.float(), torch.ones(1, 4, 1, 16), rtol=0.02, atol=0)
 
 
-def test_full_segments_need_no_copy_from_the_host() -> None:
+def test_full_segments_need_no_copy_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths on the host that turn out to be full are counted on the device, as if there were none."""
+
+    def copy(x: Tensor, device: torch.device) -> Tensor:
+        raise AssertionError("a copy")
+
     layout, q = SegmentLayout.of(13, 5), torch.zeros(2, 13, 1, 8, device="meta")
     full = torch.tensor([[5, 5, 3], [5, 5, 3]])
-    for lengths in (None, full, torch.tensor([13, 13])):
-        assert operation.tokens_by_segment(lengths, layout, q, 5).device == q.device
+    with monkeypatch.context() as patched:
+        patched.setattr(operation, "to_device", copy)
+        for lengths in (None, full, torch.tensor([13, 13])):
+            assert operation.tokens_by_segment(lengths, layout, q, 5).device == q.device
+            assert operation.tokens_by_segment(lengths, layout, torch.zeros(2, 13, 1, 8), 5).tolist() == full.tolist()
     found = operation.tokens_by_segment(full - torch.tensor([[0, 0, 0], [0, 2, 3]]), layout, torch.zeros(2, 13, 1, 8), 5)
     assert found.tolist() == [[5, 5, 3], [5, 3, 0]]
+
+
+def test_arguments_need_not_be_contiguous() -> None:
+    """A gate that is a column, and resets that were transposed: kernels count on from their first number."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 13, 2, 16) for _ in range(3))
+    gate, reset = torch.randn(2, 2)[:, 0], (torch.rand(3, 3) < 0.4).t()
+    assert not gate.is_contiguous() and not reset.is_contiguous() and reset.any()
+    out, memory = infini_attention(q, k, v, gate, segment_length=5, reset=reset, backend="triton")
+    wanted, left = infini_attention(q, k, v, gate, segment_length=5, reset=reset, backend="reference")
+    for ours, theirs in zip((out, *memory), (wanted, *left), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_output_has_the_values_type_under_autocast() -> None:
+    q, k, v = (torch.randn(1, 8, 2, 16) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, memory = infini_attention(q, k, v, torch.zeros(2), segment_length=4, backend="triton")
+    assert out.dtype == memory.M.dtype == torch.float32
+
+
+def test_tokens_too_far_from_each_other_are_copied_closer() -> None:
+    far = torch.empty_strided((1, 16, 1, 16), (16 * 150_000_000, 150_000_000, 16, 1), device="meta")
+    assert by_token(far, 14)[1] == (16 * 150_000_000, 150_000_000, 16)
+    assert by_token(far, 16)[1] == (256, 16, 16)
 
 
 def test_what_has_no_kernel_is_refused_or_left_to_the_reference() -> None:

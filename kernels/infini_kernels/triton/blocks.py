@@ -141,9 +141,19 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def by_token(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """x [B, T, heads, width] with its last dimension contiguous, and its other strides."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+MOST_WITHIN_A_SEGMENT = 2**31 - 1
+"""Numbers from a segment's first token on, for kernels that count them in 32 bits."""
+
+
+def by_token(x: Tensor, width: int = 1) -> tuple[Tensor, tuple[int, int, int]]:
+    """x [B, T, heads, D] with its last dimension contiguous, and its other strides.
+
+    Args:
+        width: tokens of a segment, for a kernel that counts on from its first in 32 bits. Where they lie too far from each
+            other for that, as among very many rows, x is copied.
+    """
+    if x.stride(-1) != 1 or (width - 1) * x.stride(1) + x.shape[-1] > MOST_WITHIN_A_SEGMENT:
+        x = x.contiguous()
     return x, (x.stride(0), x.stride(1), x.stride(2))
 
 

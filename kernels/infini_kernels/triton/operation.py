@@ -52,7 +52,9 @@ def infini_attention_triton(
     padding = padding_mask(lengths, layout.num_tokens, segment_length, q.device)
     if reset is not None:
         # Most micro-batches have none; the host knows that without asking the device.
-        reset = None if values_known(reset) and not bool(reset.any()) else to_device(reset, q.device).to(torch.int8)
+        reset = (
+            None if values_known(reset) and not bool(reset.any()) else to_device(reset, q.device).to(torch.int8).contiguous()
+        )
     with full_precision(q):
         # What stands at padding may be NaN, and its gradient 0 * NaN.
         real = k if padding is None or write_gate is None else k.masked_fill(padding, 0)
@@ -62,7 +64,7 @@ def infini_attention_triton(
         updates = KernelUpdates(k, remembered_values(v, normaliser), tokens, layout.width, shift, strength)
         written = SegmentMemory(updates, memory, reset, update_rule, eps, group, repeats)
     # Here, so that the exchange of a group that is now under way overlaps with it.
-    local = local_half(q, k, v, rotary, tokens, padding, layout)
+    local = local_half(q, k, v, rotary, tokens, padding, layout).to(v.dtype)  # under autocast it has another type
     with full_precision(q):
         carried = written.carry()
         entering = carried.entering or MemoryState(torch.zeros_like(updates.written), torch.zeros_like(updates.z))
@@ -96,15 +98,17 @@ class KernelUpdates:
         tokens = self._tokens.flatten()
         whole = places is None
         if places is None:
-            places = torch.arange(len(tokens), device=tokens.device)
+            places = torch.arange(len(tokens), dtype=torch.int32, device=tokens.device)
         else:
             tokens = tokens.index_select(0, places)
         return KernelRemovals(self._k, places.int(), tokens, self._width, self._shift, self._strength, whole)
 
     def walk(self, state: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `recurrence.walk`."""
-        if reset is None:
-            reset = torch.zeros(added.shape[:2], dtype=torch.int8, device=added.device)
+        if removed is None and added.shape[1] == 1:  # one sum
+            if reset is not None:
+                state = state.masked_fill(reset.bool().view(-1, *[1] * (state.dim() - 1)), 0)
+            return state.unsqueeze(1), state + added.squeeze(1)
         entering, leaving = walk_segments(state, added, reset, removed, False)
         return entering, leaving
 
@@ -132,7 +136,11 @@ def tokens_by_segment(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, 
     given = None if lengths is None else lengths_by_segment(lengths, layout.num_tokens, segment_length)
     if given is not None and values_known(given) and int(given.sum()) == given.shape[0] * layout.num_tokens:
         given = None  # all are full, as nearly always
-    # Nothing is copied to the device but lengths that are not there: a CUDA graph cannot hold such a copy.
+    if given is None:
+        present = torch.full((q.shape[0], layout.num_segments), layout.width, dtype=torch.int32, device=q.device)
+        if last := layout.num_tokens % layout.width:
+            present[:, -1] = last
+        return present
     starts = torch.arange(layout.num_segments, device=q.device if given is None else given.device) * layout.width
     present = (layout.num_tokens - starts).clamp(max=layout.width).expand(q.shape[0], -1)
     if given is not None:

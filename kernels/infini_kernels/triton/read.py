@@ -151,7 +151,7 @@ def _read_and_mix(
     out: Tensor,
 ) -> None:
     (B, N), (_, T, H, D), DV = tokens.shape, q.shape, local.shape[-1]
-    (q, q_strides), (local, local_strides) = by_token(q), by_token(local)
+    (q, q_strides), (local, local_strides) = by_token(q, width), by_token(local, width)
     BW, BV, warps, stages = tile(D, q.dtype, plain=shift is None)
     if q.dtype == torch.bfloat16 and D <= 128 and on_hopper(q):
         warps = 4  # two programs at once on a multiprocessor
@@ -159,7 +159,7 @@ def _read_and_mix(
     per = blocks_of_a_program(width, BW) if BV >= DV else 1
     launch(
         _read_kernel, (B * N * H, triton.cdiv(width, BW * per)),
-        q, local, gate, *halves(M, q.dtype), z.contiguous(), tokens, shift, out, *q_strides, *local_strides,
+        q, local, gate.contiguous(), *halves(M, q.dtype), z.contiguous(), tokens, shift, out, *q_strides, *local_strides,
         eps, T, N, H, H // M.shape[2], W=width, D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per,
         LOCAL_ONLY=local_only, WAY=product_way(q.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip

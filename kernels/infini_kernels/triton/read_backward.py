@@ -27,7 +27,7 @@ from infini_kernels.triton.blocks import (
 )
 from infini_kernels.triton.features import sigma, sigma_backward
 
-ONE_PASS = Tile(32, 128, 8, 3)
+TILE_OF_ONE_PASS = Tile(32, 128, 8, 3)
 """For one pass, which takes the registers of a Hopper card and heads of up to 128 columns."""
 
 
@@ -116,10 +116,8 @@ def _read_backward_kernel(
         at = dstate_ptr + part * D * DV + (d[:, None] * DV + e[None, :])
         tl.store(at, dstate, mask=in_d[:, None] & (e < DV)[None, :])
         tl.store(dz_ptr + part * D + d, dz, mask=in_d)
-    total = tl.sum(dshare, axis=0)
-    if LOCAL_ONLY:
-        total = tl.where(tl.max(tl.abs(z), axis=0) > 0, total, 0.0)
-    tl.store(dshare_ptr + part, total)
+    # Under LOCAL_ONLY the share of a first segment is 0, and so is its gradient.
+    tl.store(dshare_ptr + part, tl.sum(dshare, axis=0) * share * (1 - share))
 
 
 @triton.jit
@@ -179,10 +177,14 @@ def read_and_mix_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, A_dot, gate, M and z."""
     (B, N), (_, T, H, D), DV, G = tokens.shape, q.shape, local.shape[-1], M.shape[2]
-    (q, q_strides), (local, local_strides), (grad, grad_strides) = by_token(q), by_token(local), by_token(grad)
-    dq, dlocal, dgate, dM, dz = _backward_outputs(q, local, gate, M, z)
-    one_pass = q.dtype == torch.bfloat16 and max(D, DV) <= ONE_PASS.columns and on_hopper(q)
-    BW, BV, warps, stages = ONE_PASS if one_pass else tile(D, q.dtype, plain=shift is None)
+    (q, q_strides), (local, local_strides), (grad, grad_strides) = (
+        by_token(q, width),
+        by_token(local, width),
+        by_token(grad, width),
+    )
+    dq, dlocal, dM, dz = _empty(q, local, M, z)
+    one_pass = q.dtype == torch.bfloat16 and max(D, DV) <= TILE_OF_ONE_PASS.columns and on_hopper(q)
+    BW, BV, warps, stages = TILE_OF_ONE_PASS if one_pass else tile(D, q.dtype, plain=shift is None)
     BW, BV = block(width, BW), block(DV, BV)
     per = blocks_of_a_program(width, BW) if BV >= DV else 1
     programs = triton.cdiv(width, BW * per)
@@ -192,7 +194,7 @@ def read_and_mix_backward(
     dshare = torch.empty(B, N, H, programs, dtype=torch.float32, device=q.device)
     launch(
         _read_backward_kernel, (B * N * H, programs),
-        q, local, gate, halves(M, q.dtype)[0], z.contiguous(), tokens, shift, grad,
+        q, local, gate.contiguous(), halves(M, q.dtype)[0], z.contiguous(), tokens, shift, grad,
         dq, dlocal, dshare, *parts, scale, dnorm,
         *q_strides, *local_strides, *grad_strides, eps, T, N, H, H // G, W=width,
         D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per,
@@ -210,13 +212,11 @@ def read_and_mix_backward(
             q, tokens, shift, grad, scale, dnorm, dM, dz, *q_strides, *grad_strides, T, N, H, R=H // G, W=width,
             D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, WAY=product_way(q.dtype), num_warps=8,
         )  # fmt: skip
-    share = gate.float().sigmoid()
-    dgate.copy_(dshare.sum(dim=(0, 1, 3)) * share * (1 - share))
-    return dq, dlocal, dgate, dM, dz
+    return dq, dlocal, dshare.sum(dim=(0, 1, 3)).to(gate.dtype), dM, dz
 
 
-def _backward_outputs(q: Tensor, local: Tensor, gate: Tensor, M: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, local, gate, M, z))
+def _empty(*like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like)
 
 
 @read_and_mix_backward.register_fake
@@ -233,4 +233,4 @@ def _(
     local_only: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _backward_outputs(q, local, gate, M, z)  # type: ignore[return-value]
+    return _empty(q, local, gate, M, z)  # type: ignore[return-value]

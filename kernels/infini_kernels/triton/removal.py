@@ -259,13 +259,14 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     k, z, rows, tokens, ctx.width, _, shift, strength, ctx.whole = inputs
     ctx.save_for_backward(k, z, output[1], rows, tokens, shift, strength)
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     k, _, _, rows, _, _, strength = ctx.saved_tensors
     dk, dz, dstrength = segment_removals_backward(gradient, *ctx.saved_tensors, ctx.width, ctx.whole)
 
-    def by_token(x: Tensor) -> Tensor:
+    def at_their_places(x: Tensor) -> Tensor:
         """x [X, W, ...] at its places among all tokens, [B, T, ...], and zero where no segment is."""
         B, T = k.shape[:2]
         num_segments = -(-T // ctx.width)
@@ -274,7 +275,8 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | No
         return everywhere.view(B, num_segments * ctx.width, *x.shape[2:])[:, :T]
 
     if not ctx.whole:
-        dk, dstrength = by_token(dk).to(k.dtype), dstrength if strength is None else by_token(dstrength)
+        dk = at_their_places(dk).to(k.dtype)
+        dstrength = dstrength if strength is None else at_their_places(dstrength)
     return dk, dz, None, None, None, None, None, None if strength is None else dstrength, None
 
 

@@ -124,7 +124,7 @@ def segment_states(
 ) -> tuple[Tensor, Tensor]:
     """k [B, T, G, D], v [B, T, G, Dv], tokens [B, N], W -> σ(K)^T V [B, N, G, D, Dv] and Σ σ(K) [B, N, G, D], float32."""
     (B, N), (_, T, G, D), DV = tokens.shape, k.shape, v.shape[-1]
-    (k, k_strides), (v, v_strides) = by_token(k), by_token(v)
+    (k, k_strides), (v, v_strides) = by_token(k, width), by_token(v, width)
     state = k.new_empty(B, N, G, D, DV, dtype=torch.float32)
     z = k.new_empty(B, N, G, D, dtype=torch.float32)
     BW, BD, BV, warps = sum_tile(D, DV, k.dtype)
@@ -152,7 +152,7 @@ def segment_states_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of k, v and strength, zero at padding; the last one is empty where there is no strength."""
     (B, N), (_, T, G, D), DV = tokens.shape, k.shape, v.shape[-1]
-    (k, k_strides), (v, v_strides) = by_token(k), by_token(v)
+    (k, k_strides), (v, v_strides) = by_token(k, width), by_token(v, width)
     dk, dv, dstrength = _backward_outputs(k, v, strength)
     BW, BV, warps, stages = tile(D, k.dtype, plain=shift is None and strength is None)
     if shift is not None or strength is not None:

@@ -31,9 +31,10 @@ def _sums_kernel(start_ptr, added_ptr, reset_ptr, entering_ptr, leaving_ptr, N, 
     lost = tl.zeros((BE,), tl.float32)
     for step in range(0, N):
         n = N - 1 - step if BACKWARD else step
-        reset = tl.load(reset_ptr + b * N + n) != 0
+        if reset_ptr is not None:
+            reset = tl.load(reset_ptr + b * N + n) != 0
         place = (b * N + n) * E + e
-        if not BACKWARD:
+        if not BACKWARD and reset_ptr is not None:
             state, lost = tl.where(reset, 0.0, state), tl.where(reset, 0.0, lost)
         # What segment n adds meets the gradient of what leaves n; before n it is that, and n's own reading, or a reset.
         tl.store(entering_ptr + place, state, mask=mask)
@@ -41,7 +42,7 @@ def _sums_kernel(start_ptr, added_ptr, reset_ptr, entering_ptr, leaving_ptr, N, 
         total = state + more
         lost = (total - state) - more
         state = total
-        if BACKWARD:
+        if BACKWARD and reset_ptr is not None:
             state, lost = tl.where(reset, 0.0, state), tl.where(reset, 0.0, lost)
     tl.store(leaving_ptr + b * E + e, state, mask=mask)
 
@@ -63,8 +64,9 @@ def _recurrence_kernel(
     state = tl.load(start_ptr + own, mask=mask, other=0.0)  # [BD, BV]
     for step in range(0, N):
         n = N - 1 - step if BACKWARD else step
-        reset = tl.load(reset_ptr + b * N + n) != 0
-        if not BACKWARD:
+        if reset_ptr is not None:
+            reset = tl.load(reset_ptr + b * N + n) != 0
+        if not BACKWARD and reset_ptr is not None:
             state = tl.where(reset, 0.0, state)
         segment = (b * N + n) * G + g
         place = segment * D * DV + d[:, None] * DV + e[None, :]
@@ -81,12 +83,16 @@ def _recurrence_kernel(
             piece = tl.load(entering_ptr + piece_at, mask=in_j[:, None] & (e < DV)[None, :], other=0.0)
             after -= tl.dot(matrix, piece, input_precision=WAY)
         tl.debug_barrier()
-        state = tl.where(reset, 0.0, after) if BACKWARD else after
+        state = after
+        if BACKWARD and reset_ptr is not None:
+            state = tl.where(reset, 0.0, state)
     tl.store(leaving_ptr + own, state, mask=mask)
 
 
 @torch.library.custom_op("infini_kernels::walk_segments", mutates_args=())
-def walk_segments(start: Tensor, added: Tensor, reset: Tensor, removed: Tensor | None, backward: bool) -> tuple[Tensor, Tensor]:
+def walk_segments(
+    start: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None, backward: bool
+) -> tuple[Tensor, Tensor]:
     """`recurrence.walk`, float32; reset [B, N] int8. With backward: its gradients, from those of what leaves and enters.
 
     start [B, G, D, ...]; added [B, N, G, D, ...]; removed [B, N, G, D, D] or None -> what enters each segment (backward: the
@@ -124,7 +130,7 @@ def walk_segments(start: Tensor, added: Tensor, reset: Tensor, removed: Tensor |
 
 
 @walk_segments.register_fake
-def _(start: Tensor, added: Tensor, reset: Tensor, removed: Tensor | None, backward: bool) -> tuple[Tensor, Tensor]:
+def _(start: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None, backward: bool) -> tuple[Tensor, Tensor]:
     return (
         torch.empty(added.shape, dtype=added.dtype, device=added.device),
         torch.empty(start.shape, dtype=start.dtype, device=start.device),
@@ -139,7 +145,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, by_entering: Tensor, by_leaving: Tensor) -> tuple[Tensor | None, ...]:
     reset, removed, entering = ctx.saved_tensors
     dadded, dstart = walk_segments(by_leaving, by_entering, reset, removed, True)
-    dremoved = None if removed is None else -(dadded @ entering.transpose(-1, -2))
+    dremoved = None
+    if removed is not None:
+        left, right = dadded.flatten(0, 2), entering.flatten(0, 2).transpose(1, 2)
+        dremoved = torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=-1).view(removed.shape)
     return dstart, dadded, None, dremoved, None
 
 
