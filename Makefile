@@ -16,7 +16,7 @@ help:
 	@echo "make recheck     measure the committed weights of RECIPE=passkey-cpu again, up to a million tokens (minutes)"
 	@echo "make bench-gpu   check the kernels on this machine's GPU and measure them; PYTHON is one that has torch and Triton"
 	@echo "make format      let ruff format the code"
-	@echo "make clean       delete .venv and runs/"
+	@echo "make clean       delete .venv and caches; runs/ stays"
 
 setup: .venv/.installed
 
@@ -66,4 +66,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache

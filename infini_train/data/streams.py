@@ -37,11 +37,6 @@ class StreamBatch:
         """Σ w over the targets; num_valid in ordinary data."""
         return float(self.loss_mask.sum(dtype=torch.float64))
 
-    @property
-    def num_slots(self) -> int:
-        """Positions, padding included."""
-        return self.tokens.numel()
-
 
 class StreamReader:
     """Reads some rows of the global batch.

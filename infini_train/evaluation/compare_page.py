@@ -81,7 +81,7 @@ def compare_page(run: RunConfig, measured: list[Measured], machine: str) -> str:
         f"{len(by_variant(measured))} kinds of attention, the same data, size and {run.training.steps:,} steps of "
         f"{run.tokens_per_step:,} tokens; {html.escape(machine)}"
     )
-    return page("Infini-attention and its rivals", lead, body)
+    return page("comparison", "Infini-attention and its rivals", lead, body)
 
 
 def state_plot(measured: list[Measured]) -> str:

@@ -81,8 +81,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="table"><table><tr>{names}</tr>{cells}</table></div>'
 
 
-def page(title: str, lead: str, body: str) -> str:
-    """The whole document; the arguments are HTML already."""
+def page(kind: str, title: str, lead: str, body: str) -> str:
+    """The whole document of a kind, as `training report`; the arguments are HTML already."""
     light, dark = css_colours()
     style = _STYLE.replace("LIGHT", light).replace("DARK", dark).replace("FONTS", _FONTS)
     return f"""<!DOCTYPE html>
@@ -90,13 +90,13 @@ def page(title: str, lead: str, body: str) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} – training report</title>
+<title>{title} – {kind}</title>
 <style>{style}</style>
 </head>
 <body>
 <main>
 <header>
-<p class="kind">infini-train training report</p>
+<p class="kind">infini-train {kind}</p>
 <h1>{title}</h1>
 <p class="lead">{lead}</p>
 </header>

@@ -65,7 +65,9 @@ def write_report(run_dir: Path) -> Path:
         _config(config),
     ]
     target = run_dir / "report.html"
-    document = page(_text(run_dir.resolve().name), _lead(records, held), "\n".join(part for part in sections if part))
+    document = page(
+        "training report", _text(run_dir.resolve().name), _lead(records, held), "\n".join(part for part in sections if part)
+    )
     target.write_text(document, encoding="utf-8")
     return target
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,8 +77,3 @@ class Sample:
                 found.append(part.source.read(part.first + low - place, high - low))
             place += part.length
         return np.concatenate(found)
-
-    def chunks(self, size: int) -> Iterator[np.ndarray]:
-        """The text in pieces of at most `size` tokens."""
-        for start in range(0, self.length, size):
-            yield self.read(start, min(size, self.length - start))

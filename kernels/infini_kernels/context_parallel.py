@@ -57,7 +57,9 @@ class _Start(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor, exchange: RunExchange) -> Tensor:
         ctx.exchange = exchange
         gathered = local.new_empty(dist.get_world_size(exchange.group), *local.shape)
-        exchange.work = dist.all_gather(list(gathered.unbind(0)), local.contiguous(), group=exchange.group, async_op=True)
+        exchange.work = dist.all_gather_into_tensor(
+            gathered.flatten(0, 1), local.contiguous(), group=exchange.group, async_op=True
+        )
         return gathered
 
     @staticmethod

@@ -47,12 +47,12 @@ class _Marked(torch.autograd.Function):
 def recorded_exchange() -> Iterator[Record]:
     record = Record()
     dist = context_parallel.dist
-    all_gather, all_reduce, attention = dist.all_gather, dist.all_reduce, reference.segment_attention
+    all_gather, all_reduce, attention = dist.all_gather_into_tensor, dist.all_reduce, reference.segment_attention
 
-    def gather(outputs: list[Tensor], local: Tensor, **kwargs: Any) -> _Work:
-        record.bytes += local.numel() * local.element_size() * (len(outputs) - 1)
+    def gather(gathered: Tensor, local: Tensor, **kwargs: Any) -> _Work:
+        record.bytes += local.numel() * local.element_size() * (len(gathered) // len(local) - 1)
         record.events.append("gather started")
-        return _Work(all_gather(outputs, local, **kwargs), "gather", record)
+        return _Work(all_gather(gathered, local, **kwargs), "gather", record)
 
     def reduce(tensor: Tensor, **kwargs: Any) -> _Work:
         record.events.append("reduction started")
@@ -62,8 +62,8 @@ def recorded_exchange() -> Iterator[Record]:
         record.events.append("local attention")
         return _Marked.apply(attention(*arguments), record)
 
-    dist.all_gather, dist.all_reduce, reference.segment_attention = gather, reduce, local_attention
+    dist.all_gather_into_tensor, dist.all_reduce, reference.segment_attention = gather, reduce, local_attention
     try:
         yield record
     finally:
-        dist.all_gather, dist.all_reduce, reference.segment_attention = all_gather, all_reduce, attention
+        dist.all_gather_into_tensor, dist.all_reduce, reference.segment_attention = all_gather, all_reduce, attention

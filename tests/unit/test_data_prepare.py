@@ -50,7 +50,7 @@ def test_prepare_makes_what_the_rest_reads(config: RunConfig, capsys: pytest.Cap
         # The padding that the summary predicts is the padding that the streams then have.
         stream, valid, slots = StreamReader(dataset, range(1), 1, 16, seed=0, num_epochs=1), 0, 0
         while (batch := stream.next(1)) is not None:
-            valid, slots = valid + batch.num_valid, slots + batch.num_slots
+            valid, slots = valid + batch.num_valid, slots + batch.tokens.numel()
         assert facts.padding_share == pytest.approx(1 - valid / slots) and facts.padding_share > 0
     assert sorted(found) == sorted(texts)
     printed = capsys.readouterr()

@@ -88,7 +88,7 @@ def test_every_document_is_read_once_an_epoch(num_segments: int, shuffle: bool) 
     whole = [DATASET.read(d, 0, n).tolist() for d, n in enumerate(LENGTHS)]
     assert sorted(documents) == sorted(whole)
     assert sum(batch.num_valid for batch in batches) == sum(LENGTHS) - len(LENGTHS)
-    assert sum(batch.num_slots for batch in batches) == len(batches) * 3 * num_segments * S
+    assert sum(batch.tokens.numel() for batch in batches) == len(batches) * 3 * num_segments * S
 
 
 def test_unshuffled_rows_take_every_rth_document() -> None:
@@ -144,7 +144,7 @@ def test_shapes_and_types() -> None:
         "draws": ((2, 5, 2), torch.float64),
         "repeats": ((2, 5), torch.int64),
     }
-    assert batch.num_slots == 40 and batch.num_valid == batch.loss_mask.sum()
+    assert batch.tokens.numel() == 40 and batch.num_valid == batch.loss_mask.sum()
 
 
 @settings(deadline=None, max_examples=60)
