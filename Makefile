@@ -22,12 +22,15 @@ setup: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or 3.12; set PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@echo "setting up .venv with $(PYTHON): about 2 GB of libraries, a few minutes"
+	@echo "setting up .venv with $(PYTHON): about 2 GB of libraries (with a CUDA build of torch several GB more), a few minutes"
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
 		echo "make: $(PYTHON) cannot make a virtual environment; install its venv package (on Debian: apt-get install python3-venv)" >&2; exit 2; }
 # DeepSpeed must compile nothing: the machine may have no compiler.
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+
+# On the CPU also where there is a GPU: two processes would need two.
+demo check test test-slurm: export CUDA_VISIBLE_DEVICES :=
 
 demo: setup
 	$(BIN)/infini-train prepare --config $(DEMO) --overwrite

@@ -17,6 +17,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from infini_train.errors import UserError
+
 
 def has_cuda() -> bool:
     return torch.cuda.is_available()
@@ -41,10 +43,21 @@ def peak_memory() -> int:
 
 
 def install() -> None:
-    """Prepare the platform; call before Megatron-core or DeepSpeed is imported. Safe to call twice."""
+    """Prepare the platform; call before Megatron-core or DeepSpeed is imported. Safe to call twice.
+
+    Raises:
+        UserError: there are more processes on this machine than GPUs.
+    """
     _quiet_libraries()
     if has_cuda():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        processes = max(rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if processes > (gpus := torch.cuda.device_count()):
+            raise UserError(
+                f"{processes} processes were started here, but this machine has {gpus} GPU(s), one for each process; start at "
+                f"most {gpus}, or set CUDA_VISIBLE_DEVICES to nothing to run on the CPU"
+            )
+        torch.cuda.set_device(rank)
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed's CPU accelerator looks for NUMA tools when it is not told how many processes a host has.

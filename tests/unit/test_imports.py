@@ -16,7 +16,7 @@ ALLOWED = {
     "config": set(),
     "hardware": {"errors"},
     "validation": {"config", "errors"},
-    "platform": set(),
+    "platform": {"errors"},
     "data": {"config", "errors", "tasks", "validation"},
     "tasks": {"config", "data", "errors"},
     "attention": {"infini_kernels", *SIDE},
