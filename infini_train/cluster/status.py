@@ -76,6 +76,8 @@ def _progress(run_dir: Path) -> str | None:
     if record is None:
         return None
     steps = read_steps(run_dir / "config.yaml")
+    if any(not isinstance(record.get(key), int | float) for key in ("step", "tokens_per_second", "step_seconds")):
+        return "metrics.jsonl ends in a record that is none of a step"
     text = f"step {record['step']}" + (f" of {steps} ({record['step'] / steps:.0%})" if steps else "")
     if record.get("loss") is not None:
         text += f", loss {record['loss']:.4f}"

@@ -83,10 +83,15 @@ class Task:
             encoded = self._encode(story, questions)
             if encoded.num_tokens <= length:
                 return self._assemble(story, encoded, draws, length, placement)
-        too_many = "task.min_keys" if keys and self.config.min_keys else "task.keys"
+        longer = "task.lengths" if purpose is Purpose.EVALUATION else "task.min_tokens"
+        fewer = (
+            ""
+            if self.config.keys == 1
+            else ", or a smaller " + ("task.min_keys" if keys and self.config.min_keys else "task.keys")
+        )
         raise UserError(
             f"a text of {length} tokens is too short for the task {self.kind}: without any filler it takes "
-            f"{encoded.num_tokens}; use longer texts or a smaller {too_many}"
+            f"{encoded.num_tokens}; use longer texts ({longer}){fewer}"
         )
 
     def _encode(self, story: Story, questions: int) -> EncodedStory:

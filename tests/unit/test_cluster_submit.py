@@ -153,6 +153,12 @@ def test_dry_run_prints_the_script_and_writes_nothing(tmp_path, capsys):
     assert not run_dir.exists()
 
 
+def test_status_of_metrics_without_a_step(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
+    assert main(["status", str(tmp_path)]) == 0
+    assert "metrics.jsonl ends in a record that is none of a step" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", ["status", "cancel", "logs"])
 def test_a_folder_without_a_run_is_refused_in_one_line(command, tmp_path, capsys):
     assert main([command, str(tmp_path)]) == 2
