@@ -1,7 +1,11 @@
 """The order in which a device of the pipeline runs the micro-batches of a step: a pure function, checked without any process.
 
 Forwards ascend. Backwards go first-in-first-out across windows and last-in-first-out inside one, because the gradient of a
-window's memory flows from its last micro-batch to its first, while windows are independent of each other.
+window's memory flows from its last micro-batch to its first, while windows are independent of each other. Four micro-batches
+in windows of two, on two devices (F forward, B backward):
+
+    device 0: F0 F1 F2 B1 F3 B0 B3 B2
+    device 1: F0 F1 B1 F2 B0 F3 B3 B2
 
 With v chunks of layers a device (`virtual_stages`), the model is cut into P v virtual stages: number c P + p is chunk c on
 device p, and hidden states go round the devices v times. Micro-batches are then taken in groups, as in Megatron-LM (arXiv

@@ -87,12 +87,16 @@ def meta_process(rank: int, processes: int) -> Iterator[None]:
     from deepspeed.accelerator import get_accelerator
 
     accelerator, autocast = get_accelerator(), torch.is_autocast_enabled
+    # Megatron-core makes its weights and buffers on "the current device", and this project on `platform.device`.
     torch.cuda.current_device = lambda: META  # type: ignore[assignment, return-value]
     platform.device = lambda: META
+    # DeepSpeed asks its accelerator for the device of its buffers, and refuses parameters that are elsewhere.
     accelerator.device_name = lambda *_: "meta"
     accelerator.current_device_name = lambda: "meta"
     accelerator.on_accelerator = lambda tensor: tensor.is_meta
+    # Torch knows no autocast for meta tensors and raises when it is asked, as checkpointing and the kernels do.
     torch.is_autocast_enabled = lambda kind="cuda": False if kind == "meta" else autocast(kind)
+    # On a GPU flash-attn keeps no matrix of scores; neither may what is counted here.
     local.flash_attention_for = lambda *_: FlashAttention  # type: ignore[assignment]
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(processes))
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
