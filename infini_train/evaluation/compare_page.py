@@ -1,4 +1,4 @@
-"""A comparison as a table, and as a page with a picture: perplexity against the size of the state that a stream carries."""
+"""A comparison as a table, and as a page with a picture: perplexity beside the size of the state that a stream carries."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def markdown_table(run: RunConfig, measured: list[Measured], machine: str) -> st
 def compare_page(run: RunConfig, measured: list[Measured], machine: str) -> str:
     """compare.html, complete in itself."""
     caption = (
-        "Held-out perplexity by the numbers that a stream carries from segment to segment: lower and further left is better. A "
-        "point is the mean over the seeds, a line their spread. Attention that carries nothing stands at the left end."
+        "Left, held-out perplexity: a point is the mean over the seeds, a line their spread; the best is on top. Right, the "
+        "numbers that a stream carries from segment to segment."
     )
     body = (
         f'<figure class="wide"><div class="plot">{state_plot(measured)}</div>'
@@ -85,20 +85,30 @@ def compare_page(run: RunConfig, measured: list[Measured], machine: str) -> str:
 
 
 def state_plot(measured: list[Measured]) -> str:
-    """Perplexity over state size, one point a variant with the seeds' spread."""
-    with chart_figure(WIDE, 4.6) as (figure, axes):
-        for variant, runs in by_variant(measured).items():
+    """A row for each variant, best perplexity on top: perplexity with the seeds' spread, and the size of the state."""
+    grouped = by_variant(measured)
+    means = {variant: float(np.exp([each.loss for each in runs]).mean()) for variant, runs in grouped.items()}
+    order = sorted(means, key=means.__getitem__)
+    with chart_figure(WIDE, 1.2 + 0.34 * len(order), ncols=2, sharey=True, width_ratios=(3, 2)) as (figure, (left, right)):
+        for row, variant in enumerate(order):
+            runs = grouped[variant]
             perplexities = np.exp([each.loss for each in runs])
             colour = p.WITH_MEMORY if variant.split()[0] == "infini" else p.EMPTIED
-            # A logarithm has no zero: what carries nothing stands at one number.
-            x = max(runs[0].state_numbers, 1)
-            axes.plot([x, x], [perplexities.min(), perplexities.max()], color=colour, linewidth=2)
-            axes.plot([x], [perplexities.mean()], marker="o", markersize=8, color=colour, markeredgecolor=p.SURFACE)
-            axes.annotate(variant, (x, perplexities.mean()), xytext=(8, 5), textcoords="offset points", fontsize=9.5)
-        axes.set_xscale("symlog", linthresh=1000)
+            left.plot([perplexities.min(), perplexities.max()], [row, row], color=colour, linewidth=2)
+            left.plot([means[variant]], [row], marker="o", markersize=7, color=colour, markeredgecolor=p.SURFACE)
+            state = runs[0].state_numbers
+            right.plot([0, state], [row, row], color=colour, linewidth=2)
+            right.plot([state], [row], marker="o", markersize=7, color=colour, markeredgecolor=p.SURFACE)
+        left.set_yticks(range(len(order)), order)
+        left.invert_yaxis()
+        left.set_xlabel("held-out perplexity")
+        right.set_xscale("symlog", linthresh=1000)
         largest = max(each.state_numbers for each in measured)
-        axes.set_xticks([0, *(10**power for power in range(3, 2 + max(3, len(str(largest)))))])
-        axes.margins(x=0.12, y=0.12)
-        axes.set_xlabel("numbers of the carried state (log scale beyond 1,000)")
-        p.value_axis(axes, "held-out perplexity")
-        return p.svg_of(figure, "compare", "Held-out perplexity by size of the carried state")
+        right.set_xticks([0, *(10**power for power in range(3, 2 + max(3, len(str(largest)))))])
+        right.set_xlabel("numbers carried (log beyond 1,000)")
+        for axes in (left, right):
+            axes.grid(visible=False, axis="y")
+            axes.grid(visible=True, axis="x")
+            axes.tick_params(length=0)
+            axes.margins(x=0.06)
+        return p.svg_of(figure, "compare", "Held-out perplexity and size of the carried state, by variant")
