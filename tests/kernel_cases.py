@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infini_kernels import MemoryState, infini_attention
+from infini_kernels import MemoryState, infini_attention, local_attention
 from infini_kernels.segments import padding_mask
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}
@@ -187,6 +187,34 @@ def same_bits_without_gradients(case: Case, dtype: torch.dtype, device: str, upd
     torch.testing.assert_close(leaves, before, rtol=0, atol=0, equal_nan=True)
 
 
+def takes_any_strides(device: str) -> None:
+    """A gate that is a column, and resets that were transposed: kernels count on from their first number."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 13, 2, 16, device=device) for _ in range(3))
+    gate, reset = torch.randn(2, 2, device=device)[:, 0], (torch.rand(3, 3, device=device) < 0.4).t()
+    assert not gate.is_contiguous() and not reset.is_contiguous() and reset.any()
+    out, memory = infini_attention(q, k, v, gate, segment_length=5, reset=reset, backend="triton")
+    wanted, left = infini_attention(q, k, v, gate, segment_length=5, reset=reset, backend="reference")
+    torch.testing.assert_close([out, *memory], [wanted, *left], rtol=1e-4, atol=1e-4)
+
+
+def keeps_its_type_under_autocast(device: str) -> None:
+    """What leaves has the values' type, also where local attention was cast."""
+    q, k, v = (torch.randn(1, 8, 2, 16, device=device) for _ in range(3))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out, memory = infini_attention(q, k, v, torch.zeros(2, device=device), segment_length=4, backend="triton")
+    assert out.dtype == memory.M.dtype == torch.float32
+
+
+def keeps_no_scores_of_grouped_heads() -> None:
+    """In float32 too local attention's memory is linear in the tokens: eight heads' scores of 4,096 tokens would be 537 MB."""
+    q, k, v = (torch.randn(1, 4096, heads, 64, device="cuda", requires_grad=True) for heads in (8, 2, 2))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    local_attention(q, k, v, segment_length=4096).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 200e6
+
+
 def compiles_whole(case: Case, dtype: torch.dtype, device: str, update_rule: str, backend: str) -> None:
     """torch.compile makes one graph of the operation, which computes the same, gradients included."""
     leaves, options = draw(case, dtype, device, 7)
@@ -246,6 +274,9 @@ def on_cuda() -> list[tuple[str, Callable[[], None]]]:
                 add(same_bits_without_gradients, f"{name}, {rule}", case, torch.bfloat16, "cuda", rule)
         add(compiles_whole, rule, LARGE["width 64"], torch.float32, "cuda", rule, "inductor")
         add(replays_from_a_cuda_graph, rule, rule)
+    add(takes_any_strides, "gate and resets", "cuda")
+    add(keeps_its_type_under_autocast, "bfloat16", "cuda")
+    add(keeps_no_scores_of_grouped_heads, "float32")
     return checks
 
 

@@ -153,22 +153,11 @@ def test_full_segments_need_no_copy_from_the_host(monkeypatch: pytest.MonkeyPatc
 
 
 def test_arguments_need_not_be_contiguous() -> None:
-    """A gate that is a column, and resets that were transposed: kernels count on from their first number."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(3, 13, 2, 16) for _ in range(3))
-    gate, reset = torch.randn(2, 2)[:, 0], (torch.rand(3, 3) < 0.4).t()
-    assert not gate.is_contiguous() and not reset.is_contiguous() and reset.any()
-    out, memory = infini_attention(q, k, v, gate, segment_length=5, reset=reset, backend="triton")
-    wanted, left = infini_attention(q, k, v, gate, segment_length=5, reset=reset, backend="reference")
-    for ours, theirs in zip((out, *memory), (wanted, *left), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    kernel_cases.takes_any_strides("cpu")
 
 
 def test_the_output_has_the_values_type_under_autocast() -> None:
-    q, k, v = (torch.randn(1, 8, 2, 16) for _ in range(3))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, memory = infini_attention(q, k, v, torch.zeros(2), segment_length=4, backend="triton")
-    assert out.dtype == memory.M.dtype == torch.float32
+    kernel_cases.keeps_its_type_under_autocast("cpu")
 
 
 def test_tokens_too_far_from_each_other_are_copied_closer() -> None:
