@@ -390,6 +390,13 @@ class RunConfig:
         """Token slots of one step over all rows, padding included."""
         return self.training.rows * self.micro_batches_per_step * self.micro_batch_tokens
 
+    @property
+    def collective_timeout_seconds(self) -> float:
+        """Longer than every limit that ends a run with the name of the process that holds it up."""
+        health = self.health
+        named = (health.hang_seconds, health.first_step_seconds, health.save_seconds, self.checkpoint.timeout_seconds)
+        return max(1800.0, *named) + 300.0
+
     def data_parallel_size(self, world_size: int) -> int:
         return world_size // self.layout.model_processes
 

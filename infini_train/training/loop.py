@@ -15,7 +15,6 @@ from infini_train.config import RunConfig, save_config
 from infini_train.evaluation.perplexity import held_out_loss
 from infini_train.evaluation.read_back import ReadBack
 from infini_train.model.gpt import DTYPES
-from infini_train.parallel.layout import initialize_process_group
 from infini_train.training.checkpoint import newest_checkpoint
 from infini_train.training.health import loss_spiked, roll_back, stop_after_skips
 from infini_train.training.memory_warnings import memory_warnings
@@ -38,7 +37,6 @@ def pretrain(run: RunConfig) -> int:
     Returns:
         The exit code: 0 when all steps are done, RESUMABLE_EXIT_CODE when a signal stopped the run after a checkpoint.
     """
-    initialize_process_group(_collective_timeout(run))
     with StopRequest() as stop, RunDirectoryLock(run) as lock, Watchdog(run) as watchdog:
         if run.training.self_test:
             self_test(run)
@@ -60,7 +58,8 @@ def pretrain(run: RunConfig) -> int:
                 progress.say(line)
             if resumed_from is not None:
                 progress.say(f"resuming from {resumed_from}")
-            save_due, profiler = False, StepProfiler(run, parts.layout, progress.say)
+            profiler = StepProfiler(run, parts.layout, progress.say)
+            save_due = False
             while state.step < run.training.steps:
                 record, stopped = train_step(parts, stop)
                 profiler.after_step(record, last=stopped)
@@ -71,35 +70,29 @@ def pretrain(run: RunConfig) -> int:
                 record["documents_left_out"] = int((~dataset.available).sum())
                 _log_when_due(parts, record, metrics, progress)
                 stop_after_skips(parts)
-                if spiked and (checkpoint := _on_spike(parts, record, progress)) is not None:
+                rolled_back_to = _on_spike(parts, record, progress) if spiked else None
+                if rolled_back_to is not None:
                     save_due = False
-                    if stopped:
-                        progress.say(f"stopped: the same command goes on from {checkpoint}")
-                        return RESUMABLE_EXIT_CODE
-                    continue
-                save_due |= _due(run, run.checkpoint.every, state.step)
-                # While steps are skipped, what is saved stays from before them.
-                if stopped or state.step == run.training.steps or (save_due and not record["skipped"]):
-                    with activity.during("save", limit="save"):
-                        parts.checkpointer.save(parts.engine, state)
-                    save_due = False
+                else:
+                    save_due |= _due(run, run.checkpoint.every, state.step)
+                    # While steps are skipped, what is saved stays from before them.
+                    if stopped or state.step == run.training.steps or (save_due and not record["skipped"]):
+                        with activity.during("save", limit="save"):
+                            parts.checkpointer.save(parts.engine, state)
+                        save_due = False
                 if stopped and state.step < run.training.steps:
-                    with activity.during("end of the save", limit="save"):
-                        saved = parts.checkpointer.finish(must_succeed=True)
+                    saved = rolled_back_to or _end_of_save(parts)
                     progress.say(f"stopped: {saved} is saved, and the same command goes on from there")
                     return RESUMABLE_EXIT_CODE
             profiler.close(state.step)
-            with activity.during("end of the save", limit="save"):
-                parts.checkpointer.finish(must_succeed=True)
+            _end_of_save(parts)
             progress.say(f"trained to step {state.step}: {list_checkpoints(Path(run.run_dir))[-1]}")
     return 0
 
 
-def _collective_timeout(run: RunConfig) -> float:
-    """Seconds; longer than every limit that ends a run with the name of the process that holds it up."""
-    health = run.health
-    limits = (health.hang_seconds, health.first_step_seconds, health.save_seconds, run.checkpoint.timeout_seconds, 1800.0)
-    return max(limits) + 300.0
+def _end_of_save(parts: Parts) -> Path | None:
+    with parts.pipeline.activity.during("end of the save", limit="save"):
+        return parts.checkpointer.finish(must_succeed=True)
 
 
 def _due(run: RunConfig, every: int, step: int) -> bool:

@@ -56,6 +56,7 @@ class RunDirectoryLock:
 
     def __init__(self, run: RunConfig) -> None:
         self.path = Path(run.run_dir) / "lock.json"
+        self._timeout = run.collective_timeout_seconds
         self.content: dict[str, Any] = {
             "token": uuid.uuid4().hex,
             "host": socket.gethostname(),
@@ -71,7 +72,7 @@ class RunDirectoryLock:
         self._thread = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
 
     def __enter__(self) -> RunDirectoryLock:
-        initialize_process_group()
+        initialize_process_group(self._timeout)
         error = None
         if dist.get_rank() == 0:
             try:
