@@ -124,8 +124,12 @@ def one(contender: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     kind, settings = CONTENDERS[contender]
-    build = {"ours": ours, "infini_transformer": infini_transformer, "recurrent_memory": recurrent_memory}[kind]
-    module, forward_backward, state = build(**settings)
+    builders: dict[str, Callable[..., tuple[nn.Module, Callable[[], float], int]]] = {
+        "ours": ours,
+        "infini_transformer": infini_transformer,
+        "recurrent_memory": recurrent_memory,
+    }
+    module, forward_backward, state = builders[kind](**settings)
     before = current_megabytes()
     loss = forward_backward()
     module.zero_grad()

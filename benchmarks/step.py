@@ -12,6 +12,7 @@ from benchmarks.one_process import OneDocument, in_own_process
 from benchmarks.run import progress
 from infini_train.cli import read_config
 from infini_train.config import LayoutConfig, RunConfig
+from infini_train.overrides import with_overrides
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = {"1B": ("1b.yaml", 20), "slice of 8B": ("8b.yaml", 4)}
@@ -24,11 +25,12 @@ WARMUP, STEPS = 3, 8
 def step_run(model: str, variant: str, fused_layers: str) -> RunConfig:
     """The run of one measurement: one process, one window a step."""
     file, layers = MODELS[model]
-    run = read_config(CONFIGS / file)
     attention, _, rule = variant.partition(" ")
+    kinds = {"model.attention": attention, "model.update_rule": rule or "linear", "training.fused_layers": fused_layers}
+    run = with_overrides(read_config(CONFIGS / file), kinds, "benchmarks.step")
     return replace(
         run,
-        model=replace(run.model, num_layers=layers, attention=attention, update_rule=rule or "linear"),
+        model=replace(run.model, num_layers=layers),
         data=replace(run.data, vocab_size=32000),
         layout=LayoutConfig(zero_stage=1),
         training=replace(
@@ -38,7 +40,6 @@ def step_run(model: str, variant: str, fused_layers: str) -> RunConfig:
             segments_per_micro_batch=SEGMENTS,
             micro_batches_per_window=MICRO_BATCHES,
             recompute="none",
-            fused_layers=fused_layers,
         ),
         optimizer=replace(run.optimizer, warmup_steps=1),
     )
