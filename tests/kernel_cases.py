@@ -56,6 +56,7 @@ SMALL = {
     "odd widths, partial last segment": Case(2, 13, 4, 2, 20, 36, 5),
     "one segment, nothing before it": Case(1, 21, 2, 2, 16, 16, 21, memory=False, reset=False),
     "shorter than a segment": Case(2, 7, 2, 1, 16, 20, 32, memory=False, padding=False),
+    "one segment a call, some at a document's start": Case(5, 16, 4, 2, 16, 20, 16, padding=False),
     "one key head for three, one block too long": Case(1, 70, 3, 1, 32, 16, 35, rotary=False),
     "local_only": Case(2, 24, 2, 2, 16, 16, 8, memory=False, first_segment="local_only"),
     "aged": Case(2, 15, 4, 2, 16, 24, 5, repeats=True),
