@@ -76,6 +76,30 @@ def test_only_committed_folders_are_checkpoints(tmp_path):
     assert [path.name for path in folder.list_checkpoints(tmp_path)] == ["step_00000005"]
 
 
+def test_the_list_shows_every_folder_whatever_its_state(tmp_path, capsys):
+    write(tmp_path, 5)
+    (write(tmp_path, 10) / "state.json").write_text("{")
+    (write(tmp_path, 15) / "COMMITTED").unlink()
+    assert main(["checkpoint", "list", "--run_dir", str(tmp_path)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "step_" in line]
+    assert [word in row for row, word in zip(rows, ("committed", "damaged", "not"), strict=True)] == [True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("weights.bin", "give it a name that ends in .safetensors"),
+        ("nowhere/weights.safetensors", "there is no folder"),
+        ("there.safetensors", "exists; name another file"),
+    ],
+)
+def test_weights_that_cannot_be_written_are_refused_before_they_are_read(output, words, tmp_path, capsys):
+    path = write(tmp_path, 5)
+    (tmp_path / "there.safetensors").touch()
+    assert main(["checkpoint", "consolidate", "--path", str(path), "--output", str(tmp_path / output)]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_retention(tmp_path):
     for step in (10, 20, 25, 30, 40):
         write(tmp_path, step)
