@@ -23,12 +23,12 @@ from rich.table import Table
 
 from benchmarks.run import RESULTS, environment
 from infini_train.checkpoint.folder import list_checkpoints
-from infini_train.cli import read_config
 from infini_train.config import RunConfig, difference_from
 from infini_train.data.manifest import MANIFEST_FILE, TOKENIZER_FILE
 from infini_train.errors import UserError
 from infini_train.evaluation.compare import run_to_its_end
 from infini_train.evaluation.records import read_metrics
+from infini_train.parser import read_config
 
 LONG = 1 << 20
 """From this length on a cell has LONG_SAMPLES texts."""

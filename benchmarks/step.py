@@ -10,9 +10,9 @@ from typing import Any
 
 from benchmarks.one_process import OneDocument, in_own_process
 from benchmarks.run import progress
-from infini_train.cli import read_config
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.overrides import with_overrides
+from infini_train.parser import read_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = {"1B": ("1b.yaml", 20), "slice of 8B": ("8b.yaml", 4)}

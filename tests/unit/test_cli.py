@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.cli import COMMANDS, WITHOUT_CONFIG, build_parser, main
+from infini_train.cli import main
+from infini_train.parser import COMMANDS, WITHOUT_CONFIG, build_parser, read_config
 from infini_train.validation import validate
 
 REPOSITORY = Path(__file__).parents[2]
@@ -153,9 +154,7 @@ def test_every_command_has_help_and_prints_its_config(command):
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_file_is_valid(path):
-    from infini_train.cli import _parse, _run_config
-
-    run = _run_config(_parse(["pretrain", "--config", str(path)]).pretrain)
+    run = read_config(path)
     validate(run, run.layout.model_processes)
     assert path.read_text(encoding="utf-8").startswith("#"), "a comment at its head says which hardware and layout"
 

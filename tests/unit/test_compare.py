@@ -18,6 +18,7 @@ from infini_train.config import CheckpointConfig, CompareConfig, RunConfig, save
 from infini_train.errors import UserError
 from infini_train.evaluation.compare import Measured, compare, compare_runs, run_to_its_end, variant_model
 from infini_train.evaluation.compare_page import compare_page, markdown_table
+from infini_train.parser import read_config
 from infini_train.training.signals import RESUMABLE_EXIT_CODE
 
 RUN = RunConfig(run_dir="runs/x", compare=CompareConfig(variants=["infini update_rule=delta", "local"], seeds=[4, 5]))
@@ -111,11 +112,10 @@ def test_the_table_gives_means_spreads_and_sizes():
 
 
 def test_the_config_names_variants_that_run():
-    from infini_train.cli import _parse, _run_config
     from infini_train.validation import validate
 
     path = Path(__file__).parents[2] / "configs" / "compare.yaml"
-    for each in compare_runs(_run_config(_parse(["evaluate", "--config", str(path)]).evaluate)):
+    for each in compare_runs(read_config(path)):
         validate(each.run, 1)
 
 

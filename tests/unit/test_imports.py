@@ -29,7 +29,8 @@ ALLOWED = {
     "cluster": {"checkpoint", "config", "errors", "overrides", "parser_errors", "planning", "validation"},
     "parser_errors": {"config"},
     "overrides": {"config", "errors", "parser_errors"},
-    "cli": {"checkpoint", "cluster", "data", "parser_errors", "training", "evaluation", "planning", "validation", *SIDE},
+    "parser": {"cluster", "config", "errors", "parser_errors", "planning", "validation"},
+    "cli": {"checkpoint", "cluster", "data", "parser", "training", "evaluation", "planning", "validation", *SIDE},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.cli import _parse, _run_config, main
+from infini_train.cli import main
+from infini_train.parser import parse, run_config
 from infini_train.planning.plan import plan
 from infini_train.planning.report import headline, layout_text
 from infini_train.planning.search import layout_options, layouts, remedies, search
@@ -23,7 +24,7 @@ PLANNED = re.compile(
 
 
 def load(path: Path, gpus: int, gpu: str, *options: str):
-    return _run_config(_parse(["plan", "--config", str(path), "--gpus", str(gpus), "--gpu", gpu, *options]).plan)
+    return run_config(parse(["plan", "--config", str(path), "--gpus", str(gpus), "--gpu", gpu, *options]).plan)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)

@@ -13,10 +13,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from infini_kernels import infini_attention
 from infini_kernels.parts import counted_as, part
-from infini_train.cli import _spelled_out
 from infini_train.config import ProfilingConfig, RunConfig
 from infini_train.errors import UserError
 from infini_train.evaluation.report import write_report
+from infini_train.parser import spelled_out
 from infini_train.training.time_by_part import OTHER, STEP, time_by_part
 from infini_train.validation import validate
 from tests.unit.test_report import step_record, write_run
@@ -141,7 +141,7 @@ def test_the_report_shows_it(tmp_path: Path) -> None:
 
 def test_the_flag_has_two_names() -> None:
     """`submit --profile` names a cluster, so the section cannot be called profile."""
-    spelled = _spelled_out(["submit", "--profile", "slurm.yaml", "--profile.steps", "3", "--profile.steps=2"])
+    spelled = spelled_out(["submit", "--profile", "slurm.yaml", "--profile.steps", "3", "--profile.steps=2"])
     assert spelled == ["submit", "--profile", "slurm.yaml", "--profiling.steps", "3", "--profiling.steps=2"]
 
 

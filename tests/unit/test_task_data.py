@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from infini_train.cli import _spelled_out, main
+from infini_train.cli import main
 from infini_train.config import DataConfig, RunConfig, TaskConfig
 from infini_train.data.dataset import TokenDataset, check_dataset
 from infini_train.data.manifest import load_manifest
@@ -21,6 +21,7 @@ from infini_train.data.task_data import task_length
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.errors import UserError
 from infini_train.evaluation.perplexity import unigram_entropy
+from infini_train.parser import spelled_out
 from tests.corpus import small_run, write_corpus
 
 
@@ -202,9 +203,9 @@ def test_a_damaged_weight_is_named(run: RunConfig, tmp_path: Path) -> None:
 
 
 def test_task_is_short_for_its_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _spelled_out(["prepare", "--task", "passkey"]) == ["prepare", "--task.kind", "passkey"]
-    assert _spelled_out(["prepare", "--task=babi", "--run_dir", "x"]) == ["prepare", "--task.kind=babi", "--run_dir", "x"]
-    assert _spelled_out(["--task", "task.yaml", "--run_dir", "babi"]) == ["--task", "task.yaml", "--run_dir", "babi"]
+    assert spelled_out(["prepare", "--task", "passkey"]) == ["prepare", "--task.kind", "passkey"]
+    assert spelled_out(["prepare", "--task=babi", "--run_dir", "x"]) == ["prepare", "--task.kind=babi", "--run_dir", "x"]
+    assert spelled_out(["--task", "task.yaml", "--run_dir", "babi"]) == ["--task", "task.yaml", "--run_dir", "babi"]
     arguments = ["--task.samples", "5", "--task.held_out_samples", "2", "--data.vocab_size", "384"]
     assert main(["prepare", "--task", "passkey", "--data.path", str(tmp_path / "data"), *arguments]) == 0
     assert "train: 5 documents" in capsys.readouterr().out
