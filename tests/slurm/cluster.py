@@ -80,18 +80,30 @@ class SlurmCluster:
             raise AssertionError(f"{' '.join(command)}: exit code {result.returncode}\n{result.stdout}{result.stderr}")
         return result.stdout
 
+    def show(self, *what: str) -> list[Job]:
+        """What `scontrol show` prints; asked again where a busy slurmctld hangs up, which ends scontrol by SIGPIPE."""
+        tries_left = 3
+        while True:
+            tries_left -= 1
+            try:
+                return parse_records(self.run("scontrol", "--oneliner", "show", *what))
+            except AssertionError as error:
+                if not tries_left or f"exit code {-signal.SIGPIPE}" not in str(error):
+                    raise
+                time.sleep(1)
+
     def job(self, job_id: str) -> Job:
         """What SLURM knows of a job or of an array's task ("12_0"), by scontrol's own keys."""
-        records = parse_records(self.run("scontrol", "--oneliner", "show", "job", job_id))
+        records = self.show("job", job_id)
         assert len(records) == 1, f"job {job_id} is an array of {len(records)} tasks; name one, as in {job_id}_0"
         return records[0]
 
     def jobs(self) -> list[Job]:
-        return parse_records(self.run("scontrol", "--oneliner", "show", "job"))
+        return self.show("job")
 
     def node_states(self) -> dict[str, str]:
         """Each node's state as scontrol prints it: "IDLE", "ALLOCATED", "DOWN+NOT_RESPONDING"."""
-        records = parse_records(self.run("scontrol", "--oneliner", "show", "node"))
+        records = self.show("node")
         return {record["NodeName"]: record["State"] for record in records}
 
     def wait(self, job_id: str, expected: str | tuple[str, ...] | Callable[[Job], bool], timeout_seconds: float = 60.0) -> Job:
