@@ -322,7 +322,8 @@ def test_an_array_of_three(runs, cluster):
     cluster.run("scancel", "--batch", "--signal=USR1", f"{job_id}_2")
     runs.wake_when_told_to_stop(parts[2], f"{job_id}_2")
     cluster.wait(f"{job_id}_2", lambda job: job["JobState"] == "COMPLETED" and job["Restarts"] == "1", START_SECONDS)
-    assert [cluster.job(f"{job_id}_{task}")["Restarts"] for task in range(2)] == ["0", "0"]
+    restarts = [cluster.job(f"{job_id}_{task}")["Restarts"] for task in range(2)]
+    assert restarts == ["0", "0"], "".join(runs.history(part) for part in parts)
     assert [[record["step"] for record in metrics(part)] for part in parts] == [list(range(1, n + 1)) for n in (5, 10, 60)]
     lines = runs.command("status", run.run_dir).splitlines()
     assert len(lines) == 4 and all("COMPLETED" in line and "(100%)" in line for line in lines[1:])
