@@ -93,10 +93,10 @@ def _recurrence_kernel(
 def walk_segments(
     start: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None, backward: bool
 ) -> tuple[Tensor, Tensor]:
-    """`recurrence.walk`, float32; reset [B, N] int8 or None. With backward: its gradients, from those of what leaves and enters.
+    """`recurrence.walk`, float32. With backward: its gradients, from those of what leaves and enters.
 
-    start [B, G, D, ...]; added [B, N, G, D, ...]; removed [B, N, G, D, D] or None -> what enters each segment (backward: the
-    gradient of what it adds) and what leaves the last (backward: the gradient of what enters the first).
+    start [B, G, D, ...]; added [B, N, G, D, ...]; reset [B, N] int8 or None; removed [B, N, G, D, D] or None -> what enters each
+    segment (backward: the gradient of what it adds) and what leaves the last (backward: the gradient of what enters the first).
     """
     B, N, G, D = added.shape[:4]
     start, added = start.contiguous(), added.contiguous()
