@@ -95,8 +95,8 @@ def walk_segments(
 ) -> tuple[Tensor, Tensor]:
     """`recurrence.walk`, float32. With backward: its gradients, from those of what leaves and enters.
 
-    start [B, G, D, ...]; added [B, N, G, D, ...]; reset [B, N] int8 or None; removed [B, N, G, D, D] or None -> what enters each
-    segment (backward: the gradient of what it adds) and what leaves the last (backward: the gradient of what enters the first).
+    start [B, G, D, ...]; added [B, N, G, D, ...]; reset [B, N] int8 or None; removed [B, N, G, D, D] or None -> what enters
+    each segment (backward: the gradient of what it adds) and what leaves the last (backward: that of what enters the first).
     """
     B, N, G, D = added.shape[:4]
     start, added = start.contiguous(), added.contiguous()
