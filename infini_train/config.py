@@ -51,8 +51,11 @@ class ModelConfig:
     """σ of queries and keys in the memory: elu is the paper's ELU + 1; softmax, not in the paper, is softmax(2 x) over a head's
     width, so that what fits best outweighs the rest."""
     short_convolution: int = 0
-    """Not in the paper: tokens of a causal convolution over queries and keys, one filter a channel, inside each segment. A key
-    sees the tokens before its own, so that memory and attention find what came after the same words; 0 has none."""
+    """Not in the paper: tokens of a causal convolution over queries and keys, one filter a channel. A key sees the tokens
+    before its own, so that memory and attention find what came after the same words; 0 has none."""
+    short_convolution_reach: Literal["segment", "document"] = "segment"
+    """What the convolution sees at a segment's start: segment, nothing; document, the tokens before it, which are then carried
+    beside the memory."""
     memory_eps: float = 1e-6
     """ε added to the memory's normaliser σ(Q) z."""
     initial_gate: float = 0.0

@@ -105,8 +105,16 @@ def validate_model(config: RunConfig) -> None:
 
 
 def _validate_short_convolution(model: ModelConfig) -> None:
+    reach = model.short_convolution_reach
     if (width := model.short_convolution) == 0:
+        if reach != "segment":
+            raise UserError(f"model.short_convolution_reach is {reach}, but model.short_convolution is 0; set its width too")
         return
+    if reach == "document" and model.attention != "infini":
+        raise UserError(
+            f"model.short_convolution_reach is document, but model.attention {model.attention} carries no tokens for it; "
+            "set it to segment"
+        )
     if model.attention in ("recurrent_memory", "feedback"):
         raise UserError(
             f"model.short_convolution is {width}, but model.attention {model.attention} puts memory tokens among those of the "

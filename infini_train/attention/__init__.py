@@ -9,6 +9,7 @@ from infini_train.attention.local import LocalAttention
 from infini_train.attention.memorizing import MemorizingAttention, bank_layer
 from infini_train.attention.memory_tokens import FeedbackAttention, RecurrentMemoryAttention
 from infini_train.attention.previous_segment import TransformerXLAttention, WindowAttention
+from infini_train.attention.short_convolution import MemoryWithTail, ShortConvolution
 from infini_train.config import ModelConfig
 
 ATTENTION_VARIANTS: dict[str, type[Attention]] = {
@@ -31,10 +32,22 @@ def attention_class(model: ModelConfig, layer_number: int) -> type[Attention]:
     return ATTENTION_VARIANTS[model.attention]
 
 
+def carried_fields(model: ModelConfig, layer_number: int) -> dict[str, CarriedTensor]:
+    """Fields of the memory of a layer (counted from 1), in the order of `memory_type`; empty if it carries nothing."""
+    fields = attention_class(model, layer_number).carried(model, layer_number)
+    if model.short_convolution_reach == "document":
+        fields["tail"] = ShortConvolution.carried(model)
+    return fields
+
+
+def memory_type(model: ModelConfig, layer_number: int) -> type[LayerMemory] | None:
+    """The named tuple that a layer takes and returns; None if it carries nothing."""
+    return MemoryWithTail if model.short_convolution_reach == "document" else attention_class(model, layer_number).memory_type
+
+
 def state_numbers(model: ModelConfig) -> int:
     """Numbers that one stream carries from segment to segment over all layers: the memory size of the paper's Table 2."""
-    layers = range(1, model.num_layers + 1)
-    return sum(numbers_carried(attention_class(model, layer).carried(model, layer)) for layer in layers)
+    return sum(numbers_carried(carried_fields(model, layer)) for layer in range(1, model.num_layers + 1))
 
 
 def build_attention(model: ModelConfig, layer_number: int, num_heads: int, num_groups: int, context_tokens: int) -> Attention:
@@ -57,10 +70,13 @@ __all__ = [
     "InfiniAttention",
     "LayerMemory",
     "LocalAttention",
+    "MemoryWithTail",
     "attention_class",
     "build_attention",
+    "carried_fields",
     "detached",
     "map_parts",
+    "memory_type",
     "numbers_carried",
     "state_numbers",
 ]

@@ -50,17 +50,6 @@ class Attention(nn.Module):
         """Fields of the memory of a layer (counted from 1), in the order of `memory_type`; empty if it carries nothing."""
         return {}
 
-    @classmethod
-    def empty_memory(
-        cls, model: ModelConfig, layer_number: int, rows: int, tensor_processes: int, device: torch.device | str | None
-    ) -> LayerMemory | None:
-        """The memory with which a stream begins; None if the layer carries nothing."""
-        fields = cls.carried(model, layer_number)
-        if not fields:
-            return None
-        assert cls.memory_type is not None
-        return cls.memory_type(*(each.zeros(rows, tensor_processes, device) for each in fields.values()))
-
     def rotary(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [num_positions, D/2] float32.
 

@@ -6,26 +6,52 @@ filters: the key of token t sees t - W ... t - 1, and so does the query of token
 them from the first step on. H3 (arXiv 2212.14052) shifts its keys for the same end, and smeared keys were seen to let induction
 heads form sooner (Olsson et al., arXiv 2209.11895). benchmarks/recipes.md has what it gives here.
 
-It looks at no token before the segment, so what crosses a segment's start is the memory alone, as without it.
+What it sees at a segment's start is a choice (`model.short_convolution_reach`): nothing, so that the memory alone crosses the
+border, as without it; or the last W tokens of the segment before, if they are of the same document. These then travel beside
+the memory.
 
-Shapes: B rows, N segments, S segment length, T tokens, t tokens of a chunk, H query heads, G key/value heads, D head width,
-W width of the convolution.
+Shapes: B rows, N segments, S segment length, T tokens, t tokens of a chunk, H query heads, G key/value heads, R = H / G query
+heads of a group, D head width, W width of the convolution.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional
 
+from infini_kernels import MemoryState
+from infini_kernels.context_parallel import hand_on
+from infini_train.attention.carried import CarriedTensor, LayerMemory
 from infini_train.config import ModelConfig
+
+
+class MemoryWithTail(NamedTuple):
+    """What a layer carries whose convolution sees across the borders of segments."""
+
+    M: Tensor  # [B, G, D, Dv]
+    z: Tensor  # [B, G, D]
+    tail: Tensor  # [B, G, R + 1, W, D]: the newest queries of each group's heads, and its newest keys, before the convolution
+
+    @classmethod
+    def joined(cls, memory: LayerMemory, tail: Tensor) -> MemoryWithTail:
+        """An Infini-attention layer's memory and its convolution's tail."""
+        M, z = memory
+        return cls(M, z, tail)
+
+    @property
+    def memory(self) -> MemoryState:
+        """Without the tail."""
+        return MemoryState(self.M, self.z)
 
 
 @dataclass(frozen=True)
 class ConvolutionTail:
-    """What the next tokens of an unfinished segment still see of it; zeros stand for tokens before its start."""
+    """What the next tokens of a stream still see; zeros stand for tokens before its start."""
 
     queries: Tensor  # [B, H × D, W - 1]
     keys: Tensor  # [B, G × D, W]
@@ -38,16 +64,49 @@ class ShortConvolution(nn.Module):
     def __init__(self, model: ModelConfig, num_groups: int) -> None:
         super().__init__()
         self.segment_length, self.width = model.segment_length, model.short_convolution
+        self.crosses_borders = model.short_convolution_reach == "document"
         self.weight = nn.Parameter(torch.empty(num_groups, model.head_dim, self.width))
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """A micro-batch, whose last segment may be short: q [B, T, H, D], k [B, T, G, D] -> the same shapes."""
-        queries = self._filter(functional.pad(self._by_segment(q), (self.width - 1, 0)))
-        keys = self._filter(functional.pad(self._by_segment(k), (self.width, -1)))
-        return _tokens_first(queries, q), _tokens_first(keys, k)
+    @staticmethod
+    def carried(model: ModelConfig) -> CarriedTensor:
+        """The tail of one row, over all heads."""
+        heads = model.num_attention_heads // model.num_query_groups + 1
+        return CarriedTensor((model.num_query_groups, heads, model.short_convolution, model.head_dim))
+
+    def forward(
+        self, q: Tensor, k: Tensor, reset: Tensor, tail: Tensor | None = None, group: ProcessGroup | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A micro-batch, whose last segment may be short if its document ends there.
+
+        Args:
+            q: [B, T, H, D].
+            k: [B, T, G, D].
+            reset: [B, N] bool, True where a document begins in that segment.
+            tail: `MemoryWithTail.tail` as the stream's previous micro-batch left it; None at the stream's start.
+            group: processes over which the segments are spread in contiguous runs, in rank order.
+
+        Returns:
+            q and k in their shapes, and the tail that leaves, None unless the convolution crosses borders.
+        """
+        queries, keys = self._by_segment(q), self._by_segment(k)
+        if not self.crosses_borders:
+            queries, keys = functional.pad(queries, (self.width - 1, 0)), functional.pad(keys, (self.width, -1))
+            return _tokens_first(self._filter(queries), q), _tokens_first(self._filter(keys), k), None
+        ends = self._ends(q, k)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        leaving = ends[:, -1].to(dtype, copy=True)  # a view would keep the tails of all segments alive
+        entering = torch.zeros_like(leaving) if tail is None else tail
+        if group is not None:
+            entering, leaving = hand_on(entering, leaving, group)
+        before = torch.cat([entering.to(q.dtype).unsqueeze(1), ends[:, :-1]], dim=1)
+        before = before.masked_fill(reset.to(q.device)[..., None, None, None, None], 0)
+        before = before.flatten(0, 1).transpose(-1, -2)  # [B × N, G, R + 1, D, W]
+        queries = torch.cat([before[:, :, :-1, :, 1:].flatten(1, 3), queries], dim=-1)
+        keys = torch.cat([before[:, :, -1].flatten(1, 2), keys[..., :-1]], dim=-1)
+        return _tokens_first(self._filter(queries), q), _tokens_first(self._filter(keys), k), leaving
 
     def empty_tail(self, batch_size: int, num_heads: int, dtype: torch.dtype, device: torch.device) -> ConvolutionTail:
-        """The tail at a segment's start."""
+        """The tail at a document's start."""
         groups, head_dim, width = self.weight.shape
         return ConvolutionTail(
             torch.zeros(batch_size, num_heads * head_dim, width - 1, dtype=dtype, device=device),
@@ -58,18 +117,28 @@ class ShortConvolution(nn.Module):
         """The next tokens of a stream, none beyond the segment's end: q [B, t, H, D], k [B, t, G, D] -> the same and a tail."""
         queries = torch.cat([tail.queries, _channels_first(q)], dim=-1)
         keys = torch.cat([tail.keys, _channels_first(k)], dim=-1)
-        length = tail.length + q.shape[1]
-        if length == self.segment_length:
+        length = (tail.length + q.shape[1]) % self.segment_length
+        if length == 0 and not self.crosses_borders:
             after = ConvolutionTail(torch.zeros_like(tail.queries), torch.zeros_like(tail.keys))
         else:
             after = ConvolutionTail(queries[..., 1 - self.width :], keys[..., -self.width :], length)
         return _tokens_first(self._filter(queries), q), _tokens_first(self._filter(keys[..., :-1]), k), after
 
-    def _by_segment(self, x: Tensor) -> Tensor:
-        """[B, T, heads, D] -> [B × N, heads × D, S]."""
+    def _ends(self, q: Tensor, k: Tensor) -> Tensor:
+        """The last tokens of each segment, as they are carried: [B, N, G, R + 1, W, D]."""
+        queries, keys = (self._whole_segments(x)[:, :, -self.width :] for x in (q, k))  # [B, N, W, heads, D]
+        both = torch.cat([queries.unflatten(3, (k.shape[2], -1)), keys.unsqueeze(4)], dim=4)
+        return both.permute(0, 1, 3, 4, 2, 5)
+
+    def _whole_segments(self, x: Tensor) -> Tensor:
+        """[B, T, heads, D] -> [B, N, S, heads, D], zeros behind a last segment that is short."""
         if missing := -x.shape[1] % self.segment_length:
             x = functional.pad(x, (0, 0, 0, 0, 0, missing))
-        return _channels_first(x.unflatten(1, (-1, self.segment_length)).flatten(0, 1))
+        return x.unflatten(1, (-1, self.segment_length))
+
+    def _by_segment(self, x: Tensor) -> Tensor:
+        """[B, T, heads, D] -> [B × N, heads × D, S]."""
+        return _channels_first(self._whole_segments(x).flatten(0, 1))
 
     def _filter(self, x: Tensor) -> Tensor:
         """[b, C, W - 1 + t] -> [b, C, t]."""

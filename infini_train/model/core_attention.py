@@ -13,8 +13,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from infini_train.attention import build_attention
-from infini_train.attention.short_convolution import ConvolutionTail, ShortConvolution
+from infini_train.attention import build_attention, memory_type
+from infini_train.attention.short_convolution import ConvolutionTail, MemoryWithTail, ShortConvolution
 from infini_train.config import RunConfig
 from infini_train.model.micro_batch import MicroBatch
 
@@ -46,6 +46,7 @@ class CoreAttention(MegatronModule):
             context_tokens=run.micro_batch_tokens,
         )
         self.short_convolution = ShortConvolution(run.model, self.attention.num_groups) if run.model.short_convolution else None
+        self.memory_type = memory_type(run.model, layer_number)
 
     def new_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         """The cache at a document's start."""
@@ -86,18 +87,22 @@ class CoreAttention(MegatronModule):
             out, micro_batch.caches[self.layer_number] = self._step(q, k, v, micro_batch.caches[self.layer_number])
         else:
             assert micro_batch.reset is not None and micro_batch.lengths is not None
+            entering = micro_batch.memory_in.get(self.layer_number)
+            tail = None
+            if isinstance(entering, MemoryWithTail):
+                tail, entering = entering.tail, entering.memory
             if self.short_convolution is not None:
-                q, k = self.short_convolution(q, k)
+                q, k, tail = self.short_convolution(q, k, micro_batch.reset, tail, micro_batch.cp_group)
             out, memory = self.attention(
                 q,
                 k,
                 v,
                 reset=micro_batch.reset,
                 lengths=micro_batch.lengths,
-                memory=micro_batch.memory_in.get(self.layer_number),
+                memory=entering,
                 group=micro_batch.cp_group,
                 repeats=micro_batch.repeats,
             )
             if memory is not None:
-                micro_batch.memory_out[self.layer_number] = memory
+                micro_batch.memory_out[self.layer_number] = memory if tail is None else MemoryWithTail.joined(memory, tail)
         return out.transpose(0, 1).flatten(2)

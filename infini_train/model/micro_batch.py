@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from infini_train.attention import LayerMemory
+from infini_train.attention import LayerMemory, carried_fields, memory_type
+from infini_train.config import ModelConfig
 
 Memory = dict[int, LayerMemory]
 """Memory by global layer number, counted from 1."""
+
+
+def empty_memory(
+    model: ModelConfig, layers: Iterable[int], rows: int, tensor_processes: int, device: torch.device | str | None
+) -> Memory:
+    """The memory with which streams begin, of those of the layers that carry one.
+
+    Args:
+        layers: global numbers, counted from 1.
+        tensor_processes: that share a layer's heads.
+    """
+    memory = {}
+    for layer in layers:
+        if (of_layer := memory_type(model, layer)) is not None:
+            fields = carried_fields(model, layer).values()
+            memory[layer] = of_layer(*(each.zeros(rows, tensor_processes, device) for each in fields))
+    return memory
 
 
 @dataclass

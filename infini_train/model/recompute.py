@@ -24,7 +24,7 @@ class RecomputedLayer(TransformerLayer):
         micro_batch, number = packed_seq_params, self.layer_number
         entering = micro_batch.memory_in.get(number)
 
-        memory_type = self.self_attention.core_attention.attention.memory_type
+        memory_type = self.self_attention.core_attention.memory_type
 
         def run(hidden: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
             memory_in = {number: memory_type(*state)} if state else {}

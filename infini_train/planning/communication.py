@@ -106,7 +106,10 @@ def _context(sizes: Sizes, passes: int) -> Iterator[Traffic]:
     width, layers = model.head_dim, sizes.stage_layers
     heads = sizes.cp * sizes.rows * sizes.groups * FLOAT32
     factor = width if model.update_rule == "delta" else 1
-    for name, size in (("z", heads * (width + 1)), ("M", heads * width * (model.memory_value_width + factor))):
+    sizes_of_maps = {"z": heads * (width + 1), "M": heads * width * (model.memory_value_width + factor)}
+    if sizes.tail_bytes:
+        sizes_of_maps["tail of the convolution"] = sizes.cp * sizes.tail_bytes
+    for name, size in sizes_of_maps.items():
         for operation, what, messages in (
             ("all_gather", f"memory maps, {name}", layers * passes),
             ("all_reduce", f"gradients of memory maps, {name}", layers),

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from infini_kernels import MemoryState, local
+from infini_kernels import local
 from infini_train import platform
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
@@ -163,9 +163,9 @@ def _memory(run: RunConfig, pipeline: Any, rows: int, tensor_processes: int) -> 
     """What a step before this one left."""
     if run.model.attention != "infini":
         return {}
-    width, values, groups = run.model.head_dim, run.model.memory_value_width, run.model.num_query_groups // tensor_processes
-    layers = sorted(set().union(*pipeline.chunk_layers))
-    return {layer: MemoryState.zeros(rows, groups, width, values, device=META) for layer in layers}
+    from infini_train.model.micro_batch import empty_memory
+
+    return empty_memory(run.model, sorted(set().union(*pipeline.chunk_layers)), rows, tensor_processes, META)
 
 
 def _batch(run: RunConfig, rows: int, context_processes: int) -> Any:

@@ -100,9 +100,17 @@ class Sizes:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of one layer's M [B, G, D, Dv] and z [B, G, D] on this process."""
+        """Bytes of what one layer carries on this process: M [B, G, D, Dv], z [B, G, D] and the convolution's tail."""
         width, values = self.run.model.head_dim, self.run.model.memory_value_width
-        return self.rows * self.groups * width * (values + 1) * FLOAT32 if self.has_memory else 0
+        return self.rows * self.groups * width * (values + 1) * FLOAT32 + self.tail_bytes if self.has_memory else 0
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of the tokens that one layer's convolution carries across borders: [B, G, R + 1, W, D]."""
+        model = self.run.model
+        if model.short_convolution_reach == "segment":
+            return 0
+        return self.rows * (self.heads + self.groups) * model.short_convolution * model.head_dim * FLOAT32
 
     def is_first(self, stage: int, chunk: int = 0) -> bool:
         """Whether the chunk embeds tokens."""

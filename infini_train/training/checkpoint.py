@@ -22,14 +22,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from infini_train import platform
-from infini_train.attention import CarriedTensor, attention_class, map_parts
+from infini_train.attention import CarriedTensor, carried_fields, map_parts
 from infini_train.checkpoint import folder
 from infini_train.checkpoint.reader import read_tensors
 from infini_train.checkpoint.weights_file import SUFFIX, read_weights_facts
 from infini_train.checkpoint.writer import CheckpointWriter
 from infini_train.config import ModelConfig, RunConfig
 from infini_train.errors import UserError
-from infini_train.model.micro_batch import Memory
+from infini_train.model.micro_batch import Memory, empty_memory
 from infini_train.model.parameters import ParameterPlacement
 from infini_train.parallel.engine import Engine
 from infini_train.parallel.layout import Layout
@@ -265,16 +265,12 @@ class Checkpointer:
         return entries
 
     def _carried(self, layer: int) -> dict[str, CarriedTensor]:
-        return attention_class(self.run.model, layer).carried(self.run.model, layer)
+        return carried_fields(self.run.model, layer)
 
     def _empty_memory(self) -> Memory:
         model, rows = self.run.model, len(self.layout.rows(self.run.training.rows))
-        memory = {}
-        for layer in (layer + 1 for chunk in self.layout.layers(model.num_layers) for layer in chunk):
-            state = attention_class(model, layer).empty_memory(model, layer, rows, self.layout.tp_size, platform.device())
-            if state is not None:
-                memory[layer] = state
-        return memory
+        layers = (layer + 1 for chunk in self.layout.layers(model.num_layers) for layer in chunk)
+        return empty_memory(model, layers, rows, self.layout.tp_size, platform.device())
 
 
 def _copy(tensor: Tensor) -> Tensor:

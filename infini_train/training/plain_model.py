@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from infini_kernels import MemoryState, document_attention, infini_attention, local_attention
-from infini_train.attention import LayerMemory, build_attention, detached
+from infini_train.attention import LayerMemory, MemoryWithTail, build_attention, detached
 from infini_train.attention.memory_tokens import MemoryTokens
 from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset
@@ -78,17 +78,40 @@ def _norm(run: RunConfig, weight: Tensor, x: Tensor) -> Tensor:
     return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + run.model.norm_eps)
 
 
-def _convolved(segment_length: int, x: Tensor, filters: Tensor, delay: int) -> Tensor:
-    """Channels of x [B, T, heads, D] filtered over time by [heads, D, W], `delay` tokens late, each segment alone."""
-    x = x.unflatten(1, (-1, segment_length))  # [B, N, S, heads, D]
-    width = filters.shape[-1]
-    total = torch.zeros_like(x)
+def _convolved(run: RunConfig, x: Tensor, filters: Tensor, delay: int, reset: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels of x [B, T, heads, D] filtered over time by [G, D, W], `delay` tokens late, each segment or document alone.
+
+    before: [B, W, heads, D], the tokens before these; returned with the filtered x are those before what comes next.
+    """
+    model, tokens, width = run.model, x.shape[1], filters.shape[-1]
+    filters = filters.repeat_interleave(x.shape[2] // len(filters), dim=0)
+    # Numbered in time; tokens see those with their own number. A document that goes on has that of the tokens before: 0.
+    number = torch.arange(1, reset.shape[1] + 1).expand_as(reset)
+    if model.short_convolution_reach == "document":
+        number = reset.cumsum(dim=1)
+    number = functional.pad(number.repeat_interleave(model.segment_length, dim=1), (width, 0))
+    x = torch.cat([before, x], dim=1)
+    total = torch.zeros_like(x[:, width:])
     for place in range(width):
-        ago = width - 1 - place + delay
-        shifted = torch.zeros_like(x)
-        shifted[:, :, ago:] = x[:, :, : max(segment_length - ago, 0)]
-        total = total + filters[..., place] * shifted
-    return total.flatten(1, 2)
+        seen = slice(place + 1 - delay, place + 1 - delay + tokens)
+        same = number[:, seen] == number[:, width:]
+        total = total + filters[..., place] * x[:, seen] * same[..., None, None]
+    return total, x[:, -width:]
+
+
+def _convolved_heads(
+    run: RunConfig, q: Tensor, k: Tensor, filters: Tensor, reset: Tensor, entering: LayerMemory | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, T, H, D] and k [B, T, G, D] filtered by [G, D, W], and the tail that leaves, a group's queries and then its key."""
+    groups, width = len(filters), filters.shape[-1]
+    before_q, before_k = (x.new_zeros(len(x), width, *x.shape[2:]) for x in (q, k))
+    if isinstance(entering, MemoryWithTail):
+        tail = entering.tail.movedim(3, 1)  # [B, W, G, R + 1, D]
+        before_q, before_k = tail[:, :, :, :-1].flatten(2, 3), tail[:, :, :, -1]
+    q, after_q = _convolved(run, q, filters, 0, reset, before_q)
+    k, after_k = _convolved(run, k, filters, 1, reset, before_k)
+    tail = torch.cat([after_q.unflatten(2, (groups, -1)), after_k.unsqueeze(3)], dim=3)
+    return q, k, tail.movedim(1, 3)
 
 
 def _layer(run: RunConfig, weights: dict[str, Tensor], layer: int, hidden: Tensor, mix: Mix) -> Tensor:
@@ -101,9 +124,6 @@ def _layer(run: RunConfig, weights: dict[str, Tensor], layer: int, hidden: Tenso
     # Megatron-core's fused projection: for each key/value head, its query heads, then its key, then its value.
     fused = fused.unflatten(-1, (model.num_query_groups, group_size + 2, model.head_dim))
     q, k, v = fused[..., :group_size, :].flatten(2, 3), fused[..., group_size, :], fused[..., group_size + 1, :]
-    if (filters := weights.get(prefix + "self_attention.core_attention.short_convolution.weight")) is not None:
-        filtered = filters.repeat_interleave(group_size, dim=0)
-        q, k = _convolved(model.segment_length, q, filtered, 0), _convolved(model.segment_length, k, filters, 1)
     attention = prefix + "self_attention.core_attention.attention."
     own = {name.removeprefix(attention): value for name, value in weights.items() if name.startswith(attention)}
     mixed = mix(layer, q, k, v, own)
@@ -157,9 +177,16 @@ def token_losses(run: RunConfig, weights: dict[str, Tensor], batch: StreamBatch,
     embedding = weights["embedding.word_embeddings.weight"]
 
     def mix(layer: int, q: Tensor, k: Tensor, v: Tensor, own: Mapping[str, Tensor]) -> Tensor:
-        mixed, leaving = _attention(run, layer, q, k, v, own, batch, memory.get(layer))
+        entering = memory.get(layer)
+        filters = weights.get(f"decoder.layers.{layer}.self_attention.core_attention.short_convolution.weight")
+        if filters is not None:
+            q, k, tail = _convolved_heads(run, q, k, filters, batch.reset, entering)
+        if isinstance(entering, MemoryWithTail):
+            entering = entering.memory
+        mixed, leaving = _attention(run, layer, q, k, v, own, batch, entering)
         if leaving is not None:
-            memory[layer] = leaving
+            crosses = run.model.short_convolution_reach == "document"
+            memory[layer] = MemoryWithTail.joined(leaving, tail) if crosses else leaving
         return mixed
 
     hidden = embedding[batch.tokens]

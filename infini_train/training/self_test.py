@@ -91,6 +91,7 @@ def tiny_run(run: RunConfig, data_parallel_size: int, precision: Literal["float3
             normaliser=model.normaliser,
             feature_map=model.feature_map,
             short_convolution=model.short_convolution and 3,
+            short_convolution_reach=model.short_convolution_reach,
             initial_gate=0.5,
             bank_tokens=20,
             bank_top_k=3,

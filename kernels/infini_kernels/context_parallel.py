@@ -14,7 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class RunExchange:
+class _Transfer:
+    """A collective that `_Start` begins and `_Wait` waits for; in the backward the other way round."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.work: Any = None
+
+
+class RunExchange(_Transfer):
     """What each process's run of segments does to a state, state_out = factor state_in + added, sent to all of the group.
 
     The exchange starts when this is made and `fold` waits for it: what is computed in between overlaps with it. So does the
@@ -27,11 +35,9 @@ class RunExchange:
     """
 
     def __init__(self, factor: Tensor, added: Tensor, group: dist.ProcessGroup) -> None:
-        self.group = group
+        super().__init__(group)
         self.widths = factor.shape[-1], added.shape[-1]
         self.is_matrix = factor.dim() == 4 and factor.shape[-1] > 1
-        self.work: Any = None
-        """The transfer that is under way."""
         self._maps: Tensor | None = _Start.apply(torch.cat((factor, added), dim=-1), self)  # [P, B, G, ..., factor and added]
 
     def fold(self, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,12 +55,30 @@ class RunExchange:
         return entering + maps[:0].sum(), state
 
 
+def hand_on(entering: Tensor, leaving: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """A state that every run sets anew, whatever entered it.
+
+    Args:
+        entering: [...], enters the first process's run.
+        leaving: [...], what this process's run leaves.
+        group: the processes, in the order of their runs.
+
+    Returns:
+        What enters this process's run, and what leaves the last's.
+    """
+    transfer = _Transfer(group)
+    left = _Wait.apply(_Start.apply(leaving, transfer), transfer)
+    rank = dist.get_rank(group)
+    # As in `RunExchange.fold`, the empty sum lets the first process take part in the backward's collective.
+    return (entering if rank == 0 else left[rank - 1]) + left[:0].sum(), left[-1].clone()
+
+
 class _Start(torch.autograd.Function):
     """[...] on each process -> [P, ...] on all, to be read after `_Wait`; the gradient of a process's part is the sum over all
     who used it."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, exchange: RunExchange) -> Tensor:
+    def forward(ctx: Any, local: Tensor, exchange: _Transfer) -> Tensor:
         ctx.exchange = exchange
         gathered = local.new_empty(dist.get_world_size(exchange.group), *local.shape)
         exchange.work = dist.all_gather_into_tensor(
@@ -70,7 +94,7 @@ class _Start(torch.autograd.Function):
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gathered: Tensor, exchange: RunExchange) -> Tensor:
+    def forward(ctx: Any, gathered: Tensor, exchange: _Transfer) -> Tensor:
         ctx.exchange = exchange
         exchange.work.wait()
         # It holds views of what was gathered, whose graph refers to the exchange: a circle through C++ that no garbage

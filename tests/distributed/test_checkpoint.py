@@ -189,16 +189,22 @@ CHAIN = [
 ]
 
 
-def test_resharding_loses_nothing_and_reads_nothing_twice(pool, run_config, tmp_path):
+@pytest.mark.parametrize(
+    "chain,options",
+    [(CHAIN, {}), ([CHAIN[0], CHAIN[1], CHAIN[3], CHAIN[5]], {"short_convolution": 3, "short_convolution_reach": "document"})],
+    ids=["paper", "convolution across borders"],
+)
+def test_resharding_loses_nothing_and_reads_nothing_twice(chain, options, pool, run_config, tmp_path):
     """One run handed from layout to layout: its state comes over bit by bit, and its tokens are those of an undisturbed run."""
 
     def leg(case: Case, folder: str, steps: int) -> list[dict[str, Any]]:
-        run = replace(case.apply(run_config), run_dir=str(tmp_path / folder))
+        model = replace(run_config.model, **options)
+        run = replace(case.apply(replace(run_config, model=model)), run_dir=str(tmp_path / folder))
         return pool(case.processes).run("tests.distributed.jobs", "resume_train_save", run, steps)
 
     reads, losses = [], []
     before: list[dict[str, Any]] | None = None
-    for case in CHAIN:
+    for case in chain:
         results = leg(case, "chain", 2)
         loaded = [result["loaded"] for result in results]
         if before is not None:
@@ -214,7 +220,7 @@ def test_resharding_loses_nothing_and_reads_nothing_twice(pool, run_config, tmp_
         before = [result["saved"] for result in results]
         reads += [each for result in results for each in result["reads"]]
         losses += results[0]["loss"]
-    undisturbed = leg(Case(), "undisturbed", 2 * len(CHAIN))[0]
+    undisturbed = leg(Case(), "undisturbed", 2 * len(chain))[0]
     assert losses == pytest.approx(undisturbed["loss"], rel=1e-5)
     assert sorted(reads) == sorted(undisturbed["reads"])
     assert len(set(reads)) == len(reads), "the corpus is read less than once in this test, so nothing comes twice"

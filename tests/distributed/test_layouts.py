@@ -91,17 +91,24 @@ def test_every_way_of_computing_equals_one_process(case, pool, reference, run_co
 
 
 @pytest.mark.parametrize(
-    "case",
+    "case,reach",
     [
-        Case(tp=2, sequence_parallel=True, dp=2, zero=2, rule="delta", ageing=40),
-        Case(cp=2, pp=2, recompute="layer", rule="delta"),
-        Case(dp=2, zero=3, recompute="stage", rule="delta", ageing=40),
+        (Case(tp=2, sequence_parallel=True, dp=2, zero=2, rule="delta", ageing=40), "document"),
+        (Case(cp=2, pp=2, recompute="layer", rule="delta"), "document"),
+        (Case(cp=4, window=(4, 1), rule="delta"), "document"),
+        (Case(cp=2, pp=2, recompute="layer", rule="delta"), "segment"),
+        (Case(dp=2, zero=3, recompute="stage", rule="delta", ageing=40), "segment"),
     ],
-    ids=lambda case: case.name,
+    ids=lambda value: value if isinstance(value, str) else value.name,
 )
-def test_what_is_beyond_the_paper_in_every_kind_of_layout(case, pool, run_config):
+def test_what_is_beyond_the_paper_in_every_kind_of_layout(case, reach, pool, run_config):
     beyond = replace(
-        run_config.model, write_strength="learned", normaliser="corrected", feature_map="softmax", short_convolution=3
+        run_config.model,
+        write_strength="learned",
+        normaliser="corrected",
+        feature_map="softmax",
+        short_convolution=3,
+        short_convolution_reach=reach,
     )
     run = replace(run_config, model=beyond)
     one = pool(1).run("tests.distributed.jobs", "train", case.reference().apply(run), STEPS)

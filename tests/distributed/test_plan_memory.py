@@ -47,12 +47,20 @@ def test_plan_against_a_real_run(precision, case, pool, run_config):
     _check(precision, case, case.apply(enlarged(run_config)), pool)
 
 
+@pytest.mark.parametrize("reach", ["segment", "document"])
 @pytest.mark.parametrize(
     "precision,case", [("float32", Case(rule="delta")), ("bfloat16", Case(cp=2, window=(2, 4), rule="delta"))]
 )
-def test_plan_of_what_is_beyond_the_paper(precision, case, pool, run_config):
+def test_plan_of_what_is_beyond_the_paper(precision, case, reach, pool, run_config):
     run = case.apply(enlarged(run_config))
-    beyond = replace(run.model, write_strength="learned", normaliser="corrected", feature_map="softmax", short_convolution=4)
+    beyond = replace(
+        run.model,
+        write_strength="learned",
+        normaliser="corrected",
+        feature_map="softmax",
+        short_convolution=4,
+        short_convolution_reach=reach,
+    )
     _check(precision, case, replace(run, model=beyond), pool)
 
 

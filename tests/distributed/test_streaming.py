@@ -14,8 +14,12 @@ from infini_train.config import LayoutConfig
 @pytest.mark.parametrize("rule,normaliser", [("linear", "paper"), ("delta", "paper"), ("delta", "corrected")])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"first_segment": "local_only", "short_convolution": 5, "feature_map": "softmax"}],
-    ids=["paper", "beyond the paper"],
+    [
+        {},
+        {"first_segment": "local_only", "short_convolution": 5, "feature_map": "softmax"},
+        {"short_convolution": 5, "short_convolution_reach": "document"},
+    ],
+    ids=["paper", "beyond the paper", "convolution across borders"],
 )
 def test_a_prompt_of_40_segments(rule, normaliser, options, tensor_parallel, pool, run_config):
     model = replace(run_config.model, update_rule=rule, normaliser=normaliser, **options)

@@ -135,6 +135,13 @@ def test_no_convolution_over_memory_tokens(attention):
         validate(changed("model", attention=attention, short_convolution=4), 2)
 
 
+@pytest.mark.parametrize("width,attention,rest", [(0, "infini", "short_convolution is 0"), (4, "window", "attention window")])
+def test_a_convolution_across_borders_needs_a_width_and_a_memory(width, attention, rest):
+    run = changed("model", attention=attention, short_convolution=width, short_convolution_reach="document")
+    with pytest.raises(UserError, match=rf"model\.short_convolution_reach is document, but model\.{rest}"):
+        validate(run, 2)
+
+
 def test_recurrent_memory_keeps_to_one_stage():
     run = replace(changed("model", attention="recurrent_memory"), layout=LayoutConfig(pipeline_parallel_size=2))
     with pytest.raises(UserError, match=r"layout\.pipeline_parallel_size is 2 with model\.attention recurrent_memory"):
