@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -427,7 +427,12 @@ def difference_from(path: Path, config: RunConfig) -> str | None:
     """
     if not path.is_file():
         return None
-    saved, ours = yaml.safe_load(path.read_text(encoding="utf-8")), asdict(config)
+    return difference(yaml.safe_load(path.read_text(encoding="utf-8")), config)
+
+
+def difference(saved: dict[str, Any], config: RunConfig) -> str | None:
+    """`difference_from` for what `dataclasses.asdict` made of the other run's configuration."""
+    ours = asdict(config)
     for section in WHAT_TRAINS:
         for key, value in ours[section].items():
             before = saved.get(section, {}).get(key, getattr(getattr(RunConfig(), section), key))

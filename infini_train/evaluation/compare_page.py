@@ -52,12 +52,17 @@ def rows(measured: list[Measured]) -> list[tuple[str, ...]]:
     return found
 
 
-def markdown_table(run: RunConfig, measured: list[Measured], machine: str) -> str:
+def _machines(measured: list[Measured]) -> str:
+    """What the runs ran on."""
+    return " and ".join(dict.fromkeys(each.machine for each in measured))
+
+
+def markdown_table(run: RunConfig, measured: list[Measured]) -> str:
     """The table with what one needs to read it."""
     lines = [
         f"# Rivals after {run.training.steps:,} steps of {run.tokens_per_step:,} tokens",
         "",
-        f"Seeds {', '.join(map(str, run.compare.seeds))}; {machine}. {' '.join(MEANING.split())}",
+        f"Seeds {', '.join(map(str, run.compare.seeds))}; {_machines(measured)}. {' '.join(MEANING.split())}",
         "",
         f"| {' | '.join(HEAD)} |",
         f"|---{'|---:' * (len(HEAD) - 1)}|",
@@ -66,7 +71,7 @@ def markdown_table(run: RunConfig, measured: list[Measured], machine: str) -> st
     return "\n".join(lines) + "\n"
 
 
-def compare_page(run: RunConfig, measured: list[Measured], machine: str) -> str:
+def compare_page(run: RunConfig, measured: list[Measured]) -> str:
     """compare.html, complete in itself."""
     caption = (
         "Left, held-out perplexity: a point is the mean over the seeds, a line their spread; the best is on top. Right, the "
@@ -79,7 +84,7 @@ def compare_page(run: RunConfig, measured: list[Measured], machine: str) -> str:
     )
     lead = (
         f"{len(by_variant(measured))} kinds of attention, the same data, size and {run.training.steps:,} steps of "
-        f"{run.tokens_per_step:,} tokens; {html.escape(machine)}"
+        f"{run.tokens_per_step:,} tokens; {html.escape(_machines(measured))}"
     )
     return page("comparison", "Infini-attention and its rivals", lead, body)
 

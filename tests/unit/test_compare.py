@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ import pytest
 from infini_train.cli import main
 from infini_train.config import CheckpointConfig, CompareConfig, RunConfig, save_config
 from infini_train.errors import UserError
-from infini_train.evaluation.compare import Measured, compare, compare_runs, run_to_its_end, variant_model
+from infini_train.evaluation.compare import Measured, _Record, _write, compare, compare_runs, run_to_its_end, variant_model
 from infini_train.evaluation.compare_page import compare_page, markdown_table
 from infini_train.parser import read_config
 from infini_train.training.signals import RESUMABLE_EXIT_CODE
@@ -91,7 +92,9 @@ def test_a_variant_that_cannot_run_is_refused_before_the_first_one_starts(varian
 
 
 def measured(variant: str, seed: int, perplexity: float, state: int) -> Measured:
-    return Measured(variant, seed, float(np.log(perplexity)), None if not state else 3.0, 1000, state, 500.0 + seed, 2e9)
+    return Measured(
+        variant, seed, float(np.log(perplexity)), None if not state else 3.0, 1000, state, 500.0 + seed, 2e9, "a <machine>"
+    )
 
 
 def test_the_table_gives_means_spreads_and_sizes():
@@ -102,13 +105,61 @@ def test_the_table_gives_means_spreads_and_sizes():
         measured("transformer_xl", 2, 9.5, 3200),
         measured("local", 1, 20.0, 0),
     ]
-    table = markdown_table(RUN, results, "a machine")
+    table = markdown_table(RUN, results)
     assert "| infini | 400 | 1× | 1,000 | 11.000 | 10.000 to 12.000 (2) | 20.086 | 502 | 2.00 GB |" in table
     assert "| transformer_xl | 3,200 | 8× | 1,000 | 9.250 | 9.000 to 9.500 (2) | 20.086 | 502 | 2.00 GB |" in table
     assert "| local | 0 | 0× | 1,000 | 20.000 | 20.000 to 20.000 (1) | - | 501 | 2.00 GB |" in table
-    page = compare_page(RUN, results, "a <machine>")
+    page = compare_page(RUN, results)
     assert "a &lt;machine&gt;" in page and page.count("<svg") == 1 and "transformer_xl" in page
     assert "src=" not in page and "#01f1" not in page, "complete in itself, every colour replaced"
+
+
+def recorded_run(tmp_path: Path) -> RunConfig:
+    """A comparison of one seed whose record is there and nothing else: neither data nor folders of runs."""
+    run = replace(
+        RUN,
+        run_dir=str(tmp_path / "run"),
+        data=replace(RUN.data, path=str(tmp_path / "data")),
+        compare=replace(RUN.compare, seeds=[3]),
+    )
+    results = [measured(variant, 3, 10.0 + number, 400) for number, variant in enumerate(run.compare.variants)]
+    Path(run.run_dir).mkdir()
+    _write(run, results, _Record({}, "1234"), complete=True)
+    return run
+
+
+def test_what_is_in_the_record_is_not_run_again(tmp_path, capsys):
+    run = recorded_run(tmp_path)
+    record = Path(run.run_dir) / "compare.json"
+    before = record.read_bytes()
+    assert compare(run) == 0
+    assert record.read_bytes() == before and "| 10.000 to 10.000 (1) |" in capsys.readouterr().out
+    assert sorted(path.name for path in Path(run.run_dir).iterdir()) == ["compare.html", "compare.json", "compare.md"]
+
+
+def test_a_record_keeps_what_is_not_asked_for(tmp_path):
+    run = recorded_run(tmp_path)
+    fewer = replace(run, compare=replace(run.compare, variants=run.compare.variants[1:]))
+    assert compare(fewer) == 0
+    kept = json.loads((Path(run.run_dir) / "compare.json").read_text())["runs"]
+    assert [each["variant"] for each in kept] == [*run.compare.variants[1:], run.compare.variants[0]]
+    assert (Path(run.run_dir) / "compare.md").read_text().count("| 400 |") == len(run.compare.variants) - 1
+
+
+def test_a_record_of_something_else_is_refused(tmp_path, monkeypatch):
+    run = recorded_run(tmp_path)
+    record = Path(run.run_dir) / "compare.json"
+    before = record.read_bytes()
+    longer = replace(run, training=replace(run.training, steps=run.training.steps + 1))
+    with pytest.raises(UserError, match=r"compare.json belongs to other settings \(training.steps is \d+, and was \d+\)"):
+        compare(longer)
+    monkeypatch.setattr("infini_train.evaluation.compare._dataset", lambda run: "5678")
+    with pytest.raises(UserError, match=r"compare.json belongs to other settings \(data.path .* holds other documents\)"):
+        compare(run)
+    assert record.read_bytes() == before
+    record.write_text("{")
+    with pytest.raises(UserError, match="is not readable JSON"):
+        compare(run)
 
 
 def test_the_config_names_variants_that_run():
