@@ -196,7 +196,8 @@ def run_recipe(config: Path, seeds: list[int], processes: int) -> None:
         each = Seed(config, run, seed, Path("runs") / name / f"seed-{seed}", processes)
         each.train()
         each.evaluate()
-        records.append(each.record())
+        # Read again: other seeds may have been run at the same time.
+        records = sorted([*recorded_seeds(path, settings), each.record()], key=lambda record: record["seed"])
         if not (RESULTS / name).exists():
             each.keep_weights(RESULTS / name)
         report = {"config": str(config), "settings": settings, "seeds": records}

@@ -40,6 +40,13 @@ def test_seeds_are_added_and_weights_stay(results):
     assert [path.name for path in (results / "passkey-cpu").iterdir()] == ["seed-11.safetensors"]
 
 
+def test_seeds_that_run_at_the_same_time_are_all_kept(results, monkeypatch):
+    """Another process adds its seed while this one's is trained."""
+    monkeypatch.setattr(recipe.Seed, "train", lambda self: record(results, yaml.safe_load(CONFIG.read_text())))
+    recipe.run_recipe(CONFIG, [3], processes=1)
+    assert [each["seed"] for each in json.loads((results / "passkey-cpu.json").read_text())["seeds"]] == [3, 11]
+
+
 def test_the_first_seed_leaves_its_weights(results):
     recipe.run_recipe(CONFIG, [3], processes=1)
     assert (results / "passkey-cpu" / "new").exists()
