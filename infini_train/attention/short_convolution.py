@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from infini_kernels import MemoryState
 from infini_kernels.context_parallel import hand_on
+from infini_kernels.segments import to_device, values_known
 from infini_train.attention.carried import CarriedTensor, LayerMemory
 from infini_train.config import ModelConfig
 
@@ -99,7 +100,8 @@ class ShortConvolution(nn.Module):
         if group is not None:
             entering, leaving = hand_on(entering, leaving, group)
         before = torch.cat([entering.to(q.dtype).unsqueeze(1), ends[:, :-1]], dim=1)
-        before = before.masked_fill(reset.to(q.device)[..., None, None, None, None], 0)
+        if not values_known(reset) or bool(reset.any()):
+            before = before.masked_fill(to_device(reset, q.device)[..., None, None, None, None], 0)
         before = before.flatten(0, 1).transpose(-1, -2)  # [B × N, G, R + 1, D, W]
         queries = torch.cat([before[:, :, :-1, :, 1:].flatten(1, 3), queries], dim=-1)
         keys = torch.cat([before[:, :, -1].flatten(1, 2), keys[..., :-1]], dim=-1)
