@@ -66,6 +66,9 @@ def install() -> None:
                 f"most {gpus}, or set CUDA_VISIBLE_DEVICES to nothing to run on the CPU"
             )
         torch.cuda.set_device(rank)
+        # cuDNN computes the short convolution: by default with 10 bits of a float32's 23, and not always with the same bits.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed's CPU accelerator looks for NUMA tools when it is not told how many processes a host has.

@@ -45,6 +45,7 @@ def trained(run: RunConfig, name: str, *arguments: str) -> list[dict]:
 
 
 def test_computes_the_run_of_a_cpu(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = replace(run, model=replace(run.model, short_convolution=3, short_convolution_reach="document"))
     on_gpu = trained(run, "gpu", "--profile.steps", "2")
     assert "mfu" in on_gpu[-1]
     profiled = json.loads((Path(run.run_dir).parent / "gpu" / "profile" / "stage_0.json").read_text(encoding="utf-8"))

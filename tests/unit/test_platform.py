@@ -20,8 +20,11 @@ def test_more_processes_than_gpus_are_refused(rank, processes, fits, monkeypatch
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     if fits:
+        for setting in ("allow_tf32", "deterministic"):  # given back at the end
+            monkeypatch.setattr(torch.backends.cudnn, setting, getattr(torch.backends.cudnn, setting))
         platform.install()
         assert chosen == [0]
+        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.allow_tf32, "float32 as on a CPU"
         return
     with pytest.raises(UserError, match=r"2 processes were started here, but this machine has 1 GPU\(s\)"):
         platform.install()
