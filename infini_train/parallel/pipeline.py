@@ -14,7 +14,7 @@ from torch import Tensor
 
 from infini_kernels.segments import to_device
 from infini_train import platform
-from infini_train.attention import LayerMemory, detached, map_parts
+from infini_train.attention import LayerMemory, MemoryWithTail, detached, map_parts
 from infini_train.config import RunConfig
 from infini_train.data.streams import StreamBatch
 from infini_train.model.gpt import DTYPES
@@ -232,7 +232,8 @@ class SegmentPipeline:
 
     def _add_squares(self, gradients: dict[int, LayerMemory]) -> None:
         for layer, gradient in gradients.items():
-            squares = torch.stack([part.double().square().sum() for part in gradient]).sum()
+            parts = gradient.memory if isinstance(gradient, MemoryWithTail) else gradient  # a tail is no memory's writing
+            squares = torch.stack([part.double().square().sum() for part in parts]).sum()
             self.memory_gradient_squares[layer] = self.memory_gradient_squares.get(layer, 0.0) + squares
 
     def _backward(

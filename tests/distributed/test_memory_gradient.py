@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from infini_train.attention import detached
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.streams import StreamReader
 from infini_train.training.plain_model import token_losses
@@ -29,7 +31,7 @@ def expected_norms(run, initial):
     weight = sum(batch.loss_weight for window in windows for batch in window)
     memory, between = {}, []
     for window in windows:
-        memory = {layer: state.detach() for layer, state in memory.items()}
+        memory = {layer: detached(state) for layer, state in memory.items()}
         loss = torch.zeros(())
         for index, batch in enumerate(window):
             if index:
@@ -45,9 +47,12 @@ def expected_norms(run, initial):
     ]
 
 
+@pytest.mark.parametrize("width", [0, 3], ids=["no convolution", "convolution across borders"])
 @pytest.mark.parametrize("rule", ["linear", "delta"])
-def test_one_process_equals_autograd_in_plain_torch(rule, pool, run_config):
+def test_one_process_equals_autograd_in_plain_torch(rule, width, pool, run_config):
     run = Case(rule=rule).apply(run_config)
+    reach = "document" if width else "segment"
+    run = replace(run, model=replace(run.model, short_convolution=width, short_convolution_reach=reach))
     (found,) = pool(1).run(*JOB, run)
     expected = expected_norms(run, global_weights([found], "initial"))
     assert min(expected) > 0 and found["norms"] == pytest.approx(expected, rel=1e-4)
