@@ -9,7 +9,7 @@ from infini_train.attention.local import LocalAttention
 from infini_train.attention.memorizing import MemorizingAttention, bank_layer
 from infini_train.attention.memory_tokens import FeedbackAttention, RecurrentMemoryAttention
 from infini_train.attention.previous_segment import TransformerXLAttention, WindowAttention
-from infini_train.attention.short_convolution import MemoryWithTail, ShortConvolution
+from infini_train.attention.short_convolution import MemoryWithTail, ShortConvolution, with_memory, without_tail
 from infini_train.config import ModelConfig
 
 ATTENTION_VARIANTS: dict[str, type[Attention]] = {
@@ -35,14 +35,18 @@ def attention_class(model: ModelConfig, layer_number: int) -> type[Attention]:
 def carried_fields(model: ModelConfig, layer_number: int) -> dict[str, CarriedTensor]:
     """Fields of the memory of a layer (counted from 1), in the order of `memory_type`; empty if it carries nothing."""
     fields = attention_class(model, layer_number).carried(model, layer_number)
-    if model.short_convolution_reach == "document":
+    if _carries_tail(model):
         fields["tail"] = ShortConvolution.carried(model)
     return fields
 
 
 def memory_type(model: ModelConfig, layer_number: int) -> type[LayerMemory] | None:
     """The named tuple that a layer takes and returns; None if it carries nothing."""
-    return MemoryWithTail if model.short_convolution_reach == "document" else attention_class(model, layer_number).memory_type
+    return MemoryWithTail if _carries_tail(model) else attention_class(model, layer_number).memory_type
+
+
+def _carries_tail(model: ModelConfig) -> bool:
+    return model.attention == "infini" and model.short_convolution_reach == "document"
 
 
 def state_numbers(model: ModelConfig) -> int:
@@ -79,4 +83,6 @@ __all__ = [
     "memory_type",
     "numbers_carried",
     "state_numbers",
+    "with_memory",
+    "without_tail",
 ]

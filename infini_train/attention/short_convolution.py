@@ -36,7 +36,9 @@ class MemoryWithTail(NamedTuple):
 
     M: Tensor  # [B, G, D, Dv]
     z: Tensor  # [B, G, D]
-    tail: Tensor  # [B, G, R + 1, W, D]: the newest queries of each group's heads, and its newest keys, before the convolution
+    tail: Tensor
+    """[B, G, R + 1, W, D]: the newest queries of each group's heads, and its newest keys, before the convolution. It looks
+    one token less far back from a query than from a key, so of the queries the oldest is unused: one tensor is simpler."""
 
     @classmethod
     def joined(cls, memory: LayerMemory, tail: Tensor) -> MemoryWithTail:
@@ -48,6 +50,16 @@ class MemoryWithTail(NamedTuple):
     def memory(self) -> MemoryState:
         """Without the tail."""
         return MemoryState(self.M, self.z)
+
+
+def without_tail(carried: LayerMemory) -> LayerMemory:
+    """The memory of a layer, whether or not a convolution's tail travels beside it."""
+    return carried.memory if isinstance(carried, MemoryWithTail) else carried
+
+
+def with_memory(carried: LayerMemory, memory: LayerMemory) -> LayerMemory:
+    """What a layer carries with another memory and its own tail, if it has one."""
+    return MemoryWithTail.joined(memory, carried.tail) if isinstance(carried, MemoryWithTail) else memory
 
 
 @dataclass(frozen=True)

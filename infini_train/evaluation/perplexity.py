@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infini_train.attention import map_parts
+from infini_train.attention import map_parts, with_memory, without_tail
 from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.streams import StreamBatch, StreamReader
@@ -157,7 +157,7 @@ def held_out_loss(
 
 
 def memory_of_other_rows(memory: Memory, num_rows: int) -> tuple[Memory, Tensor]:
-    """Each row's memory replaced by that of the next row that has written any.
+    """Each row's memory replaced by that of the next row that has written any. Tails of convolutions are no memory, and stay.
 
     Returns:
         The memory, and [num_rows] bool: rows for which there was such a row. The others keep their own.
@@ -165,9 +165,8 @@ def memory_of_other_rows(memory: Memory, num_rows: int) -> tuple[Memory, Tensor]
     if not memory:
         return {}, torch.zeros(num_rows, dtype=torch.bool)
     # Every layer of every stage and tensor rank has written in the same rows: σ(K) is positive, and a key is not zero.
-    written = (
-        torch.stack([part.reshape(len(part), -1).ne(0).any(dim=1) for part in next(iter(memory.values()))]).any(dim=0).cpu()
-    )
+    parts = without_tail(next(iter(memory.values())))
+    written = torch.stack([part.reshape(len(part), -1).ne(0).any(dim=1) for part in parts]).any(dim=0).cpu()
     filled = [row for row in range(num_rows) if written[row]]
     donors = list(range(num_rows))
     for row in range(num_rows):
@@ -175,7 +174,11 @@ def memory_of_other_rows(memory: Memory, num_rows: int) -> tuple[Memory, Tensor]
         if others:
             donors[row] = next((other for other in others if other > row), others[0])
     index = torch.tensor(donors)
-    shuffled = {layer: map_parts(lambda part: part[index.to(part.device)], state) for layer, state in memory.items()}
+
+    def taken(part: Tensor) -> Tensor:
+        return part[index.to(part.device)]
+
+    shuffled = {layer: with_memory(state, map_parts(taken, without_tail(state))) for layer, state in memory.items()}
     return shuffled, index != torch.arange(num_rows)
 
 

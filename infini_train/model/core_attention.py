@@ -86,7 +86,8 @@ class CoreAttention(MegatronModule):
         if micro_batch.caches is not None:
             out, micro_batch.caches[self.layer_number] = self._step(q, k, v, micro_batch.caches[self.layer_number])
         else:
-            assert micro_batch.reset is not None and micro_batch.lengths is not None
+            reset = micro_batch.empties_memory
+            assert micro_batch.reset is not None and reset is not None and micro_batch.lengths is not None
             entering = micro_batch.memory_in.get(self.layer_number)
             tail = None
             if isinstance(entering, MemoryWithTail):
@@ -97,7 +98,7 @@ class CoreAttention(MegatronModule):
                 q,
                 k,
                 v,
-                reset=micro_batch.reset,
+                reset=reset,
                 lengths=micro_batch.lengths,
                 memory=entering,
                 group=micro_batch.cp_group,

@@ -36,7 +36,7 @@ def by_segment(
     Returns:
         [T, B, h]
     """
-    reset, lengths = micro_batch.reset, micro_batch.lengths
+    reset, lengths = micro_batch.empties_memory, micro_batch.lengths
     assert reset is not None and lengths is not None, "these variants do not stream token by token"
     rows, segments = reset.shape
     begin = initial.unsqueeze(1).expand(-1, rows, -1)  # [P, B, h]

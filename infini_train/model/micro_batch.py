@@ -45,6 +45,8 @@ class MicroBatch(PackedSeqParams):
     qkv_format: str = "sbhd"
     reset: Tensor | None = None
     """[B, N] bool, True where a document begins in that segment."""
+    memory_reset: Tensor | None = None
+    """[B, N] bool, True where the memory is emptied, if that is not where documents begin."""
     lengths: Tensor | None = None
     """[B, N] valid tokens of each segment."""
     repeats: Tensor | None = None
@@ -57,3 +59,8 @@ class MicroBatch(PackedSeqParams):
     """Positions whose logits the last chunk gives where there are no labels; None gives all."""
     caches: dict[int, Any] | None = None
     """Streaming caches by layer. When set, layers run `Attention.step` and leave the new cache here."""
+
+    @property
+    def empties_memory(self) -> Tensor | None:
+        """[B, N] bool, the segments before which the memory is emptied."""
+        return self.reset if self.memory_reset is None else self.memory_reset

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from infini_kernels.segments import to_device
 from infini_train import platform
-from infini_train.attention import LayerMemory, MemoryWithTail, detached, map_parts
+from infini_train.attention import LayerMemory, detached, map_parts, without_tail
 from infini_train.config import RunConfig
 from infini_train.data.streams import StreamBatch
 from infini_train.model.gpt import DTYPES
@@ -207,10 +207,10 @@ class SegmentPipeline:
     ) -> tuple[Tensor, Memory, Tensor]:
         """Output of a chunk (token losses [B, T] of the last), memory that leaves, and the weighted sum of token losses."""
         is_last = chunk == self.last_chunk
-        reset = torch.ones_like(batch.reset) if empty_memory else batch.reset
         # Lengths and resets stay on the host: the attention decides there what it can leave out.
         micro_batch = MicroBatch(
-            reset=reset,
+            reset=batch.reset,
+            memory_reset=torch.ones_like(batch.reset) if empty_memory else None,
             lengths=batch.lengths,
             repeats=batch.repeats if bool((batch.repeats > 1).any()) else None,
             memory_in=dict(memory),
@@ -232,8 +232,7 @@ class SegmentPipeline:
 
     def _add_squares(self, gradients: dict[int, LayerMemory]) -> None:
         for layer, gradient in gradients.items():
-            parts = gradient.memory if isinstance(gradient, MemoryWithTail) else gradient  # a tail is no memory's writing
-            squares = torch.stack([part.double().square().sum() for part in parts]).sum()
+            squares = torch.stack([part.double().square().sum() for part in without_tail(gradient)]).sum()
             self.memory_gradient_squares[layer] = self.memory_gradient_squares.get(layer, 0.0) + squares
 
     def _backward(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infini_kernels import MemoryState
 from infini_train import platform
-from infini_train.attention import MemoryWithTail
+from infini_train.attention import without_tail
 from infini_train.config import RunConfig
 from infini_train.model.micro_batch import Memory
 from infini_train.parallel.engine import Engine
@@ -46,8 +46,8 @@ def memory_statistics(
                 start = layout.tp_rank * heads
                 row[start : start + heads] = torch.sigmoid(gate.detach().double())
         if layer.layer_number in memory and layout.cp_rank == 0:
-            state = memory[layer.layer_number]
-            assert isinstance(state, MemoryState | MemoryWithTail)
+            state = without_tail(memory[layer.layer_number])
+            assert isinstance(state, MemoryState)
             row[-3] = state.M.double().flatten(2).norm(dim=-1).sum()
             row[-2] = state.z.double().norm(dim=-1).sum()
         # The loss of each process is scaled by their number, for DeepSpeed's mean.

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from infini_kernels import MemoryState
+from infini_train.attention import MemoryWithTail
 from infini_train.data.prepare import prepare
 from infini_train.evaluation.perplexity import memory_of_other_rows
 from tests.corpus import small_run, write_corpus
@@ -29,6 +30,27 @@ def test_rows_take_the_memory_of_the_next_row_that_has_one():
     shuffled, rows = memory_of_other_rows(alone, 2)
     assert shuffled[7].z[:, 0, 0].tolist() == [1.0, 1.0] and rows.tolist() == [False, True]
     assert memory_of_other_rows({}, 2)[1].tolist() == [False, False]
+
+
+def test_a_tail_is_no_memory_and_stays_with_its_row():
+    """An ended row has a tail, of padding, and no memory; a row keeps the words that it has just read."""
+    filled, tail = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([5.0, 6.0, 7.0]).view(3, 1, 1, 1, 1)
+    memory = {1: MemoryWithTail(filled.view(3, 1, 1, 1), filled.view(3, 1, 1), tail)}
+    shuffled, rows = memory_of_other_rows(memory, 3)
+    assert shuffled[1].M.flatten().tolist() == shuffled[1].z.flatten().tolist() == [2.0, 1.0, 1.0]
+    assert torch.equal(shuffled[1].tail, tail) and rows.tolist() == [True] * 3
+
+
+def test_without_memory_emptied_and_shuffled_change_nothing(pool, run_config):
+    """Closed gates: what a convolution sees across borders is not counted as the memory's."""
+    model = replace(run_config.model, initial_gate=-60.0, short_convolution=3, short_convolution_reach="document")
+    optimizer = replace(run_config.optimizer, gate_learning_rate=1e-12)
+    rows = replace(run_config.training, rows=2)
+    found = pool(1).run(*JOB, replace(run_config, model=model, optimizer=optimizer, training=rows), 1)[0]
+    np.testing.assert_allclose(found["emptied"].loss_sum, found["kept"].loss_sum, rtol=1e-6)
+    both = (found["shuffled"].tokens == found["kept"].tokens) & (found["kept"].tokens > 0)
+    assert both.sum() > 3, "segments in which both rows had another's memory"
+    np.testing.assert_allclose(found["shuffled"].loss_sum[both], found["kept"].loss_sum[both], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_train.attention import attention_class, build_attention, detached, map_parts, state_numbers
+from infini_train.attention import build_attention, detached, map_parts, state_numbers
 from infini_train.config import ModelConfig
+from infini_train.model.micro_batch import empty_memory
 
 B, N, S, H, G, D = 2, 5, 3, 4, 2, 6
 T = N * S
@@ -193,7 +194,7 @@ def test_what_is_carried_has_the_declared_shape_and_size(rival):
     q, k, v = (x.float().detach() for x in drawn(5))
     single = build_attention(rival.model, 1, H, G, T)
     _, memory = single(q, k, v, reset=RESET, lengths=LENGTHS, memory=None)
-    empty = attention_class(rival.model, 1).empty_memory(rival.model, 1, B, 1, None)
+    empty = empty_memory(rival.model, [1], B, 1, None)[1]
     assert type(memory) is type(empty)
     for mine, declared in zip(memory, empty, strict=True):
         assert mine.shape == declared.shape and mine.dtype == declared.dtype
