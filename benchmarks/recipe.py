@@ -10,9 +10,14 @@ evaluation texts have seeds of their own under the same number, which no trainin
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import os
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,12 +126,19 @@ class Seed:
         }
 
     def keep_weights(self, target: Path) -> None:
-        """Copy weights and tokenizer to a new folder from which `evaluate passkey --from_checkpoint` can measure again."""
-        target.mkdir(parents=True)
-        shutil.copy(self.folder / "data" / TOKENIZER_FILE, target)
-        output = str(target / f"seed-{self.seed}.safetensors")
-        command = [sys.executable, "-m", "infini_train", "checkpoint", "consolidate", "--run_dir", str(self.folder)]
-        _run([*command, "--output", output])
+        """Copy weights and tokenizer to a new folder from which `evaluate passkey --from_checkpoint` can measure again.
+
+        Where another seed was first, nothing is left.
+        """
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            shutil.copy(self.folder / "data" / TOKENIZER_FILE, folder)
+            output = str(Path(folder) / f"seed-{self.seed}.safetensors")
+            command = [sys.executable, "-m", "infini_train", "checkpoint", "consolidate", "--run_dir", str(self.folder)]
+            _run([*command, "--output", output])
+            with suppress(FileExistsError):
+                target.mkdir()
+                for file in Path(folder).iterdir():
+                    shutil.copy(file, target)
 
 
 def _run(command: list[str]) -> None:
@@ -149,6 +161,17 @@ def recorded_seeds(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]
     if report["settings"] != settings:
         raise UserError(f"{path} holds seeds of other settings; move it and the folder {path.stem}/ beside it away first")
     return report["seeds"]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def show(name: str, records: list[dict[str, Any]]) -> None:
@@ -196,12 +219,14 @@ def run_recipe(config: Path, seeds: list[int], processes: int) -> None:
         each = Seed(config, run, seed, Path("runs") / name / f"seed-{seed}", processes)
         each.train()
         each.evaluate()
-        # Read again: other seeds may have been run at the same time.
-        records = sorted([*recorded_seeds(path, settings), each.record()], key=lambda record: record["seed"])
         if not (RESULTS / name).exists():
             each.keep_weights(RESULTS / name)
-        report = {"config": str(config), "settings": settings, "seeds": records}
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with _locked(RESULTS):
+            # Read again: other seeds may have been run at the same time.
+            others = [record for record in recorded_seeds(path, settings) if record["seed"] != seed]
+            records = sorted([*others, each.record()], key=lambda record: record["seed"])
+            report = {"config": str(config), "settings": settings, "seeds": records}
+            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     show(name, records)
 
 

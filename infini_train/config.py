@@ -3,6 +3,7 @@ that needs one, so a wrong value is refused within a second and before any proce
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -430,13 +431,13 @@ def difference_from(path: Path, config: RunConfig) -> str | None:
     return difference(yaml.safe_load(path.read_text(encoding="utf-8")), config)
 
 
-def difference(saved: dict[str, Any], config: RunConfig) -> str | None:
-    """`difference_from` for what `dataclasses.asdict` made of the other run's configuration."""
+def difference(saved: dict[str, Any], config: RunConfig, but: Collection[str] = ()) -> str | None:
+    """`difference_from` for what `dataclasses.asdict` made of the other run's configuration, but for these keys."""
     ours = asdict(config)
     for section in WHAT_TRAINS:
         for key, value in ours[section].items():
             before = saved.get(section, {}).get(key, getattr(getattr(RunConfig(), section), key))
-            if before != value and f"{section}.{key}" not in MEASURES_ALONE:
+            if before != value and f"{section}.{key}" not in {*MEASURES_ALONE, *but}:
                 return f"{section}.{key} is {value}, and was {before}"
     return None
 

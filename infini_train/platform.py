@@ -66,7 +66,8 @@ def install() -> None:
                 f"most {gpus}, or set CUDA_VISIBLE_DEVICES to nothing to run on the CPU"
             )
         torch.cuda.set_device(rank)
-        # cuDNN computes the short convolution: by default with 10 bits of a float32's 23, and not always with the same bits.
+        # For a convolution that PyTorch gives to cuDNN: by default float32 is rounded to 10 bits, and its gradient need not
+        # have the same bits twice.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True
         return

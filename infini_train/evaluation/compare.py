@@ -6,13 +6,12 @@ What is measured stands in compare.json, from which it is taken from then on: th
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +21,12 @@ from infini_train import platform
 from infini_train.attention import state_numbers
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.checkpoint.reader import describe_tensors
-from infini_train.config import ModelConfig, RunConfig, difference, difference_from, save_config
-from infini_train.data.dataset import TokenDataset
-from infini_train.data.manifest import MANIFEST_FILE
+from infini_train.config import ModelConfig, RunConfig, difference_from, save_config
 from infini_train.errors import UserError
+from infini_train.evaluation.compare_record import Measured, add_to_record, data_fingerprint, read_record
 from infini_train.evaluation.records import read_json, read_metrics
 from infini_train.overrides import with_overrides
 from infini_train.training.signals import RESUMABLE_EXIT_CODE
-
-RESULT_FILE = "compare.json"
 
 
 @dataclass(frozen=True)
@@ -41,25 +37,10 @@ class CompareRun:
     seed: int
     run: RunConfig
 
-
-@dataclass(frozen=True)
-class Measured:
-    """What a finished run gave."""
-
-    variant: str
-    seed: int
-    loss: float
-    """Held-out, nats per token."""
-    loss_memory_emptied: float | None
-    parameters: int
-    state_numbers: int
-    """Numbers that a stream carries over all layers."""
-    tokens_per_second: float
-    """Median over the steps after the first tenth."""
-    peak_memory: float
-    """Bytes: of the GPU's allocator, or of the whole process on a CPU."""
-    machine: str
-    """What it ran on, and under which torch."""
+    @property
+    def key(self) -> tuple[str, int]:
+        """As `Measured.key`."""
+        return self.variant, self.seed
 
 
 def compare_runs(run: RunConfig) -> list[CompareRun]:
@@ -105,27 +86,27 @@ def compare(run: RunConfig) -> int:
         0, or the exit code of the run that ended the comparison.
     """
     runs = compare_runs(run)
-    recorded = _recorded(run)
+    fingerprint = data_fingerprint(run)
+    record = read_record(run, fingerprint)
     for each in runs:
         folder = Path(each.run.run_dir)
         if (changed := difference_from(folder / "variant.yaml", each.run)) is not None:
             raise UserError(f"{folder} belongs to other settings ({changed}); set it back, or choose another run_dir")
     Path(run.run_dir).mkdir(parents=True, exist_ok=True)
-    measured: list[Measured] = []
     for number, each in enumerate(runs, start=1):
-        name = f"{number} of {len(runs)}: {each.variant}, seed {each.seed}"
-        if (known := recorded.runs.get((each.variant, each.seed))) is not None:
-            measured.append(known)
-            _write(run, measured, recorded, complete=number == len(runs))
+        if each.key in record:
             continue
+        name = f"{number} of {len(runs)}: {each.variant}, seed {each.seed}"
         for command in _left_to_do(each):
             print(f"compare: {name}: {command}", file=sys.stderr, flush=True)
             code = _run(command, each)
             if code:
                 print(f"compare: {name}: ended with {code}; the same command goes on from there", file=sys.stderr)
                 return code
-        measured.append(_measure(each))
-        _write(run, measured, recorded, complete=number == len(runs))
+        record = add_to_record(run, fingerprint, _measure(each))
+        _show(run, [record[each.key] for each in runs if each.key in record])
+    print(_show(run, [record[each.key] for each in runs]))
+    print(f"plot: {Path(run.run_dir) / 'compare.html'}")
     return 0
 
 
@@ -195,71 +176,19 @@ def _measure(each: CompareRun) -> Measured:
     )
 
 
-@dataclass(frozen=True)
-class _Record:
-    """What compare.json holds: runs by variant and seed, and the fingerprint of the text that they were trained on."""
-
-    runs: dict[tuple[str, int], Measured]
-    dataset: str | None
-
-
-def _recorded(run: RunConfig) -> _Record:
-    """What compare.json holds of earlier calls.
-
-    Raises:
-        UserError: it is of other settings or of other data.
-    """
-    path = Path(run.run_dir) / RESULT_FILE
-    notes: list[str] = []
-    report = read_json(path, "evaluate compare", notes)
-    if notes:
-        raise UserError(f"{path} is not readable JSON; move it away, and runs whose folders are there are measured again")
-    if report is None or "config" not in report:  # an older one; its runs' folders are measured again
-        return _Record({}, None)
-    changed = difference(report["config"], run)
-    if changed is None and _dataset(run) not in (None, report["dataset"]):
-        changed = f"data.path {run.data.path} holds other documents"
-    if changed is not None:
-        raise UserError(f"{path} belongs to other settings ({changed}); set it back, or choose another run_dir")
-    return _Record({(each["variant"], each["seed"]): Measured(**each) for each in report["runs"]}, report["dataset"])
-
-
-def _dataset(run: RunConfig) -> str | None:
-    """What tells the training text from another; None where it is not there."""
-    if not (Path(run.data.path) / MANIFEST_FILE).exists():
-        return None
-    return TokenDataset(Path(run.data.path), "train").fingerprint
-
-
-def _write(run: RunConfig, measured: list[Measured], recorded: _Record, *, complete: bool) -> None:
-    """The table and the page of these; compare.json also keeps what it held of other variants and seeds."""
+def _show(run: RunConfig, measured: list[Measured]) -> str:
+    """Write the table and the page; returns the table."""
     from infini_train.evaluation.compare_page import compare_page, markdown_table
 
     folder = Path(run.run_dir)
-    requested = {(each.variant, each.seed) for each in measured}
-    others = [each for key, each in recorded.runs.items() if key not in requested]
-    report = {
-        "complete": complete,
-        "steps": run.training.steps,
-        "tokens_per_step": run.tokens_per_step,
-        "seeds": run.compare.seeds,
-        "dataset": _dataset(run) or recorded.dataset,
-        "config": asdict(run),
-        "runs": [asdict(each) for each in (*measured, *others)],
-    }
-    new = folder / f"{RESULT_FILE}.new"
-    new.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    new.replace(folder / RESULT_FILE)  # whole at any time: nothing else knows of runs whose folders were deleted
     table = markdown_table(run, measured)
     (folder / "compare.md").write_text(table, encoding="utf-8")
     (folder / "compare.html").write_text(compare_page(run, measured), encoding="utf-8")
-    if complete:
-        print(table)
-        print(f"plot: {folder / 'compare.html'}")
+    return table
 
 
 def machine() -> str:
-    """What a run ran on, and under which torch."""
+    """What this process runs on, and under which torch."""
     if platform.has_cuda():
         return f"one process, {torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"one process, {platform.processor()}, torch {torch.__version__}"
+    return f"one process, {platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -9,7 +9,7 @@ import numpy as np
 from infini_train.config import RunConfig
 from infini_train.evaluation import plotting as p
 from infini_train.evaluation.charts import WIDE, chart_figure
-from infini_train.evaluation.compare import Measured
+from infini_train.evaluation.compare_record import Measured
 from infini_train.evaluation.page import page, table
 
 HEAD = ("attention", "state", "of infini's", "parameters", "perplexity", "spread", "emptied", "tokens/s", "peak memory")

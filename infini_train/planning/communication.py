@@ -99,20 +99,23 @@ def _tensor(sizes: Sizes, stage: int, passes: int) -> Iterator[Traffic]:
 
 
 def _context(sizes: Sizes, passes: int) -> Iterator[Traffic]:
-    """Of one micro-batch, over the context group: maps of memory states forward, their gradients backward."""
+    """Of one micro-batch, over the context group: memory maps and convolution tails forward, their gradients backward."""
     if sizes.cp == 1 or not sizes.has_memory:
         return
     model = sizes.run.model
     width, layers = model.head_dim, sizes.stage_layers
     heads = sizes.cp * sizes.rows * sizes.groups * FLOAT32
     factor = width if model.update_rule == "delta" else 1
-    sizes_of_maps = {"z": heads * (width + 1), "M": heads * width * (model.memory_value_width + factor)}
+    travels = {
+        "memory maps, z": heads * (width + 1),
+        "memory maps, M": heads * width * (model.memory_value_width + factor),
+    }
     if sizes.tail_bytes:
-        sizes_of_maps["tail of the convolution"] = sizes.cp * sizes.tail_bytes
-    for name, size in sizes_of_maps.items():
+        travels["convolution tails"] = sizes.cp * sizes.tail_bytes
+    for name, size in travels.items():
         for operation, what, messages in (
-            ("all_gather", f"memory maps, {name}", layers * passes),
-            ("all_reduce", f"gradients of memory maps, {name}", layers),
+            ("all_gather", name, layers * passes),
+            ("all_reduce", f"gradients of {name}", layers),
         ):
             yield Traffic("context", operation, what, messages, size, size=sizes.cp, stride=sizes.tp)  # type: ignore[arg-type]
 

@@ -2,7 +2,8 @@
 
 Both rules are affine in M, M_out = T M_in + B over any run of segments, and so is z. Each process sums up its own run in
 (T, B), the group exchanges the sums once, and each process folds those of the ranks before it into the memory that enters its
-run. What crosses the wire are D x Dv states: their size does not depend on how many tokens a segment has.
+run. What crosses the wire are D x Dv states: their size does not depend on how many tokens a segment has. `hand_on` does the
+same for a state that every run sets anew.
 
 Shapes: P processes, B batch, G key/value heads, D key width, Dv value width.
 """

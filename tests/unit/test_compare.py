@@ -17,8 +17,9 @@ import pytest
 from infini_train.cli import main
 from infini_train.config import CheckpointConfig, CompareConfig, RunConfig, save_config
 from infini_train.errors import UserError
-from infini_train.evaluation.compare import Measured, _Record, _write, compare, compare_runs, run_to_its_end, variant_model
+from infini_train.evaluation.compare import compare, compare_runs, run_to_its_end, variant_model
 from infini_train.evaluation.compare_page import compare_page, markdown_table
+from infini_train.evaluation.compare_record import Measured, add_to_record, read_record
 from infini_train.parser import read_config
 from infini_train.training.signals import RESUMABLE_EXIT_CODE
 
@@ -114,52 +115,64 @@ def test_the_table_gives_means_spreads_and_sizes():
     assert "src=" not in page and "#01f1" not in page, "complete in itself, every colour replaced"
 
 
-def recorded_run(tmp_path: Path) -> RunConfig:
+@pytest.fixture
+def recorded(tmp_path: Path) -> RunConfig:
     """A comparison of one seed whose record is there and nothing else: neither data nor folders of runs."""
-    run = replace(
-        RUN,
-        run_dir=str(tmp_path / "run"),
-        data=replace(RUN.data, path=str(tmp_path / "data")),
-        compare=replace(RUN.compare, seeds=[3]),
-    )
-    results = [measured(variant, 3, 10.0 + number, 400) for number, variant in enumerate(run.compare.variants)]
+    run = replace(RUN, run_dir=str(tmp_path / "run"), compare=replace(RUN.compare, seeds=[3]))
+    run = replace(run, data=replace(RUN.data, path=str(tmp_path / "data")))
     Path(run.run_dir).mkdir()
-    _write(run, results, _Record({}, "1234"), complete=True)
+    for number, variant in enumerate(run.compare.variants):
+        add_to_record(run, "1234", measured(variant, 3, 10.0 + number, 400))
     return run
 
 
-def test_what_is_in_the_record_is_not_run_again(tmp_path, capsys):
-    run = recorded_run(tmp_path)
-    record = Path(run.run_dir) / "compare.json"
-    before = record.read_bytes()
-    assert compare(run) == 0
-    assert record.read_bytes() == before and "| 10.000 to 10.000 (1) |" in capsys.readouterr().out
-    assert sorted(path.name for path in Path(run.run_dir).iterdir()) == ["compare.html", "compare.json", "compare.md"]
+def record_of(run: RunConfig) -> Path:
+    return Path(run.run_dir) / "compare.json"
 
 
-def test_a_record_keeps_what_is_not_asked_for(tmp_path):
-    run = recorded_run(tmp_path)
-    fewer = replace(run, compare=replace(run.compare, variants=run.compare.variants[1:]))
-    assert compare(fewer) == 0
-    kept = json.loads((Path(run.run_dir) / "compare.json").read_text())["runs"]
-    assert [each["variant"] for each in kept] == [*run.compare.variants[1:], run.compare.variants[0]]
-    assert (Path(run.run_dir) / "compare.md").read_text().count("| 400 |") == len(run.compare.variants) - 1
+def test_what_is_in_the_record_is_not_run_again(recorded, capsys):
+    before = record_of(recorded).read_bytes()
+    assert compare(recorded) == 0
+    assert record_of(recorded).read_bytes() == before
+    assert "| 10.000 to 10.000 (1) |" in capsys.readouterr().out
+    written = {path.name for path in Path(recorded.run_dir).iterdir()}
+    assert written == {"compare.html", "compare.json", "compare.md"}
 
 
-def test_a_record_of_something_else_is_refused(tmp_path, monkeypatch):
-    run = recorded_run(tmp_path)
-    record = Path(run.run_dir) / "compare.json"
-    before = record.read_bytes()
-    longer = replace(run, training=replace(run.training, steps=run.training.steps + 1))
+def test_only_what_is_asked_for_is_shown(recorded):
+    before = record_of(recorded).read_bytes()
+    assert compare(replace(recorded, compare=replace(recorded.compare, variants=["local"]))) == 0
+    assert record_of(recorded).read_bytes() == before
+    assert (Path(recorded.run_dir) / "compare.md").read_text().count("| 400 |") == 1
+
+
+def test_runs_that_other_processes_add_stay(recorded):
+    other = replace(recorded, compare=replace(recorded.compare, seeds=[9]), training=replace(recorded.training, seed=77))
+    record = add_to_record(other, None, measured("local", 9, 8.0, 400))
+    assert [seed for _, seed in record] == [3, 3, 9]
+    assert json.loads(record_of(recorded).read_text())["dataset"] == "1234"
+    assert read_record(recorded, "1234") == record
+
+
+def test_a_record_of_something_else_is_refused(recorded):
+    before = record_of(recorded).read_bytes()
+    longer = replace(recorded, training=replace(recorded.training, steps=recorded.training.steps + 1))
     with pytest.raises(UserError, match=r"compare.json belongs to other settings \(training.steps is \d+, and was \d+\)"):
         compare(longer)
-    monkeypatch.setattr("infini_train.evaluation.compare._dataset", lambda run: "5678")
     with pytest.raises(UserError, match=r"compare.json belongs to other settings \(data.path .* holds other documents\)"):
-        compare(run)
-    assert record.read_bytes() == before
-    record.write_text("{")
-    with pytest.raises(UserError, match="is not readable JSON"):
-        compare(run)
+        read_record(recorded, "5678")
+    assert record_of(recorded).read_bytes() == before
+
+
+NO_RUN = '{"config": {}, "dataset": null, "runs": [{}]}'
+
+
+@pytest.mark.parametrize("text,said", [("{", "is not readable"), ("{}", "is no record of"), (NO_RUN, "is no record of")])
+def test_a_damaged_record_is_never_replaced(recorded, text, said):
+    record_of(recorded).write_text(text)
+    with pytest.raises(UserError, match=said):
+        compare(recorded)
+    assert record_of(recorded).read_text() == text
 
 
 def test_the_config_names_variants_that_run():
