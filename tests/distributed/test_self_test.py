@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from infini_train.parser import read_config
 from tests.distributed.cases import Case
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 CASES = [
     Case(tp=2, sequence_parallel=True, window=(1, 4)),
@@ -31,6 +35,16 @@ def test_exact_layouts_pass(case, pool, run_config):
 def test_exact_layouts_pass_in_bfloat16(case, pool, run_config):
     run = case.apply(replace(run_config, training=replace(run_config.training, precision="bfloat16")))
     assert pool(case.processes).run("tests.distributed.jobs", "run_self_test", run) == [None] * case.processes
+
+
+RECIPES = sorted([CONFIGS / "tiny.yaml", *CONFIGS.glob("passkey-*.yaml")])
+
+
+@pytest.mark.parametrize("config", RECIPES, ids=lambda config: config.stem)
+def test_the_recipes_pass_on_two_processes(config, pool):
+    """As their files say that they are trained."""
+    assert len(RECIPES) >= 5
+    assert pool(2).run("tests.distributed.jobs", "run_self_test", read_config(config)) == [None, None]
 
 
 @pytest.mark.parametrize("attention", ["local", "full"])
