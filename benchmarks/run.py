@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from infini_train.platform import processor
+
 NAMES = ("stream", "window", "pipeline", "checkpoint", "peers", "compiled", "tiles", "operation", "step")
 ON_CUDA = ("tiles", "operation", "step")
 LIBRARIES = ("torch", "triton", "megatron-core", "deepspeed", "flash-attn", "liger-kernel", "flash-linear-attention")
@@ -27,14 +29,10 @@ def environment() -> dict[str, Any]:
     """What a figure depends on."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False).stdout.strip()
-    cpu = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit + ("+changes" if changed else ""),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES if _is_installed(name)},
