@@ -37,14 +37,13 @@ def test_exact_layouts_pass_in_bfloat16(case, pool, run_config):
     assert pool(case.processes).run("tests.distributed.jobs", "run_self_test", run) == [None] * case.processes
 
 
-RECIPES = sorted([CONFIGS / "tiny.yaml", *CONFIGS.glob("passkey-*.yaml")])
-
-
-@pytest.mark.parametrize("config", RECIPES, ids=lambda config: config.stem)
-def test_the_recipes_pass_on_two_processes(config, pool):
-    """As their files say that they are trained."""
-    assert len(RECIPES) >= 5
-    assert pool(2).run("tests.distributed.jobs", "run_self_test", read_config(config)) == [None, None]
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda config: config.stem)
+def test_every_shipped_configuration_passes_on_two_processes(config, pool):
+    """As its file says that it is trained, but for parallelism that two processes are too few for."""
+    run = read_config(config)
+    if config.stem == "8b-1m":
+        run = replace(run, layout=replace(run.layout, context_parallel_size=2, pipeline_parallel_size=1))
+    assert pool(2).run("tests.distributed.jobs", "run_self_test", run) == [None, None]
 
 
 @pytest.mark.parametrize("attention", ["local", "full"])
