@@ -191,4 +191,6 @@ def machine() -> str:
     """What this process runs on, and under which torch."""
     if platform.has_cuda():
         return f"one process, {torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"one process, {platform.processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    cores = "one core" if threads == 1 else f"{threads} cores"
+    return f"one process, {platform.processor()} ({cores}), torch {torch.__version__}"
