@@ -10,14 +10,11 @@ evaluation texts have seeds of their own under the same number, which no trainin
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
-import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from infini_train.config import RunConfig, difference_from
 from infini_train.data.manifest import MANIFEST_FILE, TOKENIZER_FILE
 from infini_train.errors import UserError
 from infini_train.evaluation.compare import run_to_its_end
+from infini_train.evaluation.compare_record import locked
 from infini_train.evaluation.records import read_metrics
 from infini_train.parser import read_config
 
@@ -163,17 +161,6 @@ def recorded_seeds(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]
     return report["seeds"]
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def show(name: str, records: list[dict[str, Any]]) -> None:
     """Token accuracy in per cent, of the worst seed and over all seeds, lengths down and depths across."""
     by_place: dict[tuple[int, float], list[float]] = {}
@@ -221,7 +208,7 @@ def run_recipe(config: Path, seeds: list[int], processes: int) -> None:
         each.evaluate()
         if not (RESULTS / name).exists():
             each.keep_weights(RESULTS / name)
-        with _locked(RESULTS):
+        with locked(RESULTS):
             # Read again: other seeds may have been run at the same time.
             others = [record for record in recorded_seeds(path, settings) if record["seed"] != seed]
             records = sorted([*others, each.record()], key=lambda record: record["seed"])

@@ -87,7 +87,7 @@ def read_record(run: RunConfig, fingerprint: str | None) -> Record:
 def add_to_record(run: RunConfig, fingerprint: str | None, measured: Measured) -> Record:
     """What compare.json holds with one more run, and what other processes have added meanwhile."""
     path = Path(run.run_dir) / RESULT_FILE
-    with _locked(path.parent):
+    with locked(path.parent):
         record = {**read_record(run, fingerprint), measured.key: measured}
         report = {
             "steps": run.training.steps,
@@ -111,8 +111,8 @@ def _report(path: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time."""
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder that several processes write records to: one at a time."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
