@@ -73,6 +73,7 @@ def test_another_document_is_worth_less_and_the_same_document_as_much(pool, run_
     rows = replace(run_config, training=replace(run_config.training, rows=2))
     found = pool(1).run(*JOB, rows, 1)[0]
     kept, shuffled = found["kept"], found["shuffled"]
+    assert abs(found["emptied"].loss_sum - kept.loss_sum)[1:].max() > 1e-3, "from the second segment on memory is read"
     assert shuffled.tokens[0] < kept.tokens[0] and 0 < shuffled.tokens[1:].sum() <= kept.tokens[1:].sum()
     both = shuffled.tokens == kept.tokens
     both[0] = False
