@@ -16,7 +16,7 @@ from importlib.util import find_spec
 
 import torch
 
-from benchmarks import run
+from benchmarks import operation, run
 from tests import kernel_cases
 
 MEASURED = {"operation": (), "step": ("megatron", "deepspeed"), "stream": ("megatron", "deepspeed")}
@@ -34,7 +34,7 @@ def failure(number: int) -> str | None:
     return None
 
 
-def failures() -> list[str]:
+def failures(measures_operation: bool) -> list[str]:
     """What went wrong in each check that failed. Compiling the kernels takes most of their time, so several run at once."""
     # Those that take longest first: a single one at the end would keep the others waiting.
     long = ("compiles_whole", "holds_memory", "8B", "many short segments")
@@ -44,7 +44,10 @@ def failures() -> list[str]:
     os.environ["OMP_NUM_THREADS"] = "1"
     workers = max(1, min(16, os.cpu_count() or 1))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        return [each for each in pool.map(failure, numbers) if each is not None]
+        # What will be measured is compiled by the way: torch.compile above all takes long.
+        compiled = [pool.submit(operation.compile_all, *each) for each in operation.CASES] if measures_operation else []
+        found = [each for each in pool.map(failure, numbers) if each is not None]
+        return found + [f"compiling the operation\n{error}" for future in compiled if (error := future.exception()) is not None]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     if "checks" in parts:
         print(f"{torch.cuda.get_device_name()}: checking the kernels against float64", flush=True)
-        failed = failures()
+        failed = failures("operation" in parts)
         print(f"{len(kernel_cases.on_cuda())} checks, {len(failed)} failed, {time.monotonic() - started:.0f} s", flush=True)
         if failed:
             print("nothing is measured, because these fail:", *failed, sep="\n", file=sys.stderr)

@@ -60,14 +60,16 @@ def current_megabytes() -> float:
 
 
 def in_own_process(module: str, *, returns_memory: bool = True, **arguments: Any) -> dict[str, Any]:
-    """Call `module.one(**arguments)` in a fresh interpreter with one thread; its result as JSON.
+    """Call `module.one(**arguments)` in a fresh interpreter, on a CPU with one thread; its result as JSON.
 
     Args:
         returns_memory: let freed tensors leave the process, which makes its peak exact but costs time at every allocation;
             otherwise the C library decides, as it would outside of a benchmark.
     """
     code = f"import json, sys; from {module} import one; print('RESULT', json.dumps(one(**json.loads(sys.argv[1]))))"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment["OMP_NUM_THREADS"] = "1"
     environment.pop("MALLOC_MMAP_THRESHOLD_", None)
     if returns_memory:
         # glibc gives memory back at once above this size. Its own threshold grows, and freed tensors would stay in fragments.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -38,6 +39,7 @@ class Geometry:
 
 
 GEOMETRIES = (Geometry("1B", 16, 8, 128), Geometry("8B", 32, 8, 128))
+CASES = tuple(itertools.product(GEOMETRIES, ("linear", "delta")))
 LENGTHS = (8192, 32768, 131072, 1048576)
 PLAIN_AT = (32768,)
 """Lengths at which plain PyTorch is measured too: it keeps several times the memory, and compiling it takes long."""
@@ -79,10 +81,14 @@ def bytes_moved(geometry: Geometry, tokens: int, item: int) -> tuple[int, int]:
     return 3 * query + 2 * key + 4 * states, 5 * query + 4 * key + 6 * states
 
 
-def measure_one(
-    geometry: Geometry, tokens: int, rule: str, device: torch.device, bandwidth: float, plain_at: tuple[int, ...] = PLAIN_AT
-) -> dict[str, Any]:
-    """Milliseconds of every variant; None where it ran out of memory or was left out."""
+Work = Callable[[], Any]
+Makers = dict[str, Callable[[], Work]]
+
+
+def variants(
+    geometry: Geometry, tokens: int, rule: str, device: torch.device, plain_at: tuple[int, ...]
+) -> dict[str, Callable[[], Work]]:
+    """What is measured at this size; each makes a call to be timed."""
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     q, k, v, gate = leaves = inputs(geometry, tokens, device, dtype)
@@ -92,23 +98,23 @@ def measure_one(
         "rotary": rotary_tables(geometry, device),
     }
 
-    def whole(operation: Callable[..., Any], backend: str, **more: Any) -> Callable[[], Any]:
+    def whole(operation: Callable[..., Any], backend: str, **more: Any) -> Callable[[], Work]:
         return lambda: both_ways(lambda: operation(q, k, v, gate, **options, **more, backend=backend)[0], leaves)
 
-    def local_alone() -> Callable[[], Any]:
+    def local_alone() -> Work:
         layout = SegmentLayout.of(tokens, geometry.segment)
         present = tokens_by_segment(None, layout, q, geometry.segment)
         return both_ways(lambda: local_half(q, k, v, options["rotary"], present, None, layout), (q, k, v))
 
-    def memory_alone() -> Callable[[], Any]:
+    def memory_alone() -> Work:
         local = torch.randn_like(q).requires_grad_()
         return both_ways(lambda: memory_path(q, k, v, gate, local, geometry, rule), (*leaves, local))
 
-    def states_forward() -> Callable[[], Any]:
+    def states_forward() -> Work:
         present = torch.full((1, -(-tokens // geometry.segment)), geometry.segment, dtype=torch.int32, device=device)
         return torch.no_grad()(lambda: segment_states(k, v, present, geometry.segment))
 
-    makers: dict[str, Callable[[], Callable[[], Any]]] = {
+    makers: dict[str, Callable[[], Work]] = {
         "local": local_alone,
         "memory path": memory_alone,
         "whole": whole(infini_attention, "triton"),
@@ -122,6 +128,24 @@ def measure_one(
             makers["whole, torch.compile"] = whole(torch.compile(infini_attention), "reference")
     if on_gpu and rule == "linear" and find_spec("fla"):
         makers["states forward, fla"] = lambda: _fla_states(k, v, geometry.segment)
+    return makers
+
+
+def compile_all(geometry: Geometry, rule: str, device: str = "cuda") -> None:
+    """Fill the compilers' caches on disk with what `measure` launches, so that several processes can share that work."""
+    for tokens in LENGTHS[:2]:  # longer ones launch the same code
+        for make in variants(geometry, tokens, rule, torch.device(device), PLAIN_AT).values():
+            with suppress(torch.OutOfMemoryError):  # several processes share the device
+                make()()
+
+
+def measure_one(
+    geometry: Geometry, tokens: int, rule: str, device: torch.device, bandwidth: float, plain_at: tuple[int, ...] = PLAIN_AT
+) -> dict[str, Any]:
+    """Milliseconds of every variant; None where it ran out of memory or was left out."""
+    on_gpu = device.type == "cuda"
+    item = 2 if on_gpu else 4
+    makers = variants(geometry, tokens, rule, device, plain_at)
     found: dict[str, float | None] = {}
     for name, make in makers.items():
         try:
@@ -131,7 +155,7 @@ def measure_one(
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
-    floor = 1000 * sum(bytes_moved(geometry, tokens, q.element_size())) / bandwidth
+    floor = 1000 * sum(bytes_moved(geometry, tokens, item)) / bandwidth
     local, memory, all_of_it = found["local"], found["memory path"], found["whole"]
     plain, compiled = found.get("whole, plain"), found.get("whole, torch.compile")
     return {
@@ -152,7 +176,7 @@ def measure_one(
     }
 
 
-def _fla_states(k: Tensor, v: Tensor, segment: int) -> Callable[[], Any]:
+def _fla_states(k: Tensor, v: Tensor, segment: int) -> Work:
     """The states of flash-linear-attention, which takes keys as they are: σ is left out."""
     from fla.ops.common.chunk_h import chunk_fwd_h
 

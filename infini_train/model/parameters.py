@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +115,13 @@ def initialize_parameters(module: nn.Module, placements: dict[str, ParameterPlac
     Megatron-core and DeepSpeed read the mark `tensor_model_parallel` to count replicated parameters once in the global
     gradient norm.
     """
-    for name, parameter in module.named_parameters():
-        placement = placements[name]
-        parameter.copy_(placement.slice(initial_value(placement, model, seed)))
-        parameter.tensor_model_parallel = placement.dim is not None  # type: ignore[attr-defined]
+    parameters = list(module.named_parameters())
+    # Drawing billions of numbers takes one thread minutes. Only a few tensors at a time, because each is whole here.
+    threads = min(torch.get_num_threads(), 8)
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(parameters), threads):
+            several = parameters[start : start + threads]
+            drawn = pool.map(lambda name: initial_value(placements[name], model, seed), [name for name, _ in several])
+            for (name, parameter), value in zip(several, drawn, strict=True):
+                parameter.copy_(placements[name].slice(value))
+                parameter.tensor_model_parallel = placements[name].dim is not None  # type: ignore[attr-defined]
