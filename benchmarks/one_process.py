@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import resource
@@ -59,14 +60,15 @@ def current_megabytes() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def in_own_process(module: str, *, returns_memory: bool = True, **arguments: Any) -> dict[str, Any]:
-    """Call `module.one(**arguments)` in a fresh interpreter, on a CPU with one thread; its result as JSON.
+_waiting: dict[tuple[str, bool], subprocess.Popen[str]] = {}
+"""Processes that have imported a benchmark's module and wait for its arguments."""
 
-    Args:
-        returns_memory: let freed tensors leave the process, which makes its peak exact but costs time at every allocation;
-            otherwise the C library decides, as it would outside of a benchmark.
-    """
-    code = f"import json, sys; from {module} import one; print('RESULT', json.dumps(one(**json.loads(sys.argv[1]))))"
+
+def _start(module: str, returns_memory: bool) -> subprocess.Popen[str]:
+    code = (
+        f"import json, sys, {module} as benchmark; getattr(benchmark, 'prepare', lambda: None)();"
+        "print('RESULT', json.dumps(benchmark.one(**json.loads(sys.stdin.readline()))))"
+    )
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment["OMP_NUM_THREADS"] = "1"
@@ -74,12 +76,40 @@ def in_own_process(module: str, *, returns_memory: bool = True, **arguments: Any
     if returns_memory:
         # glibc gives memory back at once above this size. Its own threshold grows, and freed tensors would stay in fragments.
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    result = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(arguments)], capture_output=True, text=True, env=environment, check=False
-    )
-    if result.returncode:
-        raise RuntimeError(result.stderr[-2000:])
-    return json.loads(result.stdout.split("RESULT ", 1)[1])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", code], text=True, env=environment, **pipes)  # type: ignore[call-overload]
+
+
+def in_own_process(module: str, *, returns_memory: bool = True, **arguments: Any) -> dict[str, Any]:
+    """Call `module.one(**arguments)` in a fresh interpreter, on a CPU with one thread; its result as JSON.
+
+    Args:
+        returns_memory: let freed tensors leave the process, which makes its peak exact but costs time at every allocation;
+            otherwise the C library decides, as it would outside of a benchmark.
+    """
+    key = module, returns_memory
+    process = _waiting.pop(key, None) or _start(*key)
+    if torch.cuda.is_available():
+        # The libraries take ten seconds to import; on a GPU machine the next process may do so beside the measurement.
+        _waiting[key] = _start(*key)
+    output, errors = process.communicate(json.dumps(arguments) + "\n")
+    if process.returncode:
+        raise RuntimeError(errors[-2000:])
+    return json.loads(output.split("RESULT ", 1)[1])
+
+
+@atexit.register
+def _let_go() -> None:
+    for process in _waiting.values():
+        process.kill()
+
+
+def import_trainer() -> None:
+    """Import everything that a training step needs."""
+    from infini_train import platform
+
+    platform.install()
+    import infini_train.training.step  # noqa: F401
 
 
 def timed(work: Callable[[], Any]) -> float:

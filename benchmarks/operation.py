@@ -106,6 +106,19 @@ def variants(
         present = tokens_by_segment(None, layout, q, geometry.segment)
         return both_ways(lambda: local_half(q, k, v, options["rotary"], present, None, layout), (q, k, v))
 
+    def local_deterministic() -> Work:
+        """As in training, unless `training.deterministic` is off."""
+        work = local_alone()
+
+        def deterministic() -> None:
+            torch.use_deterministic_algorithms(True)
+            try:
+                work()
+            finally:
+                torch.use_deterministic_algorithms(False)
+
+        return deterministic
+
     def memory_alone() -> Work:
         local = torch.randn_like(q).requires_grad_()
         return both_ways(lambda: memory_path(q, k, v, gate, local, geometry, rule), (*leaves, local))
@@ -116,6 +129,7 @@ def variants(
 
     makers: dict[str, Callable[[], Work]] = {
         "local": local_alone,
+        "local, deterministic": local_deterministic,
         "memory path": memory_alone,
         "whole": whole(infini_attention, "triton"),
         "states forward": states_forward,
@@ -163,6 +177,7 @@ def measure_one(
         "rule": rule,
         "tokens": tokens,
         "local ms": local,
+        "local, deterministic ms": found["local, deterministic"],
         "memory ms": memory,
         "floor ms": floor,
         "of copy bandwidth": memory and floor / memory,
@@ -187,6 +202,7 @@ def measure(
     geometries: tuple[Geometry, ...] = GEOMETRIES, lengths: tuple[int, ...] = LENGTHS, device: str = "cuda"
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """One row for each geometry, rule and length."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     where = torch.device(device)
     bandwidth = copy_bandwidth(where)
     rows = []

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import operator
 import statistics
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.one_process import OneDocument, in_own_process
+from benchmarks.one_process import OneDocument, import_trainer, in_own_process
 from benchmarks.run import progress
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.overrides import with_overrides
 from infini_train.parser import read_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-MODELS = {"1B": ("1b.yaml", 20), "slice of 8B": ("8b.yaml", 4)}
+MODELS = {"slice of 8B": ("8b.yaml", 4), "1B": ("1b.yaml", 20)}
 """Configuration, and the layers that are kept."""
 VARIANTS = ("infini linear", "infini delta", "local", "full")
+ANY_ORDER = {"deterministic": False}
+CASES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    *((model, variant, {}) for model in MODELS for variant in ("infini linear", "local", "full")),
+    *(("slice of 8B", variant, ANY_ORDER) for variant in ("infini linear", "local")),
+    ("slice of 8B", "infini delta", {}),
+    ("slice of 8B", "infini linear", {"fused_layers": "plain"}),
+)
+"""What is measured: with fused layers and equal bits, unless it says otherwise."""
 SEGMENTS, MICRO_BATCHES, ROWS = 2, 4, 2
 WARMUP, STEPS = 3, 8
+prepare = import_trainer
 
 
-def step_run(model: str, variant: str, fused_layers: str) -> RunConfig:
-    """The run of one measurement: one process, one window a step."""
+def step_run(model: str, variant: str, **training: Any) -> RunConfig:
+    """The run of one measurement: one process, one window a step.
+
+    Args:
+        training: values of the section of that name.
+    """
     file, layers = MODELS[model]
     attention, _, rule = variant.partition(" ")
-    kinds = {"model.attention": attention, "model.update_rule": rule or "linear", "training.fused_layers": fused_layers}
+    kinds = {"model.attention": attention, "model.update_rule": rule or "linear"}
+    kinds |= {f"training.{key}": value for key, value in training.items()}
     run = with_overrides(read_config(CONFIGS / file), kinds, "benchmarks.step")
     return replace(
         run,
@@ -45,7 +60,7 @@ def step_run(model: str, variant: str, fused_layers: str) -> RunConfig:
     )
 
 
-def one(model: str, variant: str, fused_layers: str) -> dict[str, Any]:
+def one(model: str, variant: str, **training: Any) -> dict[str, Any]:
     """Train a few steps on random tokens."""
     from infini_train import platform
 
@@ -55,7 +70,7 @@ def one(model: str, variant: str, fused_layers: str) -> dict[str, Any]:
     from infini_train.training.signals import StopRequest
     from infini_train.training.step import train_step
 
-    run = step_run(model, variant, fused_layers)
+    run = step_run(model, variant, **training)
     initialize_process_group()
     parts = build_parts(run, OneDocument(run.data.vocab_size, (WARMUP + STEPS) * run.tokens_per_step // ROWS, documents=ROWS))
     records = [train_step(parts, StopRequest())[0] for _ in range(WARMUP + STEPS)][WARMUP:]
@@ -67,23 +82,17 @@ def one(model: str, variant: str, fused_layers: str) -> dict[str, Any]:
 
 
 def measure() -> tuple[list[dict[str, Any]], list[str]]:
-    """One row for each model, attention and kind of layers."""
+    """One row for each case."""
+    fused = "fused" if find_spec("liger_kernel") else "plain"
     rows: list[dict[str, Any]] = []
-    fused = "liger" if find_spec("liger_kernel") else "plain"
-    kinds = [("slice of 8B", variant, fused) for variant in VARIANTS]
-    kinds += [("1B", variant, fused) for variant in ("infini linear", "local")]
-    if fused != "plain":
-        kinds += [("slice of 8B", variant, "plain") for variant in ("infini linear", "local")]
-    for model, variant, fused_layers in kinds:
-        each = in_own_process("benchmarks.step", model=model, variant=variant, fused_layers=fused_layers)
-        rows.append(progress({"model": model, "attention": variant, "layers": fused_layers, **each}))
+    for model, variant, changes in CASES:
+        training = {"fused_layers": fused, "deterministic": True, **changes}
+        each = in_own_process("benchmarks.step", model=model, variant=variant, **training)
+        rows.append(progress({"model": model, "attention": variant, **training, **each}))
+    key = operator.itemgetter("model", "fused_layers", "deterministic")
+    local = {key(row): row["tokens_per_second"] for row in rows if row["attention"] == "local"}
     for row in rows:
-        same = next(
-            each
-            for each in rows
-            if (each["model"], each["layers"]) == (row["model"], row["layers"]) and each["attention"] == "local"
-        )
-        row["of local"] = row["tokens_per_second"] / same["tokens_per_second"]
+        row["of local"] = row["tokens_per_second"] / local[key(row)] if key(row) in local else None
     return rows, [
         f"{ROWS} rows, micro-batches of {SEGMENTS} segments of 2,048 tokens, {MICRO_BATCHES} a window and step, bfloat16"
     ]

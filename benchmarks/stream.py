@@ -4,12 +4,12 @@ Both should stay constant."""
 
 from __future__ import annotations
 
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import torch
 
-from benchmarks.one_process import OneDocument, in_own_process, peak_megabytes, single_stream_run, timed
+from benchmarks.one_process import OneDocument, import_trainer, in_own_process, peak_megabytes, single_stream_run, timed
 from infini_train.config import ModelConfig, TrainingConfig
 
 ON_CPU = ModelConfig(
@@ -35,8 +35,9 @@ CHUNK = 32 * 1024
 """Tokens of one timing."""
 LENGTHS = {CHUNK: 8, 8 * CHUNK: 2, 32 * CHUNK: 1}
 """Rounds by length, so that each length has at least eight timings."""
-ON_GPU_LENGTHS = {CHUNK: 2, 8 * CHUNK: 1, 32 * CHUNK: 1}
-"""A GPU is measured in less time, in training alone, because nothing else runs there."""
+STRETCHES = {"to 128K": slice(0, 4), "to 256K": slice(4, 8), "to 1M": slice(24, 32)}
+"""Chunks of one training stream that are compared on a GPU, where nothing else runs: one process takes less time."""
+prepare = import_trainer
 
 
 def one(kind: str, tokens: int) -> dict[str, Any]:
@@ -73,19 +74,22 @@ def one(kind: str, tokens: int) -> dict[str, Any]:
     work = train if kind == "train" else evaluate
     work(2)  # the first steps allocate
     chunk_steps = CHUNK // tokens_per_step
-    seconds = [timed(lambda: work(chunk_steps)) for _ in range(steps // chunk_steps)]
-    return {"seconds": seconds, "peak_mb": peak_megabytes()}
+    seconds, peaks = [], []
+    for _ in range(steps // chunk_steps):
+        seconds.append(timed(lambda: work(chunk_steps)))
+        peaks.append(peak_megabytes())
+    return {"seconds": seconds, "peak_mb": peaks[-1], "peaks_mb": peaks}
 
 
 def measure() -> tuple[list[dict[str, Any]], list[str]]:
     """Lower quartiles of the time of a chunk: what else the machine does only adds to it. The largest peak of the rounds."""
+    if torch.cuda.is_available():
+        return measure_on_gpu()
     rows, conclusions = [], []
-    on_gpu = torch.cuda.is_available()
-    lengths = ON_GPU_LENGTHS if on_gpu else LENGTHS
-    for kind in ("train",) if on_gpu else ("train", "evaluate"):
-        found: dict[int, list[dict[str, Any]]] = {length: [] for length in lengths}
-        for number in range(max(lengths.values())):
-            for length, rounds in lengths.items():
+    for kind in ("train", "evaluate"):
+        found: dict[int, list[dict[str, Any]]] = {length: [] for length in LENGTHS}
+        for number in range(max(LENGTHS.values())):
+            for length, rounds in LENGTHS.items():
                 if number < rounds:
                     found[length].append(in_own_process("benchmarks.stream", kind=kind, tokens=length))
         speed = {
@@ -94,7 +98,7 @@ def measure() -> tuple[list[dict[str, Any]], list[str]]:
             for length, results in found.items()
         }
         peak = {length: max(result["peak_mb"] for result in results) for length, results in found.items()}
-        for length in lengths:
+        for length in LENGTHS:
             rows.append(
                 {
                     "kind": kind,
@@ -110,3 +114,18 @@ def measure() -> tuple[list[dict[str, Any]], list[str]]:
             f"{kind}: 1M runs at {last['of 32K']:.3f} of 32K's speed with {last['peak of 32K']:.3f} of its peak memory"
         )
     return rows, conclusions
+
+
+def measure_on_gpu() -> tuple[list[dict[str, Any]], list[str]]:
+    """Stretches of one stream of a million tokens: medians of the time of a chunk, and the peak so far."""
+    result = in_own_process("benchmarks.stream", kind="train", tokens=max(LENGTHS))
+    rows: list[dict[str, Any]] = []
+    for name, chunks in STRETCHES.items():
+        speed, peak = CHUNK / median(result["seconds"][chunks]), result["peaks_mb"][chunks.stop - 1]
+        first = rows[0] if rows else {"tokens/s": speed, "peak MB": peak}
+        ratios = {"of first": speed / first["tokens/s"], "peak of first": peak / first["peak MB"]}
+        rows.append({"kind": "train", "stretch": name, "tokens/s": speed, "peak MB": peak, **ratios})
+    last = rows[-1]
+    return rows, [
+        f"train: {last['of first']:.3f} of the first stretch's speed and {last['peak of first']:.3f} of its peak at 1M"
+    ]

@@ -225,8 +225,9 @@ class TrainingConfig:
     stage, so that a micro-batch in flight costs its input and incoming memory only."""
     self_test: bool = True
     """With more than one process, first train a tiny model in the run's layout and compare it with one process."""
-    deterministic: bool = False
-    """Refuse operations whose result depends on timing (torch.use_deterministic_algorithms): equal bits on CUDA too."""
+    deterministic: bool = True
+    """On CUDA take no operation whose result depends on timing (torch.use_deterministic_algorithms): a run gives the same bits
+    twice. Without it local attention's backward is faster, and sums the gradient of queries in any order."""
     length_curriculum: float = 0.0
     """Not in the paper: share of the first epoch's documents, chosen by the seed, that are read by length, shortest first; then
     come all others in an order without lengths. 0 turns it off."""
@@ -241,9 +242,9 @@ class TrainingConfig:
     """Positions of a row whose logits exist at one time; larger micro-batches compute the loss chunk by chunk."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations; memory, master weights and optimizer states are float32 always."""
-    fused_layers: Literal["plain", "liger"] = "plain"
-    """Norms, SwiGLU and, unless the vocabulary is split, cross entropy: plain PyTorch and Megatron-core, or Liger's kernels on
-    CUDA. On a CPU both are plain."""
+    fused_layers: Literal["plain", "fused"] = "plain"
+    """Norms, SwiGLU and, unless the vocabulary is split, cross entropy: plain PyTorch and Megatron-core, or on CUDA kernels
+    that are fused (Liger's norm, the others by torch.compile). On a CPU both are plain."""
 
 
 @dataclass(kw_only=True)

@@ -93,6 +93,18 @@ def install() -> None:
     deepspeed_torch.build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
+def set_deterministic(wanted: bool) -> None:
+    """Take only operations whose result has the same bits twice, or any. On a CPU all have."""
+    if not has_cuda():
+        return
+    if wanted:
+        # cuBLAS reads this when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    # All that is read was written, and filling every new tensor takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 class _NoRandomState:
     """Stands in for Megatron-core's tracker of CUDA random states."""
 

@@ -5,6 +5,7 @@ Needs torch and Triton alone.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,6 +149,23 @@ def agrees_with_float64(case: Case, dtype: torch.dtype, device: str, update_rule
         assert error <= tolerance * largest + 1e-9, f"{name}: {error:.2e} of {largest:.2e} ({case})"
 
 
+def local_agrees_with_float64(case: Case, dtype: torch.dtype, device: str) -> None:
+    """Local attention alone, whose rotation is the kernel's, against plain PyTorch in float64."""
+    leaves, options = draw(case, dtype, device, 8)
+    exact = [x.double().cpu() for x in leaves[:3]]
+    results = []
+    for tensors, backend in ((leaves[:3], "triton"), (exact, "reference")):
+        rotary = tuple(x.to(tensors[0].device, torch.float64 if backend == "reference" else x.dtype) for x in options["rotary"])
+        inputs = [x.detach().clone().requires_grad_() for x in tensors]
+        more = {"segment_length": case.segment, "rotary": rotary, "lengths": options.get("lengths"), "backend": backend}
+        out = local_attention(*inputs, **more)
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(8)).to(out)
+        results.append([out, *torch.autograd.grad((out * direction).sum(), inputs)])
+    for name, x, y in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        error, largest = (x.double().cpu() - y).abs().max().item(), y.abs().max().item()
+        assert error <= TOLERANCE[dtype] * largest, f"{name}: {error:.2e} of {largest:.2e} ({case})"
+
+
 def holds_memory(keys: str, segments: int, width: int, device: str, update_rule: str, dtype: torch.dtype) -> None:
     """M and z after many segments of inputs that hurt, within 1e-4 of float64."""
     T, D = segments * width, 16
@@ -167,10 +185,12 @@ def holds_memory(keys: str, segments: int, width: int, device: str, update_rule:
 
 
 def same_bits(case: Case, dtype: torch.dtype, device: str, update_rule: str) -> None:
-    """The same inputs give the same bits, outputs and gradients."""
+    """The same inputs give the same bits, outputs and gradients, where PyTorch too is told so: for its local attention."""
     leaves, options = draw(case, dtype, device, 5)
-    first, second = (run(leaves, options, 5, update_rule=update_rule, backend="triton") for _ in range(2))
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    with deterministic_pytorch():
+        first, *others = (run(leaves, options, 5, update_rule=update_rule, backend="triton") for _ in range(4))
+    for other in others:
+        torch.testing.assert_close(first, other, rtol=0, atol=0)
 
 
 def same_bits_without_gradients(case: Case, dtype: torch.dtype, device: str, update_rule: str) -> None:
@@ -275,10 +295,24 @@ def on_cuda() -> list[tuple[str, Callable[[], None]]]:
                 add(same_bits_without_gradients, f"{name}, {rule}", case, torch.bfloat16, "cuda", rule)
         add(compiles_whole, rule, LARGE["width 64"], torch.float32, "cuda", rule, "inductor")
         add(replays_from_a_cuda_graph, rule, rule)
+    for dtype in TOLERANCE:
+        for name in ("width 64", "width 128, 8B"):
+            add(local_agrees_with_float64, f"{name}, {dtype}", LARGE[name], dtype, "cuda")
     add(takes_any_strides, "gate and resets", "cuda")
     add(keeps_its_type_under_autocast, "bfloat16", "cuda")
     add(keeps_no_scores_of_grouped_heads, "float32")
     return checks
+
+
+@contextmanager
+def deterministic_pytorch() -> Iterator[None]:
+    """PyTorch takes only operations that give the same bits twice."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch.nn import functional
 from infini_train.config import RunConfig
 from infini_train.model.core_attention import CoreAttention
 from infini_train.model.feed_forward import FeedForward
-from infini_train.model.fused import LigerFeedForward, LigerRMSNorm, liger_token_losses, takes_liger
+from infini_train.model.fused import FusedFeedForward, FusedRMSNorm, fused_cross_entropy, takes_fused
 from infini_train.model.loss import ChunkedLossGPTModel
 from infini_train.model.memory_tokens import FeedbackLayer, RecurrentMemoryModel
 from infini_train.model.norm import RMSNorm
@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def layer_spec(run: RunConfig) -> ModuleSpec:
     """One transformer layer: norm, attention, norm, SwiGLU."""
     module, parameters = TransformerLayer, {}
-    norm, feed_forward = (LigerRMSNorm, LigerFeedForward) if takes_liger(run) else (RMSNorm, FeedForward)
+    norm, feed_forward = (FusedRMSNorm, FusedFeedForward) if takes_fused(run) else (RMSNorm, FeedForward)
     if run.model.attention == "feedback":
         module, parameters = FeedbackLayer, {"model": run.model}
     elif run.training.recompute == "layer":
@@ -112,8 +112,8 @@ def build_stage(run: RunConfig, stage: int) -> StageModel:
     layer = layer_spec(run)
     config = transformer_config(run)
     chunk_layers = run.model.num_layers // layout.num_virtual_stages
-    liger = takes_liger(run)
-    block = TransformerBlockSubmodules(layer_specs=[layer] * chunk_layers, layer_norm=LigerRMSNorm if liger else RMSNorm)
+    fused = takes_fused(run)
+    block = TransformerBlockSubmodules(layer_specs=[layer] * chunk_layers, layer_norm=FusedRMSNorm if fused else RMSNorm)
     chunks = []
     for chunk in range(layout.virtual_stages):
         virtual_stage = chunk * layout.pipeline_parallel_size + stage
@@ -133,7 +133,7 @@ def build_stage(run: RunConfig, stage: int) -> StageModel:
                 position_embedding_type="none",
                 vp_stage=chunk if layout.virtual_stages > 1 else None,
                 loss_chunk_tokens=run.training.loss_chunk_tokens,
-                token_losses=liger_token_losses if liger and layout.tensor_parallel_size == 1 else None,
+                token_losses=fused_cross_entropy if fused and layout.tensor_parallel_size == 1 else None,
             )
         )
     device = torch.cuda.current_device()  # the CPU where there is no CUDA: see infini_train.platform

@@ -115,6 +115,21 @@ def _sum_gradients_over_tensor_group(module: nn.Module) -> None:
             parameter.register_hook(summed)
 
 
+def add_gradient(parameter: nn.Parameter) -> None:
+    """Add a micro-batch's gradient to the float32 sum that ZeRO keeps beside a parameter, and let it go.
+
+    To the bit what DeepSpeed's own `_fill_param_grad_accum_attribute` does, which first copies the gradient to float32: that
+    took 3% of a training step on an H100.
+    """
+    if parameter.grad is None:
+        return
+    if parameter.grad_accum is None:  # type: ignore[attr-defined]
+        parameter.grad_accum = parameter.grad.float()  # type: ignore[attr-defined]
+    else:
+        parameter.grad_accum.add_(parameter.grad.view_as(parameter.grad_accum))  # type: ignore[attr-defined]
+    parameter.grad = None
+
+
 class Engine:
     """The model of this stage under DeepSpeed's optimizer.
 
@@ -147,6 +162,9 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, optimizer=self.adamw, config=config, mpu=ModelParallelUnit(), dist_init_required=False
             )
+        zero = self.deepspeed.optimizer
+        if getattr(zero, "use_grad_accum_attribute", False) and zero.gradient_accumulation_dtype == torch.float32:
+            zero._fill_param_grad_accum_attribute = add_gradient
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's output, with DeepSpeed's hooks."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from infini_train import platform
 from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.streams import StreamReader
@@ -39,10 +39,7 @@ def build_parts(run: RunConfig, dataset: TokenDataset | None = None) -> Parts:
         dataset: what to train on; the training split of data.path if None.
     """
     torch.manual_seed(run.training.seed)
-    if run.training.deterministic:
-        # cuBLAS reads this when it is first used.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(run.training.deterministic)
+    platform.set_deterministic(run.training.deterministic)
     layout = initialize_layout(run)
     if dataset is None:
         dataset = TokenDataset(Path(run.data.path), "train")

@@ -15,7 +15,7 @@ from infini_kernels.arguments import (
     check_rotary,
     check_segment_length,
 )
-from infini_kernels.local import causal_attention, equal_widths, flash_attention_for, local_attention
+from infini_kernels.local import causal_attention, deterministic, equal_widths, flash_attention_for, local_attention
 from infini_kernels.parts import counted_as
 from infini_kernels.rotary import apply_rotary
 from infini_kernels.segments import lengths_by_segment, padding_mask
@@ -100,5 +100,6 @@ def _packed_attention(q: Tensor, k: Tensor, v: Tensor, spans: list[int]) -> Tens
     scale, value_width = q.shape[-1] ** -0.5, v.shape[-1]
     q, k, v = equal_widths(q, k, v)
     ends = torch.tensor([0, *spans]).cumsum(0).to(q.device, torch.int32)
-    out = flash_attn.flash_attn_varlen_func(q, k, v, ends, ends, max(spans), max(spans), softmax_scale=scale, causal=True)
+    options = {"softmax_scale": scale, "causal": True, "deterministic": deterministic()}
+    out = flash_attn.flash_attn_varlen_func(q, k, v, ends, ends, max(spans), max(spans), **options)
     return (out[0] if isinstance(out, tuple) else out)[..., :value_width]

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
-from infini_kernels.arguments import Rotary, check_heads, check_lengths, check_rotary, check_segment_length
+from infini_kernels.arguments import Rotary, check_choice, check_heads, check_lengths, check_rotary, check_segment_length
+from infini_kernels.backend import BACKENDS, takes_kernels
 from infini_kernels.parts import counted_as
 from infini_kernels.rotary import apply_rotary
 from infini_kernels.segments import SegmentLayout, padding_mask
@@ -42,6 +43,12 @@ def flash_attention_for(q: Tensor, v: Tensor) -> ModuleType | None:
 
         return flash_attn
     return None
+
+
+def deterministic() -> bool:
+    """Whether a backward must have the same bits twice: by default the fused kernels sum the gradient of queries in the order
+    in which their blocks end. PyTorch's own kernels ask the same."""
+    return torch.are_deterministic_algorithms_enabled()
 
 
 def local_attention_choice(q: Tensor, v: Tensor, grouped: bool = False) -> str:
@@ -89,7 +96,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = equal_widths(q, k, v)
     flash_attn = flash_attention_for(q, v)
     if flash_attn is not None:
-        out = flash_attn.flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+        out = flash_attn.flash_attn_func(q, k, v, softmax_scale=scale, causal=True, deterministic=deterministic())
         out = out[0] if isinstance(out, tuple) else out  # some versions give the normaliser too
     elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] <= SHORT_ROW_ON_CPU:
         out = _ShortRowsOnCpu.apply(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale).transpose(1, 2)
@@ -156,12 +163,15 @@ def local_attention(
     segment_length: int,
     rotary: Rotary | None = None,
     lengths: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Segment-local causal softmax attention alone, without any memory.
 
     q [B, T, H, D], k [B, T, G, D], v [B, T, G, Dv] -> out [B, T, H, Dv] in v's type, zero at padding.
-    rotary, lengths as for `infini_attention`. Raises ValueError for shapes, types or values that do not fit.
+    rotary, lengths and backend (which turns queries and keys here) as for `infini_attention`. Raises ValueError for shapes,
+    types or values that do not fit.
     """
+    check_choice("backend", backend, BACKENDS)
     check_heads(q, k, v)
     check_segment_length(segment_length)
     check_rotary(rotary, q, segment_length, "segment_length")
@@ -169,6 +179,11 @@ def local_attention(
 
     layout = SegmentLayout.of(q.shape[1], segment_length)
     padding = padding_mask(lengths, q.shape[1], segment_length, q.device)
+    if rotary is not None and takes_kernels(backend, q, k, v):
+        from infini_kernels.triton.operation import local_half, tokens_by_segment
+
+        out = local_half(q, k, v, rotary, tokens_by_segment(lengths, layout, q, segment_length), padding, layout).to(v.dtype)
+        return out if padding is None else out.masked_fill(padding, 0)
     if padding is not None:
         q, k, v = (x.masked_fill(padding, 0) for x in (q, k, v))
     out = layout.unfold(segment_attention(layout.fold(q), layout.fold(k), layout.fold(v), rotary)).to(v.dtype)

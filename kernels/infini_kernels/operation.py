@@ -1,7 +1,6 @@
 """The public operation: checks its arguments and hands them to a backend."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -24,13 +23,11 @@ from infini_kernels.arguments import (
     check_segment_length,
     check_write_gate,
 )
+from infini_kernels.backend import BACKENDS, takes_kernels
 from infini_kernels.memory import MemoryState
 from infini_kernels.parts import part
 from infini_kernels.reference import infini_attention_reference
 from infini_kernels.variants import FEATURE_MAPS
-
-BACKENDS = ("auto", "reference", "triton")
-TRITON_INSTALLED = find_spec("triton") is not None
 
 
 def infini_attention(
@@ -138,24 +135,9 @@ def memory_choice(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def _operation(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, MemoryState]]:
-    """The backend's version. 'auto' takes the kernels on CUDA, where there are some for these tensors.
-
-    Raises:
-        ValueError: 'triton' is asked for and not possible.
-    """
-    if backend == "reference" or (backend == "auto" and not q.is_cuda):
+    """The backend's version. Raises ValueError as `takes_kernels` does."""
+    if not takes_kernels(backend, q, k, v):
         return infini_attention_reference
-    if TRITON_INSTALLED:
-        # Here, because a CPU needs none of it.
-        from infini_kernels.triton import infini_attention_triton, supports
+    from infini_kernels.triton import infini_attention_triton
 
-        if supports(q, k, v):
-            return infini_attention_triton
-    if backend == "auto":
-        return infini_attention_reference
-    raise ValueError(
-        f"backend is 'triton', which takes CUDA tensors of float16, bfloat16 or float32 with heads of at most 256, and the "
-        f"package triton; q is {tuple(q.shape)} {q.dtype} on {q.device}"
-        + ("" if TRITON_INSTALLED else ", and triton is not installed")
-        + ": write 'auto' or 'reference'"
-    )
+    return infini_attention_triton

@@ -56,9 +56,9 @@ def test_computes_the_run_of_a_cpu(run: RunConfig, monkeypatch: pytest.MonkeyPat
         assert [record[key] for record in on_gpu] == pytest.approx([record[key] for record in on_cpu], rel=2e-4)
 
 
-@pytest.mark.parametrize("layers", ["plain", "liger"])
+@pytest.mark.parametrize("layers", ["plain", "fused"])
 def test_bfloat16_goes_on_with_the_same_bits(run: RunConfig, layers: str) -> None:
-    if layers == "liger":
+    if layers == "fused":
         pytest.importorskip("liger_kernel")
     training = replace(run.training, precision="bfloat16", fused_layers=layers, memory_ageing=20)
     run = replace(run, training=training, checkpoint=replace(run.checkpoint, every=4))

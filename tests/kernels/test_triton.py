@@ -47,6 +47,12 @@ def test_memory_of_many_segments() -> None:
     kernel_cases.holds_memory("usual", 400, 2, "cpu", "linear", torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", kernel_cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", ["odd widths, partial last segment", "shorter than a segment"])
+def test_local_attention_alone_agrees_with_float64(name: str, dtype: torch.dtype) -> None:
+    kernel_cases.local_agrees_with_float64(kernel_cases.SMALL[name], dtype, "cpu")
+
+
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])
 def test_same_inputs_same_bits(update_rule: str) -> None:
     kernel_cases.same_bits(kernel_cases.SMALL["aged"], torch.bfloat16, "cpu", update_rule)

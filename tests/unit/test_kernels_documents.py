@@ -131,7 +131,9 @@ class FlashStandIn:
         *,
         softmax_scale: float,
         causal: bool,
+        deterministic: bool,
     ) -> Tensor:
+        assert deterministic is torch.are_deterministic_algorithms_enabled()
         assert causal and cu_seqlens_q.dtype == torch.int32 and q.shape[-1] == v.shape[-1]
         assert torch.equal(cu_seqlens_q, cu_seqlens_k) and int(cu_seqlens_q[-1]) == q.shape[0]
         spans = cu_seqlens_q.diff().tolist()

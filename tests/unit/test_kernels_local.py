@@ -81,8 +81,12 @@ class FlashStandIn:
     """Takes FlashAttention's call and answers it with scaled_dot_product_attention."""
 
     calls = 0
+    deterministic: bool | None = None
 
-    def flash_attn_func(self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool) -> Tensor:
+    def flash_attn_func(
+        self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool, deterministic: bool
+    ) -> Tensor:
+        self.deterministic = deterministic
         assert causal and q.shape[-1] == k.shape[-1] == v.shape[-1]
         self.calls += 1
         return torch.nn.functional.scaled_dot_product_attention(
@@ -95,16 +99,17 @@ class FlashStandIn:
         ).transpose(1, 2)
 
 
-@pytest.mark.parametrize("key_width, value_width", [(4, 4), (4, 7), (6, 3)])
-def test_flash_attention_is_called_with_one_width_and_the_true_scale(
-    monkeypatch: pytest.MonkeyPatch, key_width: int, value_width: int
+@pytest.mark.parametrize("key_width, value_width, deterministic", [(4, 4, False), (4, 7, True), (6, 3, False)])
+def test_flash_attention_is_called_with_one_width_the_true_scale_and_what_pytorch_was_told(
+    monkeypatch: pytest.MonkeyPatch, key_width: int, value_width: int, deterministic: bool
 ) -> None:
     tensors = inputs(13, 4, 2, key_width, value_width)
     wanted = local_attention(*tensors, segment_length=5)
     stand_in = FlashStandIn()
     monkeypatch.setattr(local, "flash_attention_for", lambda q, v: stand_in)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     torch.testing.assert_close(local_attention(*tensors, segment_length=5), wanted, rtol=1e-12, atol=1e-12)
-    assert stand_in.calls == 1
+    assert stand_in.calls == 1 and stand_in.deterministic is deterministic
 
 
 def test_flash_attention_is_left_alone_on_the_cpu() -> None:

@@ -1,15 +1,18 @@
 """The model's own backward passes against those of plain torch, and what they keep."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from infini_train.model.feed_forward import SwiGLU
 from infini_train.model.norm import RMSNorm
+from infini_train.parallel.engine import add_gradient
 
 
 def plain_swiglu(x: Tensor) -> Tensor:
@@ -75,3 +78,21 @@ def test_their_backward_keeps_what_came_in_and_little_else() -> None:
         SwiGLU.apply(x)
     beside = [tensor for tensor in kept if tensor.data_ptr() not in (x.data_ptr(), weight.data_ptr())]
     assert sum(tensor.numel() for tensor in beside) == 32
+
+
+def test_gradients_are_summed_to_the_bit_as_deepspeed_sums_them() -> None:
+    torch.manual_seed(3)
+    ours, theirs = (nn.Parameter(torch.zeros(7, 5, dtype=torch.bfloat16)) for _ in range(2))
+    zero = SimpleNamespace(gradient_accumulation_dtype=torch.float32)
+    for parameter in (ours, theirs):
+        parameter.grad_accum = None  # type: ignore[attr-defined]
+    for _ in range(4):
+        gradient = torch.randn(7, 5).bfloat16()
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        add_gradient(ours)
+        DeepSpeedZeroOptimizer._fill_param_grad_accum_attribute(zero, theirs)
+        assert ours.grad is None and theirs.grad is None
+    assert ours.grad_accum.dtype == torch.float32  # type: ignore[attr-defined]
+    torch.testing.assert_close(ours.grad_accum, theirs.grad_accum, rtol=0, atol=0)  # type: ignore[attr-defined]
+    add_gradient(ours)  # no gradient this time, as where a parameter took no part
+    torch.testing.assert_close(ours.grad_accum, theirs.grad_accum, rtol=0, atol=0)  # type: ignore[attr-defined]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -29,3 +31,19 @@ def test_more_processes_than_gpus_are_refused(rank, processes, fits, monkeypatch
     with pytest.raises(UserError, match=r"2 processes were started here, but this machine has 1 GPU\(s\)"):
         platform.install()
     assert chosen == []
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_equal_bits_are_asked_for_on_cuda_alone(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # given back at the end
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        platform.set_deterministic(True)
+        assert torch.are_deterministic_algorithms_enabled() is cuda
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is cuda
+        platform.set_deterministic(False)
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""Liger's layers compiled, on CUDA; of these only the loss runs under Triton's interpreter too (tests/kernels)."""
+"""The fused layers compiled, on CUDA."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 import torch
 
 pytest.importorskip("liger_kernel")
-from tests import liger_cases
+from tests import fused_cases
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs a CUDA device, and no interpreter"
 )
 
 
-@pytest.mark.parametrize("dtype", liger_cases.TOLERANCE, ids=str)
-@pytest.mark.parametrize("agrees", [liger_cases.norm_agrees, liger_cases.swiglu_agrees, liger_cases.losses_agree])
+@pytest.mark.parametrize("dtype", fused_cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize("agrees", [fused_cases.norm_agrees, fused_cases.swiglu_agrees, fused_cases.losses_agree])
 def test_agrees_with_the_plain_layer(agrees, dtype: torch.dtype) -> None:
     agrees(dtype, "cuda")

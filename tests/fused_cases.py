@@ -1,4 +1,4 @@
-"""Liger's layers against the plain ones: values and every gradient, within the rounding of the type."""
+"""The fused layers against the plain ones: values and every gradient, within the rounding of the type."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from infini_train.model.feed_forward import FeedForward
-from infini_train.model.fused import LigerFeedForward, LigerRMSNorm, liger_token_losses
+from infini_train.model.fused import FusedFeedForward, FusedRMSNorm, fused_cross_entropy
 from infini_train.model.norm import RMSNorm
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -35,7 +35,7 @@ def _normal(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
 
 def norm_agrees(dtype: torch.dtype, device: str) -> None:
     config = TransformerConfig(num_layers=1, hidden_size=100, num_attention_heads=1)
-    plain, fused = (kind(config, 100).to(device, dtype) for kind in (RMSNorm, LigerRMSNorm))
+    plain, fused = (kind(config, 100).to(device, dtype) for kind in (RMSNorm, FusedRMSNorm))
     leaves = [3 * _normal(7, 3, 100, dtype=dtype, device=device), _normal(100, dtype=dtype, device=device)]
 
     def through(layer: RMSNorm) -> Callable[[Tensor, Tensor], Tensor]:
@@ -45,7 +45,7 @@ def norm_agrees(dtype: torch.dtype, device: str) -> None:
 
 
 def swiglu_agrees(dtype: torch.dtype, device: str) -> None:
-    _agree(LigerFeedForward.join, FeedForward.join, [_normal(5, 3, 2 * 36, dtype=dtype, device=device)], dtype)
+    _agree(FusedFeedForward.join, FeedForward.join, [_normal(5, 3, 2 * 36, dtype=dtype, device=device)], dtype)
 
 
 def losses_agree(dtype: torch.dtype, device: str) -> None:
@@ -54,4 +54,4 @@ def losses_agree(dtype: torch.dtype, device: str) -> None:
     def plain(logits: Tensor) -> Tensor:
         return functional.cross_entropy(logits.float().permute(1, 2, 0), targets, reduction="none")
 
-    _agree(lambda x: liger_token_losses(x, targets), plain, [4 * _normal(5, 3, 37, dtype=dtype, device=device)], dtype)
+    _agree(lambda x: fused_cross_entropy(x, targets), plain, [4 * _normal(5, 3, 37, dtype=dtype, device=device)], dtype)

@@ -1,0 +1,35 @@
+"""The choice of the fused layers, and SwiGLU and loss uncompiled; Triton's interpreter cannot run Liger's norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from infini_train import platform
+from infini_train.errors import UserError
+from infini_train.model import fused
+from tests import fused_cases
+from tests.corpus import small_run
+
+
+@pytest.mark.parametrize("dtype", fused_cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize("agrees", [fused_cases.swiglu_agrees, fused_cases.losses_agree])
+def test_agrees_with_the_plain_layer(agrees: Callable[[torch.dtype, str], None], dtype: torch.dtype) -> None:
+    with torch.compiler.set_stance("force_eager"):  # a compiler for the CPU need not be there
+        agrees(dtype, "cpu")
+
+
+def test_fused_layers_are_taken_on_cuda_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small_run(tmp_path)
+    asked = replace(run, training=replace(run.training, fused_layers="fused"))
+    assert not fused.takes_fused(asked)
+    monkeypatch.setattr(platform, "has_cuda", lambda: True)
+    assert fused.takes_fused(asked) and not fused.takes_fused(run)
+    monkeypatch.setattr(fused, "find_spec", lambda name: None)
+    assert not fused.takes_fused(run)
+    with pytest.raises(UserError, match=r"training\.fused_layers is fused, but the package liger-kernel is not installed"):
+        fused.takes_fused(asked)
