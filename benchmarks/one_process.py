@@ -80,17 +80,18 @@ def _start(module: str, returns_memory: bool) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code], text=True, env=environment, **pipes)  # type: ignore[call-overload]
 
 
-def in_own_process(module: str, *, returns_memory: bool = True, **arguments: Any) -> dict[str, Any]:
+def in_own_process(module: str, *, returns_memory: bool = True, others: bool = False, **arguments: Any) -> dict[str, Any]:
     """Call `module.one(**arguments)` in a fresh interpreter, on a CPU with one thread; its result as JSON.
 
     Args:
         returns_memory: let freed tensors leave the process, which makes its peak exact but costs time at every allocation;
             otherwise the C library decides, as it would outside of a benchmark.
+        others: more calls for this module follow. The libraries take ten seconds to import; on a GPU machine, which has cores
+            enough, the next process does so beside this measurement.
     """
     key = module, returns_memory
     process = _waiting.pop(key, None) or _start(*key)
-    if torch.cuda.is_available():
-        # The libraries take ten seconds to import; on a GPU machine the next process may do so beside the measurement.
+    if others and torch.cuda.is_available():
         _waiting[key] = _start(*key)
     output, errors = process.communicate(json.dumps(arguments) + "\n")
     if process.returncode:

@@ -66,6 +66,8 @@ def install() -> None:
                 f"most {gpus}, or set CUDA_VISIBLE_DEVICES to nothing to run on the CPU"
             )
         torch.cuda.set_device(rank)
+        # What is compiled here are a few small kernels: less work than to start a process for each core, in every rank.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         # For a convolution that PyTorch gives to cuDNN: by default float32 is rounded to 10 bits, and its gradient need not
         # have the same bits twice.
         torch.backends.cudnn.allow_tf32 = False

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from infini_train import platform
+from infini_train import __version__, platform
 from infini_train.attention import CarriedTensor, carried_fields, map_parts
 from infini_train.checkpoint import folder
 from infini_train.checkpoint.reader import read_tensors
@@ -134,7 +134,11 @@ class Checkpointer:
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
             "dataset_fingerprint": state.reader.dataset.fingerprint,
             "config": asdict(self.run),
-            "versions": {name: version(name) for name in ("infini-train", "torch", "megatron-core", "deepspeed")},
+            "versions": {
+                # Not from the installed packages: a source tree on PYTHONPATH is none.
+                "infini-train": __version__,
+                **{name: version(name) for name in ("torch", "megatron-core", "deepspeed")},
+            },
         }
 
     def load(self, path: Path, engine: Engine, state: TrainingState) -> None:
