@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 import resource
@@ -111,6 +112,9 @@ def import_trainer() -> None:
 
     platform.install()
     import infini_train.training.step  # noqa: F401
+
+    if torch.cuda.is_available():
+        importlib.import_module("torch._inductor.compile_fx")
 
 
 def timed(work: Callable[[], Any]) -> float:

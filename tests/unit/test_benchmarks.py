@@ -18,8 +18,8 @@ from infini_train.validation import validate
 @pytest.mark.parametrize("model", step.MODELS)
 @pytest.mark.parametrize("variant", step.VARIANTS)
 def test_steps_are_runs_that_can_be(model: str, variant: str) -> None:
-    config = step.step_run(model, variant, fused_layers="plain", deterministic=False)
-    assert config.training.fused_layers == "plain" and not config.training.deterministic
+    config = step.step_run(model, variant, fused_layers="fused")
+    assert config.training.fused_layers == "fused" and config.training.deterministic
     validate(config, world_size=1)
     assert config.model.attention == variant.split()[0] and config.tokens_per_step == 2 * 4 * 4096
     assert config.model.hidden_size == {"1B": 2048, "slice of 8B": 4096}[model] and config.training.precision == "bfloat16"
