@@ -24,12 +24,32 @@ def test_agrees_with_float64(name: str, update_rule: str, dtype: torch.dtype) ->
     kernel_cases.agrees_with_float64(kernel_cases.SMALL[name], dtype, "cpu", update_rule, seed=1)
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+def test_a_program_of_several_blocks(update_rule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there are segments enough; in the cases above every block has a program of its own."""
+    monkeypatch.setattr(blocks, "WARPS_OF_A_FULL_CARD", 1)
+    case = kernel_cases.SMALL["sharp features, learned writes, aged"]
+    assert blocks.blocks_of_a_program(case.segment, 16, case.segments, 4) == 3
+    kernel_cases.agrees_with_float64(case, dtype, "cpu", update_rule, seed=2)
+
+
+def test_a_card_is_filled_where_segments_are_few() -> None:
+    """At the geometry of 8B: as measured from 32,768 tokens on, and fewer tokens a program below."""
+    assert blocks.blocks_of_a_program(2048, 64, segments=512, warps=4) == 32
+    assert blocks.blocks_of_a_program(2048, 64, segments=128, warps=4) == 16
+    assert blocks.blocks_of_a_program(2048, 64, segments=32, warps=8) == 8
+    assert blocks.blocks_of_a_program(2048, 64, segments=1, warps=4) == 1
+    assert blocks.blocks_of_a_program(8192, 64, segments=512, warps=4) == 32, "no more tokens than were measured"
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])
 def test_a_segment_of_several_programs_and_blocks(update_rule: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 64 tokens a block and two blocks a program; the last block is not full. With what is chosen
     for A100 (back in two passes) and for H100."""
     monkeypatch.setattr(blocks, "TOKENS_OF_A_PROGRAM", 128)
+    monkeypatch.setattr(blocks, "WARPS_OF_A_FULL_CARD", 1)
     monkeypatch.setattr(blocks, "compiled_for", [capability])
     case = kernel_cases.Case(1, 250, 2, 1, 16, 20, 250)
     kernel_cases.agrees_with_float64(case, torch.bfloat16, "cpu", update_rule, seed=1)

@@ -183,12 +183,23 @@ def tile(head_width: int, dtype: torch.dtype, plain: bool = True) -> Tile:
 
 
 TOKENS_OF_A_PROGRAM = 2048
-"""Tokens for which a program keeps a state that it has read whole."""
+"""Most tokens for which a program keeps a state that it has read whole."""
+WARPS_OF_A_FULL_CARD = 1024
+"""Warps that give an H100's 132 multiprocessors enough to do. With fewer, as in micro-batches of few segments, a program takes
+fewer tokens, though the state is then read more often: for 512 tokens instead of 2,048 that takes 6 to 8% longer on a card that
+is full anyway (benchmarks/tiles.py)."""
 
 
-def blocks_of_a_program(width: int, block_tokens: int) -> int:
-    """Blocks of tokens that a program takes one after the other in a segment of this width."""
-    return min(triton.cdiv(width, block_tokens), max(1, TOKENS_OF_A_PROGRAM // block_tokens))
+def blocks_of_a_program(width: int, block_tokens: int, segments: int, warps: int) -> int:
+    """Blocks of tokens that a program takes one after the other in a segment of this width.
+
+    Args:
+        segments: of all rows and heads, which have programs of their own.
+        warps: of a program.
+    """
+    programs = triton.cdiv(WARPS_OF_A_FULL_CARD, warps * segments)
+    tokens = min(TOKENS_OF_A_PROGRAM, triton.cdiv(width, max(1, programs)))
+    return min(triton.cdiv(width, block_tokens), triton.cdiv(tokens, block_tokens))
 
 
 def sum_tile(head_width: int, value_width: int, dtype: torch.dtype) -> tuple[int, int, int, int]:

@@ -156,7 +156,7 @@ def _read_and_mix(
     if q.dtype == torch.bfloat16 and D <= 128 and on_hopper(q):
         warps = 4  # two programs at once on a multiprocessor
     BW, BV = block(width, BW), block(DV, BV)
-    per = blocks_of_a_program(width, BW) if BV >= DV else 1
+    per = blocks_of_a_program(width, BW, B * N * H, warps) if BV >= DV else 1
     launch(
         _read_kernel, (B * N * H, triton.cdiv(width, BW * per)),
         q, local, gate.contiguous(), *halves(M, q.dtype), z.contiguous(), tokens, shift, out, *q_strides, *local_strides,

@@ -186,7 +186,7 @@ def read_and_mix_backward(
     one_pass = q.dtype == torch.bfloat16 and max(D, DV) <= TILE_OF_ONE_PASS.columns and on_hopper(q)
     BW, BV, warps, stages = TILE_OF_ONE_PASS if one_pass else tile(D, q.dtype, plain=shift is None)
     BW, BV = block(width, BW), block(DV, BV)
-    per = blocks_of_a_program(width, BW) if BV >= DV else 1
+    per = blocks_of_a_program(width, BW, B * N * H, warps) if BV >= DV else 1
     programs = triton.cdiv(width, BW * per)
     # In one pass a gradient of the states for each head and program of a group; else two numbers for each token and head.
     parts = [x.new_empty(B, N, G, H // G * programs, *x.shape[3:]) for x in (dM, dz)] if one_pass else [None, None]

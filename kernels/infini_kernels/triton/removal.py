@@ -218,7 +218,7 @@ def segment_removals_backward(
     dk, dz, dstrength = _backward_outputs(k, z, strength, width, whole)
     BW, BJ, warps, stages = tile(D, k.dtype, plain=shift is None and strength is None)
     BW, BJ = block(width, min(BW, 32)), block(D, BJ)
-    per = blocks_of_a_program(width, BW) if BJ >= D else 1
+    per = blocks_of_a_program(width, BW, X * G, warps) if BJ >= D else 1
     programs = triton.cdiv(width, BW * per)
     parts = dz.new_empty(X, G, programs, D)
     launch(

@@ -158,7 +158,7 @@ def segment_states_backward(
     if shift is not None or strength is not None:
         BW, stages = 16, 2
     BW, BV = block(width, BW), block(DV, BV)
-    per = blocks_of_a_program(width, BW) if BV >= DV else 1
+    per = blocks_of_a_program(width, BW, B * N * G, warps) if BV >= DV else 1
     launch(
         _states_backward_kernel, (B * N * G, triton.cdiv(width, BW * per)),
         k, v, tokens, shift, strength, dstate.contiguous(), dz.contiguous(), dk, dv, dstrength,
