@@ -79,7 +79,9 @@ class LinearAttention(Attention):
         entering_M, leaving_M = walk(memory.M, (rotated_k.transpose(-1, -2) @ values).squeeze(3), reset)
         entering_z, leaving_z = walk(memory.z, phi_k.sum(dim=-2).squeeze(3), reset)
         numerator = (rotated_q @ rotated_k.transpose(-1, -2)).tril() @ values + rotated_q @ entering_M.unsqueeze(3)
-        seen_z = entering_z[:, :, :, None, None] + phi_k.cumsum(dim=-2)  # [B, N, G, 1, S, D]
+        seen_z = entering_z[:, :, :, None, None] + running_sum(
+            phi_k, phi_k.is_cuda and torch.are_deterministic_algorithms_enabled()
+        )  # [B, N, G, 1, S, D]
         denominator = (phi_q * seen_z).sum(dim=-1, keepdim=True) + self.model.memory_eps
         out = (numerator / denominator).permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)  # [B, T, H, D]
         out = out.masked_fill(~valid.flatten(1)[..., None, None], 0).to(v.dtype)
@@ -91,6 +93,18 @@ class LinearAttention(Attention):
         exponent = torch.arange(half, dtype=torch.float64, device=positions.device) / half
         angle = positions.unsqueeze(-1) * self.model.rotary_base**-exponent
         return angle.cos().float(), angle.sin().float()
+
+
+def running_sum(x: Tensor, same_bits: bool) -> Tensor:
+    """Σ of x [..., S, D] over each token and those before it.
+
+    Args:
+        same_bits: by a matrix product, because PyTorch's cumsum on CUDA need not give the same bits twice, and refuses to where
+            they are asked for.
+    """
+    if not same_bits:
+        return x.cumsum(dim=-2)
+    return torch.ones(x.shape[-2], x.shape[-2], dtype=x.dtype, device=x.device).tril() @ x
 
 
 def _positions(tokens: Tensor, lengths: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:

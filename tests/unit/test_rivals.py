@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from infini_train.attention import build_attention, detached, map_parts, state_numbers
+from infini_train.attention.linear import running_sum
 from infini_train.config import ModelConfig
 from infini_train.model.micro_batch import empty_memory
 
@@ -219,3 +220,8 @@ SIZES: dict[str, Callable[[int], int]] = {
 @pytest.mark.parametrize("layers", [1, 4])
 def test_state_sizes_are_those_of_the_papers_table(attention, layers):
     assert state_numbers(model(attention, num_layers=layers)) == SIZES[attention](layers)
+
+
+def test_running_sums_with_the_same_bits_are_the_same_sums() -> None:
+    x = torch.randn(2, 3, 37, 5, dtype=torch.float64)
+    torch.testing.assert_close(running_sum(x, same_bits=True), running_sum(x, same_bits=False), rtol=1e-12, atol=1e-12)
