@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from infini_kernels.backward import Composition, WeightedGram
+from infini_kernels.backward import WeightedGram
+from infini_kernels.map_powers import MapPowers
 from infini_kernels.segments import to_device
 
 
@@ -90,31 +91,9 @@ def repeated_removal(updates: Updates, entering_z: Tensor, repeats: Tensor, eps:
         count = left.clamp(max=1 << exponent)
         middle = to_device(applied + (count - 1) / 2, z.device).to(z.dtype)[:, None, None]
         step = torch.cat((identity - removals.removal(z + middle * dz, eps), v), dim=-1)
-        total = _after_steps(step, count, exponent, total)
+        total = MapPowers.apply(step, total, count)
         left, applied, exponent = left - count, applied + (1 << exponent), exponent + 1
 
     back = torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device=places.device))
     factors, added = torch.cat(done[::-1]).index_select(0, back).split((width, v.shape[-1]), dim=-1)
     return (identity - factors).view(*repeats.shape, num_groups, width, width), added.reshape(updates.written.shape)
-
-
-def _after_steps(step: Tensor, count: Tensor, exponent: int, total: Tensor) -> Tensor:
-    """The map `step`, `count` times after the map `total`; both [segments, G, D, D + Dv].
-
-    count [segments] is 2^exponent for the first segments, for which that takes `exponent` squarings, and less for the others.
-    """
-    full = int((count == 1 << exponent).sum())
-    sizes = full, len(count) - full
-    (full_step, few_step), (full_total, few_total) = step.split(sizes), total.split(sizes)
-    for _ in range(exponent):
-        full_step = Composition.apply(full_step, full_step)
-    few = count[full:]
-    while bool(few.any()):
-        taken = (few & 1).bool()
-        if bool(taken.any()):
-            here = to_device(taken, few_step.device)[:, None, None, None]
-            few_total = torch.where(here, Composition.apply(few_step, few_total), few_total)
-        few = few >> 1
-        if bool(few.any()):
-            few_step = Composition.apply(few_step, few_step)
-    return torch.cat((Composition.apply(full_step, full_total), few_total))

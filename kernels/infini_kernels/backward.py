@@ -70,26 +70,3 @@ class ScaledProduct(torch.autograd.Function):
         product = gradient @ y.transpose(-1, -2)  # [..., W, D]
         scale_gradient = (product * x).sum(dim=-1, keepdim=True)
         return product.mul_(scale), scale_gradient, x.transpose(-1, -2) @ (gradient * scale)
-
-
-class Composition(torch.autograd.Function):
-    """[A B | A b + a], the map M -> A (B M + b) + a, of two maps [A | a] and [B | b], all [..., D, D + Dv].
-
-    With G = [G_B | G_b] for the gradient of the result: d[A | a] = [G [B | b]^T | G_b], d[B | b] = A^T G.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, later: Tensor, earlier: Tensor) -> Tensor:
-        ctx.save_for_backward(later, earlier)
-        width = later.shape[-2]
-        both = later[..., :width] @ earlier
-        both[..., width:] += later[..., width:]
-        return both
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        later, earlier = ctx.saved_tensors
-        width = later.shape[-2]
-        later_gradient = torch.cat((gradient @ earlier.transpose(-1, -2), gradient[..., width:]), dim=-1)
-        return later_gradient, later[..., :width].transpose(-1, -2) @ gradient
