@@ -5,6 +5,7 @@ import torch
 
 from infini_kernels import MemoryState, infini_attention
 from infini_kernels.ageing import PlainRemovals, repeated_removal
+from infini_kernels.map_powers import MapPowers
 
 B, N, S, H, G, D, V = 2, 3, 4, 4, 2, 6, 5
 
@@ -150,3 +151,28 @@ def test_the_delta_rule_walks_runs_of_1_2_4_that_share_a_normaliser():
         for maps in ((removed, added), wanted)
     ]
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("counts", [[13, 8, 8, 6, 5, 1], [4, 4, 4], [1, 1], [1000]])
+def test_powers_of_maps_and_their_gradients_are_those_of_one_step_after_the_other(counts):
+    generator = torch.Generator().manual_seed(len(counts))
+    step, total = (torch.randn(len(counts), G, D, D + V, generator=generator, dtype=torch.float64) for _ in range(2))
+    step[..., :D] *= 0.4  # powers stay small
+    results = []
+    for by_squaring in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (step, total)]
+        if by_squaring:
+            after = MapPowers.apply(*leaves, torch.tensor(counts))
+        else:
+            maps = []
+            for count, one, so_far in zip(counts, *leaves, strict=True):
+                factor, added = one.split((D, V), dim=-1)
+                for _ in range(count):
+                    before, offset = so_far.split((D, V), dim=-1)
+                    so_far = torch.cat((factor @ before, factor @ offset + added), dim=-1)
+                maps.append(so_far)
+            after = torch.stack(maps)
+        direction = torch.linspace(-1, 2, after.numel(), dtype=after.dtype).view_as(after)
+        results.append([after, *torch.autograd.grad((after * direction).sum(), leaves)])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    assert torch.equal(leaves[1], total), "what came in stays as it was"
