@@ -43,8 +43,8 @@ class MapPowers(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        bits = len(ctx.places)
-        powers, befores = ctx.saved_tensors[:bits], ctx.saved_tensors[bits:]
+        bits, saved = len(ctx.places), ctx.saved_tensors  # once: a checkpoint gives them a single time
+        powers, befores = saved[:bits], saved[bits:]
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         of_power = torch.zeros_like(powers[-1])
         for bit in reversed(range(bits)):

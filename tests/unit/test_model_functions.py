@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
+from infini_train.config import ModelConfig
 from infini_train.model.feed_forward import SwiGLU
 from infini_train.model.norm import RMSNorm
+from infini_train.model.parameters import ParameterPlacement, initial_value, initialize_parameters
 from infini_train.parallel.engine import add_gradient
 
 
@@ -96,3 +98,15 @@ def test_gradients_are_summed_to_the_bit_as_deepspeed_sums_them() -> None:
     torch.testing.assert_close(ours.grad_accum, theirs.grad_accum, rtol=0, atol=0)  # type: ignore[attr-defined]
     add_gradient(ours)  # no gradient this time, as where a parameter took no part
     torch.testing.assert_close(ours.grad_accum, theirs.grad_accum, rtol=0, atol=0)  # type: ignore[attr-defined]
+
+
+def test_weights_drawn_by_several_threads_are_those_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    module = nn.ModuleDict({name: nn.Linear(5, 7 + number, bias=False) for number, name in enumerate("abcdefg")})
+    placements = {
+        name: ParameterPlacement(name, tuple(parameter.shape), None, 1, 0, 1) for name, parameter in module.named_parameters()
+    }
+    model = ModelConfig(num_layers=2)
+    initialize_parameters(module, placements, model, seed=4)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.detach(), initial_value(placements[name], model, seed=4), rtol=0, atol=0)
