@@ -42,7 +42,7 @@ class FlashAttention:
     """Stands in for the module `flash_attn`: torch would take a meta tensor for one without a fused kernel."""
 
     @staticmethod
-    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool) -> Tensor:
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, deterministic: bool) -> Tensor:
         """q [X, T, H, D], k and v [X, T, G, D] -> [X, T, H, D]"""
         heads = (tensor.transpose(1, 2) for tensor in (q, k, v))
         out = torch.ops.aten._scaled_dot_product_flash_attention(*heads, 0.0, causal, scale=softmax_scale)[0]
