@@ -23,4 +23,8 @@ def test_committed_weights_find_the_fact(folder: Path, tmp_path: Path) -> None:
         *("--task.seed", "99"),
     )
     cells = json.loads((tmp_path / "passkey.json").read_text(encoding="utf-8"))["cells"]
-    assert len(cells) == 6 and min(cell["token_accuracy"] for cell in cells) >= 0.96, cells
+    found = [cell["token_accuracy"] for cell in cells]
+    record = json.loads(folder.with_suffix(".json").read_text(encoding="utf-8"))
+    promised = min(cell["token_accuracy"] for seed in record["seeds"] for cell in seed["cells"])
+    # 30 digits a cell: where the record itself is not at 100%, one number that is not found takes 17% of a cell.
+    assert len(found) == 6 and sum(found) / 6 >= promised - 0.02 and min(found) >= promised - 0.17, (promised, found)
