@@ -30,7 +30,7 @@ class MapPowers(torch.autograd.Function):
                 power = power[: sum(number >> bit > 0 for number in numbers)]
                 power = _after(power, power)
             here = _Places([x for x in range(len(power)) if numbers[x] >> bit & 1], power.device)
-            before = here.of(result)
+            before = here.of(result).clone()  # `put` writes to result
             if here:
                 here.put(result, _after(here.of(power), before))
             powers.append(power)
@@ -73,8 +73,7 @@ class _Places:
         return self._first != 0
 
     def of(self, x: Tensor) -> Tensor:
-        """These rows; a copy, because `put` writes to x."""
-        return x[: self._first].clone() if self._rows is None else x.index_select(0, self._rows)
+        return x[: self._first] if self._rows is None else x.index_select(0, self._rows)
 
     def put(self, x: Tensor, value: Tensor) -> None:
         if self._rows is None:
