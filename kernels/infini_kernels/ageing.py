@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from infini_kernels.backward import WeightedGram
-from infini_kernels.map_powers import MapPowers
+from infini_kernels.map_powers import RunsOfMaps
 from infini_kernels.segments import to_device
 
 
@@ -70,30 +70,25 @@ def repeated_removal(updates: Updates, entering_z: Tensor, repeats: Tensor, eps:
         removed [B, N, G, D, D] and added [B, N, G, D, Dv] of all r applications together.
     """
     num_groups, width = entering_z.shape[2:]
-    identity = torch.eye(width, dtype=entering_z.dtype, device=entering_z.device)
     # Sorted by falling r, the segments that are not done are always the first ones, and the others cost nothing.
     left, order = repeats.long().cpu().flatten().sort(descending=True, stable=True)
     places = to_device(order, entering_z.device)
     v, z, dz = (x.flatten(0, 1).index_select(0, places) for x in (updates.written, entering_z, updates.z))
     removals = updates.select(places)
 
-    # A map M -> A M + a is one tensor [A | a].
-    total = torch.cat((identity - removals.removal(z, eps), v), dim=-1)
-    left, applied, exponent = left - 1, 1, 1
-    done: list[Tensor] = []
-    while True:
-        active = int((left > 0).sum())
-        total, finished = total.split((active, len(total) - active))
-        done.append(finished)
-        if active == 0:
-            break
-        left, v, z, dz = (x[:active] for x in (left, v, z, dz))
-        count = left.clamp(max=1 << exponent)
+    removed: list[Tensor] = []
+    counts: list[list[int]] = []
+    while len(left):
+        applied = (1 << len(counts)) - 1
+        count = left.clamp(max=applied + 1)
         middle = to_device(applied + (count - 1) / 2, z.device).to(z.dtype)[:, None, None]
-        step = torch.cat((identity - removals.removal(z + middle * dz, eps), v), dim=-1)
-        total = MapPowers.apply(step, total, count)
-        left, applied, exponent = left - count, applied + (1 << exponent), exponent + 1
+        z, dz = z[: len(left)], dz[: len(left)]
+        removed.append(removals.removal(z + middle * dz, eps))
+        counts.append(count.tolist())
+        left = (left - count)[left > count]
+    factors, added = RunsOfMaps.apply(v, counts, *removed)
 
     back = torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device=places.device))
-    factors, added = torch.cat(done[::-1]).index_select(0, back).split((width, v.shape[-1]), dim=-1)
-    return (identity - factors).view(*repeats.shape, num_groups, width, width), added.reshape(updates.written.shape)
+    identity = torch.eye(width, dtype=v.dtype, device=v.device)
+    taken = (identity - factors).index_select(0, back).view(*repeats.shape, num_groups, width, width)
+    return taken, added.index_select(0, back).view_as(updates.written)

@@ -5,7 +5,7 @@ import torch
 
 from infini_kernels import MemoryState, infini_attention
 from infini_kernels.ageing import PlainRemovals, repeated_removal
-from infini_kernels.map_powers import MapPowers
+from infini_kernels.map_powers import RunsOfMaps
 
 B, N, S, H, G, D, V = 2, 3, 4, 4, 2, 6, 5
 
@@ -153,26 +153,40 @@ def test_the_delta_rule_walks_runs_of_1_2_4_that_share_a_normaliser():
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("counts", [[13, 8, 8, 6, 5, 1], [4, 4, 4], [1, 1], [1000]])
-def test_powers_of_maps_and_their_gradients_are_those_of_one_step_after_the_other(counts):
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [[1, 1, 1, 1, 1], [13, 8, 6, 5, 1], [8, 8], [1]],  # digits that some have, side by side and apart
+        [[1, 1, 1], [2, 2], [4, 3]],  # as `repeated_removal` makes them
+        [[1, 1], [1000, 1000]],
+        [[1]],
+    ],
+)
+def test_runs_of_maps_and_their_gradients_are_those_of_one_step_after_the_other(counts):
     generator = torch.Generator().manual_seed(len(counts))
-    step, total = (torch.randn(len(counts), G, D, D + V, generator=generator, dtype=torch.float64) for _ in range(2))
-    step[..., :D] *= 0.4  # powers stay small
+    segments = len(counts[0])
+    added = torch.randn(segments, G, D, V, generator=generator, dtype=torch.float64)
+    removed = [torch.randn(len(run), G, D, D, generator=generator, dtype=torch.float64) for run in counts]
+    # I - removed has powers that stay small.
+    removed = [torch.eye(D, dtype=torch.float64) - 0.4 * x for x in removed]
     results = []
-    for by_squaring in (True, False):
-        leaves = [x.clone().requires_grad_() for x in (step, total)]
-        if by_squaring:
-            after = MapPowers.apply(*leaves, torch.tensor(counts))
+    for together in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (added, *removed)]
+        if together:
+            found = RunsOfMaps.apply(leaves[0], counts, *leaves[1:])
         else:
             maps = []
-            for count, one, so_far in zip(counts, *leaves, strict=True):
-                factor, added = one.split((D, V), dim=-1)
-                for _ in range(count):
-                    before, offset = so_far.split((D, V), dim=-1)
-                    so_far = torch.cat((factor @ before, factor @ offset + added), dim=-1)
-                maps.append(so_far)
-            after = torch.stack(maps)
-        direction = torch.linspace(-1, 2, after.numel(), dtype=after.dtype).view_as(after)
-        results.append([after, *torch.autograd.grad((after * direction).sum(), leaves)])
+            for segment in range(segments):
+                factor = torch.eye(D, dtype=torch.float64).expand(G, D, D)
+                offset = torch.zeros(G, D, V, dtype=torch.float64)
+                for run, taken in zip(counts, leaves[1:], strict=True):
+                    for _ in range(run[segment] if segment < len(run) else 0):
+                        kept = torch.eye(D, dtype=torch.float64) - taken[segment]
+                        factor, offset = kept @ factor, kept @ offset + leaves[0][segment]
+                maps.append((factor, offset))
+            found = [torch.stack(parts) for parts in zip(*maps, strict=True)]
+        value = sum((x * torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in found)
+        results.append([*found, *torch.autograd.grad(value, leaves)])
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
-    assert torch.equal(leaves[1], total), "what came in stays as it was"
+    for leaf, original in zip(leaves, (added, *removed), strict=True):
+        assert torch.equal(leaf, original), "what came in stays as it was"
