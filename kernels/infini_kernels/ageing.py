@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 
 from infini_kernels.backward import WeightedGram
-from infini_kernels.map_powers import RunsOfMaps
+from infini_kernels.map_powers import Squares
+from infini_kernels.map_series import Series
+from infini_kernels.maps import RunsOfMaps
 from infini_kernels.segments import to_device
+
+SERIES_FROM = 8
+"""Equal applications from which on a series takes fewer products than squares."""
 
 
 class Removals(Protocol):
@@ -59,7 +64,8 @@ def repeated_removal(updates: Updates, entering_z: Tensor, repeats: Tensor, eps:
     """The delta rule applied r times with the same keys and values, M <- (I - removed) M + added.
 
     Application j sees the normaliser z + j Δz. The applications are walked in runs of 1, 2, 4, ... that share the normaliser at
-    their middle, and each run by repeated squaring: exact for r of 1 and 2, and log(r)^2 products of D x D otherwise.
+    their middle: exact for r of 1 and 2. A run of c applications after j others removes at most c / (j + (c - 1) / 2) times
+    what is there, with c = 8 and more less than once: the series of `map_series` holds for it, and log(r) products suffice.
 
     Args:
         updates: σ(K)^T V and Δz of one application.
@@ -86,7 +92,8 @@ def repeated_removal(updates: Updates, entering_z: Tensor, repeats: Tensor, eps:
         removed.append(removals.removal(z + middle * dz, eps))
         counts.append(count.tolist())
         left = (left - count)[left > count]
-    factors, added = RunsOfMaps.apply(v, counts, *removed)
+    kinds = [Series if run[0] >= SERIES_FROM else Squares for run in counts[1:]]
+    factors, added = RunsOfMaps.apply(v, counts, kinds, *removed)
 
     back = torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device=places.device))
     identity = torch.eye(width, dtype=v.dtype, device=v.device)

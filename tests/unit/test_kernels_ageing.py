@@ -5,7 +5,9 @@ import torch
 
 from infini_kernels import MemoryState, infini_attention
 from infini_kernels.ageing import PlainRemovals, repeated_removal
-from infini_kernels.map_powers import RunsOfMaps
+from infini_kernels.map_powers import Squares
+from infini_kernels.map_series import Series
+from infini_kernels.maps import RunsOfMaps
 
 B, N, S, H, G, D, V = 2, 3, 4, 4, 2, 6, 5
 
@@ -120,7 +122,8 @@ def test_the_delta_rule_walks_runs_of_1_2_4_that_share_a_normaliser():
     shape = (*repeats.shape, G, 4)
     keys = torch.rand(*shape, 3, dtype=torch.float64, generator=generator).requires_grad_()
     written = torch.randn(*shape, 6, dtype=torch.float64, generator=generator).requires_grad_()
-    z, dz = (torch.rand(shape, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
+    z = torch.rand(shape, dtype=torch.float64, generator=generator).requires_grad_()
+    dz = keys.detach().sum(dim=-1).requires_grad_()
 
     class Updates:
         def __init__(self):
@@ -153,40 +156,66 @@ def test_the_delta_rule_walks_runs_of_1_2_4_that_share_a_normaliser():
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
 
 
+def one_map_after_the_other(added, counts, *removed):
+    """What `RunsOfMaps` says, step by step."""
+    maps = []
+    for segment in range(len(added)):
+        factor, offset = torch.eye(D, dtype=added.dtype).expand(G, D, D), torch.zeros_like(added[0])
+        for run, taken in zip(counts, removed, strict=True):
+            for _ in range(run[segment] if segment < len(run) else 0):
+                kept = torch.eye(D, dtype=added.dtype) - taken[segment]
+                factor, offset = kept @ factor, kept @ offset + added[segment]
+        maps.append((factor, offset))
+    return [torch.stack(parts) for parts in zip(*maps, strict=True)]
+
+
+def with_gradients(function, added, *removed):
+    leaves = [x.clone().requires_grad_() for x in (added, *removed)]
+    found = function(*leaves)
+    value = sum((x * torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in found)
+    results = [*found, *torch.autograd.grad(value, leaves)]
+    for leaf, original in zip(leaves, (added, *removed), strict=True):
+        assert torch.equal(leaf, original), "what came in stays as it was"
+    return results
+
+
 @pytest.mark.parametrize(
     "counts",
     [
         [[1, 1, 1, 1, 1], [13, 8, 6, 5, 1], [8, 8], [1]],  # digits that some have, side by side and apart
-        [[1, 1, 1], [2, 2], [4, 3]],  # as `repeated_removal` makes them
+        [[1, 1, 1], [2, 2], [4, 3]],
         [[1, 1], [1000, 1000]],
         [[1]],
     ],
 )
-def test_runs_of_maps_and_their_gradients_are_those_of_one_step_after_the_other(counts):
+def test_squares_and_their_gradients_are_those_of_one_map_after_the_other(counts):
     generator = torch.Generator().manual_seed(len(counts))
-    segments = len(counts[0])
-    added = torch.randn(segments, G, D, V, generator=generator, dtype=torch.float64)
+    added = torch.randn(len(counts[0]), G, D, V, generator=generator, dtype=torch.float64)
     removed = [torch.randn(len(run), G, D, D, generator=generator, dtype=torch.float64) for run in counts]
-    # I - removed has powers that stay small.
-    removed = [torch.eye(D, dtype=torch.float64) - 0.4 * x for x in removed]
-    results = []
-    for together in (True, False):
-        leaves = [x.clone().requires_grad_() for x in (added, *removed)]
-        if together:
-            found = RunsOfMaps.apply(leaves[0], counts, *leaves[1:])
-        else:
-            maps = []
-            for segment in range(segments):
-                factor = torch.eye(D, dtype=torch.float64).expand(G, D, D)
-                offset = torch.zeros(G, D, V, dtype=torch.float64)
-                for run, taken in zip(counts, leaves[1:], strict=True):
-                    for _ in range(run[segment] if segment < len(run) else 0):
-                        kept = torch.eye(D, dtype=torch.float64) - taken[segment]
-                        factor, offset = kept @ factor, kept @ offset + leaves[0][segment]
-                maps.append((factor, offset))
-            found = [torch.stack(parts) for parts in zip(*maps, strict=True)]
-        value = sum((x * torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in found)
-        results.append([*found, *torch.autograd.grad(value, leaves)])
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
-    for leaf, original in zip(leaves, (added, *removed), strict=True):
-        assert torch.equal(leaf, original), "what came in stays as it was"
+    removed = [torch.eye(D, dtype=torch.float64) - 0.4 * x for x in removed]  # I - removed has powers that stay small
+    kinds = [Squares] * (len(counts) - 1)
+    found = with_gradients(lambda added, *removed: RunsOfMaps.apply(added, counts, kinds, *removed), added, *removed)
+    wanted = with_gradients(lambda added, *removed: one_map_after_the_other(added, counts, *removed), added, *removed)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("largest", [0.0, 0.3, 1.0])
+def test_a_series_and_its_gradients_are_those_of_one_map_after_the_other(dtype, tolerance, largest):
+    """For all eigenvalues that it is for, and for counts from one to thousands side by side."""
+    generator = torch.Generator().manual_seed(3)
+    counts = [[1, 1, 1, 1, 1], [4096, 4096, 100, 8, 1], [300, 2]]
+    added = torch.randn(5, G, D, V, generator=generator, dtype=torch.float64)
+    removed = []
+    for run in counts:
+        basis = torch.linalg.qr(torch.randn(len(run), G, D, D, generator=generator, dtype=torch.float64)).Q
+        values = largest * torch.rand(len(run), G, 1, D, generator=generator, dtype=torch.float64)
+        values[..., 0], values[..., 1] = 0, largest
+        removed.append((basis * values) @ basis.mT / torch.tensor(run).view(-1, 1, 1, 1))
+    wanted = with_gradients(lambda added, *removed: one_map_after_the_other(added, counts, *removed), added, *removed)
+    found = with_gradients(
+        lambda added, *removed: RunsOfMaps.apply(added, counts, [Series, Series], *removed),
+        *(x.to(dtype) for x in (added, *removed)),
+    )
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
