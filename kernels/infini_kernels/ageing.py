@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from infini_kernels.backward import WeightedGram
+from infini_kernels.backward import WeightedGrams
 from infini_kernels.map_powers import Squares
 from infini_kernels.map_series import Series
 from infini_kernels.maps import RunsOfMaps
@@ -22,33 +22,37 @@ SERIES_FROM = 8
 
 
 class Removals(Protocol):
-    """The delta rule's removal in some segments, in an order of their own."""
+    """The delta rule's removal in X segments, I - T = σ(K)^T diag(1 / (σ(K) z + ε)) σ(K) for a normaliser z that enters."""
 
     def removal(self, z: Tensor, eps: float) -> Tensor:
-        """I - T of one application, σ(K)^T diag(1 / (σ(K) z + ε)) σ(K), in the first X of the segments, where X
-        does not rise from one call to the next.
+        """z [X, G, D] -> [X, G, D, D]."""
+        ...
 
-        z [X, G, D], the normaliser that enters -> [X, G, D, D].
-        """
+    def removals(self, z: Tensor, dz: Tensor, times: list[Tensor], eps: float) -> list[Tensor]:
+        """For each of several z + t Δz, of all segments and then of ever fewer: t [n] for the first n -> [n, G, D, D]."""
         ...
 
 
 class PlainRemovals:
     """`Removals` in PyTorch's own operations.
 
-    sigma_k_t [segments, G, D, W], zero at padding; strength [segments, G, 1, W] of each write, None for 1
+    sigma_k_t [X, G, D, W], zero at padding; strength [X, G, 1, W] of each write, None for 1
     """
 
     def __init__(self, sigma_k_t: Tensor, strength: Tensor | None = None) -> None:
         self._sigma_k_t, self._strength = sigma_k_t, strength
 
     def removal(self, z: Tensor, eps: float) -> Tensor:
-        # Cut from the last cut: a gradient as large as all segments for each call would cost more than the products.
-        self._sigma_k_t = sigma_k_t = self._sigma_k_t[: len(z)]
-        scale = (z.unsqueeze(-2) @ sigma_k_t + eps).reciprocal()  # [X, G, 1, W]
-        if self._strength is not None:
-            scale = scale * self._strength[: len(z)]
-        return WeightedGram.apply(sigma_k_t, scale)
+        return self._grams(z.unsqueeze(-2) @ self._sigma_k_t + eps)[0]
+
+    def removals(self, z: Tensor, dz: Tensor, times: list[Tensor], eps: float) -> list[Tensor]:
+        # Products with the keys once, and not for each time.
+        at_z, at_dz = (x.unsqueeze(-2) @ self._sigma_k_t for x in (z, dz))  # [X, G, 1, W]
+        return self._grams(*(at_z[: len(t)] + t[:, None, None, None] * at_dz[: len(t)] + eps for t in times))
+
+    def _grams(self, *normalisers: Tensor) -> list[Tensor]:
+        scales = [x.reciprocal() if self._strength is None else self._strength[: len(x)] / x for x in normalisers]
+        return list(WeightedGrams.apply(self._sigma_k_t, *scales))
 
 
 class Updates(Protocol):
@@ -80,18 +84,16 @@ def repeated_removal(updates: Updates, entering_z: Tensor, repeats: Tensor, eps:
     left, order = repeats.long().cpu().flatten().sort(descending=True, stable=True)
     places = to_device(order, entering_z.device)
     v, z, dz = (x.flatten(0, 1).index_select(0, places) for x in (updates.written, entering_z, updates.z))
-    removals = updates.select(places)
 
-    removed: list[Tensor] = []
     counts: list[list[int]] = []
+    middles: list[Tensor] = []
     while len(left):
         applied = (1 << len(counts)) - 1
         count = left.clamp(max=applied + 1)
-        middle = to_device(applied + (count - 1) / 2, z.device).to(z.dtype)[:, None, None]
-        z, dz = z[: len(left)], dz[: len(left)]
-        removed.append(removals.removal(z + middle * dz, eps))
         counts.append(count.tolist())
+        middles.append(to_device(applied + (count - 1) / 2, z.device).to(z.dtype))
         left = (left - count)[left > count]
+    removed = updates.select(places).removals(z, dz, middles, eps)
     kinds = [Series if run[0] >= SERIES_FROM else Squares for run in counts[1:]]
     factors, added = RunsOfMaps.apply(v, counts, kinds, *removed)
 

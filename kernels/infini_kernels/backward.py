@@ -31,24 +31,33 @@ class FeatureMap(torch.autograd.Function):
         return sigma.clamp(max=1).mul_(gradient)
 
 
-class WeightedGram(torch.autograd.Function):
-    """X diag(s) X^T: x_t [..., D, W], s [..., 1, W] -> [..., D, D].
+class WeightedGrams(torch.autograd.Function):
+    """X diag(s) X^T of the first n of the X, for each of several s: x_t [N, ..., D, W], s [n, ..., 1, W] -> [n, ..., D, D].
 
-    With S = (G + G^T) X for the gradient G of the result: dX = S diag(s), ds = Σ_D S X / 2.
+    n is N in the first of them. With S = (G + G^T) X for the gradient G of a result: dX = S diag(s), ds = Σ_D S X / 2.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_t: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(x_t, scale)
-        return (x_t * scale) @ x_t.transpose(-1, -2)
+    def forward(ctx: Any, x_t: Tensor, *scales: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x_t, *scales)
+        return tuple((x_t[: len(scale)] * scale) @ x_t[: len(scale)].transpose(-1, -2) for scale in scales)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        x_t, scale = ctx.saved_tensors
-        symmetric = (gradient + gradient.transpose(-1, -2)) @ x_t  # [..., D, W]
-        scale_gradient = (symmetric * x_t).sum(dim=-2, keepdim=True).div_(2)
-        return symmetric.mul_(scale), scale_gradient
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        x_t, *scales = ctx.saved_tensors
+        x_gradient: Tensor | None = None
+        scale_gradients = []
+        for gradient, scale in zip(gradients, scales, strict=True):
+            x = x_t[: len(scale)]
+            symmetric = (gradient + gradient.transpose(-1, -2)) @ x  # [n, ..., D, W]
+            scale_gradients.append((symmetric * x).sum(dim=-2, keepdim=True).div_(2))
+            if x_gradient is None:
+                x_gradient = symmetric.mul_(scale)
+            else:
+                x_gradient[: len(scale)].addcmul_(symmetric, scale)
+        assert x_gradient is not None
+        return x_gradient, *scale_gradients
 
 
 class ScaledProduct(torch.autograd.Function):

@@ -130,6 +130,10 @@ class KernelRemovals:
         rows, tokens = self._rows[: len(z)], self._tokens[: len(z)]
         return segment_removals(self._k, z, rows, tokens, self._width, eps, self._shift, self._strength, self._whole)[0]
 
+    def removals(self, z: Tensor, dz: Tensor, times: list[Tensor], eps: float) -> list[Tensor]:
+        """See `ageing.Removals`."""
+        return [self.removal(z[: len(t)] + t[:, None, None] * dz[: len(t)], eps) for t in times]
+
 
 def tokens_by_segment(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, segment_length: int) -> Tensor:
     """Tokens of each segment that are there and no padding, [B, N] int32 on q's device."""
