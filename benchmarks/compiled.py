@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from infini_kernels import infini_attention
 from infini_kernels.triton import blocks
+from infini_kernels.triton.gradient_sum import add_contiguous
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that one block may have: CUDA C++ Programming Guide, table of compute capabilities, less 1 KB."""
@@ -54,6 +55,8 @@ def launches(
             q, k, v, gate, segment_length=SEGMENT, update_rule=update_rule, rotary=(angle, angle), backend="triton", **more
         )
         (out.sum() + memory.M.sum()).backward()
+        if dtype != torch.float32:
+            add_contiguous(torch.empty(width * width), torch.empty(width * width, dtype=dtype))  # a weight's gradient
     finally:
         blocks.observers.pop()
         blocks.compiled_for.pop()

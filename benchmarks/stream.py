@@ -4,6 +4,7 @@ Both should stay constant."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import median, quantiles
 from typing import Any
 
@@ -31,6 +32,8 @@ ON_GPU = ModelConfig(
     segment_length=2048,
 )
 WINDOW = 4
+SEGMENTS_ON_GPU = 4
+"""Segments of a micro-batch, so that the device and not the host is the bound."""
 CHUNK = 32 * 1024
 """Tokens of one timing."""
 LENGTHS = {CHUNK: 8, 8 * CHUNK: 2, 32 * CHUNK: 1}
@@ -51,10 +54,11 @@ def one(kind: str, tokens: int) -> dict[str, Any]:
     from infini_train.training.step import train_step
 
     model, precision, zero = (ON_GPU, "bfloat16", 1) if platform.has_cuda() else (ON_CPU, "float32", 0)
-    tokens_per_step = model.segment_length * WINDOW
+    segments = SEGMENTS_ON_GPU if platform.has_cuda() else 1
+    tokens_per_step = model.segment_length * segments * WINDOW
     steps = tokens // tokens_per_step
-    training = TrainingConfig(steps=steps + 2, rows=1, micro_batches_per_window=WINDOW, precision=precision)  # type: ignore[arg-type]
-    run = single_stream_run(model, training)
+    training = TrainingConfig(steps=steps + 2, rows=1, segments_per_micro_batch=segments, micro_batches_per_window=WINDOW)
+    run = single_stream_run(model, replace(training, precision=precision))  # type: ignore[arg-type]
     run.layout.zero_stage = zero
     parts = build_parts(run, OneDocument(run.data.vocab_size, (steps + 2) * tokens_per_step))
 

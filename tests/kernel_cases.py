@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from infini_kernels import MemoryState, infini_attention, local_attention
+from infini_kernels.gradient_sum import add_to_sum
 from infini_kernels.segments import padding_mask
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}
@@ -273,6 +274,15 @@ def replays_from_a_cuda_graph(update_rule: str) -> None:
     torch.testing.assert_close(results, step([x.clone().requires_grad_() for x in second]), rtol=0, atol=0)
 
 
+def sums_gradients_to_the_bit() -> None:
+    """A gradient added to its float32 sum on CUDA, also where either begins at an odd number."""
+    for first in (0, 3):
+        total, gradient = torch.randn(1_000_003, device="cuda"), torch.randn(1_000_003, device="cuda").bfloat16()
+        wanted = total[first:] + gradient[first:].float()
+        add_to_sum(total[first:], gradient[first:])
+        torch.testing.assert_close(total[first:], wanted, rtol=0, atol=0)
+
+
 def on_cuda() -> list[tuple[str, Callable[[], None]]]:
     """Every check of the compiled kernels, by name."""
     checks: list[tuple[str, Callable[[], None]]] = []
@@ -299,6 +309,7 @@ def on_cuda() -> list[tuple[str, Callable[[], None]]]:
         for name in ("width 64", "width 128, 8B"):
             add(local_agrees_with_float64, f"{name}, {dtype}", LARGE[name], dtype, "cuda")
     add(takes_any_strides, "gate and resets", "cuda")
+    add(sums_gradients_to_the_bit, "bfloat16")
     add(keeps_its_type_under_autocast, "bfloat16", "cuda")
     add(keeps_no_scores_of_grouped_heads, "float32")
     return checks

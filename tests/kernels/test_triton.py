@@ -8,8 +8,9 @@ from torch import Tensor
 
 from infini_kernels import MemoryState, infini_attention
 from infini_kernels.segments import SegmentLayout
-from infini_kernels.triton import blocks, operation
+from infini_kernels.triton import blocks, gradient_sum, operation
 from infini_kernels.triton.blocks import by_token
+from infini_kernels.triton.rotary import rotated_back_and_added, with_rotated
 from tests import kernel_cases
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -118,9 +119,41 @@ def test_operators_are_registered_soundly() -> None:
         ),
         (operation.walk_segments, (normal(2, 1, 16, 20), M, reset, normal(2, 2, 1, 16, 16), False)),
         (operation.rotate, (q, angle.cos(), angle.sin(), tokens, 5, 1)),
+        (rotated_back_and_added, (q.detach(), local.detach()[..., :16], angle.cos(), angle.sin(), tokens, 5)),
     ]
     for operator, arguments in calls:
         torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("wanted", ["both", "as they are", "rotated"])
+def test_gradients_of_what_is_rotated_and_of_what_is_not_are_one_sum(wanted: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.tensor([[5, 3], [5, 0]], dtype=torch.int32)
+    angle = torch.randn(5, 8, generator=generator)
+    tables = angle.cos(), angle.sin()
+    leaf, same = (torch.randn(2, 9, 3, 16, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    x, turned = with_rotated(leaf.transpose(0, 1).contiguous().transpose(0, 1), *tables, tokens, 5)  # any strides
+    alone = operation.rotate(same, *tables, tokens, 5, 1)
+    torch.testing.assert_close((x, turned), (same, alone), rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(with_rotated(same, *tables, tokens, 5), (same, alone), rtol=0, atol=0)
+    pairs = {"both": ((x, same), (turned, alone)), "as they are": ((x, same),), "rotated": ((turned, alone),)}[wanted]
+    towards = [torch.randn(3, 9, 2, 16, generator=generator).transpose(0, 2) for _ in pairs]
+    found = torch.autograd.grad([pair[0] for pair in pairs], leaf, towards)
+    torch.testing.assert_close(found, torch.autograd.grad([pair[1] for pair in pairs], same, towards), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_gradient_is_added_to_its_sum_to_the_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several programs, of which the last is not full."""
+    monkeypatch.setattr(gradient_sum, "BLOCK", 64)
+    generator = torch.Generator().manual_seed(0)
+    total = torch.randn(150, generator=generator)
+    gradient = torch.randn(150, generator=generator).to(dtype)
+    wanted = total + gradient.float()
+    gradient_sum.add_contiguous(total[:149], gradient[:149])
+    torch.testing.assert_close(total[:149], wanted[:149], rtol=0, atol=0)
+    assert total[149] != wanted[149]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -14,7 +15,7 @@ from infini_train.config import ModelConfig
 from infini_train.model.feed_forward import SwiGLU
 from infini_train.model.norm import RMSNorm
 from infini_train.model.parameters import ParameterPlacement, initial_value, initialize_parameters
-from infini_train.parallel.engine import add_gradient
+from infini_train.parallel.gradient_sums import sum_gradients_without_copies
 
 
 def plain_swiglu(x: Tensor) -> Tensor:
@@ -82,22 +83,57 @@ def test_their_backward_keeps_what_came_in_and_little_else() -> None:
     assert sum(tensor.numel() for tensor in beside) == 32
 
 
+def bfloat16_optimizer(parameter: nn.Parameter) -> BF16_Optimizer:
+    """As much of DeepSpeed's optimizer of stage 1 as a sum takes."""
+    zero = BF16_Optimizer.__new__(BF16_Optimizer)
+    zero.autoep_folding_tp_group = None
+    zero.fp32_groups_gradients = [[torch.zeros(parameter.numel())]]
+    zero.fp32_groups_has_gradients = [[False]]
+    return zero
+
+
 def test_gradients_are_summed_to_the_bit_as_deepspeed_sums_them() -> None:
     torch.manual_seed(3)
-    ours, theirs = (nn.Parameter(torch.zeros(7, 5, dtype=torch.bfloat16)) for _ in range(2))
-    zero = SimpleNamespace(gradient_accumulation_dtype=torch.float32)
-    for parameter in (ours, theirs):
+    parameters = [nn.Parameter(torch.zeros(7, 5, dtype=torch.bfloat16)) for _ in range(2)]
+    ours, theirs = (bfloat16_optimizer(parameter) for parameter in parameters)
+    sum_gradients_without_copies(ours)
+    for number in range(4):
+        gradient = torch.randn(7, 5).bfloat16()
+        for zero, parameter in zip((ours, theirs), parameters, strict=True):
+            parameter.grad = gradient.clone()
+            zero._update_hp_grad(parameter, 0, 0, clear_lp_grads=number == 3)
+            assert zero.fp32_groups_has_gradients == [[True]] and parameter._hp_grad is zero.fp32_groups_gradients[0][0]
+            assert not parameter.grad.any() if number == 3 else torch.equal(parameter.grad, gradient)
+    parameters[0].grad = None  # as where a parameter took no part
+    ours._update_hp_grad(parameters[0], 0, 0, clear_lp_grads=False)
+    assert theirs.fp32_groups_gradients[0][0].any()
+    torch.testing.assert_close(ours.fp32_groups_gradients, theirs.fp32_groups_gradients, rtol=0, atol=0)
+
+
+def test_gradients_of_an_offloaded_optimizer_are_summed_to_the_bit_as_deepspeed_sums_them() -> None:
+    torch.manual_seed(3)
+    parameters = [nn.Parameter(torch.zeros(7, 5, dtype=torch.bfloat16)) for _ in range(2)]
+    zeros = [DeepSpeedZeroOptimizer.__new__(DeepSpeedZeroOptimizer) for _ in parameters]
+    for zero, parameter in zip(zeros, parameters, strict=True):
+        zero.use_grad_accum_attribute, zero.gradient_accumulation_dtype = True, torch.float32
         parameter.grad_accum = None  # type: ignore[attr-defined]
+    sum_gradients_without_copies(zeros[0])
     for _ in range(4):
         gradient = torch.randn(7, 5).bfloat16()
-        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        add_gradient(ours)
-        DeepSpeedZeroOptimizer._fill_param_grad_accum_attribute(zero, theirs)
-        assert ours.grad is None and theirs.grad is None
-    assert ours.grad_accum.dtype == torch.float32  # type: ignore[attr-defined]
-    torch.testing.assert_close(ours.grad_accum, theirs.grad_accum, rtol=0, atol=0)  # type: ignore[attr-defined]
-    add_gradient(ours)  # no gradient this time, as where a parameter took no part
-    torch.testing.assert_close(ours.grad_accum, theirs.grad_accum, rtol=0, atol=0)  # type: ignore[attr-defined]
+        for zero, parameter in zip(zeros, parameters, strict=True):
+            parameter.grad = gradient.clone()
+            zero._fill_param_grad_accum_attribute(parameter)
+            assert parameter.grad is None
+    zeros[0]._fill_param_grad_accum_attribute(parameters[0])  # no gradient this time
+    sums = [parameter.grad_accum for parameter in parameters]  # type: ignore[attr-defined]
+    assert sums[0].dtype == torch.float32 and sums[1].any()
+    torch.testing.assert_close(sums[0], sums[1], rtol=0, atol=0)
+
+
+def test_no_other_optimizer_is_touched() -> None:
+    other = SimpleNamespace()
+    sum_gradients_without_copies(other)
+    assert not vars(other)
 
 
 def test_weights_drawn_by_several_threads_are_those_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,12 @@ from infini_kernels.arguments import Rotary, values_known
 from infini_kernels.compressive import SegmentMemory, full_precision
 from infini_kernels.local import segment_attention
 from infini_kernels.memory import MemoryState
-from infini_kernels.parts import counted_as
+from infini_kernels.parts import counted_as, part
 from infini_kernels.segments import SegmentLayout, lengths_by_segment, padding_mask, to_device
 from infini_kernels.triton.features import softmax_shift
 from infini_kernels.triton.read import read_and_mix, read_and_mix_in_place
 from infini_kernels.triton.removal import segment_removals
-from infini_kernels.triton.rotary import rotate
+from infini_kernels.triton.rotary import rotate, with_rotated
 from infini_kernels.triton.states import segment_states
 from infini_kernels.triton.walk import walk_segments
 from infini_kernels.variants import read_state, remembered_values, write_strength
@@ -55,6 +55,9 @@ def infini_attention_triton(
         reset = (
             None if values_known(reset) and not bool(reset.any()) else to_device(reset, q.device).to(torch.int8).contiguous()
         )
+    queries, keys = q, k
+    if rotary is not None:
+        (q, queries), (k, keys) = beside_rotated(q, k, rotary, tokens, layout)
     with full_precision(q):
         # What stands at padding may be NaN, and its gradient 0 * NaN.
         real = k if padding is None or write_gate is None else k.masked_fill(padding, 0)
@@ -64,7 +67,7 @@ def infini_attention_triton(
         updates = KernelUpdates(k, remembered_values(v, normaliser), tokens, layout.width, shift, strength)
         written = SegmentMemory(updates, memory, reset, update_rule, eps, group, repeats)
     # Here, so that the exchange of a group that is now under way overlaps with it.
-    local = local_half(q, k, v, rotary, tokens, padding, layout).to(v.dtype)  # under autocast it has another type
+    local = attend(queries, keys, v, rotary is not None, padding, layout).to(v.dtype)  # under autocast it has another type
     with full_precision(q):
         carried = written.carry()
         entering = carried.entering or MemoryState(torch.zeros_like(updates.written), torch.zeros_like(updates.z))
@@ -153,14 +156,27 @@ def tokens_by_segment(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, 
 
 
 @counted_as("local attention")
+def beside_rotated(
+    q: Tensor, k: Tensor, rotary: Rotary, tokens: Tensor, layout: SegmentLayout
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Queries and keys, each as they are and rotated."""
+    return with_rotated(q, *rotary, tokens, layout.width), with_rotated(k, *rotary, tokens, layout.width)
+
+
 def local_half(
     q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, tokens: Tensor, padding: Tensor | None, layout: SegmentLayout
 ) -> Tensor:
-    """Segment-local attention [B, T, H, Dv]; what stands at padding may be NaN, so it is zeroed first."""
+    """Segment-local attention [B, T, H, Dv] of q and k that are not rotated yet."""
     if rotary is not None:
-        q, k = (rotate(x, *rotary, tokens, layout.width, 1) for x in (q, k))
-    elif padding is not None:
-        q, k = (x.masked_fill(padding, 0) for x in (q, k))
+        with part("local attention"):
+            q, k = (rotate(x, *rotary, tokens, layout.width, 1) for x in (q, k))
+    return attend(q, k, v, rotary is not None, padding, layout)
+
+
+@counted_as("local attention")
+def attend(q: Tensor, k: Tensor, v: Tensor, rotated: bool, padding: Tensor | None, layout: SegmentLayout) -> Tensor:
+    """Segment-local attention [B, T, H, Dv]; what stands at padding may be NaN, so it is zeroed first, as rotating does."""
     if padding is not None:
+        q, k = (q, k) if rotated else (x.masked_fill(padding, 0) for x in (q, k))
         v = v.masked_fill(padding, 0)
     return layout.unfold(segment_attention(layout.fold(q), layout.fold(k), layout.fold(v), None))

@@ -1,0 +1,48 @@
+"""Sums of gradients over the micro-batches of a window, in float32, which DeepSpeed keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import nn
+
+from infini_kernels.gradient_sum import add_to_sum
+
+
+def sum_gradients_without_copies(zero: Any) -> None:
+    """Let a ZeRO optimizer of DeepSpeed add each micro-batch's gradient to its float32 sum as it is.
+
+    To the bit what DeepSpeed does, which first copies the gradient to float32: on an H200 copy and sum took 6% of a training
+    step, because here every micro-batch of a window adds to all sums.
+
+    Args:
+        zero: what `deepspeed.initialize` made. Stage 1 in bfloat16 has a class of its own, and another with an offloaded
+            optimizer; any other sums in the type of the gradients and is left alone.
+    """
+    if isinstance(zero, BF16_Optimizer):
+
+        def add_to_group(parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
+            if parameter.grad is None:
+                return
+            total = zero.fp32_groups_gradients[group][index]
+            add_to_sum(total, parameter.grad)
+            parameter._hp_grad = total  # type: ignore[attr-defined]
+            zero.fp32_groups_has_gradients[group][index] = True
+            if clear_lp_grads:
+                parameter.grad.zero_()
+
+        zero._update_hp_grad = add_to_group
+    elif getattr(zero, "use_grad_accum_attribute", False) and zero.gradient_accumulation_dtype == torch.float32:
+
+        def add_to_attribute(parameter: nn.Parameter) -> None:
+            if parameter.grad is None:
+                return
+            if parameter.grad_accum is None:  # type: ignore[attr-defined]
+                parameter.grad_accum = parameter.grad.float()  # type: ignore[attr-defined]
+            else:
+                add_to_sum(parameter.grad_accum, parameter.grad)  # type: ignore[attr-defined]
+            parameter.grad = None
+
+        zero._fill_param_grad_accum_attribute = add_to_attribute

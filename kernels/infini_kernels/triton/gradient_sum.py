@@ -1,0 +1,28 @@
+"""A gradient of any type is added to its float32 sum in one pass.
+
+PyTorch converts first, or adds numbers of two types one by one: either takes twice what the bytes take.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from infini_kernels.triton.blocks import launch
+
+BLOCK = 4096
+"""Numbers of a program."""
+
+
+@triton.jit
+def _add_kernel(total_ptr, x_ptr, COUNT, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < COUNT
+    total = tl.load(total_ptr + i, mask=mask, other=0.0)
+    tl.store(total_ptr + i, total + tl.load(x_ptr + i, mask=mask, other=0.0).to(tl.float32), mask=mask)
+
+
+def add_contiguous(total: Tensor, x: Tensor) -> None:
+    """total += x, for float32 `total` and as many numbers of x, both contiguous."""
+    launch(_add_kernel, (triton.cdiv(total.numel(), BLOCK),), total, x, total.numel(), BLOCK=BLOCK, num_warps=8)
