@@ -19,7 +19,7 @@ import torch
 
 from infini_train.platform import processor
 
-NAMES = ("stream", "window", "pipeline", "checkpoint", "peers", "ageing", "compiled", "tiles", "operation", "step")
+NAMES = ("stream", "window", "pipeline", "checkpoint", "peers", "ageing", "host", "compiled", "tiles", "operation", "step")
 ON_CUDA = ("tiles", "operation", "step")
 LIBRARIES = ("torch", "triton", "megatron-core", "deepspeed", "flash-attn", "liger-kernel", "flash-linear-attention")
 RESULTS = Path(__file__).parent / "results"

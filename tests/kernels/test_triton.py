@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from infini_kernels import MemoryState, infini_attention
 from infini_kernels.segments import SegmentLayout
 from infini_kernels.triton import blocks, gradient_sum, operation
 from infini_kernels.triton.blocks import by_token
-from infini_kernels.triton.rotary import rotated_back_and_added, with_rotated
+from infini_kernels.triton.features import softmax_shift
+from infini_kernels.triton.operator import Operator, as_custom_operators
+from infini_kernels.triton.read import read_and_mix
+from infini_kernels.triton.removal import segment_removals
+from infini_kernels.triton.rotary import rotate, rotated_back_and_added, with_rotated
+from infini_kernels.triton.states import segment_states
+from infini_kernels.triton.walk import walk_segments
 from tests import kernel_cases
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -122,7 +132,68 @@ def test_operators_are_registered_soundly() -> None:
         (rotated_back_and_added, (q.detach(), local.detach()[..., :16], angle.cos(), angle.sin(), tokens, 5)),
     ]
     for operator, arguments in calls:
-        torch.library.opcheck(operator, arguments)
+        torch.library.opcheck(operator.custom if isinstance(operator, Operator) else operator, arguments)
+
+
+def layer_with_everything() -> tuple[list[torch.Tensor], Callable[[], tuple[torch.Tensor, ...]]]:
+    """Leaves, and outputs of a call that takes every operator."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 10, 2, 16), (2, 10, 1, 16), (2, 10, 1, 16), (2,), (1, 16)]
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    angle = torch.randn(5, 8, generator=generator)
+    options = {"segment_length": 5, "rotary": (angle.cos(), angle.sin()), "feature_map": "softmax", "backend": "triton"}
+
+    def call() -> tuple[torch.Tensor, ...]:
+        q, k, v, gate, write_gate = leaves
+        out, memory = infini_attention(q, k, v, gate, update_rule="delta", write_gate=write_gate, **options)  # type: ignore[arg-type]
+        return out, memory.M, memory.z
+
+    return leaves, call
+
+
+def test_operators_called_directly_are_those_that_compilers_see() -> None:
+    leaves, call = layer_with_everything()
+
+    def everything() -> tuple[torch.Tensor, ...]:
+        results = call()
+        return *results, *torch.autograd.grad(results, leaves, [torch.ones_like(each) for each in results])
+
+    directly = everything()
+    with as_custom_operators():
+        torch.testing.assert_close(everything(), directly, rtol=0, atol=0)
+    with torch.no_grad():
+        without = call()
+        with as_custom_operators():
+            torch.testing.assert_close(call(), without, rtol=0, atol=0)
+
+
+def test_operators_are_called_directly_where_nothing_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, call = layer_with_everything()
+    asked: list[str] = []
+    for operator in (segment_states, walk_segments, read_and_mix, segment_removals, rotate, softmax_shift):
+
+        def custom(*arguments: object, name: str = operator.__name__, then: Callable[..., object] = operator.custom) -> object:
+            asked.append(name)
+            return then(*arguments)
+
+        monkeypatch.setattr(operator, "custom", custom)
+    call()
+    assert not asked
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        out, M, _ = call()
+    assert out.shape == (2, 10, 2, 16) and M.shape == (2, 1, 16, 16)
+    assert set(asked) == {"segment_states", "walk_segments", "read_and_mix", "segment_removals", "rotate", "softmax_shift"}
+
+
+@pytest.mark.parametrize("way", [nullcontext, as_custom_operators])
+def test_a_second_derivative_is_refused(way: Callable[[], AbstractContextManager[None]]) -> None:
+    k, v = (torch.randn(1, 4, 1, 16).requires_grad_() for _ in range(2))
+    tokens = torch.tensor([[4]], dtype=torch.int32)
+    with way():
+        written, _ = segment_states(k, v, tokens, 4)
+        (first,) = torch.autograd.grad(written.sum(), k, create_graph=True)
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(first.sum(), v)
 
 
 @pytest.mark.parametrize("wanted", ["both", "as they are", "rotated"])

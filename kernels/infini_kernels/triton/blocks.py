@@ -124,9 +124,19 @@ def halves(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return high, (x - high).bfloat16()
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own, made for kernels too, takes the host many times as long."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, which is at least 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def block(width: int, largest: int = WIDEST_HEAD) -> int:
     """A block's side for a dimension of this width."""
-    return min(largest, max(SMALLEST, triton.next_power_of_2(width)))
+    return min(largest, max(SMALLEST, next_power_of_2(width)))
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -197,9 +207,9 @@ def blocks_of_a_program(width: int, block_tokens: int, segments: int, warps: int
         segments: of all rows and heads, which have programs of their own.
         warps: of a program.
     """
-    programs = triton.cdiv(WARPS_OF_A_FULL_CARD, warps * segments)
-    tokens = min(TOKENS_OF_A_PROGRAM, triton.cdiv(width, max(1, programs)))
-    return min(triton.cdiv(width, block_tokens), triton.cdiv(tokens, block_tokens))
+    programs = cdiv(WARPS_OF_A_FULL_CARD, warps * segments)
+    tokens = min(TOKENS_OF_A_PROGRAM, cdiv(width, max(1, programs)))
+    return min(cdiv(width, block_tokens), cdiv(tokens, block_tokens))
 
 
 def sum_tile(head_width: int, value_width: int, dtype: torch.dtype) -> tuple[int, int, int, int]:

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini_kernels.triton.blocks import block, by_token, launch
+from infini_kernels.triton.blocks import block, by_token, cdiv, launch
+from infini_kernels.triton.operator import Operator
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def _shift_kernel(
     tl.store(shift_ptr + (row * T + t) * H + h, largest + tl.log(total), mask=inside)
 
 
-@torch.library.custom_op("infini_kernels::softmax_shift", mutates_args=())
+@Operator
 def softmax_shift(x: Tensor) -> Tensor:
     """log Σ exp(2 x) over the last dimension: x [B, T, heads, D] -> [B, T, heads] float32, without a gradient of its own, which
     `sigma_backward` holds already."""
@@ -57,7 +58,7 @@ def softmax_shift(x: Tensor) -> Tensor:
     x, strides = by_token(x)
     shift = torch.empty(B, T, H, dtype=torch.float32, device=x.device)
     BW = block(T, 64)
-    launch(_shift_kernel, (B * H, triton.cdiv(T, BW)), x, shift, *strides, T, H, D=D, BW=BW, BD=block(D))
+    launch(_shift_kernel, (B * H, cdiv(T, BW)), x, shift, *strides, T, H, D=D, BW=BW, BD=block(D))
     return shift
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini_kernels.triton.blocks import launch
+from infini_kernels.triton.blocks import cdiv, launch
 
 BLOCK = 4096
 """Numbers of a program."""
@@ -25,4 +25,4 @@ def _add_kernel(total_ptr, x_ptr, COUNT, BLOCK: tl.constexpr):
 
 def add_contiguous(total: Tensor, x: Tensor) -> None:
     """total += x, for float32 `total` and as many numbers of x, both contiguous."""
-    launch(_add_kernel, (triton.cdiv(total.numel(), BLOCK),), total, x, total.numel(), BLOCK=BLOCK, num_warps=8)
+    launch(_add_kernel, (cdiv(total.numel(), BLOCK),), total, x, total.numel(), BLOCK=BLOCK, num_warps=8)

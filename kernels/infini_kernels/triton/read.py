@@ -17,6 +17,7 @@ from infini_kernels.triton.blocks import (
     block,
     blocks_of_a_program,
     by_token,
+    cdiv,
     dot,
     halves,
     launch,
@@ -27,6 +28,7 @@ from infini_kernels.triton.blocks import (
     tile,
 )
 from infini_kernels.triton.features import sigma
+from infini_kernels.triton.operator import Operator
 from infini_kernels.triton.read_backward import read_and_mix_backward, share_of_memory
 
 
@@ -84,7 +86,7 @@ def _read_kernel(
             )
 
 
-@torch.library.custom_op("infini_kernels::read_and_mix", mutates_args=())
+@Operator
 def read_and_mix(
     q: Tensor,
     local: Tensor,
@@ -158,7 +160,7 @@ def _read_and_mix(
     BW, BV = block(width, BW), block(DV, BV)
     per = blocks_of_a_program(width, BW, B * N * H, warps) if BV >= DV else 1
     launch(
-        _read_kernel, (B * N * H, triton.cdiv(width, BW * per)),
+        _read_kernel, (B * N * H, cdiv(width, BW * per)),
         q, local, gate.contiguous(), *halves(M, q.dtype), z.contiguous(), tokens, shift, out, *q_strides, *local_strides,
         eps, T, N, H, H // M.shape[2], W=width, D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per,
         LOCAL_ONLY=local_only, WAY=product_way(q.dtype), num_warps=warps, num_stages=stages,

@@ -16,6 +16,7 @@ from infini_kernels.triton.blocks import (
     block,
     blocks_of_a_program,
     by_token,
+    cdiv,
     dot,
     halves,
     launch,
@@ -26,6 +27,7 @@ from infini_kernels.triton.blocks import (
     tile,
 )
 from infini_kernels.triton.features import sigma, sigma_backward
+from infini_kernels.triton.operator import Operator
 
 TILE_OF_ONE_PASS = Tile(32, 128, 8, 3)
 """For one pass, which takes the registers of a Hopper card and heads of up to 128 columns."""
@@ -161,7 +163,7 @@ def _read_backward_states_kernel(
         tl.store(dz_ptr + state + d, dz, mask=in_d)
 
 
-@torch.library.custom_op("infini_kernels::read_and_mix_backward", mutates_args=())
+@Operator
 def read_and_mix_backward(
     grad: Tensor,
     q: Tensor,
@@ -187,7 +189,7 @@ def read_and_mix_backward(
     BW, BV, warps, stages = TILE_OF_ONE_PASS if one_pass else tile(D, q.dtype, plain=shift is None)
     BW, BV = block(width, BW), block(DV, BV)
     per = blocks_of_a_program(width, BW, B * N * H, warps) if BV >= DV else 1
-    programs = triton.cdiv(width, BW * per)
+    programs = cdiv(width, BW * per)
     # In one pass a gradient of the states for each head and program of a group; else two numbers for each token and head.
     parts = [x.new_empty(B, N, G, H // G * programs, *x.shape[3:]) for x in (dM, dz)] if one_pass else [None, None]
     scale, dnorm = (None if one_pass else dM.new_empty(B, T, H) for _ in range(2))
@@ -208,7 +210,7 @@ def read_and_mix_backward(
         _, BD, BV, _ = sum_tile(D, DV, q.dtype)
         BW = 32 if shift is None or q.dtype == torch.float32 else 16
         launch(
-            _read_backward_states_kernel, (B * N * G, triton.cdiv(D, BD), triton.cdiv(DV, BV)),
+            _read_backward_states_kernel, (B * N * G, cdiv(D, BD), cdiv(DV, BV)),
             q, tokens, shift, grad, scale, dnorm, dM, dz, *q_strides, *grad_strides, T, N, H, R=H // G, W=width,
             D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, WAY=product_way(q.dtype), num_warps=8,
         )  # fmt: skip

@@ -18,6 +18,7 @@ from infini_kernels.triton.blocks import (
     block,
     blocks_of_a_program,
     by_token,
+    cdiv,
     dot,
     dot_exact_both,
     exact_way,
@@ -27,6 +28,7 @@ from infini_kernels.triton.blocks import (
     tile,
 )
 from infini_kernels.triton.features import sigma, sigma_backward
+from infini_kernels.triton.operator import Operator
 
 
 @triton.jit
@@ -146,7 +148,7 @@ def _removal_backward_kernel(
     tl.store(dz_ptr + part * D + d, dz, mask=in_d)
 
 
-@torch.library.custom_op("infini_kernels::segment_removals", mutates_args=())
+@Operator
 def segment_removals(
     k: Tensor,
     z: Tensor,
@@ -166,13 +168,13 @@ def segment_removals(
     removed = torch.empty(X, G, D, D, dtype=torch.float32, device=k.device)
     BW = block(width, 64)
     launch(
-        _scale_kernel, (X * G, triton.cdiv(width, BW)),
+        _scale_kernel, (X * G, cdiv(width, BW)),
         k, z.contiguous(), rows, tokens, shift, scale, *strides, eps, T, N, G, W=width, D=D, BW=BW, BD=block(D),
     )  # fmt: skip
     BW, BD, warps, stages = {torch.float32: (32, 32, 4, 2), torch.float16: (32, 64, 4, 2)}.get(k.dtype, (64, 128, 8, 3))
     BD = block(D, BD)
     launch(
-        _removal_kernel, (X * G, triton.cdiv(D, BD), triton.cdiv(D, BD)),
+        _removal_kernel, (X * G, cdiv(D, BD), cdiv(D, BD)),
         k, scale, rows, tokens, shift, strength, removed, *strides, T, N, G, W=width,
         D=D, BW=block(width, BW), BD=BD, WAY=exact_way(k.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -195,7 +197,7 @@ def _(
     return z.new_empty(X, G, D, D, dtype=torch.float32), z.new_empty(X, G, width, dtype=torch.float32)
 
 
-@torch.library.custom_op("infini_kernels::segment_removals_backward", mutates_args=())
+@Operator
 def segment_removals_backward(
     gradient: Tensor,
     k: Tensor,
@@ -219,7 +221,7 @@ def segment_removals_backward(
     BW, BJ, warps, stages = tile(D, k.dtype, plain=shift is None and strength is None)
     BW, BJ = block(width, min(BW, 32)), block(D, BJ)
     per = blocks_of_a_program(width, BW, X * G, warps) if BJ >= D else 1
-    programs = triton.cdiv(width, BW * per)
+    programs = cdiv(width, BW * per)
     parts = dz.new_empty(X, G, programs, D)
     launch(
         _removal_backward_kernel, (X * G, programs),

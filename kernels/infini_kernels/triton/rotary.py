@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini_kernels.triton.blocks import by_token, launch
+from infini_kernels.triton.blocks import by_token, cdiv, launch, next_power_of_2
+from infini_kernels.triton.operator import Operator
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def _rotary_kernel(
     tl.store(out + HALF, turned_second.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("infini_kernels::rotate", mutates_args=())
+@Operator
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor, width: int, direction: int) -> Tensor:
     """x [B, T, heads, D], cos and sin [W or more, D/2], tokens [B, N], W -> x rotated; direction -1 rotates it back."""
     return _rotate(x, None, cos, sin, tokens, width, direction)
@@ -63,7 +64,7 @@ def _(x: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor, width: int, direction
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("infini_kernels::rotated_back_and_added", mutates_args=())
+@Operator
 def rotated_back_and_added(x: Tensor, beside: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor, width: int) -> Tensor:
     """x rotated back, plus `beside` [B, T, heads, D]; rounded once. No gradients."""
     return _rotate(x, beside, cos, sin, tokens, width, -1)
@@ -79,10 +80,10 @@ def _rotate(x: Tensor, beside: Tensor | None, cos: Tensor, sin: Tensor, tokens: 
     x, strides = by_token(x)
     beside, beside_strides = (None, (0, 0, 0)) if beside is None else by_token(beside)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    BH = triton.next_power_of_2(D // 2)
+    BH = next_power_of_2(D // 2)
     BT = max(1, 4096 // BH)
     launch(
-        _rotary_kernel, (B, heads, triton.cdiv(T, BT)),
+        _rotary_kernel, (B, heads, cdiv(T, BT)),
         x, cos.contiguous(), sin.contiguous(), tokens, beside, out, *strides, *beside_strides, T, N, heads, width, direction,
         HALF=D // 2, BT=BT, BH=BH,
     )  # fmt: skip

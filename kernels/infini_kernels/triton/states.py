@@ -18,6 +18,7 @@ from infini_kernels.triton.blocks import (
     block,
     blocks_of_a_program,
     by_token,
+    cdiv,
     dot,
     dot_exact,
     exact_way,
@@ -28,6 +29,7 @@ from infini_kernels.triton.blocks import (
     tile,
 )
 from infini_kernels.triton.features import sigma, sigma_backward
+from infini_kernels.triton.operator import Operator
 
 
 @triton.jit
@@ -118,7 +120,7 @@ def _states_backward_kernel(
         tl.store(dk_ptr + out[:, None] * D + d[None, :], dkey, mask=inside[:, None] & in_d[None, :])
 
 
-@torch.library.custom_op("infini_kernels::segment_states", mutates_args=())
+@Operator
 def segment_states(
     k: Tensor, v: Tensor, tokens: Tensor, width: int, shift: Tensor | None = None, strength: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -128,7 +130,7 @@ def segment_states(
     state = k.new_empty(B, N, G, D, DV, dtype=torch.float32)
     z = k.new_empty(B, N, G, D, dtype=torch.float32)
     BW, BD, BV, warps = sum_tile(D, DV, k.dtype)
-    grid = (B * N * G, triton.cdiv(D, BD), triton.cdiv(DV, BV))
+    grid = (B * N * G, cdiv(D, BD), cdiv(DV, BV))
     launch(
         _states_kernel, grid,
         k, v, tokens, shift, strength, state, z, *k_strides, *v_strides, T, N, G, W=width,
@@ -146,7 +148,7 @@ def _(
     return k.new_empty(*shape, v.shape[-1], dtype=torch.float32), k.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("infini_kernels::segment_states_backward", mutates_args=())
+@Operator
 def segment_states_backward(
     dstate: Tensor, dz: Tensor, k: Tensor, v: Tensor, tokens: Tensor, shift: Tensor | None, strength: Tensor | None, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +162,7 @@ def segment_states_backward(
     BW, BV = block(width, BW), block(DV, BV)
     per = blocks_of_a_program(width, BW, B * N * G, warps) if BV >= DV else 1
     launch(
-        _states_backward_kernel, (B * N * G, triton.cdiv(width, BW * per)),
+        _states_backward_kernel, (B * N * G, cdiv(width, BW * per)),
         k, v, tokens, shift, strength, dstate.contiguous(), dz.contiguous(), dk, dv, dstrength,
         *k_strides, *v_strides, T, N, G, W=width,
         D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per, WAY=product_way(k.dtype), num_warps=warps, num_stages=stages,

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini_kernels.triton.blocks import block, launch
+from infini_kernels.triton.blocks import block, cdiv, launch, next_power_of_2
+from infini_kernels.triton.operator import Operator
 
 ELEMENTS = 1024
 """Numbers of a state that one program carries where they do not mix."""
@@ -89,7 +90,7 @@ def _recurrence_kernel(
     tl.store(leaving_ptr + own, state, mask=mask)
 
 
-@torch.library.custom_op("infini_kernels::walk_segments", mutates_args=())
+@Operator
 def walk_segments(
     start: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None, backward: bool
 ) -> tuple[Tensor, Tensor]:
@@ -103,10 +104,10 @@ def walk_segments(
     entering, leaving = torch.empty_like(added), torch.empty_like(start)
     if removed is None:
         elements = start[0].numel()
-        BE = min(ELEMENTS, triton.next_power_of_2(elements))
+        BE = min(ELEMENTS, next_power_of_2(elements))
         launch(
             _sums_kernel,
-            (B, triton.cdiv(elements, BE)),
+            (B, cdiv(elements, BE)),
             start,
             added,
             reset,
@@ -122,7 +123,7 @@ def walk_segments(
         BV = block(DV, 16)
         BK = 16 if DV % 16 and D > 64 else 64  # rows that are not aligned take more registers
         launch(
-            _recurrence_kernel, (B * G, triton.cdiv(DV, BV)),
+            _recurrence_kernel, (B * G, cdiv(DV, BV)),
             start, added, removed.contiguous(), reset, entering, leaving, N, G,
             D=D, DV=DV, BD=block(D), BK=block(D, BK), BV=BV, BACKWARD=backward, WAY="tf32x3", num_warps=8,
         )  # fmt: skip

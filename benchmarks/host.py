@@ -1,0 +1,66 @@
+"""What a layer's memory operation costs the host, which must stay ahead of the device: without launches, nothing is computed.
+
+Needs no card. Launching takes as long beside it. Processor time of one thread, the two ways taking turns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from statistics import median
+from typing import Any
+
+import torch
+
+from infini_kernels import infini_attention
+from infini_kernels.triton import blocks
+from infini_kernels.triton.operator import as_custom_operators
+
+SEGMENTS, SEGMENT, ROWS = 2, 16, 2
+"""Few tokens, for local attention is computed."""
+ROUNDS, CALLS = 30, 20
+WAYS: dict[str, Callable[[], Any]] = {"custom operators": as_custom_operators, "called directly": nullcontext}
+
+
+def layer(rule: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Forward, and forward and backward, of one layer as training calls it."""
+    shapes = [(ROWS, SEGMENTS * SEGMENT, heads, 16) for heads in (4, 2, 2)]
+    q, k, v = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+    gate = torch.zeros(4, requires_grad=True)
+    angle = torch.randn(SEGMENT, 8)
+    lengths = torch.full((ROWS, SEGMENTS), SEGMENT)
+    reset = torch.zeros(ROWS, SEGMENTS, dtype=torch.bool)
+    options: dict[str, Any] = {"segment_length": SEGMENT, "update_rule": rule, "rotary": (angle.cos(), angle.sin())}
+    options |= {"lengths": lengths, "reset": reset, "backend": "triton"}
+
+    def forward() -> Any:
+        return infini_attention(q, k, v, gate, **options)
+
+    def both() -> None:
+        out, memory = forward()
+        torch.autograd.grad((out, memory.M, memory.z), (q, k, v, gate), (out, memory.M, memory.z))
+
+    return forward, both
+
+
+def measure() -> tuple[list[dict[str, Any]], list[str]]:
+    """One row for each rule and way: microseconds of a call, medians."""
+    blocks.observers.append(lambda *launch: None)
+    rows = []
+    try:
+        for rule in ("linear", "delta"):
+            work = dict(zip(("forward", "both"), layer(rule), strict=True))
+            found: dict[tuple[str, str], list[float]] = {(way, name): [] for way in WAYS for name in work}
+            for _ in range(ROUNDS):
+                for way, name in found:
+                    with WAYS[way]():
+                        started = time.process_time()
+                        for _ in range(CALLS):
+                            work[name]()
+                        found[way, name].append((time.process_time() - started) / CALLS * 1e6)
+            for way in WAYS:
+                rows.append({"rule": rule, "way": way, **{f"{name} us": median(found[way, name]) for name in work}})
+    finally:
+        blocks.observers.pop()
+    return rows, ["microseconds of processor time; one layer, lengths and resets on the host, launches left out"]

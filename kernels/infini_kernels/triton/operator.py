@@ -1,0 +1,84 @@
+"""Custom operators that cost the host little where no compiler needs them.
+
+torch.compile, CUDA graphs and fake tensors want an operator with a schema, a fake implementation and an autograd formula. Each
+call of one takes the host a tenth of a millisecond, which a layer pays a dozen times in a training step; called as a plain
+`torch.autograd.Function`, the same functions take a fraction (benchmarks/host.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+R = TypeVar("R")
+
+
+class Operator(Generic[R]):
+    """A custom operator of the namespace infini_kernels that mutates nothing.
+
+    Args:
+        implementation: what it does, with a schema that `torch.library.custom_op` can infer. Called with positions alone.
+    """
+
+    def __init__(self, implementation: Callable[..., R]) -> None:
+        functools.update_wrapper(self, implementation)
+        self._implementation = implementation
+        self._defaults = tuple(each.default for each in inspect.signature(implementation).parameters.values())
+        self._function: type[torch.autograd.Function] | None = None
+        self.custom = torch.library.custom_op(f"infini_kernels::{implementation.__name__}", implementation, mutates_args=())
+
+    def register_fake(self, fake: Callable[..., R]) -> None:
+        """See `torch.library.CustomOpDef.register_fake`."""
+        self.custom.register_fake(fake)
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
+        """See `torch.library.CustomOpDef.register_autograd`."""
+        self.custom.register_autograd(backward, setup_context=setup_context)
+
+        # Not the form with a `setup_context` of its own, whose arguments torch binds by inspection at every call.
+        def forward(ctx: Any, *args: Any) -> R:
+            output = self._implementation(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+        self._function = type(self._implementation.__name__, (torch.autograd.Function,), methods)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> R:
+        if kwargs or torch.compiler.is_compiling() or not _plain(args):
+            return self.custom(*args, **kwargs)
+        if not (torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in args)):
+            return self._implementation(*args)
+        if self._function is None:  # a backward of a backward: torch says what is not possible
+            return self.custom(*args)
+        return self._function.apply(*args, *self._defaults[len(args) :])
+
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    """Whether nothing watches or replaces operations: no mode, no tensors of a kind of their own."""
+    return (
+        _direct[-1]
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(each) in (Tensor, torch.nn.Parameter) for each in args if isinstance(each, Tensor))
+    )
+
+
+_direct = [True]
+
+
+@contextmanager
+def as_custom_operators() -> Iterator[None]:
+    """Within, every call goes the way of compilers."""
+    _direct.append(False)
+    try:
+        yield
+    finally:
+        _direct.pop()
