@@ -179,10 +179,15 @@ def test_operators_are_called_directly_where_nothing_watches(monkeypatch: pytest
         monkeypatch.setattr(operator, "custom", custom)
     call()
     assert not asked
+    every = {"segment_states", "walk_segments", "read_and_mix", "segment_removals", "rotate", "softmax_shift"}
     with FakeTensorMode(allow_non_fake_inputs=True):
         out, M, _ = call()
     assert out.shape == (2, 10, 2, 16) and M.shape == (2, 1, 16, 16)
-    assert set(asked) == {"segment_states", "walk_segments", "read_and_mix", "segment_removals", "rotate", "softmax_shift"}
+    assert set(asked) == every
+    asked.clear()
+    with as_custom_operators():
+        call()
+    assert set(asked) == every
 
 
 @pytest.mark.parametrize("way", [nullcontext, as_custom_operators])

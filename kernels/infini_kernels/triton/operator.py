@@ -15,7 +15,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 R = TypeVar("R")
 
@@ -48,7 +47,7 @@ class Operator(Generic[R]):
             setup_context(ctx, args, output)
             return output
 
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._function = type(self._implementation.__name__, (torch.autograd.Function,), methods)
 
     def __call__(self, *args: Any, **kwargs: Any) -> R:
