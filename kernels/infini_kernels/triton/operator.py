@@ -1,8 +1,8 @@
 """Custom operators that cost the host little where no compiler needs them.
 
-torch.compile and fake tensors want an operator with a schema, a fake implementation and an autograd formula. Each call of one takes
-the host tens of microseconds more than the same functions as a plain `torch.autograd.Function`, and a layer makes a dozen calls in
-a training step (benchmarks/host.py).
+torch.compile and fake tensors want an operator with a schema, a fake implementation and an autograd formula. Each call of one
+takes the host tens of microseconds more than the same functions as a plain `torch.autograd.Function`, and a layer makes a dozen
+calls in a training step (benchmarks/host.py).
 """
 
 from __future__ import annotations
