@@ -73,7 +73,7 @@ def ours(recompute: str) -> tuple[nn.Module, Callable[[], float], int]:
 
     def forward_backward() -> float:
         loss_sum, _ = parts.pipeline.train_step(batches, {}, 1 / (SEGMENT * SEGMENTS))  # type: ignore[arg-type]
-        return loss_sum / (SEGMENT * SEGMENTS)
+        return float(loss_sum) / (SEGMENT * SEGMENTS)
 
     return parts.engine.module, forward_backward, LAYERS * HEADS * HEAD_WIDTH * (HEAD_WIDTH + 1)
 

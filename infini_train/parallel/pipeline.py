@@ -69,7 +69,7 @@ class SegmentPipeline:
             {layer.layer_number for layer in engine.module.layers(chunk)} for chunk in range(layout.virtual_stages)
         ]
 
-    def train_step(self, batches: Sequence[StreamBatch], memory: Memory, loss_scale: float) -> tuple[float, Memory]:
+    def train_step(self, batches: Sequence[StreamBatch], memory: Memory, loss_scale: float) -> tuple[Tensor, Memory]:
         """Forward and backward of all micro-batches of a step; gradients stay in the engine.
 
         Args:
@@ -78,8 +78,8 @@ class SegmentPipeline:
             loss_scale: factor on the summed token losses before back-propagation.
 
         Returns:
-            Loss summed over the tokens of this process's rows by their weights, in nats (0 before the last stage), and the
-            memory that leaves.
+            Loss summed over the tokens of this process's rows by their weights, in nats (0 before the last stage), on the
+            device, because reading it waits for all that is queued there; and the memory that leaves.
         """
         window = self.run.training.micro_batches_per_window
         recompute = self.run.training.recompute == "stage"
@@ -124,7 +124,7 @@ class SegmentPipeline:
                     self.transport.send_backward(current.hidden_in.grad, chunk)
         self.activity.begin("sends to neighbouring stages", waits=True)
         self.transport.wait_sends()
-        return float(loss_sum), detach_memory(memory)
+        return loss_sum, detach_memory(memory)
 
     @torch.no_grad()
     def evaluate(

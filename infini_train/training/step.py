@@ -55,7 +55,7 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     with part("optimizer"):
         grad_norm = parts.engine.step(state.step)
     activity.begin("agreement on the loss", waits=True)
-    loss = all_reduce_sum([loss_sum if layout.tp_rank == 0 else 0.0])[0] / total_weight
+    loss = all_reduce_sum([float(loss_sum) if layout.tp_rank == 0 else 0.0])[0] / total_weight
 
     activity.begin("metrics")
     activity.set_limit("step")
