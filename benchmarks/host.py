@@ -1,6 +1,6 @@
 """What a layer's memory operation costs the host, which must stay ahead of the device: without launches, nothing is computed.
 
-Needs no card. Launching takes as long beside it. Processor time of one thread, the two ways taking turns.
+Needs no card. Launching the kernels comes on top, the same both ways. Processor time of one thread, the two ways taking turns.
 """
 
 from __future__ import annotations
