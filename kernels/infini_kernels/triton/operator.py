@@ -50,9 +50,9 @@ class Operator(Generic[R]):
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._function = type(self._implementation.__name__, (torch.autograd.Function,), methods)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> R:
-        if kwargs or torch.compiler.is_compiling() or not _plain(args):
-            return self.custom(*args, **kwargs)
+    def __call__(self, *args: Any) -> R:
+        if torch.compiler.is_compiling() or not _plain(args):
+            return self.custom(*args)
         if not (torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in args)):
             return self._implementation(*args)
         if self._function is None:  # a backward of a backward: torch says what is not possible
