@@ -34,8 +34,8 @@ from infini_train.evaluation.records import read_metrics
 from infini_train.parser import read_config
 
 LONG = 1 << 20
-"""From this length on a cell has LONG_SAMPLES texts."""
-SAMPLES, LONG_SAMPLES = 50, 10
+"""From this length on a cell has the second number of samples."""
+SAMPLES = (50, 10)
 GRIDS = {"short": [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1], "long": [0, 0.25, 0.5, 0.75, 1]}
 
 
@@ -46,10 +46,14 @@ class Seed:
         config: YAML file of the recipe.
         folder: holds the data, the run and its evaluations.
         processes: that train.
+        samples: texts a cell below LONG tokens, and from there on.
     """
 
-    def __init__(self, config: Path, run: RunConfig, seed: int, folder: Path, processes: int) -> None:
+    def __init__(
+        self, config: Path, run: RunConfig, seed: int, folder: Path, processes: int, samples: tuple[int, int] = SAMPLES
+    ) -> None:
         self.config, self.run, self.seed, self.folder, self.processes = config, run, seed, folder, processes
+        self.samples = dict(zip(GRIDS, samples, strict=True))
 
     def _call(self, *arguments: str, run_dir: Path, processes: int = 1) -> None:
         command = [sys.executable, "-m", "infini_train"]
@@ -98,7 +102,7 @@ class Seed:
             lengths = [length for length in self.run.task.lengths if (length >= LONG) == (name == "long")]
             if not lengths or self._evaluation(name).get("complete"):
                 continue
-            samples = LONG_SAMPLES if name == "long" else SAMPLES
+            samples = self.samples[name]
             self._call(
                 *("evaluate", "passkey", "--from_checkpoint", str(checkpoint)),
                 *("--task.lengths", json.dumps(lengths), "--task.depths", json.dumps(depths)),
@@ -180,16 +184,20 @@ def main() -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--processes", type=int, default=2, help="that train; evaluation takes one")
+    counts = f"texts a cell below {LONG:,} tokens, and from there on; the record has them (default: %(default)s)"
+    parser.add_argument("--samples", type=int, nargs=2, default=SAMPLES, metavar=("SHORT", "LONG"), help=counts)
     arguments = parser.parse_args()
     try:
-        run_recipe(arguments.config, arguments.seeds, arguments.processes)
+        if min(arguments.samples) < 1:
+            raise UserError(f"--samples is {arguments.samples}; each must be at least 1")
+        run_recipe(arguments.config, arguments.seeds, arguments.processes, tuple(arguments.samples))
     except UserError as error:
         print(f"recipe: error: {error}", file=sys.stderr)
         return UserError.exit_code
     return 0
 
 
-def run_recipe(config: Path, seeds: list[int], processes: int) -> None:
+def run_recipe(config: Path, seeds: list[int], processes: int, samples: tuple[int, int] = SAMPLES) -> None:
     """Run what is not in the record yet, and show it.
 
     Raises:
@@ -203,7 +211,7 @@ def run_recipe(config: Path, seeds: list[int], processes: int) -> None:
         if any(record["seed"] == seed for record in records):
             print(f"recipe: seed {seed} is in {path}", file=sys.stderr)
             continue
-        each = Seed(config, run, seed, Path("runs") / name / f"seed-{seed}", processes)
+        each = Seed(config, run, seed, Path("runs") / name / f"seed-{seed}", processes, samples)
         each.train()
         each.evaluate()
         if not (RESULTS / name).exists():
