@@ -1,7 +1,8 @@
 """How long a step takes, from FLOPs, bytes and a few assumed shares of what a data sheet promises.
 
-Every assumption is a constant of this file with its source. Against one measured step (a slice of 8B, 4 layers, on one H100;
-benchmarks/results/step.jsonl): 0.408 s planned, 0.452 measured with fused layers and the same bits twice.
+Every assumption is a constant of this file with its source. Against measured steps (benchmarks/results/step.jsonl; fused
+layers, same bits twice): a slice of 8B, 4 layers, 0.408 s planned and 0.452 measured on an H100, 0.385 and 0.424 on an H200;
+1B in micro-batches that the host holds up, on an H200, 0.732 s planned and 0.856 measured (0.637 without memory).
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ LINK_SHARE = {"NVLink": 0.75, "network": 0.80}
 megabytes; https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md says how that number is defined)."""
 MESSAGE_SECONDS = {"NVLink": 15e-6, "network": 30e-6}
 """Time of a message however small. A guess at NCCL's latency: no source."""
+HOST_SECONDS = 9e-3
+"""Time that the host takes to launch a layer's kernels for one micro-batch, forward and backward, however few tokens it has. A
+model of 1B was held up by its host (20 layers, micro-batches of 8,192 tokens, an H200; benchmarks/results/step.jsonl): 8.0 ms
+with `local`, 10.7 with `infini` before its operators were called directly. Hosts were seen to differ by 40%."""
 OPTIMIZER_BYTES = 28
 """Bytes that a fused Adam reads and writes for each number that it steps: float32 gradient, weight and two moments read, the
 last three written."""
@@ -51,8 +56,10 @@ class StepTime:
     """Seconds of one optimizer step on the stage that holds up the others."""
 
     stage: int
-    compute: float
+    device: float
     """Matrix products, attention, memory and passes over tensors, recomputation included, of all micro-batches."""
+    host: float
+    """Launching all that, beside the GPU's work."""
     communication: float
     """Over tensor, context and pipeline groups, of all micro-batches; nothing overlaps with computation."""
     bubble: float
@@ -60,6 +67,11 @@ class StepTime:
     data: float
     """Reducing gradients and gathering weights."""
     optimizer: float
+
+    @property
+    def compute(self) -> float:
+        """Whichever of the two is slower holds up the other."""
+        return max(self.device, self.host)
 
     @property
     def total(self) -> float:
@@ -99,6 +111,12 @@ def stage_compute_seconds(sizes: Sizes, stage: int, gpu: Gpu) -> float:
     return seconds + kept * passes / (gpu.memory_bandwidth * BANDWIDTH_SHARE)
 
 
+def stage_host_seconds(sizes: Sizes) -> float:
+    """Launching one micro-batch on one process of a stage, forward and backward."""
+    forward_passes = 4 if sizes.run.training.recompute != "none" else 3
+    return sizes.stage_layers * HOST_SECONDS * forward_passes / 3
+
+
 def step_time(sizes: Sizes, gpu: Gpu) -> StepTime:
     """The slowest stage's step."""
     return max((_stage_time(sizes, stage, gpu) for stage in range(sizes.pp)), key=lambda time: time.total)
@@ -108,7 +126,7 @@ def _stage_time(sizes: Sizes, stage: int, gpu: Gpu) -> StepTime:
     run, layout = sizes.run, sizes.run.layout
     micro_batches = run.micro_batches_per_step
     traffic = stage_traffic(sizes, stage)
-    compute = micro_batches * stage_compute_seconds(sizes, stage, gpu)
+    device, host = micro_batches * stage_compute_seconds(sizes, stage, gpu), micro_batches * stage_host_seconds(sizes)
     inside = sum(traffic_seconds(item, gpu) for item in traffic if item.kind != "data")
     data = sum(traffic_seconds(item, gpu) for item in traffic if item.kind == "data")
     idle = pipeline_bubble(layout.pipeline_parallel_size, micro_batches, virtual_stages=layout.virtual_stages)
@@ -118,9 +136,10 @@ def _stage_time(sizes: Sizes, stage: int, gpu: Gpu) -> StepTime:
     step_bytes = stepped * OPTIMIZER_BYTES + 4 * FLOAT32 * number
     return StepTime(
         stage=stage,
-        compute=compute,
+        device=device,
+        host=host,
         communication=inside,
-        bubble=(compute + inside) * idle / (1 - idle),
+        bubble=(max(device, host) + inside) * idle / (1 - idle),
         data=data,
         optimizer=step_bytes / (gpu.memory_bandwidth * BANDWIDTH_SHARE),
     )

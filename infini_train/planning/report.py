@@ -94,7 +94,7 @@ def _time(plan: Plan) -> list[str]:
     sizes, time, layout = plan.sizes, plan.time, plan.sizes.run.layout
     bubble = pipeline_bubble(sizes.pp, sizes.run.micro_batches_per_step, virtual_stages=layout.virtual_stages)
     rows = {
-        "computation": (time.compute, ""),
+        "computation": (time.compute, _bound(time)),
         "communication": (time.communication, "tensor, context and pipeline groups; none of it overlaps"),
         "pipeline bubble": (time.bubble, f"{bubble:.1%} of the pipeline's time"),
         "data parallel": (time.data, "reducing gradients, gathering weights"),
@@ -106,12 +106,19 @@ def _time(plan: Plan) -> list[str]:
     return [*lines, f"expected: {headline(plan)}"]
 
 
+def _bound(time: estimate.StepTime) -> str:
+    if time.host > time.device:
+        return f"held up by the host, the GPU alone would take {time.device:.3f}; larger micro-batches help"
+    return f"the host launches it in {time.host:.3f} beside it"
+
+
 def _assumptions(plan: Plan) -> list[str]:
     attention = estimate.ATTENTION_SHARE[plan.gpu.cuda_name]
     links = ", ".join(f"{share:.0%} of {name}" for name, share in estimate.LINK_SHARE.items())
     return [
         f"assumed: matrix products reach {estimate.MATMUL_SHARE:.0%} of the peak, attention {attention:.0%}, memory "
         f"{estimate.MEMORY_SHARE:.0%} of the float32 peak; {links}; {USABLE_MEMORY:.0%} of the memory may be used;",
+        f"  a host launches one layer of one micro-batch, forward and backward, in {estimate.HOST_SECONDS * 1e3:.0f} ms;",
         f"  {plan.gpu.gpus_per_node} GPUs a node, consecutive ranks, one {plan.gpu.network_bandwidth * 8 / GB:.0f} Gb/s "
         "adapter a GPU. Sources: infini_train/planning/estimate.py and infini_train/hardware.py",
     ]

@@ -13,7 +13,7 @@ from infini_train.errors import UserError
 from infini_train.hardware import GPUS, bfloat16_peak
 from infini_train.planning.activations import layer_bytes, micro_batch_bytes
 from infini_train.planning.communication import Traffic, stage_traffic
-from infini_train.planning.estimate import MESSAGE_SECONDS, traffic_seconds
+from infini_train.planning.estimate import HOST_SECONDS, MESSAGE_SECONDS, traffic_seconds
 from infini_train.planning.memory import stage_memory
 from infini_train.planning.parameters import count, stage_parameters, total_parameters
 from infini_train.planning.plan import Plan, plan, with_layout, with_training
@@ -171,6 +171,19 @@ def test_recomputation_costs_a_third_and_no_mfu_is_won_by_it():
     none, layer = planned(large(rows=8)), planned(large(rows=8, recompute="layer"))
     assert 1.2 < layer.time.compute / none.time.compute < 1.36
     assert layer.mfu < none.mfu < 1
+
+
+def test_the_host_holds_up_micro_batches_that_are_too_small():
+    small, larger = (
+        planned(large(rows=8, recompute="layer", segments_per_micro_batch=each, micro_batches_per_window=8 // each)).time
+        for each in (1, 8)
+    )
+    assert small.host == pytest.approx(8 * 16 * HOST_SECONDS * 4 / 3)
+    assert larger.host == pytest.approx(small.host / 8)
+    assert small.device == pytest.approx(larger.device, rel=0.02)
+    assert small.compute == small.host > small.device
+    assert larger.compute == larger.device > larger.host
+    assert small.total > larger.total
 
 
 def test_ring_bytes_by_hand():

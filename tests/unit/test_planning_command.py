@@ -76,11 +76,19 @@ def test_the_table_names_every_part(capsys):
     for words in (
         "planned, not measured (GB are 10^9 bytes)",
         "parameters            8,028,165,120",
-        *("weights", "gradients", "optimizer", "activations", "memory states", "buffers", "64 in flight"),
+        *("weights", "gradients", "optimizer", "activations", "memory states", "buffers", "32 in flight"),
         *("context   all_gather", "pipeline  send", "data      all_reduce", "NVLink", "network"),
+        "the host launches it in",
         *("pipeline bubble", "MFU", "days", "assumed: "),
     ):
         assert words in printed, words
+
+
+def test_it_says_when_the_host_holds_up_the_gpu(capsys):
+    command = ["plan", "--config", str(CONFIGS / "1b.yaml"), "--gpus", "8", "--gpu", "h100-80gb"]
+    assert main([*command, "--training.segments_per_micro_batch", "1", "--training.micro_batches_per_window", "16"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "computation" in line)
+    assert re.search(r"held up by the host, the GPU alone would take \d\.\d{3}; larger micro-batches help", line)
 
 
 def test_the_readme_shows_what_is_printed(capsys):
