@@ -159,12 +159,14 @@ def test_splitting_the_model_saves_weights_and_gradients(layout):
 
 
 def test_more_micro_batches_make_the_bubble_smaller():
-    def share(windows: int) -> float:
-        time = planned(large(windows_per_step=windows), pipeline_parallel_size=4).time
+    def share(windows: int, rows: int = 64) -> float:
+        time = planned(large(windows_per_step=windows, rows=rows), pipeline_parallel_size=4).time
+        assert (time.host > time.device) == (rows < 64)
         return time.bubble / (time.compute + time.communication + time.bubble)
 
     assert share(1) == pytest.approx(3 / 11)
     assert share(4) == pytest.approx(3 / 35)
+    assert share(1, rows=2) == pytest.approx(3 / 11)  # where the host holds up a stage, the others wait for that
 
 
 def test_recomputation_costs_a_third_and_no_mfu_is_won_by_it():
