@@ -47,6 +47,8 @@ check: setup
 
 # The tokenizer lies beside the weights, and nothing else of the data is needed.
 recheck: setup
+	@test -n "$(wildcard benchmarks/results/$(RECIPE)/seed-*.safetensors)" || { echo "make: no weights of RECIPE=$(RECIPE) are in" \
+		"benchmarks/results/; there are those of $(sort $(notdir $(patsubst %/,%,$(dir $(wildcard benchmarks/results/*/seed-*.safetensors)))))" >&2; exit 2; }
 	OMP_NUM_THREADS=1 $(BIN)/infini-train evaluate passkey --config configs/$(RECIPE).yaml --run_dir runs/recheck-$(RECIPE) \
 		--from_checkpoint $(wildcard benchmarks/results/$(RECIPE)/seed-*.safetensors) --data.path benchmarks/results/$(RECIPE) \
 		--task.lengths '[512, 16384, 131072, 1048576]' --task.depths '[0, 0.5, 1]' --task.samples_per_cell 4 --task.rows 4
