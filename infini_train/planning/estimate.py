@@ -93,8 +93,7 @@ def traffic_seconds(item: Traffic, gpu: Gpu) -> float:
 
 def stage_compute_seconds(sizes: Sizes, stage: int, gpu: Gpu) -> float:
     """Computation of one micro-batch on one process of a stage, forward and backward."""
-    run, layers = sizes.run, sizes.stage_layers
-    forward_passes = 4 if run.training.recompute != "none" else 3
+    run, layers, forward_passes = sizes.run, sizes.stage_layers, _forward_passes(sizes)
     peak = gpu.peak(run.training.precision)
     per_layer = 2.0 * (linear_parameters(run) - output_matrix_parameters(run)) / run.model.num_layers
     products = layers * per_layer * forward_passes
@@ -113,8 +112,12 @@ def stage_compute_seconds(sizes: Sizes, stage: int, gpu: Gpu) -> float:
 
 def stage_host_seconds(sizes: Sizes) -> float:
     """Launching one micro-batch on one process of a stage, forward and backward."""
-    forward_passes = 4 if sizes.run.training.recompute != "none" else 3
-    return sizes.stage_layers * HOST_SECONDS * forward_passes / 3
+    return sizes.stage_layers * HOST_SECONDS * _forward_passes(sizes) / 3
+
+
+def _forward_passes(sizes: Sizes) -> int:
+    """What forward and backward cost, in forward passes: a backward is two, and recomputation is one more."""
+    return 4 if sizes.run.training.recompute != "none" else 3
 
 
 def step_time(sizes: Sizes, gpu: Gpu) -> StepTime:
