@@ -318,7 +318,8 @@ def on_cuda() -> list[tuple[str, Callable[[], None]]]:
 @contextmanager
 def deterministic_pytorch() -> Iterator[None]:
     """PyTorch takes only operations that give the same bits twice."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if torch.__version__ < "2.11":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
         yield
