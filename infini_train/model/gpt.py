@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -21,6 +20,7 @@ from infini_train.config import RunConfig
 from infini_train.model.core_attention import CoreAttention
 from infini_train.model.feed_forward import FeedForward
 from infini_train.model.fused import FusedFeedForward, FusedRMSNorm, fused_cross_entropy, takes_fused
+from infini_train.model.linear import ColumnLinear, RowLinear
 from infini_train.model.loss import ChunkedLossGPTModel
 from infini_train.model.memory_tokens import FeedbackLayer, RecurrentMemoryModel
 from infini_train.model.norm import RMSNorm
@@ -47,16 +47,14 @@ def layer_spec(run: RunConfig) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=ColumnLinear,
                     core_attention=lambda *, config, layer_number, **_: CoreAttention(config, layer_number, run),
-                    linear_proj=RowParallelLinear,
+                    linear_proj=RowLinear,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=feed_forward, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            mlp=ModuleSpec(module=feed_forward, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
