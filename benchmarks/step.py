@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.one_process import OneDocument, import_trainer, in_own_process
 from benchmarks.run import progress
 from infini_train.config import LayoutConfig, RunConfig
@@ -86,7 +88,7 @@ def one(model: str, variant: str, fused_layers: str) -> dict[str, Any]:
 
 def measure() -> tuple[list[dict[str, Any]], list[str]]:
     """One row for each model and attention."""
-    fused = "fused" if find_spec("liger_kernel") else "plain"
+    fused = "fused" if hasattr(torch, "_fused_rms_norm") or find_spec("liger_kernel") else "plain"
     rows: list[dict[str, Any]] = []
     for number, (model, variant) in enumerate(CASES, 1):
         others = number < len(CASES)

@@ -243,8 +243,8 @@ class TrainingConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations; memory, master weights and optimizer states are float32 always."""
     fused_layers: Literal["plain", "fused"] = "plain"
-    """Norms, SwiGLU and, unless the vocabulary is split, cross entropy: plain PyTorch and Megatron-core, or on CUDA kernels
-    that are fused (Liger's norm, the others by torch.compile). On a CPU both are plain."""
+    """Norms, SwiGLU and, unless the vocabulary is split, cross entropy: plain, or on CUDA kernels that are fused. On a CPU both
+    are plain."""
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from infini_train.model.feed_forward import FeedForward
 from infini_train.model.fused import FusedFeedForward, FusedRMSNorm, fused_cross_entropy
-from infini_train.model.norm import RMSNorm
+from infini_train.model.norm import RMSNorm, RMSNormOnHost
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -35,17 +35,20 @@ def _normal(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
 
 def norm_agrees(dtype: torch.dtype, device: str) -> None:
     config = TransformerConfig(num_layers=1, hidden_size=100, num_attention_heads=1)
-    plain, fused = (kind(config, 100).to(device, dtype) for kind in (RMSNorm, FusedRMSNorm))
     leaves = [3 * _normal(7, 3, 100, dtype=dtype, device=device), _normal(100, dtype=dtype, device=device)]
+    # PyTorch's, and Liger's where it would be taken.
+    for kind in (RMSNorm, FusedRMSNorm):
+        layer = kind(config, 100).to(device, dtype)
 
-    def through(layer: RMSNorm) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda x, weight: torch.func.functional_call(layer, {"weight": weight}, (x,))
+        def through(x: Tensor, weight: Tensor, layer: RMSNorm = layer) -> Tensor:
+            return torch.func.functional_call(layer, {"weight": weight}, (x,))
 
-    _agree(through(fused), through(plain), leaves, dtype)
+        _agree(through, lambda x, weight: RMSNormOnHost.apply(x, weight, 1e-5), leaves, dtype)
 
 
 def swiglu_agrees(dtype: torch.dtype, device: str) -> None:
-    _agree(FusedFeedForward.join, FeedForward.join, [_normal(5, 3, 2 * 36, dtype=dtype, device=device)], dtype)
+    for width in (36, 1100):  # within a block, and beyond it
+        _agree(FusedFeedForward.join, FeedForward.join, [_normal(5, 3, 2 * width, dtype=dtype, device=device)], dtype)
 
 
 def losses_agree(dtype: torch.dtype, device: str) -> None:

@@ -1,8 +1,9 @@
 """Fused kernels in place of the plain norm, SwiGLU and cross entropy: what `training.fused_layers: fused` asks for, on CUDA.
 
-The norm is Liger's (https://github.com/linkedin/Liger-Kernel), SwiGLU Megatron-core's, and the loss our own, the last two
-compiled by torch.compile. Liger's SwiGLU reads the two halves of fc1 from copies, and its cross entropy waits for the device:
-both were seen in the profile of a training step on an H100. On a CPU all layers are plain.
+The norm is PyTorch's, or before 2.9, which has none, Liger's (https://github.com/linkedin/Liger-Kernel): the host takes a third
+of a millisecond to call that one. SwiGLU is our own, and so is the loss, which torch.compile makes a kernel of. Liger's SwiGLU
+reads the two halves of fc1 from copies, and its cross entropy waits for the device: both were seen in the profile of a training
+step on an H100. On a CPU all layers are plain.
 """
 
 from __future__ import annotations
@@ -21,19 +22,21 @@ from infini_train.errors import UserError
 from infini_train.model.feed_forward import FeedForward
 from infini_train.model.norm import RMSNorm
 
+NORM_IN_TORCH = hasattr(torch, "_fused_rms_norm")
+
 
 def takes_fused(run: RunConfig) -> bool:
     """Whether the model is built with fused layers here.
 
     Raises:
-        UserError: if they are asked for on CUDA and Liger is not installed.
+        UserError: if they are asked for on CUDA, and Liger is needed and not installed.
     """
     if run.training.fused_layers != "fused" or not platform.has_cuda():
         return False
-    if find_spec("liger_kernel") is None:
+    if not NORM_IN_TORCH and find_spec("liger_kernel") is None:
         raise UserError(
-            "training.fused_layers is fused, but the package liger-kernel is not installed; install infini-train[gpu] or write "
-            "plain"
+            f"training.fused_layers is fused, but PyTorch {torch.__version__} has no fused norm and the package liger-kernel is "
+            "not installed; install infini-train[gpu] or PyTorch 2.9, or write plain"
         )
     return True
 
@@ -43,6 +46,8 @@ class FusedRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h]"""
+        if NORM_IN_TORCH:
+            return super().forward(x)
         from liger_kernel.transformers.functional import liger_rms_norm
 
         return liger_rms_norm(x, self.weight, self.eps, casting_mode="gemma", in_place=False)
@@ -53,9 +58,9 @@ class FusedFeedForward(FeedForward):
 
     @staticmethod
     def join(halves: Tensor) -> Tensor:
-        from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+        from infini_kernels.triton.swiglu import swiglu
 
-        return bias_swiglu_impl(halves, None)
+        return swiglu(halves)
 
 
 # When they are first called, because a CPU should not wait for the compiler's import.

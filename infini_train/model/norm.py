@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class _RMSNormOnHost(torch.autograd.Function):
+class RMSNormOnHost(torch.autograd.Function):
     """x / rms(x) * weight, keeping x and one number a token for the backward.
 
     Without a fused operation, as on the CPU, torch composes the norm of five and keeps the normalised x as well.
@@ -50,4 +50,4 @@ class RMSNorm(nn.RMSNorm):
         """[..., h] -> [..., h]"""
         if x.is_cuda:  # torch has a fused norm there
             return super().forward(x)
-        return _RMSNormOnHost.apply(x, self.weight, self.eps)
+        return RMSNormOnHost.apply(x, self.weight, self.eps)

@@ -7,7 +7,6 @@ import os
 import pytest
 import torch
 
-pytest.importorskip("liger_kernel")
 from tests import fused_cases
 
 pytestmark = pytest.mark.skipif(

@@ -58,8 +58,6 @@ def test_computes_the_run_of_a_cpu(run: RunConfig, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("layers", ["plain", "fused"])
 def test_bfloat16_goes_on_with_the_same_bits(run: RunConfig, layers: str) -> None:
-    if layers == "fused":
-        pytest.importorskip("liger_kernel")
     training = replace(run.training, precision="bfloat16", fused_layers=layers, memory_ageing=20)
     run = replace(run, training=training, checkpoint=replace(run.checkpoint, every=4))
     whole = trained(run, f"whole-{layers}")

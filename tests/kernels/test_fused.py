@@ -1,4 +1,4 @@
-"""The choice of the fused layers, and SwiGLU and loss uncompiled; Triton's interpreter cannot run Liger's norm."""
+"""The choice of the fused layers, and SwiGLU under Triton's interpreter, and the loss uncompiled."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ def test_fused_layers_are_taken_on_cuda_alone(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(platform, "has_cuda", lambda: True)
     assert fused.takes_fused(asked) and not fused.takes_fused(run)
     monkeypatch.setattr(fused, "find_spec", lambda name: None)
+    assert fused.takes_fused(asked), "PyTorch has the norm"
+    monkeypatch.setattr(fused, "NORM_IN_TORCH", False)
     assert not fused.takes_fused(run)
-    with pytest.raises(UserError, match=r"training\.fused_layers is fused, but the package liger-kernel is not installed"):
+    with pytest.raises(UserError, match=r"has no fused norm and the package liger-kernel is not installed"):
         fused.takes_fused(asked)
