@@ -35,8 +35,8 @@ def takes_fused(run: RunConfig) -> bool:
         return False
     if not NORM_IN_TORCH and find_spec("liger_kernel") is None:
         raise UserError(
-            f"training.fused_layers is fused, but PyTorch {torch.__version__} has no fused norm and the package liger-kernel is "
-            "not installed; install infini-train[gpu] or PyTorch 2.9, or write plain"
+            f"training.fused_layers is fused, but PyTorch {torch.__version__} has no fused norm and the package liger-kernel "
+            "is not installed; install infini-train[gpu] or PyTorch 2.9, or write plain"
         )
     return True
 
