@@ -18,7 +18,7 @@ from infini_kernels.triton.features import softmax_shift
 from infini_kernels.triton.operator import Operator, as_custom_operators
 from infini_kernels.triton.read import read_and_mix
 from infini_kernels.triton.removal import segment_removals
-from infini_kernels.triton.rotary import rotate, rotated_back_and_added, with_rotated
+from infini_kernels.triton.rotary import rotate, with_rotated
 from infini_kernels.triton.states import segment_states
 from infini_kernels.triton.walk import walk_segments
 from tests import kernel_cases
@@ -128,8 +128,9 @@ def test_operators_are_registered_soundly() -> None:
             (k, all_z, every, all_tokens, 5, 1e-6, None, None, True),
         ),
         (operation.walk_segments, (normal(2, 1, 16, 20), M, reset, normal(2, 2, 1, 16, 16), False)),
-        (operation.rotate, (q, angle.cos(), angle.sin(), tokens, 5, 1)),
-        (rotated_back_and_added, (q.detach(), local.detach()[..., :16], angle.cos(), angle.sin(), tokens, 5)),
+        (operation.rotate, (q, k, None, None, angle.cos(), angle.sin(), tokens, 5, 1)),
+        (operation.rotate, (q, k, local.detach()[..., :16], v.detach()[..., :16], angle.cos(), angle.sin(), tokens, 5, -1)),
+        (operation.rotate, (q.detach(), k.detach(), None, normal(2, 9, 1, 16), angle.cos(), angle.sin(), tokens, 5, -1)),
     ]
     for operator, arguments in calls:
         torch.library.opcheck(operator.custom if isinstance(operator, Operator) else operator, arguments)
@@ -201,22 +202,36 @@ def test_a_second_derivative_is_refused(way: Callable[[], AbstractContextManager
             torch.autograd.grad(first.sum(), v)
 
 
-@pytest.mark.parametrize("wanted", ["both", "as they are", "rotated"])
-def test_gradients_of_what_is_rotated_and_of_what_is_not_are_one_sum(wanted: str) -> None:
+@pytest.mark.parametrize("wanted", [(0, 1, 2, 3), (0, 2, 3), (1, 2, 3), (2, 3), (0, 1), (1,)])
+def test_gradients_of_what_is_rotated_and_of_what_is_not_are_one_sum(wanted: tuple[int, ...]) -> None:
+    """Of queries and keys as they are (0 and 1) and of both rotated (2 and 3)."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.tensor([[5, 3], [5, 0]], dtype=torch.int32)
     angle = torch.randn(5, 8, generator=generator)
     tables = angle.cos(), angle.sin()
-    leaf, same = (torch.randn(2, 9, 3, 16, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
-    x, turned = with_rotated(leaf.transpose(0, 1).contiguous().transpose(0, 1), *tables, tokens, 5)  # any strides
-    alone = operation.rotate(same, *tables, tokens, 5, 1)
-    torch.testing.assert_close((x, turned), (same, alone), rtol=0, atol=0)
+    shapes = (2, 9, 3, 16), (2, 9, 1, 16)
+    leaves, same = (
+        [torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_() for shape in shapes] for _ in "ab"
+    )
+    q, k = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in leaves)  # any strides
+    found = with_rotated(q, k, *tables, tokens, 5)
+    full = torch.where(torch.arange(9)[None, :, None, None] % 5 < tokens.repeat_interleave(5, 1)[:, :9, None, None], 1.0, 0.0)
+    cos, sin = (x.repeat(2, 1)[:9, None] for x in tables)
+    plain = []
+    for x in same:
+        a, b = (x * full).chunk(2, dim=-1)
+        plain.append(torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1))
+    torch.testing.assert_close(found, (*same, *plain))
     with torch.no_grad():
-        torch.testing.assert_close(with_rotated(same, *tables, tokens, 5), (same, alone), rtol=0, atol=0)
-    pairs = {"both": ((x, same), (turned, alone)), "as they are": ((x, same),), "rotated": ((turned, alone),)}[wanted]
-    towards = [torch.randn(3, 9, 2, 16, generator=generator).transpose(0, 2) for _ in pairs]
-    found = torch.autograd.grad([pair[0] for pair in pairs], leaf, towards)
-    torch.testing.assert_close(found, torch.autograd.grad([pair[1] for pair in pairs], same, towards), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(with_rotated(*same, *tables, tokens, 5), found, rtol=0, atol=0)
+    outputs = [(found[i], (*same, *plain)[i]) for i in wanted]
+    towards = [torch.randn(x.transpose(0, 2).shape, generator=generator).transpose(0, 2) for x, _ in outputs]
+    chosen = [i for i in range(2) if {i, i + 2} & set(wanted)]
+    ways = [
+        torch.autograd.grad([pair[way] for pair in outputs], [each[i] for i in chosen], towards)
+        for way, each in enumerate((leaves, same))
+    ]
+    torch.testing.assert_close(*ways)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

@@ -57,7 +57,7 @@ def infini_attention_triton(
         )
     queries, keys = q, k
     if rotary is not None:
-        (q, queries), (k, keys) = beside_rotated(q, k, rotary, tokens, layout)
+        q, k, queries, keys = beside_rotated(q, k, rotary, tokens, layout)
     with full_precision(q):
         # What stands at padding may be NaN, and its gradient 0 * NaN.
         real = k if padding is None or write_gate is None else k.masked_fill(padding, 0)
@@ -158,9 +158,9 @@ def tokens_by_segment(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, 
 @counted_as("local attention")
 def beside_rotated(
     q: Tensor, k: Tensor, rotary: Rotary, tokens: Tensor, layout: SegmentLayout
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Queries and keys, each as they are and rotated."""
-    return with_rotated(q, *rotary, tokens, layout.width), with_rotated(k, *rotary, tokens, layout.width)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries and keys as they are, and both rotated."""
+    return with_rotated(q, k, *rotary, tokens, layout.width)
 
 
 def local_half(
@@ -169,7 +169,7 @@ def local_half(
     """Segment-local attention [B, T, H, Dv] of q and k that are not rotated yet."""
     if rotary is not None:
         with part("local attention"):
-            q, k = (rotate(x, *rotary, tokens, layout.width, 1) for x in (q, k))
+            q, k = rotate(q, k, None, None, *rotary, tokens, layout.width, 1)
     return attend(q, k, v, rotary is not None, padding, layout)
 
 

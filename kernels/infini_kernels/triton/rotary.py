@@ -1,10 +1,10 @@
 """Rotary position embedding of queries and keys by position in their segment, in one pass that leaves zeros at padding.
 
 Queries and keys go to local attention rotated and to the memory as they are; `with_rotated` sums the two gradients in the pass
-that rotates one of them back.
+that rotates one of them back. Both go in one launch: what a launch costs the host is more than what it costs the device.
 
-Shapes: B rows, T tokens, N segments, W tokens of a segment, D key width. `tokens` [B, N] int32 says how many of a segment's
-tokens are no padding.
+Shapes: B rows, T tokens, N segments, W tokens of a segment, H query heads, G key heads, D key width. `tokens` [B, N] int32 says
+how many of a segment's tokens are no padding.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from infini_kernels.triton.operator import Operator
 
 @triton.jit
 def _rotary_kernel(
-    x_ptr, cos_ptr, sin_ptr, tokens_ptr, beside_ptr, out_ptr,
-    x_row, x_token, x_head, beside_row, beside_token, beside_head, T, N, HEADS, W, DIRECTION,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, tokens_ptr, beside_q_ptr, beside_k_ptr, out_q_ptr, out_k_ptr,
+    q_row, q_token, q_head, k_row, k_token, k_head,
+    beside_q_row, beside_q_token, beside_q_head, beside_k_row, beside_k_token, beside_k_head, T, N, H, G, W, DIRECTION,
     HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """`beside`, where it is given, is added to what was rotated, at padding too."""
+    """Where they are given, `beside_q` and `beside_k` are added to what was rotated, at padding too."""
     b = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1)
+    head = tl.program_id(1)
     t = tl.program_id(2) * BT + tl.arange(0, BT)
     n = t // W
     w = t - n * W
@@ -37,66 +38,100 @@ def _rotary_kernel(
     here = w < tl.load(tokens_ptr + b * N + n, mask=inside, other=0)
     mask = inside[:, None] & in_i[None, :]
     read = here[:, None] & mask
-    at = x_ptr + b * x_row + t.to(tl.int64)[:, None] * x_token + h * x_head + i[None, :]
-    first = tl.load(at, mask=read, other=0.0).to(tl.float32)
-    second = tl.load(at + HALF, mask=read, other=0.0).to(tl.float32)
     angle = w[:, None] * HALF + i[None, :]
     cos = tl.load(cos_ptr + angle, mask=mask, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angle, mask=mask, other=0.0).to(tl.float32) * DIRECTION
+    token = t.to(tl.int64)[:, None]
+    if head < H:
+        q_at = q_ptr + b * q_row + token * q_token + head * q_head + i[None, :]
+        q_other = beside_q_ptr
+        if beside_q_ptr is not None:
+            q_other += b * beside_q_row + token * beside_q_token + head * beside_q_head + i[None, :]
+        q_out = out_q_ptr + ((b * T + token) * H + head) * 2 * HALF + i[None, :]
+        _turn(q_at, q_other, q_out, cos, sin, read, mask, HALF)
+    else:
+        g = head - H
+        k_at = k_ptr + b * k_row + token * k_token + g * k_head + i[None, :]
+        k_other = beside_k_ptr
+        if beside_k_ptr is not None:
+            k_other += b * beside_k_row + token * beside_k_token + g * beside_k_head + i[None, :]
+        k_out = out_k_ptr + ((b * T + token) * G + g) * 2 * HALF + i[None, :]
+        _turn(k_at, k_other, k_out, cos, sin, read, mask, HALF)
+
+
+@triton.jit
+def _turn(at, other, out, cos, sin, read, mask, HALF: tl.constexpr):
+    """Rotate the numbers at `at`, add those at `other` unless it is None, and store them at `out`."""
+    first = tl.load(at, mask=read, other=0.0).to(tl.float32)
+    second = tl.load(at + HALF, mask=read, other=0.0).to(tl.float32)
     turned_first, turned_second = first * cos - second * sin, second * cos + first * sin
-    if beside_ptr is not None:
-        other = beside_ptr + b * beside_row + t.to(tl.int64)[:, None] * beside_token + h * beside_head + i[None, :]
+    if other is not None:
         turned_first += tl.load(other, mask=mask, other=0.0).to(tl.float32)
         turned_second += tl.load(other + HALF, mask=mask, other=0.0).to(tl.float32)
-    out = out_ptr + ((b * T + t.to(tl.int64)[:, None]) * HEADS + h) * 2 * HALF + i[None, :]
-    tl.store(out, turned_first.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out + HALF, turned_second.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out, turned_first.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + HALF, turned_second.to(out.dtype.element_ty), mask=mask)
 
 
 @Operator
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor, width: int, direction: int) -> Tensor:
-    """x [B, T, heads, D], cos and sin [W or more, D/2], tokens [B, N], W -> x rotated; direction -1 rotates it back."""
-    return _rotate(x, None, cos, sin, tokens, width, direction)
+def rotate(
+    q: Tensor,
+    k: Tensor,
+    beside_q: Tensor | None,
+    beside_k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    tokens: Tensor,
+    width: int,
+    direction: int,
+) -> tuple[Tensor, Tensor]:
+    """q [B, T, H, D] and k [B, T, G, D] rotated by cos and sin [W or more, D/2]; direction -1 rotates them back.
 
-
-@rotate.register_fake
-def _(x: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor, width: int, direction: int) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@Operator
-def rotated_back_and_added(x: Tensor, beside: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor, width: int) -> Tensor:
-    """x rotated back, plus `beside` [B, T, heads, D]; rounded once. No gradients."""
-    return _rotate(x, beside, cos, sin, tokens, width, -1)
-
-
-@rotated_back_and_added.register_fake
-def _(x: Tensor, beside: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor, width: int) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _rotate(x: Tensor, beside: Tensor | None, cos: Tensor, sin: Tensor, tokens: Tensor, width: int, direction: int) -> Tensor:
-    (B, T, heads, D), N = x.shape, tokens.shape[1]
-    x, strides = by_token(x)
-    beside, beside_strides = (None, (0, 0, 0)) if beside is None else by_token(beside)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    beside_q and beside_k, like q and k, are added afterwards, and the sum is rounded once. tokens [B, N], width W.
+    """
+    (B, T, H, D), G, N = q.shape, k.shape[2], tokens.shape[1]
+    (q, q_strides), (k, k_strides) = by_token(q), by_token(k)
+    beside_q, beside_q_strides = (None, (0, 0, 0)) if beside_q is None else by_token(beside_q)
+    beside_k, beside_k_strides = (None, (0, 0, 0)) if beside_k is None else by_token(beside_k)
+    out_q, out_k = _like(q, k)
     BH = next_power_of_2(D // 2)
     BT = max(1, 4096 // BH)
     launch(
-        _rotary_kernel, (B, heads, cdiv(T, BT)),
-        x, cos.contiguous(), sin.contiguous(), tokens, beside, out, *strides, *beside_strides, T, N, heads, width, direction,
+        _rotary_kernel, (B, H + G, cdiv(T, BT)),
+        q, k, cos.contiguous(), sin.contiguous(), tokens, beside_q, beside_k, out_q, out_k,
+        *q_strides, *k_strides, *beside_q_strides, *beside_k_strides, T, N, H, G, width, direction,
         HALF=D // 2, BT=BT, BH=BH,
     )  # fmt: skip
-    return out
+    return out_q, out_k
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, cos, sin, tokens, ctx.width, ctx.direction = inputs
+def _like(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+
+
+@rotate.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    beside_q: Tensor | None,
+    beside_k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    tokens: Tensor,
+    width: int,
+    direction: int,
+) -> tuple[Tensor, Tensor]:
+    return _like(q, k)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, beside_q, beside_k, cos, sin, tokens, ctx.width, ctx.direction = inputs
+    ctx.beside = beside_q is not None, beside_k is not None
     ctx.save_for_backward(cos, sin, tokens)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return rotate(gradient, *ctx.saved_tensors, ctx.width, -ctx.direction), None, None, None, None, None
+def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+    back = rotate(dq, dk, None, None, *ctx.saved_tensors, ctx.width, -ctx.direction)
+    return *back, *(each if given else None for each, given in zip((dq, dk), ctx.beside, strict=True)), *[None] * 5
 
 
 rotate.register_autograd(_backward, setup_context=_save)
@@ -104,24 +139,30 @@ rotate.register_autograd(_backward, setup_context=_save)
 
 class _WithRotated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(cos, sin, tokens)
         ctx.width = width
-        return x.view_as(x), rotate(x, cos, sin, tokens, width, 1)
+        return q.view_as(q), k.view_as(k), *rotate(q, k, None, None, cos, sin, tokens, width, 1)
 
     @staticmethod
-    def backward(ctx: Any, beside: Tensor | None, rotated: Tensor | None) -> tuple[Tensor | None, ...]:
-        cos, sin, tokens = ctx.saved_tensors
-        if rotated is None:
-            return beside, None, None, None, None
-        if beside is None:
-            return rotate(rotated, cos, sin, tokens, ctx.width, -1), None, None, None, None
-        return rotated_back_and_added(rotated, beside, cos, sin, tokens, ctx.width), None, None, None, None
+    def backward(
+        ctx: Any, beside_q: Tensor | None, beside_k: Tensor | None, dq: Tensor | None, dk: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if dq is None or dk is None:
+            if dq is None and dk is None:
+                return beside_q, beside_k, None, None, None, None
+            raise NotImplementedError("the gradient of rotated queries alone, or of rotated keys alone")
+        back = rotate(dq, dk, beside_q, beside_k, *ctx.saved_tensors, ctx.width, -1)
+        return *back, None, None, None, None
 
 
-def with_rotated(x: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """x as it is, and rotated as by `rotate`; the gradients of both reach x as one sum, made in one pass."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _WithRotated.apply(x, cos, sin, tokens, width)
-    return x, rotate(x, cos, sin, tokens, width, 1)
+def with_rotated(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q and k as they are, and both rotated as by `rotate`; the two gradients of each reach it as one sum, made in one pass."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return _WithRotated.apply(q, k, cos, sin, tokens, width)
+    return q, k, *rotate(q, k, None, None, cos, sin, tokens, width, 1)
