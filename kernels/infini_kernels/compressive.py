@@ -62,6 +62,10 @@ class SegmentUpdates(Protocol):
         """See `recurrence.walk`."""
         ...
 
+    def walk_both(self, memory: MemoryState, added: MemoryState, reset: Tensor | None) -> tuple[MemoryState, MemoryState]:
+        """`walk` of M and of z where nothing is removed: what enters each segment, and what leaves the last."""
+        ...
+
 
 class PlainUpdates:
     """`SegmentUpdates` in PyTorch's own operations.
@@ -89,6 +93,10 @@ class PlainUpdates:
 
     def walk(self, state: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return walk(state, added, reset, removed)
+
+    def walk_both(self, memory: MemoryState, added: MemoryState, reset: Tensor | None) -> tuple[MemoryState, MemoryState]:
+        entering, leaving = zip(*(walk(state, more, reset) for state, more in zip(memory, added, strict=True)), strict=True)
+        return MemoryState(*entering), MemoryState(*leaving)
 
 
 class SegmentMemory:
@@ -122,7 +130,7 @@ class SegmentMemory:
             self._written_z = counts * updates.z
             if update_rule == "linear":
                 self._written = counts.unsqueeze(-1) * self._written
-        self._walk, self._reset, self._group = updates.walk, reset, group
+        self._walk, self._walk_both, self._reset, self._group = updates.walk, updates.walk_both, reset, group
         self._nothing_enters = memory is None and num_segments == 1 and group is None and repeats is None
         if self._nothing_enters:
             return
@@ -161,6 +169,8 @@ class SegmentMemory:
         """Waits for the exchange and walks the memory over the segments."""
         if self._nothing_enters:
             return CarriedMemory(None, MemoryState(self._written[:, 0], self._written_z[:, 0]))
+        if self._group is None and self._carried_z is None:
+            return CarriedMemory(*self._walk_both(self._memory, MemoryState(self._written, self._written_z), self._reset))
         entering_z, leaving_z = self._carried_z or self._carry_z()
         first, leaving_M = (self._memory.M, None) if self._group is None else self._exchange_M.fold(self._memory.M)
         entering_M, last_M = self._walk(first, self._written, self._reset, self._removed)

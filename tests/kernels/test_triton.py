@@ -128,6 +128,8 @@ def test_operators_are_registered_soundly() -> None:
             (k, all_z, every, all_tokens, 5, 1e-6, None, None, True),
         ),
         (operation.walk_segments, (normal(2, 1, 16, 20), M, reset, normal(2, 2, 1, 16, 16), False)),
+        (operation.walk_sums, (normal(2, 1, 16, 20), normal(2, 1, 16), M, z, reset, False)),
+        (operation.walk_sums, (M.detach()[:, 0], z.detach()[:, 0], M.detach(), z.detach(), None, True)),
         (operation.rotate, (q, k, None, None, angle.cos(), angle.sin(), tokens, 5, 1)),
         (operation.rotate, (q, k, local.detach()[..., :16], v.detach()[..., :16], angle.cos(), angle.sin(), tokens, 5, -1)),
         (operation.rotate, (q.detach(), k.detach(), None, normal(2, 9, 1, 16), angle.cos(), angle.sin(), tokens, 5, -1)),

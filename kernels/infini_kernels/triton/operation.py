@@ -22,7 +22,7 @@ from infini_kernels.triton.read import read_and_mix, read_and_mix_in_place
 from infini_kernels.triton.removal import segment_removals
 from infini_kernels.triton.rotary import rotate, with_rotated
 from infini_kernels.triton.states import segment_states
-from infini_kernels.triton.walk import walk_segments
+from infini_kernels.triton.walk import walk_segments, walk_sums
 from infini_kernels.variants import read_state, remembered_values, write_strength
 
 
@@ -114,6 +114,15 @@ class KernelUpdates:
             return state.unsqueeze(1), state + added.squeeze(1)
         entering, leaving = walk_segments(state, added, reset, removed, False)
         return entering, leaving
+
+    def walk_both(self, memory: MemoryState, added: MemoryState, reset: Tensor | None) -> tuple[MemoryState, MemoryState]:
+        """See `compressive.SegmentUpdates`."""
+        if added.M.shape[1] == 1:
+            both = (self.walk(state, more, reset) for state, more in ((memory.M, added.M), (memory.z, added.z)))
+            (entering_M, leaving_M), (entering_z, leaving_z) = both
+        else:
+            entering_M, entering_z, leaving_M, leaving_z = walk_sums(*memory, *added, reset, False)
+        return MemoryState(entering_M, entering_z), MemoryState(leaving_M, leaving_z)
 
 
 class KernelRemovals:

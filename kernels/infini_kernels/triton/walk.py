@@ -20,13 +20,28 @@ ELEMENTS = 1024
 
 
 @triton.jit
-def _sums_kernel(start_ptr, added_ptr, reset_ptr, entering_ptr, leaving_ptr, N, E, BE: tl.constexpr, BACKWARD: tl.constexpr):
-    """Running sums of N states of E numbers, from zero at resets; BACKWARD gives the gradients, from the last segment on.
+def _sums_kernel(
+    start_ptr, added_ptr, entering_ptr, leaving_ptr, z_start_ptr, z_added_ptr, z_entering_ptr, z_leaving_ptr, reset_ptr,
+    N, E, E_Z, BLOCKS, BE: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Running sums of N states of E numbers, and unless None of N states of E_Z, whose programs come after BLOCKS others."""
+    if tl.program_id(1) < BLOCKS:
+        _running_sums(start_ptr, added_ptr, entering_ptr, leaving_ptr, reset_ptr, tl.program_id(1), N, E, BE, BACKWARD)
+    elif z_start_ptr is not None:
+        z_block = tl.program_id(1) - BLOCKS
+        _running_sums(z_start_ptr, z_added_ptr, z_entering_ptr, z_leaving_ptr, reset_ptr, z_block, N, E_Z, BE, BACKWARD)
+
+
+@triton.jit
+def _running_sums(
+    start_ptr, added_ptr, entering_ptr, leaving_ptr, reset_ptr, block, N, E, BE: tl.constexpr, BACKWARD: tl.constexpr
+):  # fmt: skip
+    """From zero at resets; BACKWARD gives the gradients, from the last segment on.
 
     What rounding takes from one sum goes into the next (Kahan): over ten thousand segments it would add up to more than 1e-4.
     """
     b = tl.program_id(0).to(tl.int64)
-    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    e = block * BE + tl.arange(0, BE)
     mask = e < E
     state = tl.load(start_ptr + b * E + e, mask=mask, other=0.0)
     lost = tl.zeros((BE,), tl.float32)
@@ -103,21 +118,7 @@ def walk_segments(
     start, added = start.contiguous(), added.contiguous()
     entering, leaving = torch.empty_like(added), torch.empty_like(start)
     if removed is None:
-        elements = start[0].numel()
-        BE = min(ELEMENTS, next_power_of_2(elements))
-        launch(
-            _sums_kernel,
-            (B, cdiv(elements, BE)),
-            start,
-            added,
-            reset,
-            entering,
-            leaving,
-            N,
-            elements,
-            BE=BE,
-            BACKWARD=backward,
-        )
+        _launch_sums((start, added, entering, leaving), (None,) * 4, reset, backward)
     else:
         DV = added.shape[-1]
         BV = block(DV, 16)
@@ -128,6 +129,17 @@ def walk_segments(
             D=D, DV=DV, BD=block(D), BK=block(D, BK), BV=BV, BACKWARD=backward, WAY="tf32x3", num_warps=8,
         )  # fmt: skip
     return entering, leaving
+
+
+def _launch_sums(states: tuple[Tensor, ...], z_states: tuple[Tensor | None, ...], reset: Tensor | None, backward: bool) -> None:
+    """Both: what the first segment meets, what each adds, and place for what enters each and leaves the last; contiguous."""
+    B, N = states[1].shape[:2]
+    E, E_Z = states[0][0].numel(), 0 if z_states[0] is None else z_states[0][0].numel()
+    BE = min(ELEMENTS, next_power_of_2(E))
+    blocks = cdiv(E, BE)
+    launch(
+        _sums_kernel, (B, blocks + cdiv(E_Z, BE)), *states, *z_states, reset, N, E, E_Z, blocks, BE=BE, BACKWARD=backward
+    )  # fmt: skip
 
 
 @walk_segments.register_fake
@@ -154,3 +166,44 @@ def _backward(ctx: Any, by_entering: Tensor, by_leaving: Tensor) -> tuple[Tensor
 
 
 walk_segments.register_autograd(_backward, setup_context=_save)
+
+
+@Operator
+def walk_sums(
+    M: Tensor, z: Tensor, added_M: Tensor, added_z: Tensor, reset: Tensor | None, backward: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`walk_segments` of M and z in one launch, for the linear rule: M, z and reset as there.
+
+    Returns:
+        M and z that enter each segment, and that leave the last.
+    """
+    states, z_states = ((x.contiguous(), y.contiguous()) for x, y in ((M, added_M), (z, added_z)))
+    entering_M, entering_z, leaving_M, leaving_z = _like(added_M, added_z, M, z)
+    _launch_sums((*states, entering_M, leaving_M), (*z_states, entering_z, leaving_z), reset, backward)
+    return entering_M, entering_z, leaving_M, leaving_z
+
+
+def _like(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, b, c, d = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors)
+    return a, b, c, d
+
+
+@walk_sums.register_fake
+def _(
+    M: Tensor, z: Tensor, added_M: Tensor, added_z: Tensor, reset: Tensor | None, backward: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like(added_M, added_z, M, z)
+
+
+def _save_reset(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[4])
+
+
+def _sums_backward(ctx: Any, *by: Tensor) -> tuple[Tensor | None, ...]:
+    by_entering_M, by_entering_z, by_leaving_M, by_leaving_z = by
+    (reset,) = ctx.saved_tensors
+    dadded_M, dadded_z, dM, dz = walk_sums(by_leaving_M, by_leaving_z, by_entering_M, by_entering_z, reset, True)
+    return dM, dz, dadded_M, dadded_z, None, None
+
+
+walk_sums.register_autograd(_sums_backward, setup_context=_save_reset)
