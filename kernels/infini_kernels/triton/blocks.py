@@ -52,6 +52,22 @@ def dot(a, b, acc, WAY: tl.constexpr):
 
 
 @triton.jit
+def high_half(x, WAY: tl.constexpr):
+    """Float32 x as `dot` takes it."""
+    return x.to(tl.bfloat16) if WAY == "bf16" else x
+
+
+@triton.jit
+def halves(x, WAY: tl.constexpr):
+    """Float32 x as `dot` takes it, and what that leaves of it: None where that is nothing."""
+    if WAY == "bf16" or WAY == "emulated":
+        high, low = _halves(x)
+    else:
+        high, low = x, None
+    return high, low
+
+
+@triton.jit
 def rounded(a, WAY: tl.constexpr):
     """Float32 a as `dot` rounds it."""
     if WAY == "bf16" or WAY == "emulated":
@@ -113,15 +129,6 @@ def product_way(dtype: torch.dtype) -> str:
     if dtype == torch.bfloat16:
         return "emulated" if INTERPRETED else "bf16"
     return "tf32" if dtype == torch.float16 else "ieee"
-
-
-def halves(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """A float32 state as `dot` takes it for tokens of this type: as it is, or as two bfloat16 numbers that it is the sum of."""
-    x = x.contiguous()
-    if dtype != torch.bfloat16:
-        return x, None
-    high = x.bfloat16()
-    return high, (x - high).bfloat16()
 
 
 def cdiv(a: int, b: int) -> int:

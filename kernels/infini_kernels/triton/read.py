@@ -34,7 +34,7 @@ from infini_kernels.triton.read_backward import read_and_mix_backward, share_of_
 
 @triton.jit
 def _read_kernel(
-    q_ptr, local_ptr, gate_ptr, state_ptr, low_ptr, z_ptr, tokens_ptr, shift_ptr, out_ptr,
+    q_ptr, local_ptr, gate_ptr, state_ptr, z_ptr, tokens_ptr, shift_ptr, out_ptr,
     q_row, q_token, q_head, local_row, local_token, local_head,
     eps, T, N, H, R, W: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PER: tl.constexpr,
@@ -56,9 +56,7 @@ def _read_kernel(
     z = tl.load(z_ptr + state + d, mask=in_d, other=0.0)
     share = share_of_memory(gate_ptr, z, h, LOCAL_ONLY)
     if BV >= DV:  # all of the state at once, for all of the program's tokens
-        memory = load_state(state_ptr, state, d, tl.arange(0, BV), D, DV)
-        if low_ptr is not None:
-            low = load_state(low_ptr, state, d, tl.arange(0, BV), D, DV)
+        memory, low = halves(load_state(state_ptr, state, d, tl.arange(0, BV), D, DV), WAY)
     for piece in range(0, PER):
         w = (tl.program_id(1) * PER + piece) * BW + tl.arange(0, BW)
         here, inside = w < tokens, (w < W) & (n * W + w < T)
@@ -72,11 +70,9 @@ def _read_kernel(
             in_e = e < DV
             local = tl.load(local_ptr + (w[:, None] * local_token + e[None, :]), mask=here[:, None] & in_e[None, :], other=0.0)
             if BV < DV:
-                memory = load_state(state_ptr, state, d, e, D, DV)
-                if low_ptr is not None:
-                    low = load_state(low_ptr, state, d, e, D, DV)
+                memory, low = halves(load_state(state_ptr, state, d, e, D, DV), WAY)
             read = dot(s, memory, None, WAY)
-            if low_ptr is not None:
+            if low is not None:
                 read = dot(s, low, read, WAY)
             mixed = tl.where(here[:, None], read * scale[:, None] + (1 - share) * local.to(tl.float32), 0.0)
             tl.store(
@@ -161,7 +157,7 @@ def _read_and_mix(
     per = blocks_of_a_program(width, BW, B * N * H, warps) if BV >= DV else 1
     launch(
         _read_kernel, (B * N * H, cdiv(width, BW * per)),
-        q, local, gate.contiguous(), *halves(M, q.dtype), z.contiguous(), tokens, shift, out, *q_strides, *local_strides,
+        q, local, gate.contiguous(), M.contiguous(), z.contiguous(), tokens, shift, out, *q_strides, *local_strides,
         eps, T, N, H, H // M.shape[2], W=width, D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per,
         LOCAL_ONLY=local_only, WAY=product_way(q.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from infini_kernels.triton.blocks import (
     by_token,
     cdiv,
     dot,
-    halves,
+    high_half,
     launch,
     load_state,
     on_hopper,
@@ -73,7 +73,7 @@ def _read_backward_kernel(
     z = tl.load(z_ptr + state + d, mask=in_d, other=0.0)
     share = share_of_memory(gate_ptr, z, h, LOCAL_ONLY)
     if BV >= DV:  # all of the state at once, for all of the program's tokens
-        memory = load_state(state_ptr, state, d, tl.arange(0, BV), D, DV)
+        memory = high_half(load_state(state_ptr, state, d, tl.arange(0, BV), D, DV), WAY)
     if ONE_PASS:
         dstate = tl.zeros((BD, BV), tl.float32)
         dz = tl.zeros((BD,), tl.float32)
@@ -94,7 +94,7 @@ def _read_backward_kernel(
             grad = tl.load(grad_ptr + (w[:, None] * grad_token + e[None, :]), mask=wide, other=0.0)
             local = tl.load(local_ptr + (w[:, None] * local_token + e[None, :]), mask=wide, other=0.0).to(tl.float32)
             if BV < DV:
-                memory = load_state(state_ptr, state, d, e, D, DV)
+                memory = high_half(load_state(state_ptr, state, d, e, D, DV), WAY)
             by_read = dot(grad, tl.trans(memory), by_read, WAY)
             if ONE_PASS:
                 dstate = dot(tl.trans(s * scale[:, None]), grad, dstate, WAY)
@@ -196,7 +196,7 @@ def read_and_mix_backward(
     dshare = torch.empty(B, N, H, programs, dtype=torch.float32, device=q.device)
     launch(
         _read_backward_kernel, (B * N * H, programs),
-        q, local, gate.contiguous(), halves(M, q.dtype)[0], z.contiguous(), tokens, shift, grad,
+        q, local, gate.contiguous(), M.contiguous(), z.contiguous(), tokens, shift, grad,
         dq, dlocal, dshare, *parts, scale, dnorm,
         *q_strides, *local_strides, *grad_strides, eps, T, N, H, H // G, W=width,
         D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per,
