@@ -220,6 +220,23 @@ def takes_any_strides(device: str) -> None:
     torch.testing.assert_close([out, *memory], [wanted, *left], rtol=1e-4, atol=1e-4)
 
 
+def takes_tokens_before_rows(feature_map: str, device: str) -> None:
+    """As the layers around have them: a micro-batch's rows lie within its tokens, also in what leaves."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(13, 3, heads, 16, device=device) for heads in (4, 2, 2)]
+    gate = torch.randn(4, device=device)
+    options = {"segment_length": 5, "lengths": torch.tensor([13, 7, 0]), "feature_map": feature_map}
+    found = []
+    for backend in ("triton", "reference"):
+        inputs = [x.clone().requires_grad_() for x in leaves]
+        out, memory = infini_attention(*(x.transpose(0, 1) for x in inputs), gate, backend=backend, **options)  # type: ignore[arg-type]
+        if backend == "triton":
+            assert out.transpose(0, 1).is_contiguous()
+        towards = [torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device) for x in (out, *memory)]
+        found.append([out, *memory, *torch.autograd.grad((out, *memory), inputs, towards)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def keeps_its_type_under_autocast(device: str) -> None:
     """What leaves has the values' type, also where local attention was cast."""
     q, k, v = (torch.randn(1, 8, 2, 16, device=device) for _ in range(3))
@@ -309,6 +326,8 @@ def on_cuda() -> list[tuple[str, Callable[[], None]]]:
         for name in ("width 64", "width 128, 8B"):
             add(local_agrees_with_float64, f"{name}, {dtype}", LARGE[name], dtype, "cuda")
     add(takes_any_strides, "gate and resets", "cuda")
+    add(takes_tokens_before_rows, "elu", "elu", "cuda")
+    add(takes_tokens_before_rows, "softmax", "softmax", "cuda")
     add(sums_gradients_to_the_bit, "bfloat16")
     add(keeps_its_type_under_autocast, "bfloat16", "cuda")
     add(keeps_no_scores_of_grouped_heads, "float32")

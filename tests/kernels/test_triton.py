@@ -308,6 +308,11 @@ def test_arguments_need_not_be_contiguous() -> None:
     kernel_cases.takes_any_strides("cpu")
 
 
+@pytest.mark.parametrize("feature_map", ["elu", "softmax"])
+def test_rows_may_lie_within_tokens(feature_map: str) -> None:
+    kernel_cases.takes_tokens_before_rows(feature_map, "cpu")
+
+
 def test_the_output_has_the_values_type_under_autocast() -> None:
     kernel_cases.keeps_its_type_under_autocast("cpu")
 

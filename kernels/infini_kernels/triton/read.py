@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infini_kernels.triton.blocks import (
+    MOST_WITHIN_A_SEGMENT,
     block,
     blocks_of_a_program,
     by_token,
@@ -35,7 +36,7 @@ from infini_kernels.triton.read_backward import read_and_mix_backward, share_of_
 @triton.jit
 def _read_kernel(
     q_ptr, local_ptr, gate_ptr, state_ptr, z_ptr, tokens_ptr, shift_ptr, out_ptr,
-    q_row, q_token, q_head, local_row, local_token, local_head,
+    q_row, q_token, q_head, local_row, local_token, local_head, out_row, out_token,
     eps, T, N, H, R, W: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PER: tl.constexpr,
     LOCAL_ONLY: tl.constexpr, WAY: tl.constexpr,
@@ -50,8 +51,8 @@ def _read_kernel(
     # Of the segment's first token; offsets within a segment are of 32 bits.
     q_ptr += row * q_row + first * q_token + h * q_head
     local_ptr += row * local_row + first * local_token + h * local_head
-    out = (row * T + first) * H + h
-    out_ptr += out * DV
+    out_ptr += row * out_row + first * out_token + h * DV
+    place = (row * T + first) * H + h
     state = ((row * N + n) * (H // R) + h // R) * D
     z = tl.load(z_ptr + state + d, mask=in_d, other=0.0)
     share = share_of_memory(gate_ptr, z, h, LOCAL_ONLY)
@@ -62,7 +63,7 @@ def _read_kernel(
         here, inside = w < tokens, (w < W) & (n * W + w < T)
         mask = here[:, None] & in_d[None, :]
         query = tl.load(q_ptr + (w[:, None] * q_token + d[None, :]), mask=mask, other=0.0)
-        s = tl.where(mask, sigma(query, shift_ptr, out + (w * H)[:, None], here[:, None]), 0.0)  # [BW, BD]
+        s = tl.where(mask, sigma(query, shift_ptr, place + (w * H)[:, None], here[:, None]), 0.0)  # [BW, BD]
         s = rounded(s, WAY)  # once, for both sums: their quotient weighs what was written with one set of features
         scale = share / (tl.sum(s * z[None, :], axis=1) + eps)  # [BW]
         for start in range(0, DV, BV):
@@ -76,7 +77,7 @@ def _read_kernel(
                 read = dot(s, low, read, WAY)
             mixed = tl.where(here[:, None], read * scale[:, None] + (1 - share) * local.to(tl.float32), 0.0)
             tl.store(
-                out_ptr + ((w * (H * DV))[:, None] + e[None, :]),
+                out_ptr + (w[:, None] * out_token + e[None, :]),
                 mixed.to(out_ptr.dtype.element_ty),
                 mask=inside[:, None] & in_e[None, :],
             )
@@ -96,8 +97,8 @@ def read_and_mix(
     shift: Tensor | None = None,
 ) -> Tensor:
     """q [B, T, H, D], A_dot [B, T, H, Dv], gate [H], M [B, N, G, D, Dv] and z [B, N, G, D] that enter each segment,
-    tokens [B, N], W -> [B, T, H, Dv] in A_dot's type, zero at padding."""
-    out = torch.empty(local.shape, dtype=local.dtype, device=local.device)
+    tokens [B, N], W -> [B, T, H, Dv] in A_dot's type, zero at padding. Its rows lie in each other as those of q do."""
+    out = _output(q, local, width)
     _read_and_mix(q, local, gate, M, z, tokens, width, local_only, eps, shift, out)
     return out
 
@@ -135,6 +136,14 @@ def _(
     return None
 
 
+def _output(q: Tensor, local: Tensor, width: int) -> Tensor:
+    """Place for the output. Layers have a micro-batch's rows within its tokens, and the next one would copy it otherwise."""
+    B, T, H, DV = local.shape
+    if q.stride(0) < q.stride(1) and (width - 1) * B * H * DV + DV <= MOST_WITHIN_A_SEGMENT:
+        return torch.empty((T, B, H, DV), dtype=local.dtype, device=local.device).transpose(0, 1)
+    return torch.empty(local.shape, dtype=local.dtype, device=local.device)
+
+
 def _read_and_mix(
     q: Tensor,
     local: Tensor,
@@ -158,7 +167,7 @@ def _read_and_mix(
     launch(
         _read_kernel, (B * N * H, cdiv(width, BW * per)),
         q, local, gate.contiguous(), M.contiguous(), z.contiguous(), tokens, shift, out, *q_strides, *local_strides,
-        eps, T, N, H, H // M.shape[2], W=width, D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per,
+        out.stride(0), out.stride(1), eps, T, N, H, H // M.shape[2], W=width, D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per,
         LOCAL_ONLY=local_only, WAY=product_way(q.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
@@ -176,7 +185,7 @@ def _(
     eps: float,
     shift: Tensor | None = None,
 ) -> Tensor:
-    return torch.empty(local.shape, dtype=local.dtype, device=local.device)
+    return _output(q, local, width)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
