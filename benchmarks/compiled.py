@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from infini_kernels import infini_attention
 from infini_kernels.triton import blocks
 from infini_kernels.triton.gradient_sum import add_contiguous
+from infini_kernels.triton.heads import join_heads
 from infini_kernels.triton.swiglu import swiglu
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
@@ -58,6 +59,7 @@ def launches(
         (out.sum() + memory.M.sum()).backward()
         if dtype != torch.float32:
             add_contiguous(torch.empty(width * width), torch.empty(width * width, dtype=dtype))  # a weight's gradient
+        join_heads(*(x.detach().transpose(0, 1) for x in (q, k, v)))
         swiglu(torch.empty(T, 16 * width, dtype=dtype, requires_grad=True)).sum().backward()
     finally:
         blocks.observers.pop()

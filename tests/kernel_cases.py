@@ -237,6 +237,21 @@ def takes_tokens_before_rows(feature_map: str, device: str) -> None:
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
+def joins_heads(heads: int, groups: int, width: int, dtype: torch.dtype, device: str) -> None:
+    """The concatenation's numbers, of tensors with tokens first, rows first, and numbers that are not neighbours."""
+    from infini_kernels.triton.heads import join_heads
+
+    T, B = 70, 3
+    generator = torch.Generator().manual_seed(0)
+    shapes = (B, T, heads, width), (T, B, groups, width), (T, B, width, groups)
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    q, v = q.transpose(0, 1), v.transpose(2, 3)
+    with poisoned():
+        found = join_heads(q, k, v)
+    wanted = torch.cat([q.unflatten(2, (groups, -1)), k.unsqueeze(3), v.unsqueeze(3)], dim=3).flatten(2)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 def keeps_its_type_under_autocast(device: str) -> None:
     """What leaves has the values' type, also where local attention was cast."""
     q, k, v = (torch.randn(1, 8, 2, 16, device=device) for _ in range(3))
@@ -326,6 +341,9 @@ def on_cuda() -> list[tuple[str, Callable[[], None]]]:
         for name in ("width 64", "width 128, 8B"):
             add(local_agrees_with_float64, f"{name}, {dtype}", LARGE[name], dtype, "cuda")
     add(takes_any_strides, "gate and resets", "cuda")
+    for dtype in TOLERANCE:
+        add(joins_heads, f"4 for 2 of 20, {dtype}", 4, 2, 20, dtype, "cuda")
+        add(joins_heads, f"3 for 3 of 128, {dtype}", 3, 3, 128, dtype, "cuda")
     add(takes_tokens_before_rows, "elu", "elu", "cuda")
     add(takes_tokens_before_rows, "softmax", "softmax", "cuda")
     add(sums_gradients_to_the_bit, "bfloat16")

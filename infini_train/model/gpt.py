@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -25,6 +25,7 @@ from infini_train.model.loss import ChunkedLossGPTModel
 from infini_train.model.memory_tokens import FeedbackLayer, RecurrentMemoryModel
 from infini_train.model.norm import RMSNorm
 from infini_train.model.recompute import RecomputedLayer
+from infini_train.model.self_attention import SplitSelfAttention
 from infini_train.model.stage import StageModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,7 +45,7 @@ def layer_spec(run: RunConfig) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=SplitSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnLinear,

@@ -308,6 +308,12 @@ def test_arguments_need_not_be_contiguous() -> None:
     kernel_cases.takes_any_strides("cpu")
 
 
+@pytest.mark.parametrize("dtype", kernel_cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 2, 20), (3, 3, 128), (2, 1, 16)])
+def test_heads_are_joined_as_by_a_concatenation(heads: int, groups: int, width: int, dtype: torch.dtype) -> None:
+    kernel_cases.joins_heads(heads, groups, width, dtype, "cpu")
+
+
 @pytest.mark.parametrize("feature_map", ["elu", "softmax"])
 def test_rows_may_lie_within_tokens(feature_map: str) -> None:
     kernel_cases.takes_tokens_before_rows(feature_map, "cpu")

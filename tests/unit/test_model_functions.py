@@ -15,6 +15,7 @@ from infini_train.config import ModelConfig
 from infini_train.model.feed_forward import SwiGLU
 from infini_train.model.norm import RMSNorm
 from infini_train.model.parameters import ParameterPlacement, initial_value, initialize_parameters
+from infini_train.model.self_attention import SplitHeads
 from infini_train.parallel.gradient_sums import sum_gradients_without_copies
 
 
@@ -146,3 +147,24 @@ def test_weights_drawn_by_several_threads_are_those_of_their_names(monkeypatch: 
     initialize_parameters(module, placements, model, seed=4)
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(parameter.detach(), initial_value(placements[name], model, seed=4), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (3, 3), (4, 1)])
+def test_heads_are_split_as_by_megatron(heads: int, groups: int) -> None:
+    """Of each group its query heads, then a key head and a value head."""
+    T, B, D, share = 5, 2, 4, heads // groups
+    mixed = torch.randn(T, B, (heads + 2 * groups) * D, generator=torch.Generator().manual_seed(0))
+
+    def plain(x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = x.view(T, B, groups, -1).split([share * D, D, D], dim=3)
+        return q.reshape(T, B, heads, D), k, v
+
+    results = []
+    for split in (plain, lambda x: SplitHeads.apply(x, groups, D)):
+        leaf = mixed.clone().requires_grad_()
+        outputs = split(leaf)
+        generator = torch.Generator().manual_seed(1)
+        towards = [torch.randn(x.shape, generator=generator) for x in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaf, towards)])
+        results[-1] += torch.autograd.grad(split(leaf)[1].sum(), leaf)  # of keys alone
+    torch.testing.assert_close(*results, rtol=0, atol=0)

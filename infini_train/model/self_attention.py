@@ -1,0 +1,47 @@
+"""Megatron-core's self-attention with the split into queries, keys and values as one step in both directions.
+
+Shapes: T tokens, B rows, H query heads and G key/value heads of this process, R = H / G, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from infini_kernels.backend import takes_kernels
+
+
+class SplitHeads(torch.autograd.Function):
+    """mixed [T, B, G (R + 2) D] -> q [T, B, H, D] a copy, k and v [T, B, G, D] views."""
+
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        by_group = mixed.unflatten(2, (groups, -1, width))
+        q, k, v = by_group[..., :-2, :], by_group[..., -2, :], by_group[..., -1, :]
+        return q.flatten(2, 3), k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None, None]:
+        if takes_kernels("auto", q, k, v):
+            from infini_kernels.triton.heads import join_heads
+
+            return join_heads(q, k, v), None, None
+        groups = k.shape[2]
+        return torch.cat([q.unflatten(2, (groups, -1)), k.unsqueeze(3), v.unsqueeze(3)], dim=3).flatten(2), None, None
+
+
+class SplitSelfAttention(SelfAttention):
+    """No norms of queries and keys, no gate of the output."""
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """hidden_states [T, B, h] -> q [T, B, H, D], k and v [T, B, G, D]"""
+        if self.config.num_query_groups < self.world_size:
+            # A group's key head is on several processes: Megatron-core gathers them.
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        mixed, _ = self.linear_qkv(hidden_states)
+        return SplitHeads.apply(mixed, self.num_query_groups_per_partition, self.hidden_size_per_attention_head)
