@@ -65,13 +65,18 @@ def main(arguments: list[str] | None = None) -> int:
         if failed:
             print("nothing is measured, because these fail:", *failed, sep="\n", file=sys.stderr)
             return 1
-    for name in MEASURED:
-        if name not in parts:
-            continue
+    wanted = []
+    for name in (name for name in MEASURED if name in parts):
         missing = [package for package in MEASURED[name] if find_spec(package) is None]
         if missing:
             print(f"{name} is left out: {', '.join(missing)} is not installed")
-            continue
+        else:
+            wanted.append(name)
+    for name, following in zip(wanted, [*wanted[1:], None], strict=True):
+        if following is not None and MEASURED[following]:  # in processes of their own, with libraries to import
+            from benchmarks.one_process import expect
+
+            expect(f"benchmarks.{following}")
         run.run(name)
         print(f"{time.monotonic() - started:.0f} s in all", flush=True)
     return 0

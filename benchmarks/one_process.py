@@ -81,6 +81,12 @@ def _start(module: str, returns_memory: bool) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code], text=True, env=environment, **pipes)  # type: ignore[call-overload]
 
 
+def expect(module: str) -> None:
+    """`in_own_process` will be called for this module: on a GPU machine let it import its libraries from now on."""
+    if torch.cuda.is_available() and (module, True) not in _waiting:
+        _waiting[module, True] = _start(module, True)
+
+
 def in_own_process(module: str, *, returns_memory: bool = True, others: bool = False, **arguments: Any) -> dict[str, Any]:
     """Call `module.one(**arguments)` in a fresh interpreter, on a CPU with one thread; its result as JSON.
 
@@ -92,8 +98,8 @@ def in_own_process(module: str, *, returns_memory: bool = True, others: bool = F
     """
     key = module, returns_memory
     process = _waiting.pop(key, None) or _start(*key)
-    if others and torch.cuda.is_available():
-        _waiting[key] = _start(*key)
+    if others:
+        expect(module)
     output, errors = process.communicate(json.dumps(arguments) + "\n")
     if process.returncode:
         raise RuntimeError(errors[-2000:])

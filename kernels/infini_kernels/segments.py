@@ -52,15 +52,21 @@ def lengths_by_segment(lengths: Tensor, num_tokens: int, segment_length: int) ->
     return (lengths.unsqueeze(1) - starts).clamp(0, segment_length)
 
 
+def all_full(lengths: Tensor, num_tokens: int) -> bool:
+    """Whether lengths by segment [B, N] are known to leave no padding, as nearly all in training do."""
+    # As Python's numbers, which are few: an operation of torch's takes longer.
+    return values_known(lengths) and sum(lengths.flatten().tolist()) == lengths.shape[0] * num_tokens
+
+
 def padding_mask(lengths: Tensor | None, num_tokens: int, segment_length: int, device: torch.device) -> Tensor | None:
     """True at padding [B, T, 1, 1], or None where there is none.
 
-    None is also the answer for lengths on the CPU that turn out to be full, as nearly all are in training.
+    None is also the answer for lengths on the CPU that turn out to be full.
     """
     if lengths is None:
         return None
     lengths = lengths_by_segment(lengths, num_tokens, segment_length)
-    if values_known(lengths) and int(lengths.sum()) == lengths.shape[0] * num_tokens:
+    if all_full(lengths, num_tokens):
         return None
     position = torch.arange(num_tokens, device=lengths.device)  # [T]
     padding = position % segment_length >= lengths[:, position // segment_length]

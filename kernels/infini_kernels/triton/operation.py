@@ -16,7 +16,7 @@ from infini_kernels.compressive import SegmentMemory, full_precision
 from infini_kernels.local import segment_attention
 from infini_kernels.memory import MemoryState
 from infini_kernels.parts import counted_as, part
-from infini_kernels.segments import SegmentLayout, lengths_by_segment, padding_mask, to_device
+from infini_kernels.segments import SegmentLayout, all_full, lengths_by_segment, padding_mask, to_device
 from infini_kernels.triton.features import softmax_shift
 from infini_kernels.triton.read import read_and_mix, read_and_mix_in_place
 from infini_kernels.triton.removal import segment_removals
@@ -52,9 +52,8 @@ def infini_attention_triton(
     padding = padding_mask(lengths, layout.num_tokens, segment_length, q.device)
     if reset is not None:
         # Most micro-batches have none; the host knows that without asking the device.
-        reset = (
-            None if values_known(reset) and not bool(reset.any()) else to_device(reset, q.device).to(torch.int8).contiguous()
-        )
+        none = values_known(reset) and not any(reset.flatten().tolist())
+        reset = None if none else to_device(reset, q.device).to(torch.int8).contiguous()
     queries, keys = q, k
     if rotary is not None:
         q, k, queries, keys = beside_rotated(q, k, rotary, tokens, layout)
@@ -150,8 +149,8 @@ class KernelRemovals:
 def tokens_by_segment(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, segment_length: int) -> Tensor:
     """Tokens of each segment that are there and no padding, [B, N] int32 on q's device."""
     given = None if lengths is None else lengths_by_segment(lengths, layout.num_tokens, segment_length)
-    if given is not None and values_known(given) and int(given.sum()) == given.shape[0] * layout.num_tokens:
-        given = None  # all are full, as nearly always
+    if given is not None and all_full(given, layout.num_tokens):
+        given = None
     if given is None:
         present = torch.full((q.shape[0], layout.num_segments), layout.width, dtype=torch.int32, device=q.device)
         if last := layout.num_tokens % layout.width:
