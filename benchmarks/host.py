@@ -1,6 +1,7 @@
-"""What a layer's memory operation costs the host, which must stay ahead of the device: without launches, nothing is computed.
+"""What a layer costs the host, which must stay ahead of the device.
 
-Needs no card. Launching the kernels comes on top, the same both ways. Processor time of one thread, the two ways taking turns.
+The memory operation alone, without launches and without a card: processor time of one thread, two ways taking turns. On a GPU
+whole training steps instead, of 1B with micro-batches so small that the device waits for the host.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.one_process import import_trainer, in_own_process
+from benchmarks.run import progress
 from infini_kernels import infini_attention
 from infini_kernels.triton import blocks
 from infini_kernels.triton.operator import as_custom_operators
@@ -20,6 +23,7 @@ from infini_kernels.triton.operator import as_custom_operators
 SEGMENTS, SEGMENT, ROWS = 2, 16, 2
 """Few tokens, for local attention is computed."""
 ROUNDS, CALLS = 30, 20
+prepare = import_trainer
 WAYS: dict[str, Callable[[], Any]] = {"custom operators": as_custom_operators, "called directly": nullcontext}
 
 
@@ -44,8 +48,40 @@ def layer(rule: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     return forward, both
 
 
+MICRO_BATCHES = 4
+WARMUP, STEPS = 3, 8
+
+
+def one(variant: str) -> dict[str, Any]:
+    """Milliseconds of a training step of 1B for each of its layers and micro-batches, forward and backward."""
+    from benchmarks import step
+
+    small = {"segments_per_micro_batch": 1, "micro_batches_per_window": MICRO_BATCHES, "fused_layers": "fused"}
+    train = step.trainer("1B", variant, WARMUP + STEPS, **small)
+    seconds = []
+    for _ in range(WARMUP + STEPS):
+        started = time.perf_counter()
+        train()  # ends with the loss, which the host waits for
+        seconds.append(time.perf_counter() - started)
+    return {"ms a layer": 1000 * median(seconds[WARMUP:]) / (step.MODELS["1B"][1] * MICRO_BATCHES)}
+
+
+def measure_on_gpu() -> tuple[list[dict[str, Any]], list[str]]:
+    """One row for each attention."""
+    variants = ("infini linear", "infini delta", "local")
+    rows = []
+    for number, variant in enumerate(variants, 1):
+        found = in_own_process("benchmarks.host", others=number < len(variants), variant=variant)
+        rows.append(progress({"attention": variant, **found}))
+    return rows, [
+        "milliseconds for each layer and micro-batch of 2,048 tokens in 2 rows, forward and backward, optimizer included"
+    ]
+
+
 def measure() -> tuple[list[dict[str, Any]], list[str]]:
     """One row for each rule and way: microseconds of a call, medians."""
+    if torch.cuda.is_available():
+        return measure_on_gpu()
     blocks.observers.append(lambda *launch: None)
     rows = []
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +30,7 @@ WARMUP, STEPS = 3, 6
 prepare = import_trainer
 
 
-def step_run(model: str, variant: str, **training: Any) -> RunConfig:
+def step_run(model: str, variant: str, steps: int, **training: Any) -> RunConfig:
     """The run of one measurement: one process, one window a step.
 
     Args:
@@ -37,28 +38,28 @@ def step_run(model: str, variant: str, **training: Any) -> RunConfig:
     """
     file, layers = MODELS[model]
     attention, _, rule = variant.partition(" ")
-    kinds = {"model.attention": attention, "model.update_rule": rule or "linear"}
-    kinds |= {f"training.{key}": value for key, value in training.items()}
-    run = with_overrides(read_config(CONFIGS / file), kinds, "benchmarks.step")
+    run = with_overrides(
+        read_config(CONFIGS / file),
+        {"model.attention": attention, "model.update_rule": rule or "linear"},
+        "benchmarks.step",
+    )
+    usual: dict[str, Any] = {
+        "segments_per_micro_batch": SEGMENTS,
+        "micro_batches_per_window": MICRO_BATCHES,
+        "recompute": "none",
+    }
     return replace(
         run,
         model=replace(run.model, num_layers=layers),
         data=replace(run.data, vocab_size=32000),
         layout=LayoutConfig(zero_stage=1),
-        training=replace(
-            run.training,
-            steps=WARMUP + 1 + 2 * STEPS,
-            rows=ROWS,
-            segments_per_micro_batch=SEGMENTS,
-            micro_batches_per_window=MICRO_BATCHES,
-            recompute="none",
-        ),
+        training=replace(run.training, steps=steps, rows=ROWS, **usual | training),
         optimizer=replace(run.optimizer, warmup_steps=1),
     )
 
 
-def one(model: str, variant: str, fused_layers: str) -> dict[str, Any]:
-    """Train a few steps on random tokens, as by default with the same bits twice, and then a few in any order of sums."""
+def trainer(model: str, variant: str, steps: int, **training: Any) -> Callable[[], dict[str, Any]]:
+    """What trains a step of `step_run` on random tokens and gives its metrics; for so many steps."""
     from infini_train import platform
 
     platform.install()
@@ -67,17 +68,20 @@ def one(model: str, variant: str, fused_layers: str) -> dict[str, Any]:
     from infini_train.training.signals import StopRequest
     from infini_train.training.step import train_step
 
-    run = step_run(model, variant, fused_layers=fused_layers)
+    run = step_run(model, variant, steps, **training)
     initialize_process_group()
-    tokens = run.training.steps * run.tokens_per_step // ROWS
-    parts = build_parts(run, OneDocument(run.data.vocab_size, tokens, documents=ROWS))
+    parts = build_parts(run, OneDocument(run.data.vocab_size, steps * run.tokens_per_step // ROWS, documents=ROWS))
+    return lambda: train_step(parts, StopRequest())[0]
 
-    def records(warmup: int) -> list[dict[str, Any]]:
-        return [train_step(parts, StopRequest())[0] for _ in range(warmup + STEPS)][warmup:]
 
-    same_bits = records(WARMUP)
+def one(model: str, variant: str, fused_layers: str) -> dict[str, Any]:
+    """A few steps that have the same bits twice, as by default, and then a few in any order of sums."""
+    from infini_train import platform
+
+    train = trainer(model, variant, WARMUP + 1 + 2 * STEPS, fused_layers=fused_layers)
+    same_bits = [train() for _ in range(WARMUP + STEPS)][WARMUP:]
     platform.set_deterministic(False)
-    any_order = records(1)
+    any_order = [train() for _ in range(1 + STEPS)][1:]
     known = [key for key in ("tokens_per_second", "mfu") if key in same_bits[0]]  # no MFU on an unknown device
     return {
         **{key: statistics.median(record[key] for record in same_bits) for key in known},

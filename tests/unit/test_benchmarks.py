@@ -18,7 +18,7 @@ from infini_train.validation import validate
 @pytest.mark.parametrize("model", step.MODELS)
 @pytest.mark.parametrize("variant", step.VARIANTS)
 def test_steps_are_runs_that_can_be(model: str, variant: str) -> None:
-    config = step.step_run(model, variant, fused_layers="fused")
+    config = step.step_run(model, variant, 3, fused_layers="fused")
     assert config.training.fused_layers == "fused" and config.training.deterministic
     validate(config, world_size=1)
     assert config.model.attention == variant.split()[0] and config.tokens_per_step == 2 * 4 * 4096
