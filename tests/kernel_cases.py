@@ -308,8 +308,8 @@ def replays_from_a_cuda_graph(update_rule: str) -> None:
 
 def sums_gradients_to_the_bit() -> None:
     """A gradient added to its float32 sum on CUDA, also where either begins at an odd number."""
-    for first in (0, 3):
-        total, gradient = torch.randn(1_000_003, device="cuda"), torch.randn(1_000_003, device="cuda").bfloat16()
+    for count, first in ((2_000_003, 0), (2_000_003, 3), (5_003, 3)):
+        total, gradient = torch.randn(count, device="cuda"), torch.randn(count, device="cuda").bfloat16()
         wanted = total[first:] + gradient[first:].float()
         add_to_sum(total[first:], gradient[first:])
         torch.testing.assert_close(total[first:], wanted, rtol=0, atol=0)

@@ -6,6 +6,10 @@ from torch import Tensor
 from infini_kernels.backend import TRITON_INSTALLED
 
 
+LARGE = 2**20
+"""Numbers from which a pass less over them is worth a launch of Triton's, which takes the host several times as long."""
+
+
 def add_to_sum(total: Tensor, gradient: Tensor) -> None:
     """total += gradient, converted to float32 without a copy of it.
 
@@ -13,7 +17,8 @@ def add_to_sum(total: Tensor, gradient: Tensor) -> None:
         total: float32, contiguous.
         gradient: as many numbers, of any floating type.
     """
-    if total.is_cuda and gradient.dtype != torch.float32 and gradient.is_contiguous() and TRITON_INSTALLED:
+    large = total.numel() >= LARGE and gradient.dtype != torch.float32
+    if large and total.is_cuda and gradient.is_contiguous() and TRITON_INSTALLED:
         from infini_kernels.triton.gradient_sum import add_contiguous
 
         add_contiguous(total, gradient)
