@@ -5,7 +5,6 @@ from torch import Tensor
 
 from infini_kernels.backend import TRITON_INSTALLED
 
-
 LARGE = 2**20
 """Numbers from which a pass less over them is worth a launch of Triton's, which takes the host several times as long."""
 
