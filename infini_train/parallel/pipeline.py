@@ -62,9 +62,7 @@ class SegmentPipeline:
         self.transport = StageTransport(shape, DTYPES[run.training.precision], self.device, layout.virtual_stages)
         self.last_chunk = layout.virtual_stages - 1 if layout.is_last_stage else None
         """The chunk whose output is the loss, if this stage has it."""
-        self.memory_gradient_squares: dict[int, Tensor] = {}
-        """By layer: squares of the gradients that reached memory at the borders of the last step's micro-batches, summed.
-        Gradients are those of the loss times its scale. It is what trains the writing of memory from one to the next."""
+        self._memory_gradient_norms: dict[int, list[Tensor]] = {}
         self.chunk_layers = [
             {layer.layer_number for layer in engine.module.layers(chunk)} for chunk in range(layout.virtual_stages)
         ]
@@ -84,7 +82,7 @@ class SegmentPipeline:
         window = self.run.training.micro_batches_per_window
         recompute = self.run.training.recompute == "stage"
         memory = dict(memory)
-        self.memory_gradient_squares = {}
+        self._memory_gradient_norms = {}
         live: dict[tuple[int, int], _Live] = {}
         memory_gradients: dict[tuple[int, int], dict[int, LayerMemory]] = {}
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -118,7 +116,7 @@ class SegmentPipeline:
                     current.output = loss * loss_scale if is_last else output
                 entered = self._backward(current, gradient, memory_gradients.pop((chunk, index), {}))
                 memory_gradients[chunk, index - 1] = entered
-                self._add_squares(entered)
+                self._keep_norms(entered)
                 if current.hidden_in is not None:
                     assert current.hidden_in.grad is not None
                     self.transport.send_backward(current.hidden_in.grad, chunk)
@@ -230,10 +228,19 @@ class SegmentPipeline:
         loss = (output.float() * to_device(batch.loss_mask, self.device)).sum()
         return output, micro_batch.memory_out, loss
 
-    def _add_squares(self, gradients: dict[int, LayerMemory]) -> None:
+    def memory_gradient_squares(self) -> dict[int, Tensor]:
+        """By layer: squares of the gradients that reached memory at the borders of the last step's micro-batches, summed.
+
+        Gradients are those of the loss times its scale. It is what trains the writing of memory from one to the next.
+        """
+        return {layer: torch.stack(norms).square().sum() for layer, norms in self._memory_gradient_norms.items()}
+
+    def _keep_norms(self, gradients: dict[int, LayerMemory]) -> None:
+        """As little as can be: in the backward of small models a GPU waits for the host."""
         for layer, gradient in gradients.items():
-            squares = torch.stack([part.double().square().sum() for part in without_tail(gradient)]).sum()
-            self.memory_gradient_squares[layer] = self.memory_gradient_squares.get(layer, 0.0) + squares
+            norms = self._memory_gradient_norms.setdefault(layer, [])
+            parts = [part for part in without_tail(gradient) if part.is_floating_point()]
+            norms += [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
 
     def _backward(
         self, live: _Live, gradient: Tensor | None, memory_gradients: dict[int, LayerMemory]

@@ -128,7 +128,7 @@ def _log_when_due(parts: Parts, record: dict[str, Any], metrics: MetricsWriter, 
     if record["skipped"]:
         progress.say(f"step {step}: skipped, a gradient is not finite ({parts.state.health.consecutive_skips} in a row)")
     if _due(run, run.logging.every, step) or "held_out_loss" in record or record["skipped"] or record["spike"]:
-        squares = parts.pipeline.memory_gradient_squares
+        squares = parts.pipeline.memory_gradient_squares()
         record.update(memory_statistics(run, parts.layout, parts.engine, parts.state.memory, squares))
         record.update(parts.checkpointer.writer.report())
         metrics.write(record)

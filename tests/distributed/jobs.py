@@ -301,7 +301,7 @@ def memory_gradient_norms(run: RunConfig) -> dict[str, Any]:
     parts = build_parts(run)
     initial = _weights(parts)
     train_step(parts, StopRequest())
-    squares = parts.pipeline.memory_gradient_squares
+    squares = parts.pipeline.memory_gradient_squares()
     found = memory_statistics(run, parts.layout, parts.engine, parts.state.memory, squares)
     return {"initial": initial, "norms": found.get("memory_grad_norm")}
 
