@@ -29,7 +29,7 @@ def load_state(state_ptr, first, d, e, D: tl.constexpr, DV: tl.constexpr):
 
 
 @triton.jit
-def _halves(x):
+def halves(x):
     """x in float32 as the sum of two bfloat16 numbers, of which it keeps 16 bits."""
     high = x.to(tl.bfloat16)
     return high, (x - high.to(tl.float32)).to(tl.bfloat16)
@@ -58,16 +58,6 @@ def high_half(x, WAY: tl.constexpr):
 
 
 @triton.jit
-def halves(x, WAY: tl.constexpr):
-    """Float32 x as `dot` takes it, and what that leaves of it: None where that is nothing."""
-    if WAY == "bf16" or WAY == "emulated":
-        high, low = _halves(x)
-    else:
-        high, low = x, None
-    return high, low
-
-
-@triton.jit
 def rounded(a, WAY: tl.constexpr):
     """Float32 a as `dot` rounds it."""
     if WAY == "bf16" or WAY == "emulated":
@@ -83,7 +73,7 @@ def dot_exact(a, b, acc, WAY: tl.constexpr):
     'emulated' does the same where the interpreter knows no bfloat16 products; else a precision of Triton's.
     """
     if WAY == "bf16" or WAY == "emulated":
-        high, low = _halves(a)
+        high, low = halves(a)
         acc = dot(low, b, dot(high, b, acc, WAY), WAY)
     else:
         acc = tl.dot(a, b.to(tl.float32), acc, input_precision=WAY)
@@ -94,8 +84,8 @@ def dot_exact(a, b, acc, WAY: tl.constexpr):
 def dot_exact_both(a, b, acc, WAY: tl.constexpr):
     """acc + a b for float32 a and b, as exact as in float32; WAY as for `dot_exact`."""
     if WAY == "bf16" or WAY == "emulated":
-        a_high, a_low = _halves(a)
-        b_high, b_low = _halves(b)
+        a_high, a_low = halves(a)
+        b_high, b_low = halves(b)
         acc = dot(a_high, b_low, dot(a_low, b_high, acc, WAY), WAY)
         acc = dot(a_high, b_high, acc, WAY)
     else:

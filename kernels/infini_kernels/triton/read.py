@@ -41,6 +41,7 @@ def _read_kernel(
     D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PER: tl.constexpr,
     LOCAL_ONLY: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
+    HALVES: tl.constexpr = WAY == "bf16" or WAY == "emulated"
     program = tl.program_id(0)
     h = program % H
     n = (program // H) % N
@@ -57,7 +58,9 @@ def _read_kernel(
     z = tl.load(z_ptr + state + d, mask=in_d, other=0.0)
     share = share_of_memory(gate_ptr, z, h, LOCAL_ONLY)
     if BV >= DV:  # all of the state at once, for all of the program's tokens
-        memory, low = halves(load_state(state_ptr, state, d, tl.arange(0, BV), D, DV), WAY)
+        memory = load_state(state_ptr, state, d, tl.arange(0, BV), D, DV)
+        if HALVES:
+            memory, low = halves(memory)
     for piece in range(0, PER):
         w = (tl.program_id(1) * PER + piece) * BW + tl.arange(0, BW)
         here, inside = w < tokens, (w < W) & (n * W + w < T)
@@ -71,9 +74,11 @@ def _read_kernel(
             in_e = e < DV
             local = tl.load(local_ptr + (w[:, None] * local_token + e[None, :]), mask=here[:, None] & in_e[None, :], other=0.0)
             if BV < DV:
-                memory, low = halves(load_state(state_ptr, state, d, e, D, DV), WAY)
+                memory = load_state(state_ptr, state, d, e, D, DV)
+                if HALVES:
+                    memory, low = halves(memory)
             read = dot(s, memory, None, WAY)
-            if low is not None:
+            if HALVES:
                 read = dot(s, low, read, WAY)
             mixed = tl.where(here[:, None], read * scale[:, None] + (1 - share) * local.to(tl.float32), 0.0)
             tl.store(
