@@ -252,6 +252,24 @@ def joins_heads(heads: int, groups: int, width: int, dtype: torch.dtype, device:
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
+def swiglu_agrees_with_float64(width: int, dtype: torch.dtype, device: str) -> None:
+    """silu(gate) * up and its gradient, of rows that end within a block."""
+    from infini_kernels.triton.swiglu import swiglu
+
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(5, 3, 2 * width, generator=generator)).to(device, dtype).requires_grad_()
+    towards = torch.randn(5, 3, width, generator=generator).to(device, dtype)
+    with poisoned():
+        out = swiglu(x)
+        found = [out, *torch.autograd.grad(out, x, towards)]
+    wide = x.detach().double().requires_grad_()
+    gate, up = wide.chunk(2, dim=-1)
+    exact = torch.nn.functional.silu(gate) * up
+    for y, wanted in zip(found, [exact, *torch.autograd.grad(exact, wide, towards.double())], strict=True):
+        error = (y.double() - wanted).abs().max().item()
+        assert y.dtype == dtype and error <= TOLERANCE[dtype] * wanted.abs().max().item(), f"{error:.2e}"
+
+
 def keeps_its_type_under_autocast(device: str) -> None:
     """What leaves has the values' type, also where local attention was cast."""
     q, k, v = (torch.randn(1, 8, 2, 16, device=device) for _ in range(3))
@@ -342,6 +360,8 @@ def on_cuda() -> list[tuple[str, Callable[[], None]]]:
             add(local_agrees_with_float64, f"{name}, {dtype}", LARGE[name], dtype, "cuda")
     add(takes_any_strides, "gate and resets", "cuda")
     for dtype in TOLERANCE:
+        add(swiglu_agrees_with_float64, f"36, {dtype}", 36, dtype, "cuda")
+        add(swiglu_agrees_with_float64, f"5632, {dtype}", 5632, dtype, "cuda")
         add(joins_heads, f"4 for 2 of 20, {dtype}", 4, 2, 20, dtype, "cuda")
         add(joins_heads, f"3 for 3 of 128, {dtype}", 3, 3, 128, dtype, "cuda")
     add(takes_tokens_before_rows, "elu", "elu", "cuda")

@@ -309,6 +309,12 @@ def test_arguments_need_not_be_contiguous() -> None:
 
 
 @pytest.mark.parametrize("dtype", kernel_cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize("width", [36, 1100])
+def test_swiglu_agrees_with_float64(width: int, dtype: torch.dtype) -> None:
+    kernel_cases.swiglu_agrees_with_float64(width, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", kernel_cases.TOLERANCE, ids=str)
 @pytest.mark.parametrize(("heads", "groups", "width"), [(4, 2, 20), (3, 3, 128), (2, 1, 16)])
 def test_heads_are_joined_as_by_a_concatenation(heads: int, groups: int, width: int, dtype: torch.dtype) -> None:
     kernel_cases.joins_heads(heads, groups, width, dtype, "cpu")
