@@ -20,8 +20,16 @@ from infini_kernels.parts import counted_as
 from infini_kernels.rotary import apply_rotary
 from infini_kernels.segments import SegmentLayout, padding_mask
 
-FLASH_ATTENTION_2 = find_spec("flash_attn") is not None
-FLASH_ATTENTION_3 = find_spec("flash_attn_interface") is not None
+
+def installed(name: str) -> bool:
+    """Whether there is such a package, and not only packages within a folder of this name: flash-attn 4 lies in flash_attn/cute
+    and leaves flash_attn itself to version 2."""
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None
+
+
+FLASH_ATTENTION_2 = installed("flash_attn")
+FLASH_ATTENTION_3 = installed("flash_attn_interface")
 """For Hopper alone."""
 # The widest head for which FlashAttention has a kernel.
 FLASH_WIDEST_HEAD = 256

@@ -1,6 +1,7 @@
 """Segment-local attention against the oracle, and the hand-over to FlashAttention."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +123,14 @@ def test_the_choice_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert local.local_attention_choice(half, half) == f"PyTorch {torch.__version__} on cpu"
     monkeypatch.setattr(local, "flash_attention_for", lambda q, v: SimpleNamespace(__name__="flash_attn", __version__="2.8"))
     assert local.local_attention_choice(half, half) == "flash_attn 2.8"
+
+
+def test_flash_attention_4_alone_is_not_taken_for_version_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies in flash_attn/cute, and flash_attn has no `flash_attn_func` then."""
+    (tmp_path / "a_folder" / "cute").mkdir(parents=True)
+    (tmp_path / "a_folder" / "cute" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert local.installed("a_folder.cute") and not local.installed("a_folder") and not local.installed("no_such_package")
 
 
 def test_the_newest_flash_attention_that_the_card_can_run_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
