@@ -42,10 +42,10 @@ LINK_SHARE = {"NVLink": 0.75, "network": 0.80}
 megabytes; https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md says how that number is defined)."""
 MESSAGE_SECONDS = {"NVLink": 15e-6, "network": 30e-6}
 """Time of a message however small. A guess at NCCL's latency: no source."""
-HOST_SECONDS = 9e-3
-"""Time that the host takes to launch a layer's kernels for one micro-batch, forward and backward, however few tokens it has. A
-model of 1B was held up by its host (20 layers, micro-batches of 8,192 tokens, an H200; benchmarks/results/step.jsonl): 8.0 ms
-with `local`, 10.7 with `infini` before its operators were called directly. Hosts were seen to differ by 40%."""
+HOST_SECONDS = 6e-3
+"""Time that the host takes to launch a layer's kernels for one micro-batch, forward and backward, however few tokens it has. In
+the profile of a step of 1B it took 3.2 and 2.8 ms (medians, PyTorch's profiler included; an H200's host, commit 6699f28, in no
+record). Hosts were seen to differ by 40%."""
 OPTIMIZER_BYTES = 28
 """Bytes that a fused Adam reads and writes for each number that it steps: float32 gradient, weight and two moments read, the
 last three written."""
