@@ -142,21 +142,13 @@ class _WithRotated(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor, width: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(cos, sin, tokens)
         ctx.width = width
         return q.view_as(q), k.view_as(k), *rotate(q, k, None, None, cos, sin, tokens, width, 1)
 
     @staticmethod
-    def backward(
-        ctx: Any, beside_q: Tensor | None, beside_k: Tensor | None, dq: Tensor | None, dk: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        if dq is None or dk is None:
-            if dq is None and dk is None:
-                return beside_q, beside_k, None, None, None, None
-            raise NotImplementedError("the gradient of rotated queries alone, or of rotated keys alone")
-        back = rotate(dq, dk, beside_q, beside_k, *ctx.saved_tensors, ctx.width, -1)
-        return *back, None, None, None, None
+    def backward(ctx: Any, beside_q: Tensor, beside_k: Tensor, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        return *rotate(dq, dk, beside_q, beside_k, *ctx.saved_tensors, ctx.width, -1), None, None, None, None
 
 
 def with_rotated(
