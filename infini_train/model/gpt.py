@@ -31,13 +31,17 @@ from infini_train.model.stage import StageModel
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def layer_spec(run: RunConfig) -> ModuleSpec:
-    """One transformer layer: norm, attention, norm, SwiGLU."""
+def layer_spec(run: RunConfig, recomputed: bool) -> ModuleSpec:
+    """One transformer layer: norm, attention, norm, SwiGLU.
+
+    Args:
+        recomputed: whether its inside is computed again in the backward.
+    """
     module, parameters = TransformerLayer, {}
     norm, feed_forward = (FusedRMSNorm, FusedFeedForward) if takes_fused(run) else (RMSNorm, FeedForward)
     if run.model.attention == "feedback":
         module, parameters = FeedbackLayer, {"model": run.model}
-    elif run.training.recompute == "layer":
+    elif recomputed:
         module = RecomputedLayer
     return ModuleSpec(
         module=module,
@@ -108,11 +112,12 @@ def build_stage(run: RunConfig, stage: int) -> StageModel:
         stage: this device's number in the pipeline.
     """
     layout = run.layout
-    layer = layer_spec(run)
     config = transformer_config(run)
     chunk_layers = run.model.num_layers // layout.num_virtual_stages
     fused = takes_fused(run)
-    block = TransformerBlockSubmodules(layer_specs=[layer] * chunk_layers, layer_norm=FusedRMSNorm if fused else RMSNorm)
+    recomputed = run.training.recompute_layers or chunk_layers if run.training.recompute == "layer" else 0
+    layers = [layer_spec(run, number < recomputed) for number in range(chunk_layers)]
+    block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=FusedRMSNorm if fused else RMSNorm)
     chunks = []
     for chunk in range(layout.virtual_stages):
         virtual_stage = chunk * layout.pipeline_parallel_size + stage

@@ -112,7 +112,8 @@ def micro_batch_bytes(sizes: Sizes, stage: int, chunk: int, recompute: str | Non
         return 0 if first else hidden_states  # tokens stay on the host
     total = embedding_bytes(sizes) if first else 0
     if recompute == "layer":
-        total += sizes.chunk_layers * hidden_states
+        again = sizes.recomputed_chunk_layers
+        total += again * hidden_states + (sizes.chunk_layers - again) * layer_bytes(sizes)
     else:
         total += sizes.chunk_layers * layer_bytes(sizes)
     return total + (output_bytes(sizes) if last else hidden_states)

@@ -53,9 +53,8 @@ class Traffic:
 def stage_traffic(sizes: Sizes, stage: int) -> list[Traffic]:
     """All messages of one process of a stage in one step whose size depends on the model; empty groups are left out."""
     micro_batches = sizes.run.micro_batches_per_step
-    passes = 2 if sizes.run.training.recompute != "none" else 1
-    traffic = [*_tensor(sizes, stage, passes), *_context(sizes, passes), *_pipeline(sizes, stage)]
-    per_step = [*_data(sizes, stage, passes, micro_batches)]
+    traffic = [*_tensor(sizes, stage), *_context(sizes), *_pipeline(sizes, stage)]
+    per_step = [*_data(sizes, stage, micro_batches)]
     return [_times(item, micro_batches) for item in traffic if item.messages] + per_step
 
 
@@ -65,11 +64,11 @@ def _times(item: Traffic, micro_batches: int) -> Traffic:
     )
 
 
-def _tensor(sizes: Sizes, stage: int, passes: int) -> Iterator[Traffic]:
+def _tensor(sizes: Sizes, stage: int) -> Iterator[Traffic]:
     """Of one micro-batch, over the tensor group."""
     if sizes.tp == 1:
         return
-    run, layers = sizes.run, sizes.stage_layers
+    run, layers, recomputed = sizes.run, sizes.stage_layers, sizes.recomputed_layers
     hidden = sizes.tokens * run.model.hidden_size * sizes.element
     first, last = sizes.is_first(stage), sizes.is_last(stage)
     # Forwards of the embedding: with recompute "layer" only the layers run again.
@@ -80,15 +79,15 @@ def _tensor(sizes: Sizes, stage: int, passes: int) -> Iterator[Traffic]:
         return Traffic("tensor", operation, what, messages, size, size=sizes.tp, stride=1)
 
     # What enters linear_proj and fc2 is reduced behind them. A layer that is computed again stops at what fc2 keeps, before it.
-    reduced = {"none": 2, "layer": 3, "stage": 4}[run.training.recompute]
+    reduced = 4 * layers + recomputed * (2 if run.training.recompute == "stage" else 1) + embeddings
 
     if run.layout.sequence_parallel:
-        yield item("all_gather", "hidden states and their gradients", layers * (2 * passes + 4) + outputs + first, hidden)
-        yield item("reduce_scatter", "hidden states and their gradients", layers * (reduced + 2) + embeddings, hidden)
+        yield item("all_gather", "hidden states and their gradients", 6 * layers + 2 * recomputed + outputs + first, hidden)
+        yield item("reduce_scatter", "hidden states and their gradients", reduced, hidden)
         norms = 2 * layers + last
         yield item("all_reduce", "gradients of norms", norms, run.model.hidden_size * sizes.element)
     else:
-        yield item("all_reduce", "hidden states and their gradients", layers * (reduced + 2) + embeddings, hidden)
+        yield item("all_reduce", "hidden states and their gradients", reduced, hidden)
     if last:
         chunk = activations.loss_chunk_tokens(sizes)
         chunks = -(-sizes.tokens // chunk)
@@ -98,7 +97,7 @@ def _tensor(sizes: Sizes, stage: int, passes: int) -> Iterator[Traffic]:
         yield item("all_reduce", "maximum, sum and target of the logits", 3 * chunks * again, chunk * FLOAT32)
 
 
-def _context(sizes: Sizes, passes: int) -> Iterator[Traffic]:
+def _context(sizes: Sizes) -> Iterator[Traffic]:
     """Of one micro-batch, over the context group: memory maps and convolution tails forward, their gradients backward."""
     if sizes.cp == 1 or not sizes.has_memory:
         return
@@ -114,7 +113,7 @@ def _context(sizes: Sizes, passes: int) -> Iterator[Traffic]:
         travels["convolution tails"] = sizes.cp * sizes.tail_bytes
     for name, size in travels.items():
         for operation, what, messages in (
-            ("all_gather", name, layers * passes),
+            ("all_gather", name, layers + sizes.recomputed_layers),
             ("all_reduce", f"gradients of {name}", layers),
         ):
             yield Traffic("context", operation, what, messages, size, size=sizes.cp, stride=sizes.tp)  # type: ignore[arg-type]
@@ -134,7 +133,7 @@ def _pipeline(sizes: Sizes, stage: int) -> Iterator[Traffic]:
         yield Traffic("pipeline", "send", what, messages, hidden, size=sizes.pp, stride=stride)
 
 
-def _data(sizes: Sizes, stage: int, passes: int, micro_batches: int) -> Iterator[Traffic]:
+def _data(sizes: Sizes, stage: int, micro_batches: int) -> Iterator[Traffic]:
     """Of one step, over the processes that hold the same weights: what DeepSpeed reduces and gathers."""
     if sizes.replicas == 1:
         return
@@ -149,7 +148,10 @@ def _data(sizes: Sizes, stage: int, passes: int, micro_batches: int) -> Iterator
     # Seen with DeepSpeed 0.19: stages 0 to 2 all-reduce, stage 2 in every backward.
     if zero == 3:
         yield item("reduce_scatter", "gradients", micro_batches, gradients)
-        yield item("all_gather", "weights", micro_batches * (1 + passes), weights)
+        # For the forward, the backward and, of the layers that are computed again, once more.
+        passes = 2 + (sizes.recomputed_layers > 0)
+        each = weights * (2 + sizes.recomputed_layers / sizes.stage_layers) / passes
+        yield item("all_gather", "weights", passes * micro_batches, round(each))
         return
     yield item("all_reduce", "gradients", micro_batches if zero == 2 else 1, gradients)
     if zero:

@@ -115,9 +115,9 @@ def stage_host_seconds(sizes: Sizes) -> float:
     return sizes.stage_layers * HOST_SECONDS * _forward_passes(sizes) / 3
 
 
-def _forward_passes(sizes: Sizes) -> int:
-    """What forward and backward cost, in forward passes: a backward is two, and recomputation is one more."""
-    return 4 if sizes.run.training.recompute != "none" else 3
+def _forward_passes(sizes: Sizes) -> float:
+    """What forward and backward of the layers cost, in forward passes: a backward is two, and recomputation is one more."""
+    return 3 + sizes.recomputed_layers / sizes.stage_layers
 
 
 def step_time(sizes: Sizes, gpu: Gpu) -> StepTime:

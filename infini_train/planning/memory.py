@@ -120,8 +120,8 @@ def _backward_bytes(sizes: Sizes, stage: int, chunk: int) -> int:
     recompute = run.training.recompute
     hidden_states = sizes.shard_tokens * model.hidden_size * element
     again = 0
-    if recompute == "layer":
-        again = activations.layer_bytes(sizes)
+    if recompute == "layer" and sizes.recomputed_chunk_layers == sizes.chunk_layers:
+        again = activations.layer_bytes(sizes)  # else no more than the layers behind it kept, of which the backward came first
     elif recompute == "stage":
         again = activations.micro_batch_bytes(sizes, stage, chunk, recompute="none")
     inner, width = model.ffn_hidden_size // sizes.tp, model.head_dim
@@ -153,5 +153,5 @@ def _backward_bytes(sizes: Sizes, stage: int, chunk: int) -> int:
     logits += vocabulary * model.hidden_size * element if own_gradients else 0
     # The loss comes first in the backward: a layer that is computed again does not exist yet, and what the loss kept is let go
     # before the layers.
-    freed = activations.output_bytes(sizes) if recompute == "layer" else 0
+    freed = activations.output_bytes(sizes) if recompute == "layer" and again else 0
     return max(again + inside - freed, logits + (again if recompute == "stage" else 0))

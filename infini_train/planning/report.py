@@ -14,7 +14,8 @@ def layout_text(plan: Plan) -> str:
     sizes, layout, training = plan.sizes, plan.sizes.run.layout, plan.sizes.run.training
     text = f"tp {sizes.tp}" + " with sequence parallelism" * layout.sequence_parallel
     text += f", cp {sizes.cp}, pp {sizes.pp}" + f" × {layout.virtual_stages} chunks" * (layout.virtual_stages > 1)
-    return text + f", dp {sizes.dp}, ZeRO {layout.zero_stage}, recompute {training.recompute}"
+    text += f", dp {sizes.dp}, ZeRO {layout.zero_stage}, recompute {training.recompute}"
+    return text + f", {training.recompute_layers} of {sizes.chunk_layers}" * (training.recompute_layers > 0)
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -124,6 +125,11 @@ def _assumptions(plan: Plan) -> list[str]:
     ]
 
 
+def _recomputed(plan: Plan) -> str:
+    training = plan.sizes.run.training
+    return f"{training.recompute_layers} layers" if training.recompute_layers else training.recompute
+
+
 def search_lines(plans: list[Plan]) -> list[str]:
     """Layouts, best first."""
     head = f"{'':>3} {'tokens/s':>10} {'MFU':>5} {'GB':>6} {'tp':>3} {'cp':>3} {'pp':>3} {'chunks':>6} {'dp':>4} {'ZeRO':>4} "
@@ -133,6 +139,6 @@ def search_lines(plans: list[Plan]) -> list[str]:
         lines.append(
             f"{number:>3} {each.tokens_per_second:>10,.0f} {each.mfu:>5.0%} {each.memory.total / GB:>6.1f} {sizes.tp:>3} "
             f"{sizes.cp:>3} {sizes.pp:>3} {layout.virtual_stages:>6} {sizes.dp:>4} {layout.zero_stage:>4} "
-            f"{training.recompute:>9} {training.segments_per_micro_batch:>13} × {training.micro_batches_per_window}"
+            f"{_recomputed(each):>9} {training.segments_per_micro_batch:>13} × {training.micro_batches_per_window}"
         )
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from itertools import product
 
@@ -43,6 +44,7 @@ def layouts(run: RunConfig, gpus: int, gpus_per_node: int) -> Iterator[RunConfig
             yield with_training(
                 changed,
                 recompute=recompute,
+                recompute_layers=0,
                 segments_per_micro_batch=segments,
                 micro_batches_per_window=window // segments,
             )
@@ -75,12 +77,25 @@ def search(run: RunConfig, gpus: int, gpu: str, count: int = 10) -> list[Plan]:
     validate_task(run)
     validate_optimizer(run)
     candidates = layouts(run, gpus, find_gpu(gpu).gpus_per_node)
-    fitting = [each for each in _valid(candidates, gpus, gpu) if each.fits]
+    fitting = [_with_fewest_recomputed(each) for each in _valid(candidates, gpus, gpu) if each.fits]
     if not fitting:
         return []
     best = min(each.time.total for each in fitting)
     fitting.sort(key=lambda each: (int((each.time.total / best - 1) / SIMPLICITY), _complexity(each), each.time.total))
     return fitting[:count]
+
+
+def _with_fewest_recomputed(each: Plan) -> Plan:
+    """With recompute "layer" that fits: with as few layers computed again as fit."""
+    sizes = each.sizes
+    if sizes.run.training.recompute != "layer":
+        return each
+
+    def other(layers: int) -> Plan:
+        return plan(with_training(sizes.run, recompute_layers=layers), sizes.processes, each.gpu.name)
+
+    least = bisect_left(range(1, sizes.chunk_layers), True, key=lambda layers: other(layers).fits) + 1
+    return other(least) if least < sizes.chunk_layers else each
 
 
 def _complexity(each: Plan) -> int:
@@ -95,8 +110,12 @@ def remedies(refused: Plan) -> list[str]:
     run, gpus, gpu = refused.sizes.run, refused.sizes.processes, refused.gpu.name
     layout = run.layout
     found = []
+    everywhere = with_training(run, recompute_layers=0)
+    if run.training.recompute_layers and _fits(everywhere, gpus, gpu):
+        fewest = _with_fewest_recomputed(plan(everywhere, gpus, gpu))
+        found.append(f"--training.recompute_layers {fewest.sizes.run.training.recompute_layers}")
     for recompute in ("layer", "stage"):
-        if recompute != run.training.recompute and _fits(with_training(run, recompute=recompute), gpus, gpu):
+        if recompute != run.training.recompute and _fits(with_training(everywhere, recompute=recompute), gpus, gpu):
             found.append(f"--training.recompute {recompute}")
             break
     if run.training.precision == "float32":
@@ -148,6 +167,7 @@ def layout_options(each: Plan) -> list[str]:
         "layout.virtual_stages": (layout.virtual_stages, 1),
         "layout.zero_stage": (layout.zero_stage, 1),
         "training.recompute": (training.recompute, "none"),
+        "training.recompute_layers": (training.recompute_layers, 0),
         "training.segments_per_micro_batch": (training.segments_per_micro_batch, 0),
         "training.micro_batches_per_window": (training.micro_batches_per_window, 0),
     }

@@ -95,6 +95,19 @@ class Sizes:
         return self.run.model.num_layers // self.pp
 
     @property
+    def recomputed_chunk_layers(self) -> int:
+        """Layers of one chunk whose inside is computed again in the backward."""
+        training = self.run.training
+        if training.recompute == "none":
+            return 0
+        return (training.recompute_layers if training.recompute == "layer" else 0) or self.chunk_layers
+
+    @property
+    def recomputed_layers(self) -> int:
+        """The same of one stage, over its chunks."""
+        return self.recomputed_chunk_layers * self.run.layout.virtual_stages
+
+    @property
     def has_memory(self) -> bool:
         return self.run.model.attention == "infini"
 

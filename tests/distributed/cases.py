@@ -24,6 +24,7 @@ class Case:
     window: tuple[int, int] = (2, 2)
     """Segments a micro-batch, micro-batches a window."""
     recompute: str = "none"
+    """With a number: so many layers of each chunk."""
     rule: str = "linear"
     ageing: int = 1
     """Bound of how often an update of the memory counts."""
@@ -39,7 +40,7 @@ class Case:
         return "-".join(
             [f"tp{self.tp}", f"cp{self.cp}", f"pp{self.pp}", f"v{self.virtual}", f"dp{self.dp}", f"zero{self.zero}"]
             + ["sp"] * self.sequence_parallel
-            + [f"{self.window[0]}x{self.window[1]}", self.recompute, self.rule]
+            + [f"{self.window[0]}x{self.window[1]}", self.recompute.replace(" ", ""), self.rule]
             + [f"ageing{self.ageing}"] * (self.ageing != 1)
             + [f"loss{self.loss_chunk}"] * (self.loss_chunk != 1024)
         )
@@ -47,6 +48,7 @@ class Case:
     def apply(self, run: RunConfig) -> RunConfig:
         """The run computed this way."""
         segments, micro_batches = self.window
+        recompute, _, recomputed = self.recompute.partition(" ")
         return replace(
             run,
             model=replace(run.model, update_rule=self.rule),
@@ -62,7 +64,8 @@ class Case:
                 run.training,
                 segments_per_micro_batch=segments,
                 micro_batches_per_window=micro_batches,
-                recompute=self.recompute,
+                recompute=recompute,
+                recompute_layers=int(recomputed or 0),
                 memory_ageing=self.ageing,
                 memory_ageing_rise=0.0,
                 loss_chunk_tokens=self.loss_chunk,

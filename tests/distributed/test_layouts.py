@@ -33,6 +33,7 @@ NAMED = [
     Case(dp=2, zero=3),
     Case(tp=2, sequence_parallel=True),
     Case(recompute="layer", rule="delta"),
+    Case(pp=2, cp=2, recompute="layer 1", rule="delta"),
     Case(pp=2, recompute="stage"),
     Case(pp=2, virtual=2),
     Case(pp=2, virtual=2, zero=2, window=(2, 4)),

@@ -14,6 +14,7 @@ SHORT = "--training.micro_batches_per_window=2 --training.windows_per_step=2"
     "config,rank,options",
     [
         ("8b", 5, "--training.micro_batches_per_window=4"),
+        ("8b", 37, f"{LAYOUT.format(2, 2, 4)} {SHORT} --training.recompute_layers=3"),
         ("8b", 37, f"{LAYOUT.format(2, 2, 4)} {SHORT} --training.segments_per_micro_batch=2"),
         (
             "8b",
@@ -28,7 +29,7 @@ SHORT = "--training.micro_batches_per_window=2 --training.windows_per_step=2"
         ),
         ("8b-1m", 40, SHORT),
     ],
-    ids=["8b", "tp2-cp2-pp4", "last-of-chunks", "no-recompute", "8b-1m"],
+    ids=["8b", "some-layers", "tp2-cp2-pp4", "last-of-chunks", "no-recompute", "8b-1m"],
 )
 def test_dry_run_counts_what_the_plan_says(config, rank, options):
     job = ["plan", "--config", str(REPOSITORY / "configs" / f"{config}.yaml"), "--gpus", "64", "--gpu", "h100-80gb"]
