@@ -224,8 +224,8 @@ class TrainingConfig:
     """What backward computes again instead of keeping it: nothing; everything inside a layer; or everything inside a pipeline
     stage, so that a micro-batch in flight costs its input and incoming memory only."""
     recompute_layers: int = 0
-    """With recompute layer: computed again are so many layers of each chunk, from its first; the others keep what they
-    computed, as far as there is memory. 0 takes all."""
+    """With recompute layer, and only then: computed again are so many layers of each chunk, from its first, or all where it has
+    no more; the others keep what they computed. As few as memory allows are fastest. 0 takes all."""
     self_test: bool = True
     """With more than one process, first train a tiny model in the run's layout and compare it with one process."""
     deterministic: bool = True

@@ -192,20 +192,6 @@ def _validate_health(config: RunConfig) -> None:
         raise UserError("health.on_spike is rollback with health.spike_zscore 0, which finds no spike; set spike_zscore to 8")
 
 
-def _validate_recompute_layers(config: RunConfig) -> None:
-    layers, recompute = config.training.recompute_layers, config.training.recompute
-    if layers and recompute != "layer":
-        raise UserError(
-            f"training.recompute_layers is {layers} with training.recompute {recompute}; it goes with layer, or set it to 0"
-        )
-    chunk = config.model.num_layers // config.layout.num_virtual_stages
-    if not 0 <= layers <= chunk:
-        raise UserError(
-            f"training.recompute_layers is {layers}, but a chunk of a pipeline stage has {chunk} layers; use 1 to {chunk}, or "
-            "0 for all"
-        )
-
-
 def validate_layout(config: RunConfig, world_size: int) -> None:
     """Refuse layouts that do not divide the model, the batch or the processes, or that are not exact.
 
@@ -266,7 +252,6 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
                 f"training.recompute is layer with model.attention {model.attention}, which runs segment by segment; use none "
                 "or stage"
             )
-    _validate_recompute_layers(config)
     if pp > 1 and model.attention == "recurrent_memory":
         raise UserError(
             f"layout.pipeline_parallel_size is {pp} with model.attention recurrent_memory: the last layer's output enters the "

@@ -45,7 +45,7 @@ def run_plan(run: RunConfig, arguments: Namespace) -> int:
         if not found:
             raise UserError(f"no layout of this run fits {arguments.gpus} × {arguments.gpu}; give it more GPUs or larger ones")
         print(*search_lines(found), sep="\n")
-        print(f"the first: {' '.join(layout_options(found[0]))}")
+        print(f"the first: {' '.join(layout_options(found[0], run)) or 'as the run has it'}")
         return 0
     planned = plan(run, arguments.gpus, arguments.gpu)
     if arguments.dry_run:

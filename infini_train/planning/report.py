@@ -15,7 +15,8 @@ def layout_text(plan: Plan) -> str:
     text = f"tp {sizes.tp}" + " with sequence parallelism" * layout.sequence_parallel
     text += f", cp {sizes.cp}, pp {sizes.pp}" + f" × {layout.virtual_stages} chunks" * (layout.virtual_stages > 1)
     text += f", dp {sizes.dp}, ZeRO {layout.zero_stage}, recompute {training.recompute}"
-    return text + f", {training.recompute_layers} of {sizes.chunk_layers}" * (training.recompute_layers > 0)
+    again = sizes.recomputed_chunk_layers
+    return text + f", {again} of {sizes.chunk_layers}" * (training.recompute == "layer" and again < sizes.chunk_layers)
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -126,8 +127,9 @@ def _assumptions(plan: Plan) -> list[str]:
 
 
 def _recomputed(plan: Plan) -> str:
-    training = plan.sizes.run.training
-    return f"{training.recompute_layers} layers" if training.recompute_layers else training.recompute
+    sizes, recompute = plan.sizes, plan.sizes.run.training.recompute
+    again = sizes.recomputed_chunk_layers
+    return f"{again} layers" if recompute == "layer" and again < sizes.chunk_layers else recompute
 
 
 def search_lines(plans: list[Plan]) -> list[str]:

@@ -14,6 +14,18 @@ from infini_train.validation import validate_data, validate_model, validate_opti
 
 MOST_GPUS = 8192
 """More are not suggested."""
+LAYOUT_OPTIONS = {
+    "layout": (
+        "tensor_parallel_size",
+        "sequence_parallel",
+        "context_parallel_size",
+        "pipeline_parallel_size",
+        "virtual_stages",
+        "zero_stage",
+    ),
+    "training": ("recompute", "recompute_layers", "segments_per_micro_batch", "micro_batches_per_window"),
+}
+"""What `layouts` changes, by section of the configuration."""
 SIMPLICITY = 0.01
 """Layouts within this share of the best time are equals; the simpler one comes first."""
 
@@ -86,7 +98,7 @@ def search(run: RunConfig, gpus: int, gpu: str, count: int = 10) -> list[Plan]:
 
 
 def _with_fewest_recomputed(each: Plan) -> Plan:
-    """With recompute "layer" that fits: with as few layers computed again as fit."""
+    """A plan that fits and whose layers are computed again: with as few of them as fit."""
     sizes = each.sizes
     if sizes.run.training.recompute != "layer":
         return each
@@ -106,34 +118,37 @@ def _complexity(each: Plan) -> int:
 
 def remedies(refused: Plan) -> list[str]:
     """What makes a run fit that does not: single changes, or else another layout on as many GPUs; and more GPUs, or else more
-    GPUs in another layout. Empty if nothing up to MOST_GPUS does."""
+    GPUs in another layout. Empty if nothing up to MOST_GPUS does. Where only some layers are computed again, changes other than
+    of their number go with all of them."""
     run, gpus, gpu = refused.sizes.run, refused.sizes.processes, refused.gpu.name
-    layout = run.layout
+    layout, some, also = run.layout, "", ""
     found = []
-    everywhere = with_training(run, recompute_layers=0)
-    if run.training.recompute_layers and _fits(everywhere, gpus, gpu):
-        fewest = _with_fewest_recomputed(plan(everywhere, gpus, gpu))
-        found.append(f"--training.recompute_layers {fewest.sizes.run.training.recompute_layers}")
+    if refused.sizes.recomputed_chunk_layers < refused.sizes.chunk_layers and run.training.recompute == "layer":
+        some, also = "--training.recompute_layers", " --training.recompute_layers 0"
+    run = with_training(run, recompute_layers=0)
+    if some and _fits(run, gpus, gpu):
+        fewest = _with_fewest_recomputed(plan(run, gpus, gpu))
+        found.append(f"{some} {fewest.sizes.run.training.recompute_layers}")
     for recompute in ("layer", "stage"):
-        if recompute != run.training.recompute and _fits(with_training(everywhere, recompute=recompute), gpus, gpu):
+        if recompute != run.training.recompute and _fits(with_training(run, recompute=recompute), gpus, gpu):
             found.append(f"--training.recompute {recompute}")
             break
     if run.training.precision == "float32":
         for zero in range(layout.zero_stage + 1, 4):
             if _fits(with_layout(run, zero_stage=zero), gpus, gpu):
-                found.append(f"--layout.zero_stage {zero}")
+                found.append(f"--layout.zero_stage {zero}{also}")
                 break
     for key in ("tensor_parallel_size", "pipeline_parallel_size"):
         for size in _powers(gpus):
             if size > getattr(layout, key) and _fits(with_layout(run, **{key: size}), gpus, gpu):
-                found.append(f"--layout.{key} {size}")
+                found.append(f"--layout.{key} {size}{also}")
                 break
     if not found:
-        found += _best_layout(run, gpus, gpu)
+        found += _best_layout(refused.sizes.run, gpus, gpu)
     more = next((number for number in _doubled(gpus) if _fits(run, number, gpu)), None)
     if more is not None:
-        found.append(f"--gpus {more}")
-    return found or _layout_on_more(run, gpus, gpu)
+        found.append(f"--gpus {more}{also}")
+    return found or _layout_on_more(refused.sizes.run, gpus, gpu)
 
 
 def _fits(run: RunConfig, gpus: int, gpu: str) -> bool:
@@ -146,7 +161,7 @@ def _doubled(gpus: int) -> Iterator[int]:
 
 
 def _best_layout(run: RunConfig, gpus: int, gpu: str) -> list[str]:
-    return [" ".join(layout_options(each)) for each in search(run, gpus, gpu, count=1)]
+    return [" ".join(layout_options(each, run)) for each in search(run, gpus, gpu, count=1)]
 
 
 def _layout_on_more(run: RunConfig, gpus: int, gpu: str) -> list[str]:
@@ -156,19 +171,13 @@ def _layout_on_more(run: RunConfig, gpus: int, gpu: str) -> list[str]:
     return []
 
 
-def layout_options(each: Plan) -> list[str]:
-    """What to write on the command line to get this layout; defaults are left out."""
-    layout, training = each.sizes.run.layout, each.sizes.run.training
-    options = {
-        "layout.tensor_parallel_size": (layout.tensor_parallel_size, 1),
-        "layout.sequence_parallel": (str(layout.sequence_parallel).lower(), "false"),
-        "layout.context_parallel_size": (layout.context_parallel_size, 1),
-        "layout.pipeline_parallel_size": (layout.pipeline_parallel_size, 1),
-        "layout.virtual_stages": (layout.virtual_stages, 1),
-        "layout.zero_stage": (layout.zero_stage, 1),
-        "training.recompute": (training.recompute, "none"),
-        "training.recompute_layers": (training.recompute_layers, 0),
-        "training.segments_per_micro_batch": (training.segments_per_micro_batch, 0),
-        "training.micro_batches_per_window": (training.micro_batches_per_window, 0),
-    }
-    return [f"--{key} {value}" for key, (value, default) in options.items() if value != default]
+def layout_options(each: Plan, run: RunConfig) -> list[str]:
+    """What to write on the command line of a run to get this layout."""
+    found = []
+    for section, keys in LAYOUT_OPTIONS.items():
+        for key in keys:
+            value, own = (getattr(getattr(of, section), key) for of in (each.sizes.run, run))
+            # Without recompute "layer" it does not matter how many layers that would take.
+            if value != own and (key != "recompute_layers" or each.sizes.run.training.recompute == "layer"):
+                found.append(f"--{section}.{key} {str(value).lower() if isinstance(value, bool) else value}")
+    return found

@@ -100,7 +100,8 @@ class Sizes:
         training = self.run.training
         if training.recompute == "none":
             return 0
-        return (training.recompute_layers if training.recompute == "layer" else 0) or self.chunk_layers
+        asked = training.recompute_layers if training.recompute == "layer" else 0
+        return min(asked or self.chunk_layers, self.chunk_layers)
 
     @property
     def recomputed_layers(self) -> int:

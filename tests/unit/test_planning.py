@@ -175,6 +175,16 @@ def test_recomputation_costs_a_third_and_no_mfu_is_won_by_it():
     assert layer.mfu < none.mfu < 1
 
 
+def test_layers_that_keep_what_they_computed_cost_memory_and_save_time():
+    plans = [planned(large(rows=8, recompute="layer", recompute_layers=layers)) for layers in (4, 8, 16, 0, 99)]
+    assert plans[0].time.compute < plans[1].time.compute < plans[2].time.compute
+    assert plans[0].memory.activations > plans[1].memory.activations > plans[2].memory.activations
+    some, none, every = plans[1], planned(large(rows=8)), plans[2]
+    assert some.time.compute == pytest.approx((none.time.compute + every.time.compute) / 2, rel=0.01)
+    # 0 is all, and so are more than there are.
+    assert plans[3].time == plans[4].time == every.time and plans[3].memory == plans[4].memory == every.memory
+
+
 def test_the_host_holds_up_micro_batches_that_are_too_small():
     small, larger = (
         planned(large(rows=8, recompute="layer", segments_per_micro_batch=each, micro_batches_per_window=8 // each)).time

@@ -15,7 +15,7 @@ from infini_train.planning.plan import plan
 from infini_train.planning.report import headline, layout_text
 from infini_train.planning.search import layout_options, layouts, remedies, search
 from infini_train.validation import validate
-from tests.unit.test_planning import large, with_layout
+from tests.unit.test_planning import large, with_layout, with_training
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PLANNED = re.compile(
@@ -168,16 +168,44 @@ def test_search_leaves_out_what_validation_refuses():
     assert any(16 // each.layout.model_processes > 1 for each in tried)
 
 
-def test_search_prints_options_that_give_the_first_layout(capsys):
-    job = ["plan", "--config", str(CONFIGS / "1b.yaml"), "--gpus", "8", "--gpu", "h100-80gb"]
+@pytest.mark.parametrize(("config", "gpus"), [("1b", 8), ("8b", 64)])
+def test_search_prints_options_that_give_the_first_layout(config: str, gpus: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the configuration has another tensor parallelism than the best layout."""
+    path = CONFIGS / f"{config}.yaml"
+    job = ["plan", "--config", str(path), "--gpus", str(gpus), "--gpu", "h100-80gb"]
     assert main([*job, "--search", "--top", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     options = lines[-1].removeprefix("the first: ").split()
-    first = search(load(CONFIGS / "1b.yaml", 8, "h100-80gb"), 8, "h100-80gb", count=1)[0]
-    again = plan(load(CONFIGS / "1b.yaml", 8, "h100-80gb", *options), 8, "h100-80gb")
+    first = search(load(path, gpus, "h100-80gb"), gpus, "h100-80gb", count=1)[0]
+    again = plan(load(path, gpus, "h100-80gb", *options), gpus, "h100-80gb")
     assert again.sizes.run.layout == first.sizes.run.layout
     assert again.time.total == first.time.total
+
+
+def test_no_more_layers_are_computed_again_than_memory_asks_for() -> None:
+    found = [each for each in search(large(rows=8), 8, "a100-40gb", count=1000) if each.sizes.run.training.recompute == "layer"]
+    some = [each for each in found if each.sizes.recomputed_chunk_layers < each.sizes.chunk_layers]
+    assert some and len(some) < len(found)
+    for each in found:
+        assert each.fits
+        layers = each.sizes.recomputed_chunk_layers
+        fewer = with_training(each.sizes.run, recompute_layers=layers - 1)
+        if layers > 1:
+            assert not plan(fewer, 8, "a100-40gb").fits
+        everywhere = plan(with_training(each.sizes.run, recompute_layers=0), 8, "a100-40gb")
+        assert (each.time.total < everywhere.time.total) is (layers < each.sizes.chunk_layers)
+
+
+def test_too_few_layers_computed_again_are_said_to_be_too_few(capsys: pytest.CaptureFixture[str]) -> None:
+    job = ["--config", str(CONFIGS / "1b.yaml"), "--gpu", "h100-80gb", "--gpus", "4"]
+    changes = refused(capsys, *job, "--training.recompute_layers", "1").split("it fits with ")[1].strip().split(", or ")
+    assert changes[0].startswith("--training.recompute_layers ")
+    for change in changes:
+        assert main(["plan", *job, "--training.recompute_layers", "1", *shlex.split(change)]) == 0, change
+        capsys.readouterr()
+    fewer = int(changes[0].split()[1]) - 1
+    refused(capsys, *job, "--training.recompute_layers", str(fewer))
 
 
 def test_zero_is_a_remedy_in_float32():
@@ -188,6 +216,15 @@ def test_zero_is_a_remedy_in_float32():
     assert "--layout.zero_stage 1" in remedies(each)
 
 
-def test_options_leave_out_defaults():
-    each = plan(large(), 8, "h100-80gb")
-    assert layout_options(each) == ["--training.segments_per_micro_batch 1", "--training.micro_batches_per_window 8"]
+def test_options_leave_out_what_the_run_has():
+    run = large()
+    changed = with_training(with_layout(run, tensor_parallel_size=2, sequence_parallel=True), recompute="stage")
+    each = plan(changed, 8, "h100-80gb")
+    assert layout_options(each, changed) == []
+    assert layout_options(each, run) == [
+        "--layout.tensor_parallel_size 2",
+        "--layout.sequence_parallel true",
+        "--training.recompute stage",
+    ]
+    back = ["--layout.tensor_parallel_size 1", "--layout.sequence_parallel false", "--training.recompute none"]
+    assert layout_options(plan(run, 8, "h100-80gb"), changed) == back
