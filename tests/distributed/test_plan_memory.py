@@ -20,6 +20,7 @@ CASES = [
     ("bfloat16", Case(window=(2, 4), recompute="layer", rule="delta", loss_chunk=16)),
     ("bfloat16", Case(window=(1, 4), recompute="stage")),
     ("bfloat16", Case(window=(1, 4), recompute="layer 1")),
+    ("bfloat16", Case(window=(4, 1), recompute="layer 3")),
     ("float32", Case(tp=2, dp=2, zero=3, recompute="layer 2", rule="delta")),
     ("float32", Case(zero=0, rule="delta")),
     ("float32", Case(dp=2, zero=0)),
