@@ -26,7 +26,7 @@ def layer_bytes(sizes: Sizes) -> int:
 
 
 def attention_bytes(sizes: Sizes) -> int:
-    """What core attention keeps: softmax attention, and the memory's arithmetic, which is float32 always."""
+    """What core attention keeps: softmax attention, and what the memory does."""
     model, element, tokens = sizes.run.model, sizes.element, sizes.tokens
     queries, keys = tokens * sizes.heads * model.head_dim, tokens * sizes.groups * model.head_dim
     softmax = (2 * queries + 2 * keys) * element  # rotated q and k, v, and the output
@@ -34,10 +34,33 @@ def attention_bytes(sizes: Sizes) -> int:
     convolution = 0
     if model.short_convolution:  # its inputs, each segment behind as many zeros as the convolution sees tokens before it
         convolution = (queries + keys) * (model.segment_length + model.short_convolution - 1) // model.segment_length * element
-    return softmax + convolution + (_memory_bytes(sizes, queries, keys) if sizes.has_memory else 0)
+    if not sizes.has_memory:
+        return softmax + convolution
+    memory = _memory_bytes_of_kernels if sizes.kernels else _memory_bytes_of_pytorch
+    return softmax + convolution + memory(sizes, queries, keys) + _exchanged_bytes(sizes)
 
 
-def _memory_bytes(sizes: Sizes, queries: int, keys: int) -> int:
+def _memory_bytes_of_kernels(sizes: Sizes, queries: int, keys: int) -> int:
+    """Tensors of tokens are kept in their own type, and all else in float32."""
+    model, groups, width = sizes.run.model, sizes.groups, sizes.run.model.head_dim
+    kept = queries + queries + 2 * keys  # q as the read takes it, and what q, k and v were split from: k and v are views of it
+    kept += keys if model.short_convolution else 0  # as it left the convolution
+    kept += (
+        sizes.tokens * groups * model.memory_value_width if model.normaliser == "corrected" else 0
+    )  # v beside a column of ones
+    keys_of_states = sizes.rows * sizes.segments * groups * width
+    numbers = keys_of_states * (model.memory_value_width + 1)  # M and z that enter each segment
+    if model.update_rule == "delta":
+        numbers += keys_of_states * width + sizes.tokens * groups  # what each segment removes, and 1 / (σ(K) z + ε)
+    if model.write_strength == "learned":
+        numbers += 2 * sizes.tokens * groups + keys  # strengths, and the keys they come from
+    if model.feature_map == "softmax":
+        numbers += sizes.tokens * (sizes.heads + groups)  # its normalisers
+    return kept * sizes.element + numbers * FLOAT32
+
+
+def _memory_bytes_of_pytorch(sizes: Sizes, queries: int, keys: int) -> int:
+    """All of it in float32."""
     model, run = sizes.run.model, sizes.run
     rows, segments, groups = sizes.rows, sizes.segments, sizes.groups
     # A product over [row, segment, head] copies what is no view in that order. Keys and queries lie token by token, then row by
@@ -65,11 +88,16 @@ def _memory_bytes(sizes: Sizes, queries: int, keys: int) -> int:
         total += states + keys_of_states * model.head_dim  # M from which each segment removes, and what
     if model.write_strength == "learned":
         total += 2 * keys + 3 * sizes.tokens * sizes.groups  # K and V before their strengths, and these
-    if sizes.cp > 1:
-        one = rows * groups * model.head_dim
-        # The states of every process's run and those between them, and under the delta rule the maps.
-        total += sizes.cp * one * (2 * model.memory_value_width + (model.head_dim if model.update_rule == "delta" else 0))
     return total * FLOAT32
+
+
+def _exchanged_bytes(sizes: Sizes) -> int:
+    """The states of every process's run of segments and those between them, and under the delta rule the maps."""
+    if sizes.cp == 1:
+        return 0
+    model = sizes.run.model
+    each = 2 * model.memory_value_width + (model.head_dim if model.update_rule == "delta" else 0)
+    return sizes.cp * sizes.rows * sizes.groups * model.head_dim * each * FLOAT32
 
 
 def embedding_bytes(sizes: Sizes) -> int:

@@ -127,14 +127,16 @@ def _backward_bytes(sizes: Sizes, stage: int, chunk: int) -> int:
     inner, width = model.ffn_hidden_size // sizes.tp, model.head_dim
     feed_forward = tokens * 3 * inner * element
     queries = tokens * sizes.heads * width
-    attention = (4 * FLOAT32 if sizes.has_memory else 3 * element) * queries
+    attention = (4 * FLOAT32 if sizes.has_memory and not sizes.kernels else 3 * element) * queries
+    if sizes.has_memory and sizes.kernels:
+        attention += (element + FLOAT32) * queries  # of queries that are not rotated, and the sum of those that are
     if sizes.has_memory:
         # Gradients of the states at every segment, and of what a context group exchanged.
         delta = model.update_rule == "delta"
         states = sizes.rows * sizes.segments * sizes.groups * width * width
         exchanged = sizes.cp * sizes.rows * sizes.groups * width * width if sizes.cp > 1 else 0
         attention += FLOAT32 * (2 + 2 * delta) * (states + exchanged)
-        attention += FLOAT32 * 3 * delta * tokens * sizes.groups * width
+        attention += (element if sizes.kernels else FLOAT32) * 3 * delta * tokens * sizes.groups * width
     inside = max(feed_forward, attention) + 2 * hidden_states
     # In bfloat16 a weight's own gradient exists beside the float32 sums until it is added to them.
     own_gradients = run.training.precision == "bfloat16"

@@ -90,7 +90,7 @@ def plan(run: RunConfig, gpus: int, gpu: str) -> Plan:
     """
     found = find_gpu(gpu)
     validate(run, gpus)
-    return Plan(Sizes(run, gpus), found)
+    return Plan(Sizes(run, gpus, kernels=True), found)
 
 
 def with_layout(run: RunConfig, **values: object) -> RunConfig:

@@ -25,10 +25,14 @@ class InFlight:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of one process of a validated run on `processes` processes."""
+    """Sizes of one process of a validated run on `processes` processes.
+
+    kernels: the memory is computed by the Triton kernels, as on GPUs; else in PyTorch, as on CPUs.
+    """
 
     run: RunConfig
     processes: int
+    kernels: bool = False
 
     @property
     def element(self) -> int:

@@ -88,7 +88,9 @@ def test_a_run_that_does_not_fit_the_profiles_gpus_is_refused(tmp_path, capsys):
     assert main([*options, "1"]) == 2
     error = capsys.readouterr().err
     assert "a100-40gb has 36.0 GB" in error and error.endswith("(--gpus is --nodes × 8)\n") and error.count("\n") == 1
-    assert main([*options, "16"]) == 0
+    assert main([*options, "16"]) == 2
+    assert "it fits with --training.recompute_layers 31" in capsys.readouterr().err
+    assert main([*options, "16", "--training.recompute_layers", "31"]) == 0
     profile.write_text("gpus_per_node: 8\ngpu: b300\n", encoding="utf-8")
     assert main([*options, "1"]) == 2
     assert "h100-80gb" in capsys.readouterr().err

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from benchmarks import step
 from infini_train.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from infini_train.errors import UserError
 from infini_train.hardware import GPUS, bfloat16_peak
@@ -183,6 +186,18 @@ def test_layers_that_keep_what_they_computed_cost_memory_and_save_time():
     assert some.time.compute == pytest.approx((none.time.compute + every.time.compute) / 2, rel=0.01)
     # 0 is all, and so are more than there are.
     assert plans[3].time == plans[4].time == every.time and plans[3].memory == plans[4].memory == every.memory
+
+
+@pytest.mark.parametrize("model", step.MODELS)
+@pytest.mark.parametrize("attention", ["infini linear", "local"])
+def test_a_step_that_was_measured_is_planned_nearly_so(model: str, attention: str) -> None:
+    """The last record of an H200."""
+    lines = (Path(step.__file__).parent / "results" / "step.jsonl").read_text(encoding="utf-8").splitlines()
+    record = next(each for each in map(json.loads, reversed(lines)) if each["device"] == "NVIDIA H200")
+    measured = next(row for row in record["rows"] if (row["model"], row["attention"]) == (model, attention))
+    found = plan(step.step_run(model, attention, 3, fused_layers="fused"), 1, "h200-141gb")
+    assert found.memory.total / 1e9 == pytest.approx(measured["peak_gb"], rel=0.03)
+    assert found.tokens_per_second == pytest.approx(measured["tokens_per_second"], rel=0.13)
 
 
 def test_the_host_holds_up_micro_batches_that_are_too_small():
