@@ -385,6 +385,13 @@ class RunConfig:
     compare: CompareConfig = field(default_factory=CompareConfig)
 
     @property
+    def recomputed_layers(self) -> int:
+        """Layers of a chunk, from its first, that are each computed again in the backward: `training.recompute: layer`."""
+        layers = self.model.num_layers // self.layout.num_virtual_stages
+        asked = self.training.recompute_layers or layers
+        return min(asked, layers) if self.training.recompute == "layer" else 0
+
+    @property
     def micro_batch_tokens(self) -> int:
         """Tokens of one row in one micro-batch."""
         return self.training.segments_per_micro_batch * self.model.segment_length

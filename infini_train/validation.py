@@ -87,6 +87,10 @@ def validate_model(config: RunConfig) -> None:
             "normaliser to paper or update_rule to delta"
         )
     _validate_short_convolution(model)
+    if training.recompute_layers < 0:
+        raise UserError(
+            f"training.recompute_layers is {training.recompute_layers}; use 0 for all layers of a chunk, or how many"
+        )
     if training.memory_ageing < 1:
         raise UserError(f"training.memory_ageing is {training.memory_ageing}; use 1 to turn it off")
     if training.memory_ageing > 1 and config.model.attention != "infini":

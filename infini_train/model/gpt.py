@@ -115,8 +115,7 @@ def build_stage(run: RunConfig, stage: int) -> StageModel:
     config = transformer_config(run)
     chunk_layers = run.model.num_layers // layout.num_virtual_stages
     fused = takes_fused(run)
-    recomputed = run.training.recompute_layers or chunk_layers if run.training.recompute == "layer" else 0
-    layers = [layer_spec(run, number < recomputed) for number in range(chunk_layers)]
+    layers = [layer_spec(run, number < run.recomputed_layers) for number in range(chunk_layers)]
     block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=FusedRMSNorm if fused else RMSNorm)
     chunks = []
     for chunk in range(layout.virtual_stages):

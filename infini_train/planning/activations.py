@@ -45,9 +45,8 @@ def _memory_bytes_of_kernels(sizes: Sizes, queries: int, keys: int) -> int:
     model, groups, width = sizes.run.model, sizes.groups, sizes.run.model.head_dim
     kept = queries + queries + 2 * keys  # q as the read takes it, and what q, k and v were split from: k and v are views of it
     kept += keys if model.short_convolution else 0  # as it left the convolution
-    kept += (
-        sizes.tokens * groups * model.memory_value_width if model.normaliser == "corrected" else 0
-    )  # v beside a column of ones
+    if model.normaliser == "corrected":
+        kept += sizes.tokens * groups * model.memory_value_width  # v beside a column of ones
     keys_of_states = sizes.rows * sizes.segments * groups * width
     numbers = keys_of_states * (model.memory_value_width + 1)  # M and z that enter each segment
     if model.update_rule == "delta":

@@ -101,11 +101,7 @@ class Sizes:
     @property
     def recomputed_chunk_layers(self) -> int:
         """Layers of one chunk whose inside is computed again in the backward."""
-        training = self.run.training
-        if training.recompute == "none":
-            return 0
-        asked = training.recompute_layers if training.recompute == "layer" else 0
-        return min(asked or self.chunk_layers, self.chunk_layers)
+        return self.chunk_layers if self.run.training.recompute == "stage" else self.run.recomputed_layers
 
     @property
     def recomputed_layers(self) -> int:

@@ -107,6 +107,11 @@ def test_rivals_are_not_spread_over_a_context_group(attention):
         validate(replace(run, training=replace(run.training, segments_per_micro_batch=2)), 2)
 
 
+def test_a_number_of_layers_to_compute_again_is_none_below_zero() -> None:
+    with pytest.raises(UserError, match=r"training\.recompute_layers is -1; use 0 for all layers of a chunk, or how many"):
+        validate(changed("training", recompute="layer", recompute_layers=-1), 1)
+
+
 @pytest.mark.parametrize("attention", ["recurrent_memory", "feedback"])
 @pytest.mark.parametrize(
     "section,values,key",
