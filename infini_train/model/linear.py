@@ -6,8 +6,6 @@ none. The host takes several times as long for it as for PyTorch's, and in small
 
 from __future__ import annotations
 
-from typing import Any
-
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 from torch.nn import functional
@@ -16,10 +14,10 @@ from torch.nn import functional
 class ColumnLinear(ColumnParallelLinear):
     """Output features are split over the tensor-parallel group."""
 
-    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[T, B, h] -> [T, B, features of this process], and no bias."""
-        if self.tp_group.size() > 1 or self.bias is not None or args or kwargs:
-            return super().forward(input_, *args, **kwargs)
+        if self.tp_group.size() > 1 or self.bias is not None:
+            return super().forward(input_)
         return functional.linear(input_, self.weight), None
 
 

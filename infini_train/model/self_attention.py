@@ -36,12 +36,9 @@ class SplitHeads(torch.autograd.Function):
 
 
 class SplitSelfAttention(SelfAttention):
-    """No norms of queries and keys, no gate of the output."""
+    """No norms of queries and keys, no gate of the output, and each group's heads on one process, which is validated."""
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """hidden_states [T, B, h] -> q [T, B, H, D], k and v [T, B, G, D]"""
-        if self.config.num_query_groups < self.world_size:
-            # A group's key head is on several processes: Megatron-core gathers them.
-            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         mixed, _ = self.linear_qkv(hidden_states)
         return SplitHeads.apply(mixed, self.num_query_groups_per_partition, self.hidden_size_per_attention_head)

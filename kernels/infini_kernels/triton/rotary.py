@@ -109,17 +109,7 @@ def _like(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @rotate.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    beside_q: Tensor | None,
-    beside_k: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    tokens: Tensor,
-    width: int,
-    direction: int,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _like(q, k)
 
 
