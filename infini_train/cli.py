@@ -63,6 +63,19 @@ def _check(run: RunConfig) -> None:
     check_dataset(run)
 
 
+def _check_initial_weights(run: RunConfig) -> None:
+    """Whether a run that has no checkpoint yet can start from `training.initial_weights`."""
+    if run.training.initial_weights is None:
+        return
+    from infini_train.checkpoint.compatibility import check_initial_weights
+    from infini_train.checkpoint.folder import list_checkpoints
+    from infini_train.data.manifest import load_manifest
+    from infini_train.planning.parameters import model_parameters
+
+    if not list_checkpoints(Path(run.run_dir)):
+        check_initial_weights(run, load_manifest(Path(run.data.path)).tokenizer_fingerprint, model_parameters(run))
+
+
 def _check_tokenizer(run: RunConfig) -> None:
     """The same for a command that reads no shards: of data.path it needs the tokenizer alone."""
     from infini_train.data.manifest import TOKENIZER_FILE
@@ -89,6 +102,7 @@ def _prepare(run: RunConfig, arguments: Namespace) -> int:
 
 def _pretrain(run: RunConfig, arguments: Namespace) -> int:
     _check(run)
+    _check_initial_weights(run)
     if run.checkpoint.copy_to is not None:
         from infini_train.checkpoint.remote import check_url
 
@@ -218,6 +232,13 @@ def _checkpoint(arguments: Namespace) -> int:
     return commands.consolidate(paths[-1], output)
 
 
+def _convert(arguments: Namespace) -> int:
+    from infini_train.convert.command import convert
+
+    print(*convert(Path(arguments.source), Path(arguments.output)), sep="\n")
+    return 0
+
+
 def _plan(run: RunConfig, arguments: Namespace) -> int:
     return planning.run_plan(run, arguments)
 
@@ -225,7 +246,11 @@ def _plan(run: RunConfig, arguments: Namespace) -> int:
 def _submit(run: RunConfig, arguments: Namespace) -> int:
     from infini_train.data.dataset import check_dataset
 
-    return cluster.run_submit(run, arguments, check=lambda: check_dataset(run))
+    def check() -> None:
+        check_dataset(run)
+        _check_initial_weights(run)
+
+    return cluster.run_submit(run, arguments, check)
 
 
 def _status(arguments: Namespace) -> int:

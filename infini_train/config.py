@@ -220,6 +220,10 @@ class TrainingConfig:
     """Windows of each stream per optimizer step."""
     seed: int = 1234
     """Fixes initial weights and the order of documents."""
+    initial_weights: str | None = None
+    """Weights that a run without a checkpoint starts from: a file of `convert` or of `checkpoint consolidate`, or a folder
+    step_XXXXXXXX of another run. They belong to data.path's tokenizer and to a model of the same size; attention, memory and
+    segment_length may be others. Gates that the weights lack begin as in a new model. null draws all weights."""
     recompute: Literal["none", "layer", "stage"] = "none"
     """What backward computes again instead of keeping it: nothing; everything inside a layer; or everything inside a pipeline
     stage, so that a micro-batch in flight costs its input and incoming memory only."""
@@ -419,6 +423,11 @@ class RunConfig:
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML, readable again by every command."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def dump_keys(keys: dict[str, Any]) -> str:
+    """Some keys of a configuration, by section, as YAML."""
+    return yaml.safe_dump(keys, sort_keys=False)
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -24,14 +24,15 @@ COMMANDS = {
     "generate": "continue a prompt with streaming inference",
     "report": "write report.html of a run directory",
     "checkpoint": "list, verify, inspect or consolidate checkpoints",
+    "convert": "a Llama of Hugging Face transformers to start from, or trained weights for transformers",
     "plan": "what a run takes on so many GPUs, before they are asked for",
     "submit": "hand a run to SLURM",
     "status": "what a run and its job do",
     "cancel": "end the job of a run, after a checkpoint",
     "logs": "what the job of a run prints",
 }
-WITHOUT_CONFIG = {"checkpoint", "status", "cancel", "logs"}
-"""Commands that look at a run directory and take no configuration."""
+WITHOUT_CONFIG = {"checkpoint", "convert", "status", "cancel", "logs"}
+"""Commands that look at what is there and take no configuration."""
 CHECKPOINT_ACTIONS = {
     "list": "every checkpoint of the run",
     "verify": "read every byte of a checkpoint, or of all, and compare with the checksums",
@@ -63,6 +64,8 @@ def _add_arguments(name: str, command: ArgumentParser) -> None:
     if name in WITHOUT_CONFIG:
         if name == "checkpoint":
             _add_checkpoint_arguments(command)
+        elif name == "convert":
+            _add_convert_arguments(command)
         else:
             cluster.add_run_argument(name, command)
         return
@@ -115,6 +118,18 @@ def _add_checkpoint_arguments(command: ArgumentParser) -> None:
     command.add_argument(
         "--output", type=str | None, default=None, help="safetensors file that consolidate writes; RUN_DIR/STEP.safetensors"
     )
+
+
+def _add_convert_arguments(command: ArgumentParser) -> None:
+    command.add_argument(
+        "--source",
+        type=str,
+        required=True,
+        help="a folder of transformers' save_pretrained with config.json, safetensors and tokenizer.model: it becomes weights "
+        "for training.initial_weights and a configuration; or a folder step_XXXXXXXX or a file of `checkpoint consolidate`: it "
+        "becomes a folder for transformers",
+    )
+    command.add_argument("--output", type=str, required=True, help="folder to write, which must not exist")
 
 
 def spelled_out(argv: list[str]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from infini_train.checkpoint import folder
+from infini_train.checkpoint.compatibility import block_of
 from infini_train.checkpoint.reader import describe_tensors, read_whole
 from infini_train.checkpoint.weights_file import SUFFIX, write_weights_file
 from infini_train.errors import UserError
@@ -76,27 +76,39 @@ def inspect(path: Path) -> int:
 
 def consolidate(path: Path, output: Path) -> int:
     """Write the model's weights, whole and in float32, as one safetensors file."""
-    _must_be_whole(path, by="consolidate")
     if output.suffix != SUFFIX:
         raise UserError(f"--output is {output}; give it a name that ends in {SUFFIX}, by which other commands know such files")
     if output.exists():
         raise UserError(f"--output {output} exists; name another file, or delete it")
     if not output.parent.is_dir():
         raise UserError(f"--output is {output}, but there is no folder {output.parent}; make it first")
-    names = [name for name in describe_tensors(path) if name.startswith("model.")]
-    weights = join_blocks({name.removeprefix("model."): tensor for name, tensor in read_whole(path, names).items()})
+    weights = read_model(path, by="consolidate")
     facts = folder.read_state_file(path)
     write_weights_file(output, weights, facts)
     print(f"{output}: {sum(tensor.numel() for tensor in weights.values()):,} parameters of step {facts['step']}")
     return 0
 
 
+def read_model(path: Path, by: str) -> dict[str, Tensor]:
+    """The model's weights, whole, by global name.
+
+    Args:
+        by: the command that needs them.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    _must_be_whole(path, by)
+    names = [name for name in describe_tensors(path) if name.startswith("model.")]
+    return join_blocks({name.removeprefix("model."): tensor for name, tensor in read_whole(path, names).items()})
+
+
 def join_blocks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Fused matrices (SwiGLU's gate and up) lie in a checkpoint block by block, NAME.0 and NAME.1; here they are whole."""
     joined: dict[str, list[tuple[int, Tensor]]] = {}
     for name, tensor in tensors.items():
-        block = re.fullmatch(r"(.*\.weight)\.(\d+)", name)
-        joined.setdefault(block[1] if block else name, []).append((int(block[2]) if block else 0, tensor))
+        whole, number = block_of(name)
+        joined.setdefault(whole, []).append((number, tensor))
     return {
         name: parts[0][1] if len(parts) == 1 else torch.cat([tensor for _, tensor in sorted(parts, key=lambda part: part[0])])
         for name, parts in joined.items()

@@ -1,8 +1,9 @@
-"""The weights of a model, whole and in float32, as one safetensors file: what `checkpoint consolidate` writes."""
+"""The weights of a model, whole, as one safetensors file: what `checkpoint consolidate` and `convert` write."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +30,38 @@ def write_weights_file(path: Path, weights: dict[str, Tensor], facts: dict[str, 
     partial.replace(path)
 
 
-def read_weights_facts(path: Path) -> dict[str, Any]:
+def read_weights_facts(path: Path, key: str = "--from_checkpoint") -> dict[str, Any]:
     """The facts alone, without reading the weights.
+
+    Args:
+        key: what the user named the file with.
 
     Raises:
         UserError: there is no such file, or `checkpoint consolidate` did not write it.
     """
     if not path.is_file():
-        raise UserError(f"--from_checkpoint {path}: there is no such file; `infini-train checkpoint consolidate` writes one")
+        raise UserError(f"{key} {path}: there is no such file; `infini-train checkpoint consolidate` writes one")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise UserError(
-            f"--from_checkpoint {path}: {error}; write it again with `infini-train checkpoint consolidate`"
-        ) from None
+        raise UserError(f"{key} {path}: {error}; write it again with `infini-train checkpoint consolidate`") from None
     if "tokenizer_fingerprint" not in metadata:
         raise UserError(
-            f"--from_checkpoint {path}: it does not say which tokenizer it was trained with; write it with "
-            "`infini-train checkpoint consolidate`"
+            f"{key} {path}: it does not say which tokenizer it was trained with; write it with `infini-train checkpoint "
+            "consolidate`, or with `infini-train convert` from a model of Hugging Face"
         )
-    return {key: json.loads(value) for key, value in metadata.items()}
+    return {name: json.loads(value) for name, value in metadata.items()}
+
+
+def read_weights_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a weights file, by global name."""
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+
+
+def read_weights(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a weights file one after another, so that a process needs the memory of one."""
+    with safe_open(path, framework="pt") as file:
+        for name in names:
+            yield name, file.get_tensor(name)

@@ -34,7 +34,7 @@ from infini_train.model import build_stage, parameter_placements
 from infini_train.parallel.engine import InferenceEngine
 from infini_train.parallel.layout import Layout, initialize_layout
 from infini_train.parallel.pipeline import SegmentPipeline
-from infini_train.training.checkpoint import Checkpointer
+from infini_train.training.weights import load_weights
 
 MEASURED_SHARE = 0.9
 """Of a range's tokens, at least, for its loss to be given."""
@@ -88,7 +88,7 @@ def load_model(run: RunConfig, checkpoint: Path) -> Loaded:
     module = build_stage(run, layout.pp_rank)
     placements = parameter_placements(module, layout.layer_offsets(run.model.num_layers))
     tokenizer = Tokenizer(Path(run.data.path) / TOKENIZER_FILE)
-    step = Checkpointer(run, layout, placements, tokenizer.fingerprint).load_weights(checkpoint, module)
+    step = load_weights(checkpoint, module, placements, run, tokenizer.fingerprint)
     return Loaded(run, layout, InferenceEngine(module), step)
 
 

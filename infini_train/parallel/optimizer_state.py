@@ -77,6 +77,7 @@ def write_optimizer_state(engine: Engine, state: dict[str, dict[str, Tensor]], s
     """The inverse of `read_optimizer_state`.
 
     Args:
+        state: "model", and both moments or none of them, which then stay as they are.
         steps_taken: optimizer steps that led to this state; Adam's bias correction counts them.
     """
     for tensor in stepped_tensors(engine):
@@ -87,7 +88,7 @@ def write_optimizer_state(engine: Engine, state: dict[str, dict[str, Tensor]], s
             _write_zero3(zero, parameter, {kind: tensors[name] for kind, tensors in state.items()})
             continue
         parameter.copy_(state["model"][name])
-        for moment in MOMENTS:
+        for moment in state.keys() - {"model"}:
             if engine.run.layout.zero_stage == 0:
                 engine.adamw.state[parameter][moment].copy_(state[moment][name])
             else:

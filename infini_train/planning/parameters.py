@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 
+from infini_train.attention.memorizing import bank_layer
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.planning.sizes import Sizes
 
@@ -16,12 +17,14 @@ def stage_parameters(sizes: Sizes, stage: int) -> dict[str, tuple[int, ...]]:
     model = run.model
     vocabulary = (run.data.vocab_size // tp, model.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {}
+    if model.attention == "recurrent_memory":
+        shapes["memory_tokens"] = (model.memory_tokens, model.hidden_size)
     for chunk in range(run.layout.virtual_stages):
         if sizes.is_first(stage, chunk):
             shapes["embedding.word_embeddings.weight"] = vocabulary
         start = (chunk * sizes.pp + stage) * sizes.chunk_layers
         for layer in range(start, start + sizes.chunk_layers):
-            shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in _layer(sizes)}
+            shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in _layer(sizes, layer + 1)}
         if sizes.is_last(stage, chunk):
             shapes["decoder.final_layernorm.weight"] = (model.hidden_size,)
             if not model.tie_embeddings:
@@ -29,10 +32,15 @@ def stage_parameters(sizes: Sizes, stage: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _layer(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _layer(sizes: Sizes, number: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of the layer with this number, counted from 1."""
     model = sizes.run.model
     hidden, width, inner = model.hidden_size, model.head_dim, model.ffn_hidden_size // sizes.tp
     yield "input_layernorm.weight", (hidden,)
+    if model.attention == "feedback":
+        yield "memory_tokens", (model.memory_tokens, hidden)
+    if model.attention == "memorizing" and number == bank_layer(model):
+        yield "self_attention.core_attention.attention.gate", (sizes.heads,)
     if sizes.has_memory:
         yield "self_attention.core_attention.attention.gate", (sizes.heads,)
         if model.write_strength == "learned":
@@ -51,6 +59,11 @@ def count(shapes: dict[str, tuple[int, ...]]) -> int:
     return sum(prod(shape) for shape in shapes.values())
 
 
+def model_parameters(run: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the whole model, by global name."""
+    return stage_parameters(Sizes(replace(run, layout=LayoutConfig()), 1), 0)
+
+
 def total_parameters(run: RunConfig) -> int:
     """Parameters of the whole model."""
-    return count(stage_parameters(Sizes(replace(run, layout=LayoutConfig()), 1), 0))
+    return count(model_parameters(run))

@@ -16,62 +16,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from infini_train import __version__, platform
 from infini_train.attention import CarriedTensor, carried_fields, map_parts
 from infini_train.checkpoint import folder
+from infini_train.checkpoint.compatibility import check_same_model
 from infini_train.checkpoint.reader import read_tensors
-from infini_train.checkpoint.weights_file import SUFFIX, read_weights_facts
 from infini_train.checkpoint.writer import CheckpointWriter
-from infini_train.config import ModelConfig, RunConfig
+from infini_train.config import RunConfig, TrainingConfig
 from infini_train.errors import UserError
 from infini_train.model.micro_batch import Memory, empty_memory
 from infini_train.model.parameters import ParameterPlacement
 from infini_train.parallel.engine import Engine
 from infini_train.parallel.layout import Layout
 from infini_train.parallel.optimizer_state import MOMENTS, read_optimizer_state, write_optimizer_state
+from infini_train.training.checkpoint_entries import (
+    collect_blocks,
+    empty_like_parameter,
+    local_part,
+    optimizer_entries,
+    shard,
+)
 from infini_train.training.state import TrainingState
-
-
-def _shard(local: Tensor, groups: dict[int, Any]) -> Tensor:
-    """A tensor split along some dimensions over process groups, as torch.distributed.checkpoint understands it.
-
-    Args:
-        groups: dimension -> group over which it is split in equal parts.
-    """
-    split = {dim: group for dim, group in groups.items() if dist.get_world_size(group) > 1}
-    if not split:
-        return local
-    if len(split) == 1:
-        mesh = DeviceMesh.from_group(next(iter(split.values())), local.device.type)
-    else:
-        ranks = _grid(*split.values())
-        mesh = DeviceMesh.from_group(list(split.values()), local.device.type, mesh=ranks, mesh_dim_names=("a", "b"))
-    return DTensor.from_local(local, mesh, [Shard(dim) for dim in split], run_check=False)
-
-
-def _grid(outer: Any, inner: Any) -> Tensor:
-    """Ranks of the processes that hold the parts of one tensor: [outer, inner]."""
-    mine: list[Any] = [None] * dist.get_world_size(outer)
-    dist.all_gather_object(mine, dist.get_process_group_ranks(inner), group=outer)
-    return torch.tensor(mine, dtype=torch.int)
-
-
-def _parameter_entries(placement: ParameterPlacement, kind: str, local: Tensor) -> dict[str, Tensor]:
-    """Checkpoint entries of one parameter; a fused matrix (SwiGLU's gate and up) is one entry a block."""
-    groups = {} if placement.dim is None else {placement.dim: parallel_state.get_tensor_model_parallel_group()}
-    if placement.blocks == 1:
-        return {f"{kind}.{placement.name}": _shard(local, groups)}
-    parts = local.chunk(placement.blocks, dim=placement.dim or 0)
-    return {f"{kind}.{placement.name}.{index}": _shard(part.contiguous(), groups) for index, part in enumerate(parts)}
-
-
-def _local(entry: Tensor) -> Tensor:
-    return entry.to_local() if isinstance(entry, DTensor) else entry
 
 
 class Checkpointer:
@@ -109,7 +76,7 @@ class Checkpointer:
         """
         weights = read_optimizer_state(engine, keep=self._own_parameters(engine))
         memory = {layer: map_parts(_copy, each) for layer, each in state.memory.items()}
-        return {**self._optimizer_entries(weights), **self._stream_entries(state.reader.state(), memory)}
+        return {**optimizer_entries(self.placements, weights), **self._stream_entries(state.reader.state(), memory)}
 
     def _own_parameters(self, engine: Engine) -> set[str]:
         """Names of the parameters that this process writes: about equal parts, the largest first."""
@@ -147,86 +114,33 @@ class Checkpointer:
         Raises:
             UserError: the checkpoint belongs to another model or tokenizer, or its stream positions mean nothing here.
         """
-        facts = self._read_facts(path)
+        facts = folder.read_state_file(path)
+        check_same_model(facts, path, self.run, self.tokenizer_fingerprint)
         self._check_streams(facts, path, state)
         optimizer = {
-            kind: {name: self._empty(parameter) for name, parameter in engine.module.named_parameters()}
+            kind: {name: empty_like_parameter(parameter) for name, parameter in engine.module.named_parameters()}
             for kind in ("model", *MOMENTS)
         }
         memory = self._empty_memory()
-        entries = {**self._optimizer_entries(optimizer), **self._stream_entries(state.reader.state(), memory)}
+        entries = {**optimizer_entries(self.placements, optimizer), **self._stream_entries(state.reader.state(), memory)}
         read_tensors(path, entries)
-        self._collect_blocks(entries, optimizer)
+        collect_blocks(self.placements, entries, optimizer)
         state.health.load_state_dict(facts["health"])
         write_optimizer_state(engine, optimizer, facts["step"] - state.health.skipped_steps)
         state.memory = {
-            layer: type(each)(*(_local(entries[f"memory.{field}.{layer}"]) for field in self._carried(layer)))
+            layer: type(each)(*(local_part(entries[f"memory.{field}.{layer}"]) for field in self._carried(layer)))
             for layer, each in memory.items()
         }
-        state.reader.load_state(_local(entries["streams"]))
+        state.reader.load_state(local_part(entries["streams"]))
         torch.set_rng_state(entries["random.torch"])
         state.step, state.tokens = facts["step"], facts["tokens"]
 
-    def load_weights(self, path: Path, module: torch.nn.Module) -> int:
-        """Restore weights alone, in any layout; returns the checkpoint's step.
-
-        Args:
-            path: a checkpoint's folder; or a file of consolidated weights, for a process that holds the whole model.
-
-        Raises:
-            UserError: the checkpoint belongs to another model or tokenizer.
-        """
-        if path.suffix == SUFFIX:
-            return self._load_weights_file(path, module)
-        facts = self._read_facts(path)
-        weights = {"model": {name: self._empty(parameter) for name, parameter in module.named_parameters()}}
-        entries = self._optimizer_entries(weights)
-        read_tensors(path, entries)
-        self._collect_blocks(entries, weights)
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                parameter.copy_(weights["model"][name])
-        return facts["step"]
-
-    def _load_weights_file(self, path: Path, module: torch.nn.Module) -> int:
-        facts = read_weights_facts(path)
-        self._check(facts, path)
-        if (processes := self.run.layout.model_processes) > 1:
-            raise UserError(
-                f"--from_checkpoint {path} is one file for one process, but the layout spreads a model over {processes}; "
-                "start one process, or name a checkpoint's folder"
-            )
-        weights = load_file(path)
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                parameter.copy_(weights[self.placements[name].name])
-        return facts["step"]
-
-    def _read_facts(self, path: Path) -> dict[str, Any]:
-        facts = folder.read_state_file(path)
-        self._check(facts, path)
-        return facts
-
-    def _check(self, facts: dict[str, Any], path: Path) -> None:
-        if facts["tokenizer_fingerprint"] != self.tokenizer_fingerprint:
-            raise UserError(
-                f"checkpoint {path} was trained with tokenizer {facts['tokenizer_fingerprint'][:12]}, but data.path "
-                f"{self.run.data.path} holds {self.tokenizer_fingerprint[:12]}; use the data that the run was started with"
-            )
-        saved, ours = facts["config"]["model"], asdict(self.run)["model"]
-        # A key that is newer than the checkpoint had its default before.
-        saved = {**asdict(ModelConfig()), **saved}
-        for key, value in ours.items():
-            if saved[key] != value:
-                raise UserError(
-                    f"model.{key} is {value}, but checkpoint {path} was trained with {saved[key]}; "
-                    "set it back, or choose a new run_dir"
-                )
-
     def _check_streams(self, facts: dict[str, Any], path: Path, state: TrainingState) -> None:
         """Positions in streams and the memories beside them belong to one order of one set of documents."""
-        for key in ("rows", "seed", "length_curriculum"):
-            ours, saved = getattr(self.run.training, key), facts["config"]["training"][key]
+        # A key that is newer than the checkpoint had its default.
+        before = {**asdict(TrainingConfig()), **facts["config"]["training"]}
+        for key in ("rows", "seed", "length_curriculum", "initial_weights"):
+            ours, saved = getattr(self.run.training, key), before[key]
             if saved != ours:
                 raise UserError(
                     f"training.{key} is {ours}, but checkpoint {path} was trained with {saved}; "
@@ -238,34 +152,14 @@ class Checkpointer:
                 "use the data that the run was started with, or choose a new run_dir"
             )
 
-    def _empty(self, parameter: torch.nn.Parameter) -> Tensor:
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        return torch.empty(shape, dtype=torch.float32, device=platform.device())
-
-    def _optimizer_entries(self, state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-        entries: dict[str, Tensor] = {}
-        for kind, tensors in state.items():
-            for name, tensor in tensors.items():
-                entries.update(_parameter_entries(self.placements[name], kind, tensor))
-        return entries
-
-    def _collect_blocks(self, entries: dict[str, Tensor], state: dict[str, dict[str, Tensor]]) -> None:
-        """Copy fused matrices back from their blocks; other entries share their storage with `state` already."""
-        for kind, tensors in state.items():
-            for name, tensor in tensors.items():
-                placement = self.placements[name]
-                if placement.blocks > 1:
-                    parts = [_local(entries[f"{kind}.{placement.name}.{i}"]) for i in range(placement.blocks)]
-                    tensor.copy_(torch.cat(parts, dim=placement.dim or 0))
-
     def _stream_entries(self, positions: Tensor, memory: Memory) -> dict[str, Tensor]:
         rows = parallel_state.get_data_parallel_group()
         heads = parallel_state.get_tensor_model_parallel_group()
-        entries = {"streams": _shard(positions, {0: rows}), "random.torch": torch.get_rng_state()}
+        entries = {"streams": shard(positions, {0: rows}), "random.torch": torch.get_rng_state()}
         for layer, each in sorted(memory.items()):
             for (field, carried), part in zip(self._carried(layer).items(), each, strict=True):
                 groups = {0: rows, 1: heads} if carried.by_head else {0: rows}
-                entries[f"memory.{field}.{layer}"] = _shard(part.contiguous(), groups)
+                entries[f"memory.{field}.{layer}"] = shard(part.contiguous(), groups)
         return entries
 
     def _carried(self, layer: int) -> dict[str, CarriedTensor]:
@@ -290,13 +184,17 @@ def newest_checkpoint(run_dir: Path, on_damage: Callable[[str], None]) -> Path |
     chosen: list[Any] = [[str(path) for path in reversed(folder.list_checkpoints(run_dir))]]
     dist.broadcast_object_list(chosen, src=0)  # one view of a shared folder, which may be cached differently elsewhere
     for path in map(Path, chosen[0]):
-        files = sorted(folder.read_manifest(path).items())
-        mine = files[dist.get_rank() :: dist.get_world_size()]
-        wrong = [found for name, entry in mine if (found := folder.damaged_file(path, name, entry)) is not None]
-        everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, wrong)
-        damage = [line for part in everywhere for line in part]
-        if not damage:
+        if not (wrong := damage_in_shares(path)):
             return path
-        on_damage(f"checkpoint {path} is damaged: {'; '.join(damage)}; taking the one before it")
+        on_damage(f"checkpoint {path} is damaged: {'; '.join(wrong)}; taking the one before it")
     return None
+
+
+def damage_in_shares(path: Path) -> list[str]:
+    """What is wrong with the files of a committed checkpoint; a collective over all processes, which divide the reading."""
+    files = sorted(folder.read_manifest(path).items())
+    mine = files[dist.get_rank() :: dist.get_world_size()]
+    wrong = [found for name, entry in mine if (found := folder.damaged_file(path, name, entry)) is not None]
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, wrong)
+    return [line for part in everywhere for line in part]

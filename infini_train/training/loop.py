@@ -29,6 +29,7 @@ from infini_train.training.signals import RESUMABLE_EXIT_CODE, StopRequest
 from infini_train.training.statistics import memory_statistics
 from infini_train.training.step import train_step
 from infini_train.training.watchdog import Watchdog
+from infini_train.training.weights import load_initial_weights
 
 
 def pretrain(run: RunConfig) -> int:
@@ -48,6 +49,7 @@ def pretrain(run: RunConfig) -> int:
         activity = parts.pipeline.activity = watchdog.activity
         state, main = parts.state, parts.layout.is_main
         resumed_from = _resume(parts, warnings)
+        started_from = load_initial_weights(parts) if resumed_from is None and run.training.initial_weights else None
         _open_run_directory(parts)
         with (
             MetricsWriter(run, state.step, enabled=main) as metrics,
@@ -58,6 +60,8 @@ def pretrain(run: RunConfig) -> int:
                 progress.say(line)
             if resumed_from is not None:
                 progress.say(f"resuming from {resumed_from}")
+            if started_from is not None:
+                progress.say(started_from)
             profiler = StepProfiler(run, parts.layout, progress.say)
             save_due = False
             while state.step < run.training.steps:

@@ -35,20 +35,20 @@ from tests.distributed.exchange import recorded_exchange
 def train(run: RunConfig, steps: int) -> dict[str, Any]:
     """Train some steps; loss and gradient norm of each, and this rank's slices of weights and memory."""
     parts = build_parts(run)
-    initial = _weights(parts)
+    initial = weights(parts)
     records = [train_step(parts, StopRequest())[0] for _ in range(steps)]
     return {
         "loss": [record["loss"] for record in records],
         "grad_norm": [record["grad_norm"] for record in records],
         "initial": initial,
-        "weights": _weights(parts),
+        "weights": weights(parts),
         "memory": _memory(parts),
         "not_by_head": [layer for layer, state in parts.state.memory.items() if isinstance(state, MemoryTokens)],
         "positions": (parts.layout.dp_rank, parts.state.reader.state()),
     }
 
 
-def _weights(parts: Parts) -> dict[str, tuple[int | None, int, int, Tensor]]:
+def weights(parts: Parts) -> dict[str, tuple[int | None, int, int, Tensor]]:
     """Global name -> (split dimension, blocks, tensor rank, local float32 slice)."""
     state = parts.engine.module.named_parameters()
     placements = parts.checkpointer.placements
@@ -175,7 +175,7 @@ def _continue(parts: Parts, steps: int) -> dict[str, Any]:
     return {
         "loss": [record["loss"] for record in records],
         "grad_norm": [record["grad_norm"] for record in records],
-        "weights": _weights(parts),
+        "weights": weights(parts),
     }
 
 
@@ -299,7 +299,7 @@ def read_back(run: RunConfig) -> dict[str, Any]:
 def memory_gradient_norms(run: RunConfig) -> dict[str, Any]:
     """By layer, of the first step, with the weights that it began with."""
     parts = build_parts(run)
-    initial = _weights(parts)
+    initial = weights(parts)
     train_step(parts, StopRequest())
     squares = parts.pipeline.memory_gradient_squares()
     found = memory_statistics(run, parts.layout, parts.engine, parts.state.memory, squares)

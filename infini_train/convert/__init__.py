@@ -1,0 +1,1 @@
+"""Models of Hugging Face transformers to start from, and trained ones for it."""

@@ -1,0 +1,161 @@
+"""A folder that transformers' `save_pretrained` wrote becomes weights, a tokenizer and a configuration to start from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from infini_train.checkpoint.weights_file import write_weights_file
+from infini_train.config import DataConfig, ModelConfig, RunConfig, dump_keys
+from infini_train.convert.llama import IN_A_LAYER, WHOLE_MODEL, join, model_config, their_shapes, whole_number
+from infini_train.data.manifest import TOKENIZER_FILE
+from infini_train.data.tokenizer import Tokenizer
+from infini_train.errors import UserError
+
+WEIGHTS_FILE = "weights.safetensors"
+CONFIG_FILE = "config.yaml"
+INDEX = "model.safetensors.index.json"
+ONE_FILE = "model.safetensors"
+BUFFERS = ("rotary_emb.inv_freq",)
+"""What older versions of transformers saved beside the weights."""
+
+
+class PretrainedFolder:
+    """Configuration and tensors of a folder.
+
+    Raises:
+        UserError: a file is missing or cannot be read, or the tensors are not those of its config.json.
+    """
+
+    def __init__(self, path: Path, files: ExitStack) -> None:
+        self.path = path
+        self.config = _read_json(path / "config.json")
+        self._file_of: dict[str, Any] = {}
+        for name in self._file_names():
+            try:
+                file = files.enter_context(safe_open(path / name, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path / name} cannot be read as safetensors ({error}); get the file again") from error
+            self._file_of |= dict.fromkeys(file.keys(), file)
+
+    def _file_names(self) -> list[str]:
+        if (self.path / INDEX).is_file():
+            return sorted(set(_read_json(self.path / INDEX).get("weight_map", {}).values()))
+        if (self.path / ONE_FILE).is_file():
+            return [ONE_FILE]
+        raise UserError(
+            f"--source {self.path} holds neither {ONE_FILE} nor {INDEX}; load the model with transformers and save it with "
+            "save_pretrained, which writes them"
+        )
+
+    def check(self, model: ModelConfig, vocab_size: int) -> None:
+        """Refuse tensors that a Llama of this configuration does not have, lacks or has in another shape."""
+        expected = their_shapes(model, vocab_size)
+        # A tied output matrix may be stored all the same.
+        spare = {"lm_head.weight"} if model.tie_embeddings else set()
+        for name in sorted(self._file_of.keys() - expected.keys() - spare):
+            if not name.endswith(BUFFERS):
+                raise UserError(f"--source {self.path} holds {name}, which a Llama does not have; it cannot be converted")
+        for name, shape in expected.items():
+            if name not in self._file_of:
+                raise UserError(f"--source {self.path} lacks {name}; get its files again")
+            if (found := tuple(self._file_of[name].get_slice(name).get_shape())) != shape:
+                raise UserError(f"--source {self.path}: {name} is {list(found)}, but config.json makes it {list(shape)}")
+
+    def tensor(self, name: str) -> Tensor:
+        return self._file_of[name].get_tensor(name)
+
+
+def convert_from(source: Path, folder: Path, final: Path) -> list[str]:
+    """Write weights, tokenizer and configuration.
+
+    Args:
+        source: folder with config.json, safetensors and tokenizer.model.
+        folder: to write to.
+        final: where the folder will be, which the configuration names.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        UserError: the model is of another kind, or a file is missing or cannot be read.
+    """
+    with ExitStack() as files:
+        pretrained = PretrainedFolder(source, files)
+        model = model_config(pretrained.config, str(source / "config.json"))
+        tokenizer = _tokenizer(source)
+        rows = whole_number(pretrained.config, "vocab_size", str(source / "config.json"))
+        if rows < tokenizer.vocab_size:
+            raise UserError(
+                f"{source / TOKENIZER_FILE} has {tokenizer.vocab_size} tokens, but the model's vocab_size is {rows}; it is "
+                "not the tokenizer of this model"
+            )
+        pretrained.check(model, rows)
+        weights = dict(_weights(pretrained, model, tokenizer.vocab_size))
+        # What was trained is local attention; a run that has a memory finds no gates in the file.
+        trained = RunConfig(model=replace(model, attention="local"), data=DataConfig(vocab_size=tokenizer.vocab_size))
+        facts = {"step": 0, "config": asdict(trained), "tokenizer_fingerprint": tokenizer.fingerprint}
+        write_weights_file(folder / WEIGHTS_FILE, weights, facts)
+    shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)
+    (folder / CONFIG_FILE).write_text(_configuration(source, final, model, tokenizer.vocab_size), encoding="utf-8")
+    lines = [f"{final}: {sum(tensor.numel() for tensor in weights.values()):,} parameters of {source}"]
+    if spare := rows - tokenizer.vocab_size:
+        lines.append(f"left out: the last {spare} rows of the embedding and the output matrix, for which there are no tokens")
+    return [*lines, f"next: infini-train prepare --config {final / CONFIG_FILE} --data.source YOUR_TEXT"]
+
+
+def _tokenizer(source: Path) -> Tokenizer:
+    path = source / TOKENIZER_FILE
+    if not path.is_file():
+        raise UserError(
+            f"--source {source} has no {TOKENIZER_FILE}; only models with a SentencePiece tokenizer can be converted"
+        )
+    return Tokenizer(path)
+
+
+def _weights(pretrained: PretrainedFolder, model: ModelConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
+    for ours, theirs in WHOLE_MODEL.items():
+        if ours == "output_layer.weight" and model.tie_embeddings:
+            continue
+        tensor = pretrained.tensor(theirs)
+        yield ours, tensor if ours == "decoder.final_layernorm.weight" else tensor[:vocab_size].contiguous()
+    for layer in range(model.num_layers):
+        for ours, several in IN_A_LAYER.items():
+            parts = [pretrained.tensor(f"model.layers.{layer}.{name}") for name in several]
+            yield f"decoder.layers.{layer}.{ours}", join(ours, parts, model.num_query_groups)
+
+
+def _configuration(source: Path, final: Path, model: ModelConfig, vocab_size: int) -> str:
+    run_dir = Path("runs") / final.name
+    keys = {
+        "run_dir": str(run_dir),
+        "model": {name: value for name, value in asdict(model).items() if value != getattr(ModelConfig(), name)},
+        "data": {
+            "path": str(run_dir / "data"),
+            "tokenizer": str(final.absolute() / TOKENIZER_FILE),
+            "vocab_size": vocab_size,
+        },
+        "training": {"initial_weights": str(final.absolute() / WEIGHTS_FILE)},
+    }
+    return (
+        f"# Goes on from {source.name} with a memory. Layout, batch, steps and learning rate are yours to choose.\n"
+        + dump_keys(keys)
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content

@@ -1,0 +1,160 @@
+"""A Llama of Hugging Face transformers and the model here: one layer after another the same matrices under two names.
+
+H query heads, G key/value heads, R = H / G, D head width, h hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infini_train.config import ModelConfig
+from infini_train.errors import UserError
+
+MODEL_TYPES = ("llama", "mistral")
+"""Of config.json. Mistral is a Llama with a sliding window, which a segment replaces."""
+MOST_TOKENS_A_SEGMENT = 2048
+
+WHOLE_MODEL = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+"""Ours -> theirs."""
+IN_A_LAYER = {
+    "input_layernorm.weight": ("input_layernorm.weight",),
+    "self_attention.linear_qkv.weight": (
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+    ),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+}
+"""Ours -> theirs, of which one of ours is made."""
+QKV = "self_attention.linear_qkv.weight"
+
+
+def model_config(config: Mapping[str, Any], path: str) -> ModelConfig:
+    """The `model` section that computes what config.json says, with an empty memory beside it.
+
+    Args:
+        config: config.json.
+        path: of it, for messages.
+
+    Raises:
+        UserError: it is no Llama, or one with a part that no key of `model` stands for.
+    """
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise UserError(f"{path}: model_type is {kind}; only {' and '.join(MODEL_TYPES)} have the layers of this model")
+    for key, value in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("pretraining_tp", 1)):
+        if config.get(key, value) != value:
+            raise UserError(f"{path}: {key} is {config[key]}; only models with {key} {value} have the layers of this model")
+    rotary = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    scaling = rotary.get("rope_type", rotary.get("type", "default"))
+    if scaling != "default":
+        raise UserError(
+            f"{path}: its rotary embedding is scaled ({scaling}); only models without rope_scaling can be converted"
+        )
+    hidden, heads = whole_number(config, "hidden_size", path), whole_number(config, "num_attention_heads", path)
+    return ModelConfig(
+        attention="infini",
+        num_layers=whole_number(config, "num_hidden_layers", path),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=whole_number(config, "num_key_value_heads", path, heads),
+        head_dim=whole_number(config, "head_dim", path, hidden // heads),
+        ffn_hidden_size=whole_number(config, "intermediate_size", path),
+        segment_length=min(MOST_TOKENS_A_SEGMENT, whole_number(config, "max_position_embeddings", path)),
+        # What was learned without a memory is scaled by nothing where there is none.
+        first_segment="local_only",
+        rotary_base=_number({"rope_theta": 10000.0, **config, **rotary}, "rope_theta", path),
+        norm_eps=_number(config, "rms_norm_eps", path),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def whole_number(config: Mapping[str, Any], key: str, path: str, default: int | None = None) -> int:
+    value = default if config.get(key) is None else config[key]
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{path}: {key} is {value!r}; it must be a positive whole number")
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str, path: str) -> float:
+    if not isinstance(value := config.get(key), int | float) or value <= 0:
+        raise UserError(f"{path}: {key} is {value!r}; it must be a positive number")
+    return float(value)
+
+
+def llama_config(model: ModelConfig, vocab_size: int, context: int, dtype: str) -> dict[str, Any]:
+    """config.json of a model's layers without their memory.
+
+    Args:
+        context: tokens in which the two compute the same.
+        dtype: of the weights.
+    """
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "max_position_embeddings": context,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rotary_base,
+        "tie_word_embeddings": model.tie_embeddings,
+        "torch_dtype": dtype,
+    }
+
+
+def their_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a Llama with this configuration, by their name."""
+    hidden, width = model.hidden_size, model.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not model.tie_embeddings:
+        shapes["lm_head.weight"] = (vocab_size, hidden)
+    for layer in range(model.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        shapes[prefix + "self_attn.q_proj.weight"] = (model.num_attention_heads * width, hidden)
+        shapes[prefix + "self_attn.k_proj.weight"] = (model.num_query_groups * width, hidden)
+        shapes[prefix + "self_attn.v_proj.weight"] = (model.num_query_groups * width, hidden)
+        shapes[prefix + "self_attn.o_proj.weight"] = (hidden, model.num_attention_heads * width)
+        shapes[prefix + "mlp.gate_proj.weight"] = (model.ffn_hidden_size, hidden)
+        shapes[prefix + "mlp.up_proj.weight"] = (model.ffn_hidden_size, hidden)
+        shapes[prefix + "mlp.down_proj.weight"] = (hidden, model.ffn_hidden_size)
+    return shapes
+
+
+def join(ours: str, parts: list[Tensor], num_query_groups: int) -> Tensor:
+    """One matrix of ours made of theirs; qkv holds, for each group, R queries, the key and the value: [G (R + 2) D, h]."""
+    if ours == QKV:
+        return torch.cat([part.unflatten(0, (num_query_groups, -1)) for part in parts], dim=1).flatten(0, 1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def split(ours: str, whole: Tensor, model: ModelConfig) -> list[Tensor]:
+    """The inverse of `join`."""
+    count = len(IN_A_LAYER[ours])
+    if ours == QKV:
+        heads = whole.unflatten(0, (model.num_query_groups, -1, model.head_dim))  # [G, R + 2, D, h]
+        return [part.flatten(0, 2).contiguous() for part in (heads[:, :-2], heads[:, -2:-1], heads[:, -1:])]
+    return [part.contiguous() for part in whole.chunk(count)]

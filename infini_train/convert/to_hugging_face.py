@@ -1,0 +1,121 @@
+"""Trained weights become a folder that transformers loads as a Llama, for what it computes without a memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from infini_train.checkpoint import folder as checkpoint_folder
+from infini_train.checkpoint.commands import read_model
+from infini_train.checkpoint.weights_file import SUFFIX, read_weights_facts
+from infini_train.config import ModelConfig
+from infini_train.convert.llama import IN_A_LAYER, WHOLE_MODEL, llama_config, split
+from infini_train.data.manifest import TOKENIZER_FILE
+from infini_train.data.tokenizer import Tokenizer
+from infini_train.errors import UserError
+
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,  # a document begins with it
+    "add_eos_token": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "legacy": False,
+    "add_prefix_space": False,
+}
+GATE = "self_attention.core_attention.attention.gate"
+
+
+def convert_to(source: Path, folder: Path, final: Path) -> list[str]:
+    """Write config.json, model.safetensors and, if it is found, the tokenizer.
+
+    In a document's first segment the memory is empty, so there the model is a Llama: with `first_segment: paper` one whose
+    output projection is scaled by 1 - sigmoid(β) head by head, which the written weights are.
+
+    Args:
+        source: a checkpoint's folder, or a weights file.
+        folder: to write to.
+        final: where the folder will be.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        UserError: the model is no Llama even there, or the source is damaged.
+    """
+    facts, weights = _read(source)
+    saved = facts["config"]
+    model = ModelConfig(**{name: value for name, value in saved["model"].items() if name in ModelConfig.__dataclass_fields__})
+    _refuse_other(model, source)
+    training = saved["training"]
+    context = model.segment_length * (training["segments_per_micro_batch"] if model.attention == "full" else 1)
+    dtype = training["precision"]
+    theirs = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in _theirs(weights, model)}
+    tokenizer = _tokenizer(facts)
+    config = llama_config(model, len(weights["embedding.word_embeddings.weight"]), context, dtype)
+    if tokenizer is not None:
+        config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)
+        _write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
+    save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
+    _write_json(folder / "config.json", config)
+    lines = [f"{final}: {sum(tensor.numel() for tensor in theirs.values()):,} parameters of step {facts['step']}, {dtype}"]
+    if model.attention != "full":
+        lines.append(
+            f"transformers computes with it what this model computes in a document's first {context} tokens: it has no memory"
+        )
+    if tokenizer is None:
+        lines.append(f"no {TOKENIZER_FILE} of these weights is at data.path {saved['data']['path']}; copy it there yourself")
+    return lines
+
+
+def _refuse_other(model: ModelConfig, source: Path) -> None:
+    if model.attention not in ("infini", "local", "full"):
+        raise UserError(
+            f"--source {source} was trained with model.attention {model.attention}, which is no Llama in any segment; "
+            "infini, local and full can be converted"
+        )
+    if model.short_convolution:
+        raise UserError(
+            f"--source {source} was trained with model.short_convolution {model.short_convolution}, which a Llama does not have"
+        )
+
+
+def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if source.suffix == SUFFIX:
+        return read_weights_facts(source, "--source"), load_file(source)
+    return checkpoint_folder.read_state_file(source), read_model(source, by="convert")
+
+
+def _theirs(weights: Mapping[str, Tensor], model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    for ours, theirs in WHOLE_MODEL.items():
+        if ours in weights:
+            yield theirs, weights[ours]
+    for layer in range(model.num_layers):
+        prefix = f"decoder.layers.{layer}."
+        for ours, several in IN_A_LAYER.items():
+            whole = weights[prefix + ours]
+            if ours == "self_attention.linear_proj.weight" and model.attention == "infini" and model.first_segment == "paper":
+                local = 1 - torch.sigmoid(weights[prefix + GATE].double())  # [H]
+                whole = (whole.double() * local.repeat_interleave(model.head_dim)).float()  # [h, H D]
+            for name, part in zip(several, split(ours, whole, model), strict=True):
+                yield f"model.layers.{layer}.{name}", part
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _tokenizer(facts: Mapping[str, Any]) -> Tokenizer | None:
+    path = Path(facts["config"]["data"]["path"]) / TOKENIZER_FILE
+    tokenizer = Tokenizer(path) if path.is_file() else None
+    return tokenizer if tokenizer is not None and tokenizer.fingerprint == facts["tokenizer_fingerprint"] else None

@@ -1,0 +1,90 @@
+"""Weights alone, without optimizer, memory and streams: for evaluation, and for a run that starts from those of another."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from infini_train import platform
+from infini_train.checkpoint import folder
+from infini_train.checkpoint.compatibility import DRAWN, check_same_model, initial_weights_facts, stored_shapes
+from infini_train.checkpoint.reader import read_tensors
+from infini_train.checkpoint.weights_file import SUFFIX, read_weights, read_weights_facts
+from infini_train.config import RunConfig
+from infini_train.errors import UserError
+from infini_train.model.parameters import ParameterPlacement, initial_value
+from infini_train.parallel.optimizer_state import write_optimizer_state
+from infini_train.training.checkpoint import damage_in_shares
+from infini_train.training.checkpoint_entries import collect_blocks, empty_like_parameter, optimizer_entries
+from infini_train.training.setup import Parts
+
+
+@torch.no_grad()
+def load_weights(
+    path: Path, module: nn.Module, placements: Mapping[str, ParameterPlacement], run: RunConfig, tokenizer_fingerprint: str
+) -> int:
+    """Restore the weights of a trained run, in any layout; returns the checkpoint's step. A collective over all processes.
+
+    Args:
+        path: a checkpoint's folder, or a weights file.
+        placements: of the module's parameters, by name.
+
+    Raises:
+        UserError: the checkpoint belongs to another model or tokenizer.
+    """
+    facts = read_weights_facts(path) if path.suffix == SUFFIX else folder.read_state_file(path)
+    check_same_model(facts, path, run, tokenizer_fingerprint)
+    weights = _read(path, module, placements)
+    for name, parameter in module.named_parameters():
+        parameter.copy_(weights[name])
+    return facts["step"]
+
+
+def load_initial_weights(parts: Parts) -> str:
+    """Put `training.initial_weights` into a run that has not taken a step; a collective over all processes.
+
+    Master weights take them as they are stored. Parameters of an attention that they lack keep the values of a new model.
+
+    Returns:
+        What was done, in a line.
+
+    Raises:
+        UserError: a checkpoint's folder is damaged.
+    """
+    run, placements = parts.run, parts.checkpointer.placements
+    path = Path(str(run.training.initial_weights))
+    step = initial_weights_facts(path)["step"]
+    if path.suffix != SUFFIX and (wrong := damage_in_shares(path)):
+        raise UserError(f"training.initial_weights {path} is damaged: {'; '.join(wrong)}; name another checkpoint")
+    stored = stored_shapes(path)
+    known = {name: placement for name, placement in placements.items() if placement.name in stored}
+    weights = _read(path, parts.engine.module, known)
+    drawn = {name: placement for name, placement in placements.items() if name not in known}
+    for name, placement in drawn.items():
+        assert placement.name.endswith(DRAWN), placement.name
+        weights[name] = placement.slice(initial_value(placement, run.model, run.training.seed)).to(platform.device())
+    write_optimizer_state(parts.engine, {"model": weights}, steps_taken=0)
+    new = Counter(re.sub(r".*\.", "", placement.name) for placement in drawn.values())
+    words = ", ".join(f"{name} ({count})" for name, count in sorted(new.items()))
+    return f"starting from {path}, step {step}" + (f"; as in a new model: {words}" if new else "")
+
+
+def _read(path: Path, module: nn.Module, placements: Mapping[str, ParameterPlacement]) -> dict[str, Tensor]:
+    """This process's slices of some parameters, float32, by their names in the module."""
+    parameters = {name: parameter for name, parameter in module.named_parameters() if name in placements}
+    if path.suffix == SUFFIX:
+        names = {placements[name].name: name for name in parameters}
+        return {
+            names[global_name]: placements[names[global_name]].slice(whole).to(platform.device(), torch.float32)
+            for global_name, whole in read_weights(path, names)
+        }
+    weights = {name: empty_like_parameter(parameter) for name, parameter in parameters.items()}
+    entries = optimizer_entries(placements, {"model": weights})
+    read_tensors(path, entries)
+    collect_blocks(placements, entries, {"model": weights})
+    return weights

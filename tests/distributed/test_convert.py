@@ -1,0 +1,238 @@
+"""`convert` against transformers' own Llama, and runs that start from weights, in every kind of layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from infini_train.checkpoint.folder import list_checkpoints
+from infini_train.config import RunConfig, save_config
+from infini_train.data.manifest import TOKENIZER_FILE
+from infini_train.data.tokenizer import Tokenizer
+from infini_train.parser import read_config
+from tests.distributed.assemble import global_weights
+from tests.distributed.cases import Case
+from tests.distributed.command import call
+
+JOBS = "tests.distributed.convert_jobs"
+SIZES = {
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-4,
+}
+
+
+def pretrained(folder: Path, run: RunConfig, model_class: Any, config_class: Any, **options: Any) -> Any:
+    """A model of transformers with random weights in several files, and the tokenizer of the run's data."""
+    torch.manual_seed(0)
+    model = model_class(config_class(**{**SIZES, "vocab_size": 512, **options})).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, float(parameter.dim() == 1), 0.15)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    shutil.copyfile(Path(run.data.path) / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+    return model
+
+
+def started(run: RunConfig, folder: Path) -> RunConfig:
+    """The configuration that `convert` wrote, on the data of the tests, with segments of 16 tokens."""
+    written = read_config(folder / "config.yaml")
+    return replace(run, model=replace(written.model, segment_length=16), training=replace(run.training), data=run.data)
+
+
+@torch.no_grad()
+def by_segment(model: Any, tokens: Tensor, length: int) -> Tensor:
+    """Logits of transformers, each segment as a text of its own."""
+    return torch.cat([model(segment).logits for segment in tokens.split(length, dim=1)], dim=1).float()
+
+
+@pytest.mark.parametrize(
+    "classes,options",
+    [
+        ((LlamaForCausalLM, LlamaConfig), {"head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}),
+        ((LlamaForCausalLM, LlamaConfig), {"tie_word_embeddings": True, "vocab_size": 515, "num_key_value_heads": 1}),
+        ((MistralForCausalLM, MistralConfig), {"num_key_value_heads": 4, "sliding_window": 32}),
+    ],
+    ids=["llama", "tied, with spare rows", "mistral"],
+)
+def test_a_model_of_transformers_gives_the_same_logits_here(classes, options, pool, run_config, tmp_path):
+    theirs = pretrained(tmp_path / "hf", run_config, *classes, **options)
+    output = call("convert", "--source", str(tmp_path / "hf"), "--output", str(tmp_path / "ours"))
+    assert ("the last 3 rows" in output) == (theirs.config.vocab_size == 515)
+    run = read_config(tmp_path / "ours" / "config.yaml")
+    assert (run.model.segment_length, run.model.first_segment, run.data.vocab_size) == (64, "local_only", 512)
+    assert run.training.initial_weights == str(tmp_path / "ours" / "weights.safetensors")
+    # Of the same weights, what does not depend on a memory: local attention, and all of a document's first segment.
+    local = replace(run, data=run_config.data, model=replace(run.model, attention="local"))
+    tokens = torch.randint(3, 512, (2, 150), generator=torch.Generator().manual_seed(1))
+    ours = pool(1).run(JOBS, "logits", local, run.training.initial_weights, tokens)[0]
+    window = options.get("sliding_window", 64)
+    expected = by_segment(theirs, tokens, 64)[..., :512]
+    within = torch.arange(150) % 64 < window  # a segment is longer than this Mistral's window
+    assert expected[:, within].std() > 0.3
+    torch.testing.assert_close(ours[:, within], expected[:, within], rtol=1e-4, atol=1e-4)
+    if window < 64:
+        assert (ours - expected)[:, ~within].abs().max() > 1e-3, "beyond its window it must differ"
+
+
+@pytest.mark.parametrize("attention,first_segment", [("infini", "paper"), ("infini", "local_only"), ("full", "paper")])
+def test_trained_weights_give_the_same_logits_in_transformers(attention, first_segment, pool, run_config, tmp_path):
+    model = replace(run_config.model, attention=attention, first_segment=first_segment, initial_gate=0.7, update_rule="delta")
+    training = replace(run_config.training, steps=3, segments_per_micro_batch=2)
+    run = replace(run_config, run_dir=str(tmp_path / "run"), model=model, training=training)
+    save_config(run, tmp_path / "run.yaml")
+    call("pretrain", "--config", str(tmp_path / "run.yaml"))
+    checkpoint = list_checkpoints(tmp_path / "run")[-1]
+    output = call("convert", "--source", str(checkpoint), "--output", str(tmp_path / "hf"))
+    context = 32 if attention == "full" else 16
+    assert ("it has no memory" in output) == (attention != "full")
+
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert theirs.config.max_position_embeddings == context and theirs.dtype == torch.float32
+    tokens = torch.randint(3, 512, (2, 40), generator=torch.Generator().manual_seed(1))
+    ours = pool(1).run(JOBS, "logits", run, str(checkpoint), tokens)[0]
+    torch.testing.assert_close(ours[:, :context], by_segment(theirs, tokens[:, :context], context), rtol=1e-4, atol=1e-5)
+    if attention == "infini":
+        beyond = by_segment(theirs, tokens[:, 16:32], 16)
+        assert (ours[:, 16:32] - beyond).abs().max() > 1e-3, "with a memory it must differ"
+
+    tokenizer, mine = AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(Path(run.data.path) / TOKENIZER_FILE)
+    for text in ("two  words\n\n\tand a tab", " é ☃ 123"):
+        assert tokenizer(text, add_special_tokens=False).input_ids == mine.encode(text)
+    assert tokenizer("a").input_ids == [mine.bos_id, *mine.encode("a")]
+
+    # A file of consolidated weights holds the same.
+    weights = tmp_path / "weights.safetensors"
+    call("checkpoint", "consolidate", "--path", str(checkpoint), "--output", str(weights))
+    call("convert", "--source", str(weights), "--output", str(tmp_path / "again"))
+    one, other = load_file(tmp_path / "hf" / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_there_and_back_changes_no_bit(pool, run_config, tmp_path):
+    theirs = pretrained(tmp_path / "hf", run_config, LlamaForCausalLM, LlamaConfig)
+    call("convert", "--source", str(tmp_path / "hf"), "--output", str(tmp_path / "ours"))
+    call("convert", "--source", str(tmp_path / "ours" / "weights.safetensors"), "--output", str(tmp_path / "back"))
+    back, before = load_file(tmp_path / "back" / "model.safetensors"), theirs.state_dict()
+    assert back.keys() == before.keys()
+    assert all(torch.equal(back[name], before[name]) for name in before)
+
+
+CASES = [
+    Case(zero=0),
+    Case(dp=2, zero=1),
+    Case(tp=2, dp=2, zero=2, sequence_parallel=True),
+    Case(dp=2, zero=3),
+    Case(pp=2, virtual=2),
+    Case(cp=2),
+]
+
+
+@pytest.fixture(scope="module")
+def source(run_config: RunConfig, pool: Callable[[int], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint's folder and a file of the same weights, of a model with local attention."""
+    folder = tmp_path_factory.mktemp("source")
+    model = replace(run_config.model, attention="local")
+    run = replace(run_config, run_dir=str(folder / "run"), model=model, training=replace(run_config.training, steps=3))
+    save_config(run, folder / "run.yaml")
+    call("pretrain", "--config", str(folder / "run.yaml"))
+    checkpoint = list_checkpoints(folder / "run")[-1]
+    call("checkpoint", "consolidate", "--path", str(checkpoint), "--output", str(folder / "weights.safetensors"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, run_config: RunConfig, pool: Callable[[int], Any]) -> dict[str, Any]:
+    training = replace(run_config.training, initial_weights=str(source / "weights.safetensors"))
+    return pool(1).run(JOBS, "start", Case().apply(replace(run_config, training=training)), 2)[0]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_layout_starts_from_the_same_weights(case, kind, source, expected, pool, run_config):
+    path = source / "weights.safetensors" if kind == "file" else list_checkpoints(source / "run")[-1]
+    training = replace(run_config.training, initial_weights=str(path))
+    results = pool(case.processes).run(JOBS, "start", case.apply(replace(run_config, training=training)), 2)
+    assert f"starting from {path}, step 3; as in a new model: gate (" in results[0]["said"]
+    stored = load_file(source / "weights.safetensors")
+    initial = global_weights(results, "initial")
+    assert initial.keys() - stored.keys() == {
+        f"decoder.layers.{layer}.self_attention.core_attention.attention.gate" for layer in range(4)
+    }
+    for name, value in initial.items():
+        assert torch.equal(value, stored.get(name, torch.zeros(4))), name
+    assert results[0]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert results[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    weights, theirs = global_weights(results), global_weights([expected])
+    for name, value in theirs.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_master_weights_of_a_bfloat16_run_take_all_bits(zero, source, pool, run_config):
+    path = source / "weights.safetensors"
+    training = replace(run_config.training, initial_weights=str(path), precision="bfloat16")
+    run = Case(zero=zero).apply(replace(run_config, training=training))
+    masters = pool(1).run(JOBS, "master_weights", run)[0]
+    stored = load_file(path)
+    kept = {name for name in stored if torch.equal(masters[name].cpu(), stored[name])}
+    assert kept == stored.keys()
+
+
+def test_a_run_that_was_started_from_weights_goes_on_without_them(source, run_config, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    shutil.copyfile(source / "weights.safetensors", path)
+    run = replace(run_config, run_dir=str(tmp_path / "run"))
+    run = replace(run, training=replace(run.training, initial_weights=str(path)))
+    save_config(run, tmp_path / "run.yaml")
+    config = ["--config", str(tmp_path / "run.yaml")]
+    # The same learning rates in both: the schedule ends at step 8.
+    assert "starting from" in call("pretrain", *config, "--checkpoint.every", "4", processes=2)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000008")
+    path.unlink()
+    output = call("pretrain", *config, processes=2)
+    assert "resuming from" in output and "starting from" not in output
+    again = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["loss"] for record in again] == [record["loss"] for record in records]
+    output = call("pretrain", *config, "--training.initial_weights", "other.safetensors", expected=2)
+    assert len(output.splitlines()) == 1 and "training.initial_weights is other.safetensors" in output
+
+
+def test_weights_that_do_not_fit_are_refused_before_the_start(source, run_config, tmp_path):
+    run = replace(run_config, run_dir=str(tmp_path / "run"))
+    save_config(run, tmp_path / "run.yaml")
+    weights = source / "weights.safetensors"
+    not_committed = tmp_path / "step_00000001"
+    not_committed.mkdir()
+    other = tmp_path / "other.safetensors"
+    call("checkpoint", "consolidate", "--path", str(list_checkpoints(source / "run")[-1]), "--output", str(other))
+    other.write_bytes(other.read_bytes()[:1000])
+    for arguments, words in (
+        (
+            ["--training.initial_weights", "nowhere.safetensors"],
+            "training.initial_weights nowhere.safetensors: there is no such",
+        ),
+        (["--training.initial_weights", str(not_committed)], "there is no finished checkpoint"),
+        (["--training.initial_weights", str(other)], "write it again"),
+        (["--training.initial_weights", str(weights), "--model.num_layers", "2"], "set model.num_layers to 4"),
+        (["--training.initial_weights", str(weights), "--model.rotary_base", "500000"], "set model.rotary_base to 10000.0"),
+        (["--training.initial_weights", str(weights), "--model.short_convolution", "3"], "lacks decoder.layers.0"),
+    ):
+        output = call("pretrain", "--config", str(tmp_path / "run.yaml"), *arguments, processes=2, expected=2)
+        assert len(output.splitlines()) == 1 and words in output, output
+    assert not (tmp_path / "run").exists()
