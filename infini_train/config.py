@@ -77,6 +77,12 @@ class ModelConfig:
     """Share input embedding and output matrix; needs pipeline_parallel_size 1."""
 
     @property
+    def bank_layer(self) -> int:
+        """The layer of `memorizing` with the bank, counted from 1: at three quarters of the depth, as the paper's ninth of
+        twelve."""
+        return max(1, 3 * self.num_layers // 4)
+
+    @property
     def memory_value_width(self) -> int:
         """Columns of a memory M: those of a value, and with a corrected normaliser that of ones."""
         return self.head_dim + (self.normaliser == "corrected")

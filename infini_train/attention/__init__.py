@@ -6,7 +6,7 @@ from infini_train.attention.full import FullAttention
 from infini_train.attention.infini import InfiniAttention
 from infini_train.attention.linear import LinearAttention
 from infini_train.attention.local import LocalAttention
-from infini_train.attention.memorizing import MemorizingAttention, bank_layer
+from infini_train.attention.memorizing import MemorizingAttention
 from infini_train.attention.memory_tokens import FeedbackAttention, RecurrentMemoryAttention
 from infini_train.attention.previous_segment import TransformerXLAttention, WindowAttention
 from infini_train.attention.short_convolution import MemoryWithTail, ShortConvolution, with_memory, without_tail
@@ -27,7 +27,7 @@ ATTENTION_VARIANTS: dict[str, type[Attention]] = {
 
 def attention_class(model: ModelConfig, layer_number: int) -> type[Attention]:
     """The variant that `model.attention` names, in one of the layers, counted from 1."""
-    if model.attention == "memorizing" and layer_number != bank_layer(model):
+    if model.attention == "memorizing" and layer_number != model.bank_layer:
         return TransformerXLAttention
     return ATTENTION_VARIANTS[model.attention]
 

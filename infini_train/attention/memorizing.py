@@ -31,11 +31,6 @@ class KeyValueBank(NamedTuple):
     written: Tensor  # [B] int64: tokens of the document that were written, more than C if some were overwritten
 
 
-def bank_layer(model: ModelConfig) -> int:
-    """The layer with the bank, counted from 1: at three quarters of the depth, as the paper's ninth of twelve."""
-    return max(1, 3 * model.num_layers // 4)
-
-
 class MemorizingAttention(TransformerXLAttention):
     """The layer with the bank."""
 

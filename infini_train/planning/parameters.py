@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
 
-from infini_train.attention.memorizing import bank_layer
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.planning.sizes import Sizes
 
@@ -39,7 +38,7 @@ def _layer(sizes: Sizes, number: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "input_layernorm.weight", (hidden,)
     if model.attention == "feedback":
         yield "memory_tokens", (model.memory_tokens, hidden)
-    if model.attention == "memorizing" and number == bank_layer(model):
+    if model.attention == "memorizing" and number == model.bank_layer:
         yield "self_attention.core_attention.attention.gate", (sizes.heads,)
     if sizes.has_memory:
         yield "self_attention.core_attention.attention.gate", (sizes.heads,)

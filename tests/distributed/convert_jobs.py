@@ -11,6 +11,7 @@ from torch import Tensor
 from infini_train.config import RunConfig
 from infini_train.evaluation.commands import load_model
 from infini_train.evaluation.generation import StreamingModel
+from infini_train.parallel.optimizer_state import read_optimizer_state
 from infini_train.training.setup import build_parts
 from infini_train.training.signals import StopRequest
 from infini_train.training.step import train_step
@@ -39,10 +40,13 @@ def start(run: RunConfig, steps: int) -> dict[str, Any]:
     }
 
 
+def parameter_shapes(run: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Global name -> shape of every parameter of a model in one process."""
+    return {each.name: each.global_shape for each in build_parts(run).checkpointer.placements.values()}
+
+
 def master_weights(run: RunConfig) -> dict[str, Tensor]:
     """Global name -> float32 master weight right after the start, in one process."""
-    from infini_train.parallel.optimizer_state import read_optimizer_state
-
     parts = build_parts(run)
     load_initial_weights(parts)
     placements = parts.checkpointer.placements

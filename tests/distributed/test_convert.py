@@ -20,6 +20,8 @@ from infini_train.config import RunConfig, save_config
 from infini_train.data.manifest import TOKENIZER_FILE
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.parser import read_config
+from infini_train.planning.parameters import model_parameters
+from infini_train.validation import ATTENTION
 from tests.distributed.assemble import global_weights
 from tests.distributed.cases import Case
 from tests.distributed.command import call
@@ -211,6 +213,16 @@ def test_a_run_that_was_started_from_weights_goes_on_without_them(source, run_co
     assert [record["loss"] for record in again] == [record["loss"] for record in records]
     output = call("pretrain", *config, "--training.initial_weights", "other.safetensors", expected=2)
     assert len(output.splitlines()) == 1 and "training.initial_weights is other.safetensors" in output
+
+
+OPTIONS = {"infini": {"write_strength": "learned", "short_convolution": 3}, "local": {"tie_embeddings": True}}
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_the_names_that_weights_are_held_against_are_those_of_the_model(attention, pool, run_config):
+    model = replace(run_config.model, attention=attention, **OPTIONS.get(attention, {}))
+    run = replace(run_config, model=model)
+    assert pool(1).run(JOBS, "parameter_shapes", run)[0] == model_parameters(run)
 
 
 def test_weights_that_do_not_fit_are_refused_before_the_start(source, run_config, tmp_path):

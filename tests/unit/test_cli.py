@@ -143,7 +143,8 @@ def test_an_unknown_key_in_a_file_names_it_and_its_neighbour(tmp_path, capsys):
 def test_every_command_has_help_and_prints_its_config(command):
     checks = [("--help", "segments_per_micro_batch"), ("--print_config", "segments_per_micro_batch: 1")]
     if command in WITHOUT_CONFIG:
-        checks = [("--help", "consolidate" if command == "checkpoint" else "folder of the run")]
+        words = {"checkpoint": "consolidate", "convert": "folder of transformers"}
+        checks = [("--help", words.get(command, "folder of the run"))]
     for flag, expected in checks:
         result = subprocess.run(
             [sys.executable, "-m", "infini_train", command, flag], capture_output=True, text=True, timeout=60, check=False

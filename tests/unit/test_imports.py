@@ -25,7 +25,7 @@ ALLOWED = {
     "parallel": {"infini_kernels", "attention", "model", "data", *SIDE},
     "training": {"checkpoint", "infini_kernels", "attention", "model", "parallel", "data", "evaluation", *SIDE},
     "evaluation": {"checkpoint", "attention", "model", "parallel", "data", "overrides", "tasks", "training", *SIDE},
-    "planning": {"infini_kernels", "attention", "model", "parallel", "data", "training", "validation", *SIDE},
+    "planning": {"infini_kernels", "model", "parallel", "data", "training", "validation", *SIDE},
     "convert": {"checkpoint", "config", "data", "errors"},
     "cluster": {"checkpoint", "config", "errors", "overrides", "parser_errors", "planning", "validation"},
     "parser_errors": {"config"},
