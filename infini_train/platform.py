@@ -71,6 +71,8 @@ def install() -> None:
         # For a convolution that PyTorch gives to cuDNN: by default float32 is rounded to 10 bits, and its gradient need not
         # have the same bits twice.
         torch.backends.cudnn.allow_tf32 = False
+        # The default, which an environment may have changed: the memory's products are float32, not rounded to 10 bits.
+        torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.deterministic = True
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from infini_kernels import MemoryState, infini_attention, local_attention
 from infini_kernels.gradient_sum import add_to_sum
@@ -209,6 +210,29 @@ def same_bits_without_gradients(case: Case, dtype: torch.dtype, device: str, upd
     torch.testing.assert_close(leaves, before, rtol=0, atol=0, equal_nan=True)
 
 
+def same_bits_under_a_checkpoint(case: Case, dtype: torch.dtype, device: str, update_rule: str) -> None:
+    """What is computed again in the backward, as with `training.recompute: layer`, gives the same outputs and gradients."""
+    leaves, options = draw(case, dtype, device, 9)
+
+    def checkpointed(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, memory: MemoryState | None, **more: Any) -> Any:
+        write_gate = more.pop("write_gate")
+
+        def inside(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            entering = None if memory is None else MemoryState(*others[:2])
+            own = None if write_gate is None else others[-1]
+            out, leaving = infini_attention(q, k, v, gate, entering, write_gate=own, **more)
+            return out, *leaving
+
+        others = [*(memory or ()), *([] if write_gate is None else [write_gate])]
+        out, M, z = checkpoint(inside, q, k, v, gate, *others, use_reentrant=False)
+        return out, MemoryState(M, z)
+
+    with deterministic_pytorch():
+        wanted = run(leaves, options, 9, update_rule=update_rule, backend="triton")
+        found = run(leaves, options, 9, checkpointed, update_rule=update_rule, backend="triton")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def takes_any_strides(device: str) -> None:
     """A gate that is a column, and resets that were transposed: kernels count on from their first number."""
     torch.manual_seed(0)
@@ -353,6 +377,7 @@ def on_cuda() -> list[tuple[str, Callable[[], None]]]:
         for name, case in SMALL.items():
             if case.suits(rule):
                 add(same_bits_without_gradients, f"{name}, {rule}", case, torch.bfloat16, "cuda", rule)
+                add(same_bits_under_a_checkpoint, f"{name}, {rule}", case, torch.bfloat16, "cuda", rule)
         add(compiles_whole, rule, LARGE["width 64"], torch.float32, "cuda", rule, "inductor")
         add(replays_from_a_cuda_graph, rule, rule)
     for dtype in TOLERANCE:

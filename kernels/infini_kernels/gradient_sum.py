@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from infini_kernels.backend import TRITON_INSTALLED
+from infini_kernels.backend import TRITON_USABLE
 
 LARGE = 2**20
 """Numbers from which a pass less over them is worth a launch of Triton's, which takes the host several times as long."""
@@ -17,7 +17,7 @@ def add_to_sum(total: Tensor, gradient: Tensor) -> None:
         gradient: as many numbers, of any floating type.
     """
     large = total.numel() >= LARGE and gradient.dtype != torch.float32
-    if large and total.is_cuda and gradient.is_contiguous() and TRITON_INSTALLED:
+    if large and total.is_cuda and gradient.is_contiguous() and TRITON_USABLE:
         from infini_kernels.triton.gradient_sum import add_contiguous
 
         add_contiguous(total, gradient)

@@ -79,6 +79,9 @@ def infini_attention(
             then [B, G, D, Dv + 1].
         feature_map: σ, 'elu' for ELU + 1, or 'softmax', which is not in the paper: see `variants.sharp_features`.
 
+    Products that end in the memory are float32's own only while PyTorch is not told to round them: leave
+    `torch.set_float32_matmul_precision` at 'highest', or M is good to three digits.
+
     Returns:
         out [B, T, H, Dv] in v's type, zero at padding, and the memory after the last segment. Gradients flow through q,
         k, v, gate and both ends of the memory; those of padding are zero.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,11 @@ def test_same_inputs_same_bits(update_rule: str) -> None:
 def test_same_bits_without_gradients(name: str) -> None:
     case = kernel_cases.SMALL[name]
     kernel_cases.same_bits_without_gradients(case, torch.float32, "cpu", "linear" if case.suits("linear") else "delta")
+
+
+@pytest.mark.parametrize(("name", "update_rule"), CASES)
+def test_same_bits_under_a_checkpoint(name: str, update_rule: str) -> None:
+    kernel_cases.same_bits_under_a_checkpoint(kernel_cases.SMALL[name], torch.float32, "cpu", update_rule)
 
 
 def test_operators_are_registered_soundly() -> None:
@@ -202,6 +208,23 @@ def test_a_second_derivative_is_refused(way: Callable[[], AbstractContextManager
         (first,) = torch.autograd.grad(written.sum(), k, create_graph=True)
         with pytest.raises(RuntimeError):
             torch.autograd.grad(first.sum(), v)
+
+
+@pytest.mark.parametrize("way", [nullcontext, as_custom_operators])
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+def test_a_second_derivative_through_the_walk_is_refused(
+    update_rule: str, way: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Its backward is the same operator, whose gradient torch would take for that of the forward."""
+    q, k, v = (torch.randn(1, 12, 1, 16) for _ in range(3))
+    M, z = torch.randn(1, 1, 16, 16, requires_grad=True), torch.rand(1, 1, 16)
+    with way():
+        _, memory = infini_attention(
+            q, k, v, torch.zeros(1), MemoryState(M, z), segment_length=4, update_rule=update_rule, backend="triton"
+        )
+        (first,) = torch.autograd.grad(memory.M.square().sum(), M, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"no second derivative; write backend='reference'"):
+            torch.autograd.grad(first.sum(), M)
 
 
 @pytest.mark.parametrize("wanted", [(0, 1, 2, 3), (0, 2, 3), (1, 2, 3), (2, 3), (0, 1), (1,)])
@@ -333,6 +356,93 @@ def test_tokens_too_far_from_each_other_are_copied_closer() -> None:
     far = torch.empty_strided((1, 16, 1, 16), (16 * 150_000_000, 150_000_000, 16, 1), device="meta")
     assert by_token(far, 14)[1] == (16 * 150_000_000, 150_000_000, 16)
     assert by_token(far, 16)[1] == (256, 16, 16)
+
+
+def test_heads_too_far_from_each_other_are_copied_closer() -> None:
+    """As of [B, H, T, D] transposed: the products of a head's number and its stride are of 32 bits."""
+    tokens = 2**20
+    for heads, copied in ((16, False), (17, True)):
+        far = torch.empty(1, heads, tokens, 128, device="meta").transpose(1, 2)
+        assert (by_token(far)[1][2] == 128) == copied
+
+
+def test_a_segment_that_is_too_large_for_32_bits_is_refused() -> None:
+    with pytest.raises(ValueError, match="a segment has 1048576 tokens of 32 heads of 128"):
+        by_token(torch.empty(1, 2**20, 32, 128, device="meta"), 2**20)
+
+
+class Recorded:
+    """In place of a kernel: where it was launched."""
+
+    def __init__(self) -> None:
+        self.devices: list[object] = []
+        self.current: list[object] = [0]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *_, **__: self.devices.append(self.current[-1])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_kernels_run_where_the_tensors_are(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which need not be theirs."""
+    kernel = Recorded()
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        kernel.current.append(chosen.index)
+        yield
+        kernel.current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    blocks.launch(kernel, (1,), SimpleNamespace(device=torch.device("cuda", index)))
+    assert kernel.devices == [index] and kernel.current == [0]
+
+
+def test_cards_with_little_shared_memory_take_the_kernels_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_has_little_shared_memory", lambda index: index == 1)
+    for index, width, dtype, there in (
+        (0, 128, torch.bfloat16, True),
+        (1, 128, torch.bfloat16, False),
+        (1, 64, torch.bfloat16, True),
+        (1, 128, torch.float16, True),
+    ):
+        q = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 1, 1, width), device=torch.device("cuda", index))
+        assert blocks.supports(q, q, q) == there  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def launches() -> Iterator[list[tuple[str, tuple[int, ...], dict[str, object]]]]:
+    """What would be launched: kernel, grid and constants."""
+    found: list[tuple[str, tuple[int, ...], dict[str, object]]] = []
+    blocks.observers.append(lambda kernel, grid, _, __, constants: found.append((kernel.__name__, grid, constants)))
+    yield found
+    blocks.observers.pop()
+
+
+def test_long_calls_stay_within_the_limits_of_a_grid(launches: list[tuple[str, tuple[int, ...], dict[str, object]]]) -> None:
+    """65,535 in all dimensions but the first."""
+    T = 4_194_304
+    q, k = (torch.empty(1, T, heads, 256, device="meta") for heads in (2, 1))
+    angle = torch.empty(2048, 128, device="meta")
+    rotate(q, k, None, None, angle, angle, torch.empty(1, T // 2048, dtype=torch.int32, device="meta"), 2048, 1)
+    softmax_shift(q)
+    assert len(launches) == 2
+    for name, grid, _ in launches:
+        assert max(grid[1:]) <= 65_535 < grid[0], name
+
+
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+def test_calls_of_any_length_below_a_segment_share_kernels(
+    update_rule: str, launches: list[tuple[str, tuple[int, ...], dict[str, object]]]
+) -> None:
+    """What is compiled is for a power of two, and not once for each length."""
+    for tokens in range(33, 65):
+        leaves = [torch.zeros(1, tokens, 1, 16, requires_grad=True) for _ in range(3)]
+        out, memory = infini_attention(*leaves, torch.zeros(1), segment_length=100, update_rule=update_rule, backend="triton")  # type: ignore[misc]
+        (out.sum() + memory.M.sum()).backward()
+    kinds = {(name, str(sorted(constants.items()))) for name, _, constants in launches}
+    assert len(kinds) == len({name for name, _ in kinds})
 
 
 def test_what_has_no_kernel_is_refused_or_left_to_the_reference() -> None:

@@ -5,7 +5,9 @@ Every sum is one program's own, in one order: same inputs, same bits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +102,11 @@ def launch(
     if observers:
         observers[-1](kernel, grid, arguments, {"num_warps": num_warps, "num_stages": num_stages}, constants)
         return
-    kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+    device = arguments[0].device
+    # Triton launches on the current device, wherever the tensors are.
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
 
 
 observers: list[Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, int], dict[str, Any]], None]] = []
@@ -136,10 +142,23 @@ def block(width: int, largest: int = WIDEST_HEAD) -> int:
     return min(largest, max(SMALLEST, next_power_of_2(width)))
 
 
+SHARED_MEMORY = 160_000
+"""Bytes that a block may have on an A100 and later cards of its kind; other cards have about 100,000."""
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _has_little_shared_memory(device_index: int) -> bool:
+    properties = torch.cuda.get_device_properties(device_index)
+    return getattr(properties, "shared_memory_per_block_optin", SHARED_MEMORY) < SHARED_MEMORY
+
+
 def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether there are kernels for these tensors (last dimension the width of a head)."""
     types = (torch.float16, torch.bfloat16, torch.float32)
     widest = max(q.shape[-1], v.shape[-1])
+    if q.is_cuda and q.dtype == torch.bfloat16 and widest > 64 and _has_little_shared_memory(q.device.index):
+        return False  # benchmarks/compiled.py says which kernels need more
     return (
         widest <= WIDEST_HEAD
         and q.dtype in types
@@ -148,8 +167,8 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-MOST_WITHIN_A_SEGMENT = 2**31 - 1
-"""Numbers from a segment's first token on, for kernels that count them in 32 bits."""
+MOST_IN_32_BITS = 2**31 - 1
+"""Numbers from a segment's first token on, and from the first head, for kernels that count them in 32 bits."""
 
 
 def by_token(x: Tensor, width: int = 1) -> tuple[Tensor, tuple[int, int, int]]:
@@ -157,11 +176,24 @@ def by_token(x: Tensor, width: int = 1) -> tuple[Tensor, tuple[int, int, int]]:
 
     Args:
         width: tokens of a segment, for a kernel that counts on from its first in 32 bits. Where they lie too far from each
-            other for that, as among very many rows, x is copied.
+            other for that, as among very many rows, or the heads do, as where each has all of its tokens, x is copied.
+
+    Raises:
+        ValueError: one segment alone has too many numbers for that.
     """
-    if x.stride(-1) != 1 or (width - 1) * x.stride(1) + x.shape[-1] > MOST_WITHIN_A_SEGMENT:
+    if x.stride(-1) != 1 or _reach(x, width) > MOST_IN_32_BITS:
         x = x.contiguous()
+        if _reach(x, width) > MOST_IN_32_BITS:
+            raise ValueError(
+                f"a segment has {width} tokens of {x.shape[2]} heads of {x.shape[3]}, and the kernels count at most 2^31 "
+                "numbers in one: write backend='reference', or a smaller segment_length"
+            )
     return x, (x.stride(0), x.stride(1), x.stride(2))
+
+
+def _reach(x: Tensor, width: int) -> int:
+    """The farthest number that a kernel counts to from a segment's first, and from the first head."""
+    return (width - 1) * x.stride(1) + (x.shape[2] - 1) * x.stride(2) + x.shape[-1]
 
 
 class Tile(NamedTuple):

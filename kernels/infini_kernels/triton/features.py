@@ -39,8 +39,8 @@ def sigma_backward(gradient, s, shift_ptr):
 def _shift_kernel(
     x_ptr, shift_ptr, x_row, x_token, x_head, T, H, D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    row, h = tl.program_id(0) // H, tl.program_id(0) % H
-    t = (tl.program_id(1) * BW + tl.arange(0, BW)).to(tl.int64)
+    row, h = tl.program_id(1) // H, tl.program_id(1) % H
+    t = (tl.program_id(0) * BW + tl.arange(0, BW)).to(tl.int64)
     d = tl.arange(0, BD)
     inside, row = t < T, row.to(tl.int64)
     x = x_ptr + row * x_row + t[:, None] * x_token + h * x_head + d[None, :]
@@ -58,7 +58,7 @@ def softmax_shift(x: Tensor) -> Tensor:
     x, strides = by_token(x)
     shift = torch.empty(B, T, H, dtype=torch.float32, device=x.device)
     BW = block(T, 64)
-    launch(_shift_kernel, (B * H, cdiv(T, BW)), x, shift, *strides, T, H, D=D, BW=BW, BD=block(D))
+    launch(_shift_kernel, (cdiv(T, BW), B * H), x, shift, *strides, T, H, D=D, BW=BW, BD=block(D))
     return shift
 
 

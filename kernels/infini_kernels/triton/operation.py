@@ -17,6 +17,7 @@ from infini_kernels.local import segment_attention
 from infini_kernels.memory import MemoryState
 from infini_kernels.parts import counted_as, part
 from infini_kernels.segments import SegmentLayout, all_full, lengths_by_segment, padding_mask, to_device
+from infini_kernels.triton.blocks import SMALLEST, next_power_of_2
 from infini_kernels.triton.features import softmax_shift
 from infini_kernels.triton.read import read_and_mix, read_and_mix_in_place
 from infini_kernels.triton.removal import segment_removals
@@ -57,13 +58,14 @@ def infini_attention_triton(
     queries, keys = q, k
     if rotary is not None:
         q, k, queries, keys = beside_rotated(q, k, rotary, tokens, layout)
+    width = compiled_width(layout, segment_length)
     with full_precision(q):
         # What stands at padding may be NaN, and its gradient 0 * NaN.
         real = k if padding is None or write_gate is None else k.masked_fill(padding, 0)
         strength = write_strength(real, write_gate, torch.float32)
         strength = None if strength is None else strength.squeeze(-1)
         shift = _shift(k, feature_map)
-        updates = KernelUpdates(k, remembered_values(v, normaliser), tokens, layout.width, shift, strength)
+        updates = KernelUpdates(k, remembered_values(v, normaliser), tokens, width, shift, strength)
         written = SegmentMemory(updates, memory, reset, update_rule, eps, group, repeats)
     # Here, so that the exchange of a group that is now under way overlaps with it.
     local = attend(queries, keys, v, rotary is not None, padding, layout).to(v.dtype)  # under autocast it has another type
@@ -71,11 +73,19 @@ def infini_attention_triton(
         carried = written.carry()
         entering = carried.entering or MemoryState(torch.zeros_like(updates.written), torch.zeros_like(updates.z))
         M, z = read_state(entering, normaliser)
-        reading = (q, local, gate, M, z, tokens, layout.width, first_segment == "local_only", eps, _shift(q, feature_map))
+        reading = (q, local, gate, M, z, tokens, width, first_segment == "local_only", eps, _shift(q, feature_map))
         if torch.is_grad_enabled() or not local.is_contiguous():
             return read_and_mix(*reading), carried.leaving
         read_and_mix_in_place(*reading)
     return local, carried.leaving
+
+
+def compiled_width(layout: SegmentLayout, segment_length: int) -> int:
+    """W for kernels that are compiled for it. A single segment that is not full counts as one of the next power of two, which
+    `tokens` masks, so that calls of every length below segment_length take few kernels."""
+    if layout.width == segment_length:
+        return segment_length
+    return min(segment_length, max(SMALLEST, next_power_of_2(layout.width)))
 
 
 def _shift(x: Tensor, feature_map: str) -> Tensor | None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infini_kernels.triton.blocks import (
-    MOST_WITHIN_A_SEGMENT,
+    MOST_IN_32_BITS,
     block,
     blocks_of_a_program,
     by_token,
@@ -144,7 +144,7 @@ def _(
 def _output(q: Tensor, local: Tensor, width: int) -> Tensor:
     """Place for the output. Layers have a micro-batch's rows within its tokens, and the next one would copy it otherwise."""
     B, T, H, DV = local.shape
-    if q.stride(0) < q.stride(1) and (width - 1) * B * H * DV + DV <= MOST_WITHIN_A_SEGMENT:
+    if q.stride(0) < q.stride(1) and (width - 1) * B * H * DV + DV <= MOST_IN_32_BITS:
         return torch.empty((T, B, H, DV), dtype=local.dtype, device=local.device).transpose(0, 1)
     return torch.empty(local.shape, dtype=local.dtype, device=local.device)
 

@@ -265,8 +265,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    k, _, _, rows, _, _, strength = ctx.saved_tensors
-    dk, dz, dstrength = segment_removals_backward(gradient, *ctx.saved_tensors, ctx.width, ctx.whole)
+    saved = ctx.saved_tensors  # once: a checkpoint gives them a single time
+    k, _, _, rows, _, _, strength = saved
+    dk, dz, dstrength = segment_removals_backward(gradient, *saved, ctx.width, ctx.whole)
 
     def at_their_places(x: Tensor) -> Tensor:
         """x [X, W, ...] at its places among all tokens, [B, T, ...], and zero where no segment is."""

@@ -28,9 +28,9 @@ def _rotary_kernel(
     HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """Where they are given, `beside_q` and `beside_k` are added to what was rotated, at padding too."""
-    b = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)  # the one dimension of a grid that may be longer than 65,535
     head = tl.program_id(1)
-    t = tl.program_id(2) * BT + tl.arange(0, BT)
+    b = tl.program_id(2).to(tl.int64)
     n = t // W
     w = t - n * W
     i = tl.arange(0, BH)
@@ -96,7 +96,7 @@ def rotate(
     BH = next_power_of_2(D // 2)
     BT = max(1, 4096 // BH)
     launch(
-        _rotary_kernel, (B, H + G, cdiv(T, BT)),
+        _rotary_kernel, (cdiv(T, BT), H + G, B),
         q, k, cos.contiguous(), sin.contiguous(), tokens, beside_q, beside_k, out_q, out_k,
         *q_strides, *k_strides, *beside_q_strides, *beside_k_strides, T, N, H, G, width, direction,
         HALF=D // 2, BT=BT, BH=BH,

@@ -188,8 +188,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, dstate: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
-    dk, dv, dstrength = segment_states_backward(dstate, dz, *ctx.saved_tensors, ctx.width)
-    return dk, dv, None, None, None, None if ctx.saved_tensors[-1] is None else dstrength
+    saved = ctx.saved_tensors  # once: a checkpoint gives them a single time
+    dk, dv, dstrength = segment_states_backward(dstate, dz, *saved, ctx.width)
+    return dk, dv, None, None, None, None if saved[-1] is None else dstrength
 
 
 segment_states.register_autograd(_backward, setup_context=_save)

@@ -151,11 +151,12 @@ def _(start: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, reset, removed, _ = inputs
+    _, _, reset, removed, ctx.is_backward = inputs
     ctx.save_for_backward(reset, removed, None if removed is None else output[0])
 
 
 def _backward(ctx: Any, by_entering: Tensor, by_leaving: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative(ctx.is_backward)
     reset, removed, entering = ctx.saved_tensors
     dadded, dstart = walk_segments(by_leaving, by_entering, reset, removed, True)
     dremoved = None
@@ -163,6 +164,12 @@ def _backward(ctx: Any, by_entering: Tensor, by_leaving: Tensor) -> tuple[Tensor
         left, right = dadded.flatten(0, 2), entering.flatten(0, 2).transpose(1, 2)
         dremoved = torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=-1).view(removed.shape)
     return dstart, dadded, None, dremoved, None
+
+
+def _refuse_second_derivative(is_backward: bool) -> None:
+    """A backward is the same operator with other matrices, and torch would take its gradient for the forward's."""
+    if is_backward:
+        raise RuntimeError("the kernels have no second derivative; write backend='reference' for one")
 
 
 walk_segments.register_autograd(_backward, setup_context=_save)
@@ -196,10 +203,12 @@ def _(
 
 
 def _save_reset(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.is_backward = inputs[5]
     ctx.save_for_backward(inputs[4])
 
 
 def _sums_backward(ctx: Any, *by: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative(ctx.is_backward)
     by_entering_M, by_entering_z, by_leaving_M, by_leaving_z = by
     (reset,) = ctx.saved_tensors
     dadded_M, dadded_z, dM, dz = walk_sums(by_leaving_M, by_leaving_z, by_entering_M, by_entering_z, reset, True)
