@@ -1,4 +1,5 @@
-"""The Triton kernels compiled for A100 (sm_80) and H100 (sm_90) without a card: registers, spills and shared memory.
+"""The Triton kernels compiled for A100 (sm_80), H100 (sm_90) and, where they are taken on them, cards with less shared memory
+(sm_89) without a card: registers, spills and shared memory.
 
 What is compiled are the launches of one layer's forward and backward at a geometry, recorded in place of a device.
 """
@@ -23,8 +24,8 @@ from infini_kernels.triton.gradient_sum import add_contiguous
 from infini_kernels.triton.heads import join_heads
 from infini_kernels.triton.swiglu import swiglu
 
-SHARED_LIMIT = {80: 166_912, 90: 232_448}
-"""Bytes of shared memory that one block may have: CUDA C++ Programming Guide, table of compute capabilities, less 1 KB."""
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448}
+"""Bytes of shared memory that one block may have: CUDA C++ Programming Guide, table of compute capabilities (99 KB on 89)."""
 SEGMENT = 2048
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int8: "i8"}
 Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, int], dict[str, Any]]
@@ -110,7 +111,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 def measure(
-    widths: tuple[int, ...] = (64, 128, 256), capabilities: tuple[int, ...] = (80, 90)
+    widths: tuple[int, ...] = (64, 128, 256), capabilities: tuple[int, ...] = (80, 89, 90)
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """One row for each kernel, head width, type and architecture."""
     rows = []
@@ -118,6 +119,8 @@ def measure(
         for dtype in (torch.bfloat16, torch.float32):
             for beyond in (False, True):
                 for capability in capabilities:
+                    if capability == 89 and blocks.needs_much_shared_memory(dtype, width):
+                        continue
                     where = {"width": width, "type": TYPES[dtype], "beyond_the_paper": beyond}
                     for launch in launches(width, dtype, "delta", beyond, capability):
                         rows.append({**where, **compile_for(launch, capability)})

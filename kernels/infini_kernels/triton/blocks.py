@@ -153,12 +153,17 @@ def _has_little_shared_memory(device_index: int) -> bool:
     return getattr(properties, "shared_memory_per_block_optin", SHARED_MEMORY) < SHARED_MEMORY
 
 
+def needs_much_shared_memory(dtype: torch.dtype, widest: int) -> bool:
+    """Whether kernels for heads of this width are too large for cards with little; benchmarks/compiled.py has the bytes."""
+    return dtype == torch.bfloat16 and widest > 64
+
+
 def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether there are kernels for these tensors (last dimension the width of a head)."""
     types = (torch.float16, torch.bfloat16, torch.float32)
     widest = max(q.shape[-1], v.shape[-1])
-    if q.is_cuda and q.dtype == torch.bfloat16 and widest > 64 and _has_little_shared_memory(q.device.index):
-        return False  # benchmarks/compiled.py says which kernels need more
+    if q.is_cuda and needs_much_shared_memory(q.dtype, widest) and _has_little_shared_memory(q.device.index):
+        return False
     return (
         widest <= WIDEST_HEAD
         and q.dtype in types
