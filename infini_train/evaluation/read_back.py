@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -22,11 +23,27 @@ AGES = (0, 1, 2, 4, 8, 16, 32, 64)
 """Segments since a token was written; 0 is the segment that was written last."""
 
 
-class _Layer:
-    """The newest segments of one layer, and what its memory gives back of them."""
+MOST_ROWS, MOST_TOKENS = 8, 16
+"""What is looked at: so many of the run's rows, whatever process has them, and so many tokens of a segment, evenly spread. All
+tokens of 65 segments of every layer would take more memory than the model."""
 
-    def __init__(self, model: ModelConfig) -> None:
+
+def spread(most: int, count: int) -> range:
+    """At most so many of `count` numbers, evenly spread."""
+    return range(0, count, -(-count // most))
+
+
+class _Layer:
+    """The newest segments of one layer, and what its memory gives back of them.
+
+    Args:
+        rows: of this process, those that are looked at.
+    """
+
+    def __init__(self, model: ModelConfig, rows: Sequence[int]) -> None:
         self.segment_length = model.segment_length
+        self.rows = torch.tensor(rows, dtype=torch.int64)
+        self.places = torch.tensor(spread(MOST_TOKENS, model.segment_length))
         self.cosine = partial(
             read_back_cosine, eps=model.memory_eps, normaliser=model.normaliser, feature_map=model.feature_map
         )
@@ -48,18 +65,20 @@ class _Layer:
         self._measure_strength(k, lengths)
         if self.in_document is None:
             self.in_document = torch.zeros(len(k), dtype=torch.int64)
+        rows, places = self.rows.to(k.device), self.places.to(k.device)
         for segment in range(reset.shape[1]):
-            part = slice(segment * self.segment_length, (segment + 1) * self.segment_length)
-            self.segments.append((k[:, part], v[:, part], lengths[:, segment]))
+            # Copies: a view would keep what it is a part of.
+            few = (x.index_select(0, rows).index_select(1, segment * self.segment_length + places) for x in (k, v))
+            self.segments.append((*few, lengths[self.rows, segment]))
             self.in_document = torch.where(reset[:, segment], 0, self.in_document) + (lengths[:, segment] > 0)
         for position, age in enumerate(AGES):
             if age < len(self.segments):
-                self._measure(position, age, output[1])
+                self._measure(position, age, type(output[1])(*(part.index_select(0, rows) for part in output[1])))
 
     def _measure(self, position: int, age: int, memory: Any) -> None:
         k, v, lengths = self.segments[-1 - age]
         assert self.in_document is not None
-        valid = torch.arange(k.shape[1]) < torch.where(self.in_document > age, lengths, 0)[:, None]
+        valid = self.places < torch.where(self.in_document[self.rows] > age, lengths, 0)[:, None]
         if not valid.any():
             return
         own = self.cosine(k, v, memory).cpu()[valid].double()
@@ -85,7 +104,9 @@ class ReadBack(AbstractContextManager["ReadBack"]):
         self.run, self.layout = run, layout
         self.enabled = run.model.attention == "infini" and layout.cp_size == 1
         self.attentions = {layer.layer_number: layer.self_attention.core_attention.attention for layer in module.layers()}
-        self.layers = {number: _Layer(run.model) for number in self.attentions}
+        own = layout.rows(run.training.rows)
+        rows = [row - own.start for row in spread(MOST_ROWS, run.training.rows) if row in own]
+        self.layers = {number: _Layer(run.model, rows) for number in self.attentions}
         self.hooks: list[Any] = []
 
     def __enter__(self) -> ReadBack:

@@ -36,7 +36,7 @@ def test_ages_documents_and_padding_are_respected(feature_map):
     k, v = torch.randn(2, 12, groups, width), torch.randn(2, 12, groups, width)
     reset = torch.tensor([[True, False, False], [True, False, True]])
     lengths = torch.tensor([[4, 4, 2], [4, 3, 4]])
-    layer, memory = _Layer(ModelConfig(segment_length=length, feature_map=feature_map)), None
+    layer, memory = _Layer(ModelConfig(segment_length=length, feature_map=feature_map), rows=[0, 1]), None
     layer.write_gate = torch.randn(groups, width)
     leaving = []
     for segments in (slice(0, 1), slice(1, 3)):
@@ -66,3 +66,22 @@ def test_ages_documents_and_padding_are_respected(feature_map):
     valid = (torch.arange(length) < lengths[..., None]).flatten(1)  # [B, T]
     torch.testing.assert_close(layer.strength[0], strength[valid].double().sum())
     assert layer.strength[1] == groups * lengths.sum()
+
+
+def test_few_tokens_are_kept_and_nothing_that_they_are_a_part_of():
+    """Queries lie in one tensor with keys and values, where a view of a part would keep all of it."""
+    length, segments = 64, 3
+    together = torch.randn(2, length * segments, 6, 4)
+    q, k, v = together.split([4, 1, 1], dim=2)
+    keywords = {"reset": torch.zeros(2, segments, dtype=torch.bool), "lengths": torch.full((2, segments), length)}
+    output = infini_attention(q, k, v, torch.zeros(4), segment_length=length, **keywords)
+    layer = _Layer(ModelConfig(segment_length=length), rows=[1])
+    layer.look(torch.nn.Identity(), (q, k, v), keywords, output)
+    assert len(layer.segments) == segments
+    for number, (keys, values, _) in enumerate(layer.segments):
+        places = number * length + torch.arange(16) * 4
+        assert torch.equal(keys, k[1:, places]) and torch.equal(values, v[1:, places])
+        assert keys.untyped_storage().nbytes() == values.untyped_storage().nbytes() == 16 * 4 * 4
+    of_row = MemoryState(output[1].M[1:], output[1].z[1:])
+    expected = read_back_cosine(*(x[1:, 2 * length :: 4] for x in (k, v)), of_row, 1e-6).double().sum()
+    torch.testing.assert_close(layer.sums[0, 0], expected)
