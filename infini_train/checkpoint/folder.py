@@ -1,6 +1,7 @@
 """A checkpoint's folder and its commit protocol; without torch, so that any machine can list and verify checkpoints.
 
     step_00000200.partial/      while its files are written
+    step_00000200.damaged/      it could not be read, and the run went on without it
     step_00000200/
         *.distcp .metadata      tensors (torch.distributed.checkpoint)
         state.json              step, tokens, configuration, versions
@@ -178,18 +179,29 @@ def delete(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+ASIDE = ".damaged"
+
+
+def set_aside(path: Path) -> None:
+    """Take a checkpoint out of those of its run, under a name of its own; one that was set aside before makes room."""
+    aside = path.with_suffix(ASIDE)
+    delete(aside)
+    path.rename(aside)
+
+
 def retain(run_dir: Path, newest: int, keep: int, keep_every: int) -> None:
     """Delete what is older than the newest `keep` checkpoints, except steps that `keep_every` divides (0: none is kept so),
-    and what is left of interrupted saves and of damaged checkpoints.
+    and what is left of interrupted saves.
 
     Args:
-        newest: step of the checkpoint that was committed just now. One of a later step was damaged, or the run would have gone
-            on from it: it counts for nothing.
+        newest: step of the checkpoint that was committed just now. One of a later step could not be read, or the run would have
+            gone on from it: it counts for nothing from now on. It is set aside and not deleted, for it may have been the
+            storage that failed.
     """
     committed = {step_of(path): path for path in list_checkpoints(run_dir)}
     for step, path in committed.items():
         if step > newest:
-            delete(path)
+            set_aside(path)
     whole = [step for step in committed if step <= newest]
     for step in whole[:-keep]:
         if not keep_every or step % keep_every:

@@ -55,7 +55,9 @@ class _Files(dcp.FileSystemWriter):
     """torch.distributed.checkpoint's writer, which says when this process's files are written."""
 
     def __init__(self, path: Path, save: Save) -> None:
-        super().__init__(path, sync_files=True)
+        # What is written is in host memory. With a copy ahead torch would synchronize a stream of the first GPU, which is this
+        # thread's current one in every process, and each would take memory there.
+        super().__init__(path, sync_files=True, per_thread_copy_ahead=0)
         self._save = save
 
     def write_data(self, *arguments: Any, **keywords: Any) -> Any:
@@ -114,7 +116,7 @@ class CheckpointWriter:
         current, self._current = self._current, None
         if current is None:
             return None
-        ended = current.done.wait(timeout=max(0.0, current.started + self.config.timeout_seconds - time.monotonic()))
+        ended = current.done.wait(timeout=self._remaining(current))
         self._stop_if_stalled(current, ended)
         if current.error is None:
             self.failures_in_a_row = 0
@@ -126,6 +128,17 @@ class CheckpointWriter:
                 "mend the cause and start the same command again"
             )
         return None
+
+    def wait(self) -> None:
+        """Wait until the save that is on its way has ended, well or not: for a process that ends, however it does.
+
+        No collective: the others may have failed.
+        """
+        if self._current is not None:
+            self._current.done.wait(timeout=self._remaining(self._current))
+
+    def _remaining(self, current: Save) -> float:
+        return max(0.0, current.started + self.config.timeout_seconds - time.monotonic())
 
     def report(self) -> dict[str, float]:
         """Times of a checkpoint that became durable since the last call, for the metrics."""
@@ -230,7 +243,11 @@ def _first_cause(error: BaseException) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__
+    """The operating system's reason if there is one behind the error, which torch may have covered with its own."""
+    while not isinstance(error, OSError):
+        behind = error.__cause__ or error.__context__
+        if behind is None or not (isinstance(error, RuntimeError) or isinstance(behind, OSError)):
+            break
+        error = behind
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__

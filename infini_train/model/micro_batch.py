@@ -28,9 +28,9 @@ def empty_memory(
     """
     memory = {}
     for layer in layers:
-        if (of_layer := memory_type(model, layer)) is not None:
-            fields = carried_fields(model, layer).values()
-            memory[layer] = of_layer(*(each.zeros(rows, tensor_processes, device) for each in fields))
+        # With `recurrent_memory` all layers see memory tokens, and the first carries them.
+        if (of_layer := memory_type(model, layer)) is not None and (fields := carried_fields(model, layer)):
+            memory[layer] = of_layer(*(each.zeros(rows, tensor_processes, device) for each in fields.values()))
     return memory
 
 

@@ -25,7 +25,7 @@ from infini_train.checkpoint.compatibility import check_same_model
 from infini_train.checkpoint.reader import read_tensors
 from infini_train.checkpoint.writer import CheckpointWriter
 from infini_train.config import RunConfig, TrainingConfig
-from infini_train.errors import UserError
+from infini_train.errors import AgreedError, UserError
 from infini_train.model.micro_batch import Memory, empty_memory
 from infini_train.model.parameters import ParameterPlacement
 from infini_train.parallel.engine import Engine
@@ -180,13 +180,26 @@ def newest_checkpoint(run_dir: Path, on_damage: Callable[[str], None]) -> Path |
 
     Args:
         on_damage: called with one line for each newer one that is not.
+
+    Returns:
+        None if there is no checkpoint.
+
+    Raises:
+        AgreedError: there are some, and none is whole: to begin anew is for a person to decide.
     """
     chosen: list[Any] = [[str(path) for path in reversed(folder.list_checkpoints(run_dir))]]
     dist.broadcast_object_list(chosen, src=0)  # one view of a shared folder, which may be cached differently elsewhere
+    newest_wrong: str | None = None
     for path in map(Path, chosen[0]):
         if not (wrong := damage_in_shares(path)):
             return path
+        newest_wrong = newest_wrong or f"{path.name}: {'; '.join(wrong)}"
         on_damage(f"checkpoint {path} is damaged: {'; '.join(wrong)}; taking the one before it")
+    if newest_wrong is not None:
+        raise AgreedError(
+            f"run_dir {run_dir}: of its {len(chosen[0])} checkpoint(s) none can be read ({newest_wrong}); mend the storage, or "
+            f"move {folder.checkpoint_root(run_dir)} away to begin anew"
+        )
     return None
 
 

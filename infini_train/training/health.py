@@ -33,7 +33,7 @@ def memory_after_skip(layout: Layout, memory: Memory, total_rows: int) -> Memory
     poisoned = torch.zeros(total_rows, device=platform.device())
     for state in memory.values():
         for part in state:
-            poisoned[rows.start : rows.stop] += (~torch.isfinite(part)).flatten(1).any(dim=1)
+            poisoned[rows.start : rows.stop] += (~torch.isfinite(part)).reshape(len(part), -1).any(dim=1)
     dist.all_reduce(poisoned)
     clean = poisoned[rows.start : rows.stop] == 0
     return {
@@ -104,6 +104,7 @@ def roll_back(parts: Parts, on_damage: Callable[[str], None]) -> Path | None:
 
     Raises:
         UnhealthyRun: health.max_rollbacks is reached.
+        AgreedError: no checkpoint can be read.
     """
     state, limit = parts.state, parts.run.health.max_rollbacks
     if state.health.rollbacks >= limit:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from infini_train import platform
 from infini_train.attention import state_numbers
 from infini_train.attention.kernels import kernels_in_words
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig, save_config
+from infini_train.errors import UserError
 from infini_train.evaluation.perplexity import held_out_loss
 from infini_train.evaluation.read_back import ReadBack
 from infini_train.model.gpt import DTYPES
+from infini_train.parallel.layout import raise_everywhere
 from infini_train.training.checkpoint import newest_checkpoint
 from infini_train.training.health import loss_spiked, roll_back, stop_after_skips
 from infini_train.training.memory_warnings import memory_warnings
@@ -52,6 +54,7 @@ def pretrain(run: RunConfig) -> int:
         started_from = load_initial_weights(parts) if resumed_from is None and run.training.initial_weights else None
         _open_run_directory(parts)
         with (
+            _ending_saves(parts),
             MetricsWriter(run, state.step, enabled=main) as metrics,
             TrainingProgress(run.training.steps, state.step, enabled=main) as progress,
         ):
@@ -92,6 +95,16 @@ def pretrain(run: RunConfig) -> int:
             _end_of_save(parts)
             progress.say(f"trained to step {state.step}: {list_checkpoints(Path(run.run_dir))[-1]}")
     return 0
+
+
+@contextmanager
+def _ending_saves(parts: Parts) -> Iterator[None]:
+    """A checkpoint that is on its way gets there, however the block ends."""
+    try:
+        yield
+    finally:
+        with parts.pipeline.activity.during("end of the save", limit="save"):
+            parts.checkpointer.writer.wait()
 
 
 def _end_of_save(parts: Parts) -> Path | None:
@@ -168,8 +181,12 @@ def _resume(parts: Parts, warnings: list[str]) -> Path | None:
 
 
 def _open_run_directory(parts: Parts) -> None:
+    error = None
     if parts.layout.is_main:
-        run_dir = Path(parts.run.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(parts.run, run_dir / "config.yaml")
-    dist.barrier()
+        path = Path(parts.run.run_dir) / "config.yaml"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_config(parts.run, path)
+        except OSError as failure:
+            error = UserError(f"{path} cannot be written: {failure.strerror or failure}; make room, or name another run_dir")
+    raise_everywhere(error)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infini_train.checkpoint import writer
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
 from infini_train.parallel.optimizer_state import read_optimizer_state, stepped_tensors
@@ -115,7 +116,7 @@ def skip_a_step(run: RunConfig, rank: int, parameter: str | None, value: float) 
     records.append(train_step(parts, StopRequest())[0])
     fault.armed = False
     kept = _differing(before, _everything(parts))
-    memory = {layer: (state.M.clone(), state.z.clone()) for layer, state in parts.state.memory.items()}
+    memory = {layer: tuple(part.clone() for part in state) for layer, state in parts.state.memory.items()}
     consecutive = parts.state.health.consecutive_skips
     records.append(train_step(parts, StopRequest())[0])
     changed = set(_differing(before, _everything(parts)))
@@ -169,8 +170,11 @@ def pretrain_with_bad_gradients(run: RunConfig, rank: int, first: int, last: int
         setup.build_stage, loop.train_step = build_stage, step
 
 
-def pretrain_with_spikes(run: RunConfig, rank: int, spikes: list[int]) -> dict[str, Any]:
+def pretrain_with_spikes(run: RunConfig, rank: int, spikes: list[int], save_seconds: float = 0.0) -> dict[str, Any]:
     """`pretrain` with a fault in the loss of the calls of `train_step` with these numbers, from 1.
+
+    Args:
+        save_seconds: that writing a checkpoint takes longer, beside the training.
 
     Returns:
         How it ended; and before each step: step, stream positions, weights and moments, and the memory's largest entry.
@@ -186,14 +190,19 @@ def pretrain_with_spikes(run: RunConfig, rank: int, spikes: list[int]) -> dict[s
         fault.armed = len(seen) in spikes
         return step(parts, stop)
 
+    def write_slowly(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        time.sleep(save_seconds)
+        return write_data(self, *arguments, **keywords)
+
     setup.build_stage = lambda *arguments: fault.in_loss()(build_stage(*arguments))
+    write_data, writer._Files.write_data = writer._Files.write_data, write_slowly
     loop.train_step = train_step_with_fault
     try:
         return {"end": loop.pretrain(run), "seen": seen}
     except UserError as error:
         return {"end": (str(error), error.exit_code), "seen": seen}
     finally:
-        setup.build_stage, loop.train_step = build_stage, step
+        setup.build_stage, loop.train_step, writer._Files.write_data = build_stage, step, write_data
 
 
 def positions_after(run: RunConfig, steps: int) -> Tensor:

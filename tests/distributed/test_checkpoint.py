@@ -18,6 +18,7 @@ import torch
 
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import CheckpointConfig, LayoutConfig, RunConfig, save_config
+from infini_train.validation import ATTENTION
 from tests.distributed.assemble import global_memory, global_weights
 from tests.distributed.cases import Case
 from tests.unit.test_checkpoint_folder import recommit
@@ -176,6 +177,17 @@ def test_state_is_the_same_in_another_layout(saved, loaded, pool, run_config, tm
     expected, weights = global_weights(before), global_weights(after)
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("attention", [each for each in ATTENTION if each != "infini"])
+def test_every_attention_goes_on_where_it_was(attention, pool, run_config, tmp_path):
+    model = replace(run_config.model, attention=attention)
+    run = Case().apply(replace(run_config, run_dir=str(tmp_path / "run"), model=model))
+    before = pool(1).run("tests.distributed.jobs", "save_after", run, 3, 2)
+    after = pool(1).run("tests.distributed.jobs", "load_and_train", run, 2)
+    assert after[0]["loss"] == before[0]["loss"]
+    expected, weights = global_weights(before), global_weights(after)
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
 CHAIN = [

@@ -120,6 +120,37 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(harm, pair
     assert metrics(hit) == undisturbed_pair
 
 
+def test_a_run_none_of_whose_checkpoints_can_be_read_does_not_begin_anew(pair, undisturbed_pair):
+    """It would overwrite them, though it may be the storage that is away for a while."""
+    hit = elsewhere(pair, "none can be read")
+    shutil.copytree(pair.run_dir, hit.run_dir)
+    checkpoints = list_checkpoints(Path(hit.run_dir))
+    away = Path(hit.run_dir) / "away"
+    away.mkdir()
+    for path in checkpoints:
+        (path / "__1_0.distcp").rename(away / path.name)
+    result = pretrain(hit, 2)
+    assert result.returncode == 2, result.stdout
+    flat = " ".join(result.stdout.split())
+    assert "of its 2 checkpoint(s) none can be read (step_00000012: __1_0.distcp cannot be read" in flat
+    assert "Traceback" not in flat and list_checkpoints(Path(hit.run_dir)) == checkpoints
+    assert metrics(hit) == undisturbed_pair
+    for path in checkpoints:
+        (away / path.name).rename(path / "__1_0.distcp")
+    assert "resuming from" in pretrain(hit, 2).stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_metrics_that_find_no_room_cost_their_records_alone(pair):
+    hit = elsewhere(pair, "no room for metrics")
+    Path(hit.run_dir).mkdir(parents=True)
+    (Path(hit.run_dir) / "metrics.jsonl").symlink_to("/dev/full")
+    result = pretrain(hit, 2)
+    assert result.returncode == 2 and "Traceback" not in result.stdout, result.stdout
+    assert result.stdout.count("training goes on, and tries again") == 1 and "the newest records are lost" in result.stdout
+    assert [path.name for path in list_checkpoints(Path(hit.run_dir))] == ["step_00000008", "step_00000012"]
+
+
 def test_a_full_disk_once_costs_one_checkpoint_and_nothing_else(pair, undisturbed_pair):
     hit = elsewhere(pair, "full once")
     result = pretrain(hit, 2, "no_space_once@1@4")

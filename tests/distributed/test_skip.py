@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from infini_train.config import CheckpointConfig, HealthConfig, LayoutConfig
+from infini_train.validation import ATTENTION
 from tests.distributed.cases import Case
 
 MATRIX, NORM = "mlp.linear_fc2.weight", "input_layernorm.weight"
@@ -39,6 +40,13 @@ def configure(case, options, run_config):
     if "bfloat16" in options:
         run = replace(run, training=replace(run.training, precision="bfloat16"))
     return run
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_a_step_is_skipped_with_every_attention(attention, pool, run_config):
+    run = configure(Case(), {}, replace(run_config, model=replace(run_config.model, attention=attention)))
+    (result,) = pool(1).run("tests.distributed.health_jobs", "skip_a_step", run, 0, MATRIX, float("inf"))
+    assert result["skipped"] == [0, 0, 1, 0] and result["changed_by_the_skipped_step"] == []
 
 
 @pytest.mark.parametrize("case,options", CASES, ids=name)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import CheckpointConfig, HealthConfig
 from tests.distributed.cases import Case
 
@@ -54,6 +55,17 @@ def test_a_spike_after_the_last_rollback_stops_the_run(run, pool):
     message, code = results[0]["end"]
     assert results[1]["end"] == (message, code)
     assert code == 87 and "step 8 is a spike after 1 rollbacks (health.max_rollbacks)" in message and "\n" not in message
+
+
+def test_a_checkpoint_that_is_on_its_way_gets_there_before_a_run_stops_itself(run, pool):
+    """That of step 8, where the last spike is: after step 7's rollback it is the eleventh that is trained."""
+    run = replace(run, checkpoint=replace(run.checkpoint, every=1))
+    results = pool(2).run("tests.distributed.health_jobs", "pretrain_with_spikes", run, 0, [7, 11], 1.5)
+    message, code = results[0]["end"]
+    assert code == 87 and "is a spike after 1 rollbacks" in message
+    last = int(message.split("step ")[1].split()[0])
+    saved = sorted(path.name for path in (Path(run.run_dir) / "checkpoints").iterdir())
+    assert saved[-1] == f"step_{last - 1:08d}" and list_checkpoints(Path(run.run_dir))[-1].name == saved[-1]
 
 
 def test_a_spike_is_only_reported_by_default(run, pool):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
-from infini_train.checkpoint import folder
+from infini_train.checkpoint import folder, writer
 from infini_train.checkpoint.reader import read_whole
 from infini_train.checkpoint.remote import copy_to_url
 from infini_train.checkpoint.weights_file import read_weights_facts
@@ -108,12 +108,32 @@ def test_retention(tmp_path):
     assert sorted(path.name[5:] for path in folder.checkpoint_root(tmp_path).iterdir()) == ["00000020", "00000030", "00000040"]
 
 
-def test_checkpoints_that_a_resume_passed_over_count_for_nothing(tmp_path):
-    """The run went on from 20, because 30 and 40 were damaged, and has saved 25."""
+def test_checkpoints_that_a_resume_passed_over_count_for_nothing_and_are_set_aside(tmp_path):
+    """The run went on from 20, because 30 and 40 could not be read, and has saved 25. It may have been the storage."""
     for step in (10, 20, 25, 30, 40):
         write(tmp_path, step)
-    folder.retain(tmp_path, newest=25, keep=2, keep_every=10)
-    assert sorted(path.name[5:] for path in folder.checkpoint_root(tmp_path).iterdir()) == ["00000010", "00000020", "00000025"]
+    for _ in range(2):  # the second finds a place that is taken
+        folder.retain(tmp_path, newest=25, keep=2, keep_every=10)
+        names = sorted(path.name[5:] for path in folder.checkpoint_root(tmp_path).iterdir())
+        assert names == ["00000010", "00000020", "00000025", "00000030.damaged", "00000040.damaged"]
+        assert [path.name for path in folder.list_checkpoints(tmp_path)][-1] == "step_00000025"
+        write(tmp_path, 40)
+
+
+def test_what_is_written_asks_nothing_of_a_gpu(tmp_path):
+    """A copy ahead would work on the first GPU in every process."""
+    assert writer._Files(tmp_path, writer.Save(1, 0.0)).per_thread_copy_ahead == 0
+
+
+def test_the_operating_systems_reason_is_what_a_user_reads():
+    try:
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")  # noqa: B904
+    except RuntimeError as error:
+        assert writer._one_line(error) == "[Errno 28] No space left on device"
+    assert writer._one_line(RuntimeError("first\nlast")) == "last"
 
 
 def test_an_interrupted_deletion_leaves_nothing_to_trust(tmp_path, monkeypatch):
