@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 from infini_train.config import ModelConfig, RunConfig
 from infini_train.errors import UserError
 
+LARGEST, LONGEST = 3e38, 1e9
+"""Of numbers, which become float32, and of seconds, which a clock must hold."""
 MOST_WORDS = 109
 """Words at hand; a test compares them with the list."""
 WORDS_OF_A_FACT = {"multi_key": 1, "associative_recall": 2}
@@ -50,6 +52,8 @@ def validate_values(config: RunConfig) -> None:
                 raise UserError(f"{section}.{name} has no value; give it one, or leave it out")
             if isinstance(value, float) and not isfinite(value):
                 raise UserError(f"{section}.{name} is {value}; it must be a finite number")
+            if isinstance(value, float) and abs(value) > (largest := LONGEST if name.endswith("_seconds") else LARGEST):
+                raise UserError(f"{section}.{name} is {value}; use a number of at most {largest:g}")
 
 
 def _divides(divisor_key: str, divisor: int, key: str, value: int) -> None:

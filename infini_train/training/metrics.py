@@ -7,11 +7,13 @@ import os
 import sys
 import uuid
 from dataclasses import asdict
+from io import FileIO
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from infini_train.config import RunConfig
+from infini_train.errors import UserError
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
@@ -82,13 +84,20 @@ class MetricsWriter:
     """Appends to `metrics.jsonl` of the run directory and mirrors numbers to Weights & Biases, on the main process only."""
 
     def __init__(self, run: RunConfig, first_step: int, enabled: bool) -> None:
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._unwritten = b""
+        """Records for which there was no room yet."""
         self._wandb: Any = None
         if not enabled:
             return
-        path = Path(run.run_dir) / "metrics.jsonl"
-        truncate_metrics(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = Path(run.run_dir) / "metrics.jsonl"
+        try:
+            truncate_metrics(self._path, first_step)
+            self._file = self._path.open("ab", buffering=0)  # what a buffer had not written would be written twice
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written: {error.strerror or error}; make room, or name another run_dir"
+            ) from error
         mode = run.logging.wandb
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") else "off"
@@ -108,19 +117,35 @@ class MetricsWriter:
                 self._wandb = _open_wandb(run, "offline")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one step's record; flushed, so that a killed run loses none."""
+        """Append one step's record at once, so that a killed run loses none; where there is no room, with a later one."""
         if self._file is not None:
-            self._file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
-            self._file.flush()
+            had_room = not self._unwritten
+            self._unwritten += (json.dumps(_without_nan(record), allow_nan=False) + "\n").encode()
+            error = self._append()
+            if error is not None and had_room:
+                print(f"\n{self._path} cannot be written: {error.strerror}; training goes on, and tries again", file=sys.stderr)
         if self._wandb is not None:
             # Not as its own step, which must never fall: after a rollback ours does.
             self._wandb.log(_for_wandb(record))
 
+    def _append(self) -> OSError | None:
+        """Write as much as there is room for; the reason if that is not all."""
+        assert self._file is not None
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            return error
+        return None
+
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._wandb is not None:
             self._wandb.finish()
+        if self._file is not None:
+            error = self._append()
+            self._file.close()
+            if error is not None and kind is None:
+                raise UserError(f"{self._path} cannot be written: {error.strerror}; the newest records are lost") from error

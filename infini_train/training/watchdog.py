@@ -30,8 +30,9 @@ from typing import Any
 import torch.distributed as dist
 
 from infini_train.config import RunConfig
+from infini_train.errors import UserError
 from infini_train.parallel.activity import Activity
-from infini_train.parallel.layout import initialize_process_group
+from infini_train.parallel.layout import initialize_process_group, raise_everywhere
 
 HANG_EXIT_CODE = 86
 """Exit code of a job that the watchdog ended; started again, it goes on from the newest checkpoint."""
@@ -93,15 +94,19 @@ class Watchdog:
         name = [f"heartbeats-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"]
         dist.broadcast_object_list(name, src=0)
         self._folder, self._stacks = run_dir / name[0], run_dir / "stacks"
+        error = None
         if self._rank == 0:
             for old in [*run_dir.glob("heartbeats-*"), self._stacks]:
                 shutil.rmtree(old, ignore_errors=True)
-            self._folder.mkdir(parents=True)
-            self._stacks.mkdir(exist_ok=True)
-        dist.barrier()
+            try:
+                self._folder.mkdir(parents=True)
+                self._stacks.mkdir(exist_ok=True)
+            except OSError as failure:
+                error = UserError(f"run_dir {run_dir} cannot be written: {failure.strerror or failure}")
+        raise_everywhere(error)
         self._stack_file = (self._stacks / f"rank_{self._rank}.txt").open("w", encoding="utf-8")
         faulthandler.register(STACK_SIGNAL, file=self._stack_file, all_threads=True)
-        self._beat()
+        self._beat_now()
         # A process that stops right after a save must not be given the time of a save.
         self.activity.on_limit = self._beat_now
         dist.barrier()

@@ -83,6 +83,11 @@ def test_a_file_that_is_no_yaml_is_said_with_its_place(text, where, tmp_path, ca
         (b"training: {steps: }\n", "training.steps has no value; give it one, or leave it out"),
         (b"optimizer: {learning_rate: .nan}\n", "optimizer.learning_rate is nan; it must be a finite number"),
         (b"model: {initial_gate: .inf}\n", "model.initial_gate is inf; it must be a finite number"),
+        (b"model: {initial_gate: 1.0e+300}\n", "model.initial_gate is 1e+300; use a number of at most 3e+38"),
+        (
+            b"checkpoint: {timeout_seconds: 1.0e+10}\n",
+            "checkpoint.timeout_seconds is 10000000000.0; use a number of at most 1e+09",
+        ),
         (b"\xff\xfe\n", "--config: the file is not text in UTF-8"),
     ],
 )

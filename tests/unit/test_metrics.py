@@ -1,0 +1,65 @@
+"""metrics.jsonl on a disk that is full for a while."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infini_train.config import RunConfig
+from infini_train.errors import UserError
+from infini_train.training.metrics import MetricsWriter
+
+
+def run_in(folder: Path) -> RunConfig:
+    run = RunConfig(run_dir=str(folder))
+    run.logging.wandb = "off"
+    return run
+
+
+def test_records_wait_until_there_is_room(tmp_path, capsys):
+    """The system takes a part of the second record, and nothing more until the fourth is written."""
+    with MetricsWriter(run_in(tmp_path), 0, enabled=True) as metrics:
+        metrics.write({"step": 1})
+        there, allowed = metrics._file, [5]
+
+        class Full:
+            def write(self, content: bytes) -> int:
+                if not allowed:
+                    raise OSError(28, "No space left on device")
+                return there.write(content[: allowed.pop()])
+
+            def close(self) -> None:
+                there.close()
+
+        metrics._file: Any = Full()
+        metrics.write({"step": 2})
+        metrics.write({"step": 3})
+        metrics._file = there
+        metrics.write({"step": 4})
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert records == [{"step": step} for step in (1, 2, 3, 4)]
+    said = capsys.readouterr().err
+    assert said.count("cannot be written: No space left on device; training goes on") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_records_that_never_find_room_are_an_error_at_the_end(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    metrics = MetricsWriter(run_in(tmp_path), 0, enabled=True)
+    metrics.write({"step": 1})
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl cannot be written: No space left on device; the newest records are lost"
+    ):
+        metrics.__exit__(None)
+    metrics = MetricsWriter(run_in(tmp_path), 0, enabled=True)
+    metrics.write({"step": 1})
+    metrics.__exit__(ValueError)  # which is the news then
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: Is a directory"):
+        MetricsWriter(run_in(tmp_path), 0, enabled=True)
