@@ -17,6 +17,9 @@ from infini_train.errors import UserError
 MODEL_TYPES = ("llama", "mistral")
 """Of config.json. Mistral is a Llama with a sliding window, which a segment replaces."""
 MOST_TOKENS_A_SEGMENT = 2048
+INITIAL_GATE = -2.0
+"""β at the start: what no training has shaped yet counts for little, so the model begins near the loss that it had, and gradients
+reach the memory all the same. README.md has what was measured against 0 and -4."""
 
 WHOLE_MODEL = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -74,6 +77,7 @@ def model_config(config: Mapping[str, Any], path: str) -> ModelConfig:
         segment_length=min(MOST_TOKENS_A_SEGMENT, whole_number(config, "max_position_embeddings", path)),
         # What was learned without a memory is scaled by nothing where there is none.
         first_segment="local_only",
+        initial_gate=INITIAL_GATE,
         rotary_base=_number({"rope_theta": 10000.0, **config, **rotary}, "rope_theta", path),
         norm_eps=_number(config, "rms_norm_eps", path),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),

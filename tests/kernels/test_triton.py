@@ -27,6 +27,8 @@ from tests import kernel_cases
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+CHECKPOINTED = ("odd widths, partial last segment", "learned writes", "corrected normaliser", "sharp features")
+"""Between them they take every operator."""
 CASES = [(name, rule) for name, case in kernel_cases.SMALL.items() for rule in ("linear", "delta") if case.suits(rule)]
 
 
@@ -96,7 +98,7 @@ def test_same_bits_without_gradients(name: str) -> None:
     kernel_cases.same_bits_without_gradients(case, torch.float32, "cpu", "linear" if case.suits("linear") else "delta")
 
 
-@pytest.mark.parametrize(("name", "update_rule"), CASES)
+@pytest.mark.parametrize(("name", "update_rule"), [case for case in CASES if case[0] in CHECKPOINTED])
 def test_same_bits_under_a_checkpoint(name: str, update_rule: str) -> None:
     kernel_cases.same_bits_under_a_checkpoint(kernel_cases.SMALL[name], torch.float32, "cpu", update_rule)
 
