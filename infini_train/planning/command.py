@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser, Namespace
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
 from infini_train.planning.plan import PLANNED_ATTENTION, plan
-from infini_train.planning.refusal import refuse_too_large
+from infini_train.planning.refusal import refuse_no_layout, refuse_too_large
 from infini_train.planning.report import plan_lines, search_lines
 from infini_train.planning.search import layout_options, search
 
@@ -31,7 +31,7 @@ def run_plan(run: RunConfig, arguments: Namespace) -> int:
     """Print the plan, the search or the comparison.
 
     Raises:
-        UserError: the run is not valid, or does not fit; the line says what would make it fit.
+        UserError: the run is not valid, or does not fit; the line says what would make it so.
     """
     if arguments.gpus < 1 or arguments.top < 1:
         raise UserError(f"--gpus is {arguments.gpus} and --top {arguments.top}; both must be positive")
@@ -43,7 +43,7 @@ def run_plan(run: RunConfig, arguments: Namespace) -> int:
     if arguments.search:
         found = search(run, arguments.gpus, arguments.gpu, arguments.top)
         if not found:
-            raise UserError(f"no layout of this run fits {arguments.gpus} × {arguments.gpu}; give it more GPUs or larger ones")
+            refuse_no_layout(run, arguments.gpus, arguments.gpu)
         print(*search_lines(found), sep="\n")
         print(f"the first: {' '.join(layout_options(found[0], run)) or 'as the run has it'}")
         return 0

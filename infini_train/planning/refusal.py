@@ -1,11 +1,17 @@
-"""What is said of a run that does not fit."""
+"""What is said of a run that does not fit, or that no layout makes valid on so many GPUs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
+from typing import NoReturn
+
+from infini_train.config import RunConfig
 from infini_train.errors import UserError
-from infini_train.planning.plan import Plan
+from infini_train.hardware import GPUS, find_gpu
+from infini_train.planning.plan import Plan, plan, with_training
 from infini_train.planning.report import GB
-from infini_train.planning.search import remedies
+from infini_train.planning.search import doubled, layouts, remedies, search
 
 
 def refuse_too_large(planned: Plan) -> None:
@@ -26,3 +32,64 @@ def refuse_too_large(planned: Plan) -> None:
         f"{planned.usable_memory / GB:.1f} GB to plan with ({part} take {getattr(memory, largest) / GB:.1f} GB); it fits with "
         f"{', or '.join(changes) if changes else 'no layout on any number of GPUs: make the model smaller'}"
     )
+
+
+def refuse_no_layout(run: RunConfig, gpus: int, gpu: str) -> NoReturn:
+    """Say why `search` found nothing, and what would let it find something.
+
+    Raises:
+        UserError: always.
+    """
+    valid, refused = _sorted_out(run, gpus, gpu)
+    # Rows are what validation looks at last: a layout that it refuses for them is right in everything else.
+    uneven = sorted({each.data_parallel_size(gpus) for each, why in refused if why.startswith("training.rows ")})
+    sizes = " or ".join(", ".join(map(str, uneven)).rsplit(", ", 1))
+    rows = f"training.rows is {run.training.rows}, which a data-parallel size of {sizes} does not divide"
+    other_rows = _other_rows(run, gpus, gpu) if uneven else []
+    if valid:
+        least = min(each.memory.total for each in valid) / GB
+        raise UserError(
+            f"no layout of this run fits {gpus} × {gpu}: of {len(valid)} valid ones the smallest needs {least:.1f} GB, and "
+            f"{valid[0].usable_memory / GB:.1f} GB may be planned"
+            + (f"; in others {rows}" if other_rows else "")
+            + _with(other_rows + _other_gpus(doubled(gpus), run, gpu) + _larger_gpus(run, gpus, gpu))
+        )
+    if uneven:
+        node = find_gpu(gpu).gpus_per_node
+        step = node if gpus > node else 1
+        fewer = range((gpus - 1) // step * step, 0, -step)
+        # More of them are powers of two, which are more often a divisor of the rows than multiples of these GPUs.
+        changes = other_rows + _other_gpus(fewer, run, gpu) or _other_gpus(doubled(1 << gpus.bit_length() - 1), run, gpu)
+        raise UserError(f"no layout of this run works on {gpus} GPUs: {rows}{_with(changes)}")
+    raise UserError(f"no layout of this run works on {gpus} GPUs; of the simplest: {refused[0][1]}")
+
+
+def _sorted_out(run: RunConfig, gpus: int, gpu: str) -> tuple[list[Plan], list[tuple[RunConfig, str]]]:
+    """Every layout that validation passes, and the others with its reason."""
+    valid, refused = [], []
+    for each in layouts(run, gpus, find_gpu(gpu).gpus_per_node):
+        try:
+            valid.append(plan(each, gpus, gpu))
+        except UserError as error:
+            refused.append((each, str(error)))
+    return valid, refused
+
+
+def _with(changes: list[str]) -> str:
+    return f"; layouts fit with {', or '.join(changes)}" if changes else "; make the model smaller"
+
+
+def _other_rows(run: RunConfig, gpus: int, gpu: str) -> list[str]:
+    """The next multiple of the GPUs, which every data-parallel size divides."""
+    rows = -(-run.training.rows // gpus) * gpus
+    return [f"--training.rows {rows}"] if search(with_training(run, rows=rows), gpus, gpu, count=1) else []
+
+
+def _other_gpus(numbers: Iterable[int], run: RunConfig, gpu: str) -> list[str]:
+    """The first of these numbers of GPUs that has a layout."""
+    return [f"--gpus {number}" for number in islice((each for each in numbers if search(run, each, gpu, count=1)), 1)]
+
+
+def _larger_gpus(run: RunConfig, gpus: int, gpu: str) -> list[str]:
+    larger = sorted((each for each in GPUS.values() if each.memory > find_gpu(gpu).memory), key=lambda each: each.memory)
+    return [f"--gpu {each.name}" for each in larger if search(run, gpus, each.name, count=1)][:1]

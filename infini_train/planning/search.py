@@ -145,7 +145,7 @@ def remedies(refused: Plan) -> list[str]:
                 break
     if not found:
         found += _best_layout(refused.sizes.run, gpus, gpu)
-    more = next((number for number in _doubled(gpus) if _fits(run, number, gpu)), None)
+    more = next((number for number in doubled(gpus) if _fits(run, number, gpu)), None)
     if more is not None:
         found.append(f"--gpus {more}{also}")
     return found or _layout_on_more(refused.sizes.run, gpus, gpu)
@@ -155,7 +155,8 @@ def _fits(run: RunConfig, gpus: int, gpu: str) -> bool:
     return any(each.fits for each in _valid([run], gpus, gpu))
 
 
-def _doubled(gpus: int) -> Iterator[int]:
+def doubled(gpus: int) -> Iterator[int]:
+    """Numbers of GPUs to try where so many are too few."""
     while (gpus := 2 * gpus) <= MOST_GPUS:
         yield gpus
 
@@ -165,7 +166,7 @@ def _best_layout(run: RunConfig, gpus: int, gpu: str) -> list[str]:
 
 
 def _layout_on_more(run: RunConfig, gpus: int, gpu: str) -> list[str]:
-    for number in _doubled(gpus):
+    for number in doubled(gpus):
         if best := _best_layout(run, number, gpu):
             return [f"--gpus {number} {best[0]}"]
     return []

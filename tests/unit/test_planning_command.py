@@ -168,6 +168,49 @@ def test_search_leaves_out_what_validation_refuses():
     assert any(16 // each.layout.model_processes > 1 for each in tried)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--gpus 96", "training.rows is 64, which a data-parallel size of 3, 6, 12, 24, 48 or 96 does not divide;"),
+        ("--gpus 7", "training.rows is 64, which a data-parallel size of 7 does not divide;"),
+        ("--gpus 36 --gpu a100-40gb --model.num_layers 36", "36.0 GB may be planned; in others training.rows is 64, which"),
+        ("--gpus 4", "of 249 valid ones the smallest needs 164.0 GB, and 72.0 GB may be planned;"),
+    ],
+)
+def test_a_search_without_result_says_why_and_what_gives_one(options: str, words: str, capsys: pytest.CaptureFixture[str]):
+    job = ["--config", str(CONFIGS / "8b.yaml"), "--gpu", "h100-80gb", "--search", *options.split()]
+    line = refused(capsys, *job)
+    assert words in line
+    changes = line.split("layouts fit with ")[1].strip().split(", or ")
+    assert changes
+    for change in changes:
+        assert main(["plan", *job, *shlex.split(change)]) == 0, change
+        capsys.readouterr()
+
+
+def test_a_search_in_which_nothing_is_valid_repeats_what_validation_says(capsys: pytest.CaptureFixture[str]):
+    line = refused(
+        capsys,
+        "--gpus",
+        "3",
+        "--gpu",
+        "h100-80gb",
+        "--search",
+        "--layout.offload_optimizer",
+        "true",
+        "--training.precision",
+        "bfloat16",
+    )
+    assert "no layout of this run works on 3 GPUs; of the simplest: layout.offload_optimizer is true with" in line
+
+
+def test_a_search_for_a_model_that_fits_nowhere(capsys: pytest.CaptureFixture[str]):
+    line = refused(
+        capsys, "--gpu", "a100-40gb", "--gpus", "1", "--search", "--model.hidden_size", "4000000", "--model.num_layers", "1"
+    )
+    assert line.endswith("; make the model smaller\n")
+
+
 @pytest.mark.parametrize(("config", "gpus"), [("1b", 8), ("8b", 64)])
 def test_search_prints_options_that_give_the_first_layout(config: str, gpus: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where the configuration has another tensor parallelism than the best layout."""
