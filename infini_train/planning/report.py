@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from infini_train.parallel.schedule import pipeline_bubble
 from infini_train.planning import estimate
+from infini_train.planning.disk import checkpoint_bytes, kept_checkpoints
 from infini_train.planning.plan import USABLE_MEMORY, Plan
 
 GB = 1e9
@@ -54,7 +55,13 @@ def _head(plan: Plan) -> list[str]:
         f"tokens                {run.tokens_per_step:,} a step × {run.training.steps:,} steps = {budget / 1e9:,.4g} billion",
         f"micro-batches         {run.micro_batches_per_step} a step, windows of {run.training.micro_batches_per_window}; on "
         f"one process each is {sizes.rows} rows × {run.micro_batch_tokens // sizes.cp:,} tokens",
+        f"checkpoints           {_disk(checkpoint_bytes(run))} each; {kept_checkpoints(run)} stay at the end: "
+        f"{_disk(checkpoint_bytes(run) * kept_checkpoints(run))}; one more while it is written",
     ]
+
+
+def _disk(size: int) -> str:
+    return f"{size / 1e12:,.1f} TB" if size >= 1e12 else f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.1f} MB"
 
 
 def _memory(plan: Plan) -> list[str]:

@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from infini_train.checkpoint.folder import list_checkpoints
+from infini_train.checkpoint.reader import describe_tensors
 from infini_train.config import CheckpointConfig, LayoutConfig, RunConfig, save_config
+from infini_train.planning.disk import checkpoint_bytes
 from infini_train.validation import ATTENTION
 from tests.distributed.assemble import global_memory, global_weights
 from tests.distributed.cases import Case
@@ -134,6 +136,17 @@ def test_a_killed_rank_ends_the_run_which_goes_on_from_the_last_checkpoint(run, 
 def test_only_the_newest_checkpoints_are_kept(run, undisturbed):
     names = sorted(path.name for path in (Path(run.run_dir) / "checkpoints").iterdir())
     assert names == ["step_00000020", "step_00000024"]
+
+
+def test_a_checkpoint_is_as_large_as_the_plan_says(run, undisturbed):
+    newest = list_checkpoints(Path(run.run_dir))[-1]
+    tensors = describe_tensors(newest)
+    streams = [tensors.pop(name) for name in ("streams", "random.torch")]
+    assert sum(each.properties.dtype.itemsize * each.size.numel() for each in streams) < 10_000
+    held = sum(each.properties.dtype.itemsize * each.size.numel() for each in tensors.values())
+    assert held == checkpoint_bytes(run)
+    files = sum(path.stat().st_size for path in newest.glob("*.distcp"))
+    assert held < files < held + 2500 * (len(tensors) + 1) + 10_000  # each with the header of a file of torch.save
 
 
 def test_a_finished_run_started_again_changes_nothing(run, undisturbed):
