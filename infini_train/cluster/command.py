@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
@@ -13,6 +14,7 @@ from infini_train.cluster.logs import show_logs
 from infini_train.cluster.status import status_lines
 from infini_train.cluster.submit import SubmitOptions, prepare_job, submit
 from infini_train.config import RunConfig
+from infini_train.errors import UserError
 
 
 def add_submit_arguments(command: ArgumentParser) -> None:
@@ -47,7 +49,7 @@ def run_submit(run: RunConfig, arguments: Namespace, check: Callable[[], None]) 
     """Submit, or print the script with --dry-run.
 
     Args:
-        check: raises where the run cannot start; a dry run does without.
+        check: raises where the run cannot start, above all without its data; a dry run only says so.
     """
     options = SubmitOptions(
         profile=arguments.profile,
@@ -60,6 +62,10 @@ def run_submit(run: RunConfig, arguments: Namespace, check: Callable[[], None]) 
     )
     prepared = prepare_job(run, options)
     if arguments.dry_run:
+        try:
+            check()
+        except UserError as error:
+            print(f"infini-train: warning: this job would not be submitted yet: {error}", file=sys.stderr)
         print(prepared.script, end="")
         return 0
     check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,9 @@ from infini_train.cluster.submit import SubmitOptions, prepare_job, submit
 from infini_train.cluster.sweep import sweep_runs
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.errors import UserError
+from tests.corpus import write_corpus
 
+README = Path(__file__).parents[2] / "README.md"
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -150,9 +153,39 @@ def test_the_git_state_holds_what_is_not_committed_but_no_secret(tmp_path, monke
 def test_dry_run_prints_the_script_and_writes_nothing(tmp_path, capsys):
     run_dir = tmp_path / "it's a run"
     arguments = ["submit", "--profile", "cpu", "--nodes", "2", "--dry-run", "--run_dir", str(run_dir)]
+    arguments += ["--data.path", str(tmp_path / "nowhere")]
     assert main([*arguments, "--layout.pipeline_parallel_size", "4"]) == 0
-    assert capsys.readouterr().out.startswith("#!/bin/bash\n")
+    captured = capsys.readouterr()
+    assert captured.out.startswith("#!/bin/bash\n") and captured.err.count("\n") == 1
+    words = f"this job would not be submitted yet: data.path {tmp_path}/nowhere does not exist; run `infini-train prepare"
+    assert words in captured.err
     assert not run_dir.exists()
+
+
+def test_the_recipe_of_the_readme_prepares_the_data_that_it_submits(tmp_path, capsys, monkeypatch):
+    section = README.read_text(encoding="utf-8").split("\n## On a SLURM cluster\n")[1]
+    lines = [shlex.split(line, comments=True) for line in section.split("```")[1].strip().splitlines()]
+    write_corpus(tmp_path / "text")
+    mine = {
+        "/path/to/text": str(tmp_path / "text"),
+        "vocab_size: 128000": "vocab_size: 512",
+        "held_out_fraction: 0.001": "held_out_fraction: 0.2",
+    }
+    for source, copy in (words[1:] for words in lines if words[0] == "cp"):
+        text = (README.parent / source).read_text(encoding="utf-8")
+        for before, after in mine.items():
+            text = text.replace(before, after)
+        (tmp_path / copy).write_text(text, encoding="utf-8")
+    (tmp_path / "configs").symlink_to(README.parent / "configs")
+    monkeypatch.chdir(tmp_path)
+    (prepare,) = (words[1:] for words in lines if words[:2] == ["infini-train", "prepare"])
+    dry, real = (words[1:] for words in lines if words[:2] == ["infini-train", "submit"])
+    assert main(prepare) == 0
+    capsys.readouterr()
+    assert main(dry) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("#!/bin/bash\n") and captured.err == ""
+    assert dry == [*real, "--dry-run"]
 
 
 def test_status_of_metrics_without_a_step(tmp_path, capsys):
