@@ -54,13 +54,15 @@ class ClusterProfile:
     minimum_gigabytes_per_second: float = 0.0
     """Bandwidth between nodes below which the preflight calls a node bad; 0 only reports it."""
     setup: list[str] = field(default_factory=list)
-    """Shell commands before anything else, such as `module load cuda/12.4`. They are code: keep secrets out of them."""
+    """Shell commands before anything else, on the host, such as `module load cuda/12.4`. They are code: keep secrets out."""
     python: str | None = None
-    """Python interpreter on the nodes; null is the one that submits."""
+    """Python interpreter of the ranks: in the image if there is a container_image, else on the nodes; null is the one that
+    submits, by its path."""
     container_image: str | None = None
-    """Image for the pyxis plugin's --container-image."""
+    """Image for the pyxis plugin's --container-image. Ranks run in it, nothing else: the job's script stays on the host."""
     container_mounts: list[str] = field(default_factory=list)
-    """Mounts for --container-mounts; the run directory, the data and this project must be among them."""
+    """Mounts for --container-mounts, each path under its own name: the run directory, the data, this project and the folder
+    in which `submit` is called must be among them."""
     environment_preset: str = "single_node"
     """A file of launch/environments/ (its README explains them) or a path: NCCL and torch settings."""
     environment: dict[str, str] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -168,3 +169,77 @@ def test_an_unknown_key_of_a_profile_is_named(tmp_path):
     (tmp_path / "mine.yaml").write_text("partitoin: gpu\n", encoding="utf-8")
     with pytest.raises(UserError, match="partitoin"):
         load_profile(str(tmp_path / "mine.yaml"))
+
+
+SCONTROL = """#!/bin/bash
+case "$1 $2" in
+  "show hostnames") echo first; echo second ;;
+  "show node") echo "NodeName=first NodeAddr=10.0.0.1 State=ALLOCATED" ;;
+  "show job") echo "JobId=7 Restarts=0" ;;
+esac
+"""
+SRUN = """#!/bin/bash
+printf '%s\\0' "$MASTER_ADDR:$MASTER_PORT" "$@" >>"{calls}"
+exit {code}
+"""
+
+
+def job_with_stubs(folder: Path, code: int) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """A job of the profile with a container, on a host without the image's interpreter; what srun was called with.
+
+    Args:
+        code: exit code of the ranks.
+    """
+    commands, calls = folder / "commands", folder / "calls"
+    commands.mkdir()
+    for name, text in {"scontrol": SCONTROL, "srun": SRUN.format(calls=calls, code=code)}.items():
+        (commands / name).write_text(text, encoding="utf-8")
+        (commands / name).chmod(0o755)
+    profile = load_profile("h100-efa")
+    assert profile.python is not None and not Path(profile.python).exists()
+    job = replace(JOB, run_dir=folder / "run", submit_dir=folder, python=profile.python)
+    environment = {"PATH": f"{commands}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "first,second"}
+    result = subprocess.run(
+        ["bash"], input=render_job(job, profile), capture_output=True, text=True, cwd=folder, env=environment, check=False
+    )
+    return result, calls.read_text(encoding="utf-8").split("\0") if calls.exists() else []
+
+
+def test_a_job_whose_interpreter_is_in_the_image_starts_its_ranks_there(tmp_path):
+    result, calls = job_with_stubs(tmp_path, code=0)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == "" and (tmp_path / "run" / "job" / "finished").exists()
+    assert calls.count("--container-image=/fsx/images/infini-train.sqsh") == 2
+    assert calls.count(f"--container-workdir={tmp_path}") == 2
+    assert calls.count("/opt/infini-train/bin/python") == 2 and "pretrain" in calls
+    meetings = [re.fullmatch(r"10\.0\.0\.1:(\d+)", each) for each in calls]
+    ports = [int(each[1]) for each in meetings if each]
+    assert len(ports) == 2 and all(10000 <= port < 30000 for port in ports)
+
+
+def test_an_interpreter_that_is_nowhere_is_named(tmp_path):
+    result, _ = job_with_stubs(tmp_path, code=127)
+    assert "requeued: /opt/infini-train/bin/python is not there where the ranks run; failure 1 of 3" in result.stdout
+
+
+@pytest.mark.parametrize("family,address", [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, ""), (socket.AF_INET6, "::1")])
+def test_a_port_that_somebody_listens_on_is_not_taken(family, address):
+    script = render_job(JOB, ClusterProfile())
+    function = script[script.index("free_port() {") : script.index("\n}\n", script.index("free_port() {")) + 3]
+    with socket.socket(family) as listener:
+        taken = next(port for port in range(10000, 29999) if bound(listener, address, port))
+        listener.listen()
+        # Without its special meaning RANDOM is what it is set to.
+        drawn = f"unset RANDOM; RANDOM={taken - 10000}; {function}\nfree_port"
+        result = subprocess.run(["bash", "-c", drawn], capture_output=True, text=True, check=True)
+        assert taken < int(result.stdout) < taken + 100
+    result = subprocess.run(["bash", "-c", drawn], capture_output=True, text=True, check=True)
+    assert int(result.stdout) == taken
+
+
+def bound(listener: socket.socket, address: str, port: int) -> bool:
+    try:
+        listener.bind((address, port))
+    except OSError:
+        return False
+    return True

@@ -152,13 +152,22 @@ if [ -z "$address" ]; then
   failed "SLURM names no address for node ${first:-(unknown)}, where the ranks would meet"
 fi
 export MASTER_ADDR=$address
+# A port of this node, the first, that nobody listens on, and below those that the system gives to outgoing connections. In bash
+# alone, because $python may be in the image of the ranks and not here.
 free_port() {
-  # This script runs on that node.
-  "$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+  local port try
+  for try in {1..100}; do
+    port=$((10000 + (RANDOM + try - 1) % 20000))
+    if ! grep -qs "^ *[0-9]*: [0-9A-F]*:$(printf '%04X' "$port") " /proc/net/tcp /proc/net/tcp6; then
+      echo "$port"
+      return
+    fi
+  done
+  return 1
 }
 say "starts on $SLURM_JOB_NODELIST; ranks meet at $address"
 
-if ! MASTER_PORT=$(free_port); then failed "$python does not run on $first"; fi
+if ! MASTER_PORT=$(free_port); then failed "$first has no free port"; fi
 export MASTER_PORT
 on_all_ranks "$python" "$project/launch/preflight.py" --folder "$run_dir" --gpus_per_node 8 \
   --minimum_gigabytes_per_second 0.0
@@ -172,10 +181,11 @@ if [ "$code" -ne 0 ]; then
     cat "$job_dir/bad_nodes" >>"$job_dir/excluded"
     failed "preflight: $(paste -sd, "$job_dir/bad_nodes") will be left out"
   fi
+  if [ "$code" -eq 127 ]; then failed "$python is not there where the ranks run"; fi
   failed "preflight ended with exit code $code"
 fi
 
-if ! MASTER_PORT=$(free_port); then failed "$python does not run on $first"; fi
+if ! MASTER_PORT=$(free_port); then failed "$first has no free port"; fi
 export MASTER_PORT
 on_all_ranks "$python" -m infini_train pretrain --config "$job_dir/config.yaml"
 code=$?
@@ -204,5 +214,6 @@ case $code in
     ;;
   85) requeue "a rank was told to stop; newest checkpoint: $(newest_checkpoint)" ;;
   86) failed "the job hung, exit code 86" ;;
+  127) failed "$python is not there where the ranks run" ;;
   *) failed "a rank crashed or was killed, exit code $code" ;;
 esac
