@@ -166,7 +166,7 @@ def parse(argv: list[str]) -> Namespace:
         _refuse_values_for_sections(arguments.get(argv[0]) or Namespace())
         return parser.instantiate_classes(arguments)
     except ArgumentError as error:
-        raise UserError(in_words(error)) from error
+        raise UserError(in_words(error, argv[0])) from error
     except UnicodeDecodeError as error:
         raise UserError("--config: the file is not text in UTF-8; configs/ has files to start from") from error
 

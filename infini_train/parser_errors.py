@@ -25,11 +25,30 @@ WRONG_FILE = re.compile(r'Parser key "(?P<key>[^"]+)": (?P<what>File does not ex
 WHAT_TO_DO = {"File does not exist": "there is no file", "Path is not a file": "this is a folder, not a file:"}
 BROKEN_YAML = re.compile(r'Problems parsing (?P<key>\w+): (?P<what>.*?)(?: in "<unicode string>", (?P<where>.*))?')
 
+USAGE = {
+    "status": "RUN",
+    "cancel": "RUN [--now]",
+    "logs": "RUN [--follow] [--lines N]",
+    "checkpoint": "ACTION [--run_dir RUN] [--path FOLDER] [--output FILE]",
+}
+"""Of commands that take a word without a flag, what follows their name. RUN is the folder of a run."""
+WITHOUT_FLAG = {"run": "RUN", "action": "ACTION"}
 
-def in_words(error: ArgumentError) -> str:
-    """The message for the user."""
+
+def in_words(error: ArgumentError, command: str = "") -> str:
+    """The message for the user.
+
+    Args:
+        command: what the words were given to, where it was a command.
+    """
     # jsonargparse names a missing option by its place in the namespace.
-    message = re.sub(r"(required: ?|, )\w+\.(\w+)", r"\1--\2", " ".join(str(error).split()))
+    message = re.sub(
+        r"(required: ?|, )\w+\.(\w+)",
+        lambda found: found[1] + WITHOUT_FLAG.get(found[2], f"--{found[2]}"),
+        " ".join(str(error).split()),
+    )
+    if command in USAGE and re.match("unrecognized arguments|the following arguments are required", message):
+        return f"{message}; write `infini-train {command} {USAGE[command]}`"
     if found := re.fullmatch(r"Unexpected config:\s*(?P<text>.*)", message):
         held = found["text"] or "nothing"
         return f"--config: the file holds {held}, but no keys under sections; configs/ has files to start from"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -12,6 +13,7 @@ import pytest
 
 from infini_train.cli import main
 from infini_train.parser import COMMANDS, WITHOUT_CONFIG, build_parser, read_config
+from infini_train.parser_errors import USAGE
 from infini_train.validation import validate
 
 REPOSITORY = Path(__file__).parents[2]
@@ -45,6 +47,12 @@ def test_flags_are_frozen():
         (["evaluate-all"], "evaluate-all"),
         (["submit"], "required: --profile"),
         (["plan"], "required: --gpus, --gpu"),
+        (["status"], "required: RUN; write `infini-train status RUN`"),
+        (["status", "--run", "runs/8b"], "unrecognized arguments: --run; write `infini-train status RUN`"),
+        (["logs", "--run_dir=runs/8b"], "unrecognized arguments: --run_dir=runs/8b; write `infini-train logs RUN [--follow]"),
+        (["cancel", "runs/8b", "runs/1b"], "unrecognized arguments: runs/1b; write `infini-train cancel RUN [--now]`"),
+        (["checkpoint"], "required: ACTION; write `infini-train checkpoint ACTION [--run_dir RUN]"),
+        (["checkpoint", "list", "runs/8b"], "unrecognized arguments: runs/8b; write `infini-train checkpoint ACTION"),
         (["submit", "--profile", "no-such-cluster"], "known are a100-infiniband"),
         (["prepare", "--task.min_keys", "x"], "task.min_keys is x; it must be a whole number, or null"),
         (["prepare", "--task.lengths", "5"], "task.lengths is 5; it must be a list"),
@@ -163,6 +171,14 @@ def test_every_config_file_is_valid(path):
     run = read_config(path)
     validate(run, run.layout.model_processes)
     assert path.read_text(encoding="utf-8").startswith("#"), "a comment at its head says which hardware and layout"
+
+
+def test_usage_names_every_option_of_a_command_with_words_without_a_flag():
+    flags = command_flags()
+    for command, usage in USAGE.items():
+        assert {f"{command} {option}" for option in re.findall(r"--\w+", usage)} <= set(flags)
+    missing = [flag for flag in flags if flag.split()[0] in USAGE and flag.split()[1] not in USAGE[flag.split()[0]]]
+    assert {flag.split()[1] for flag in missing} <= {"--help", "-h"}, missing
 
 
 def test_every_key_has_help():
