@@ -17,13 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.rank_processes import RankProcesses, check_configuration, free_port, rank_environments
-
-
-class Processes(RankProcesses):
-    """The ranks of one run on this machine."""
-
-    def __init__(self, world_size: int, command: list[str]) -> None:
-        super().__init__(command, rank_environments(0, 1, world_size, "127.0.0.1", free_port(), dict(os.environ)))
+from launch.stop_signals import Stopped, StopSignals, say_stopped
 
 
 def main() -> int:
@@ -31,11 +25,19 @@ def main() -> int:
     if len(arguments) < 2 or not arguments[0].isdigit() or int(arguments[0]) < 1:
         print("usage: launch/local.py NUM_PROCESSES COMMAND [ARGUMENTS]", file=sys.stderr)
         return 2
+    stop = StopSignals()
     world_size, command = int(arguments[0]), arguments[1:]
-    code = check_configuration(command, world_size)
-    if code is not None:
-        return code
-    return Processes(world_size, [sys.executable, "-m", "infini_train", *command]).wait()
+    try:
+        code = check_configuration(command, world_size)
+        if code is not None:
+            return code
+        environments = rank_environments(0, 1, world_size, "127.0.0.1", free_port(), dict(os.environ))
+        program = [sys.executable, "-m", "infini_train", *command]
+        ranks = RankProcesses(program, environments, stop, command=command[0])
+    except Stopped as stopped:
+        say_stopped(command[0])
+        return stopped.exit_code
+    return ranks.wait()
 
 
 if __name__ == "__main__":

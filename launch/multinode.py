@@ -22,6 +22,7 @@ from infini_train.errors import UserError
 from launch.host_link import CannotMeet, Follower, Leader, gather, join
 from launch.hosts import own_rank, parse_hosts
 from launch.rank_processes import RankProcesses, check_configuration, free_port, rank_environments
+from launch.stop_signals import Stopped, StopSignals, say_stopped
 
 CANNOT_MEET_EXIT_CODE = 1
 
@@ -61,36 +62,52 @@ def environment(preset: str | None) -> dict[str, str]:
     return {**variables, **os.environ}
 
 
+def meet(hosts: list[str], host: int, arguments: argparse.Namespace) -> tuple[Leader | Follower, int]:
+    """The other hosts' launchers, and the port where the ranks meet.
+
+    Raises:
+        CannotMeet: see `gather`, `join` and `Follower.start`.
+    """
+    job = {"--hosts": hosts, "--processes_per_host": arguments.processes_per_host, "the command": arguments.command}
+    if host == 0:
+        leader = gather(hosts, arguments.port, job, arguments.meet_seconds)
+        return leader, leader.start(free_port())
+    follower = join(hosts, host, arguments.port, job, arguments.meet_seconds)
+    return follower, follower.start()
+
+
+def start(hosts: list[str], host: int, base: dict[str, str], arguments: argparse.Namespace, stop: StopSignals) -> RankProcesses:
+    """This host's ranks, together with those of the others."""
+    link, port = meet(hosts, host, arguments)
+    command = arguments.command
+    program = ["-m", "infini_train", *command]
+    if command[0] == "preflight":
+        program = [str(Path(__file__).with_name("preflight.py")), *command[1:]]
+    environments = rank_environments(host, len(hosts), arguments.processes_per_host, hosts[0], port, base)
+    return RankProcesses([sys.executable, *program], environments, stop, link, command[0])
+
+
 def main() -> int:
     arguments = parse()
+    stop = StopSignals()
     try:
         hosts = parse_hosts(arguments.hosts)
         host = own_rank(hosts, arguments.node_rank)
         base = environment(arguments.preset)
+        code = check_configuration(arguments.command, len(hosts) * arguments.processes_per_host)
+        if code is not None:
+            return code
+        ranks = start(hosts, host, base, arguments, stop)
     except UserError as error:
         print(f"launch: error: {error}", file=sys.stderr)
         return error.exit_code
-    processes, command = arguments.processes_per_host, arguments.command
-    code = check_configuration(command, len(hosts) * processes)
-    if code is not None:
-        return code
-    job = {"--hosts": hosts, "--processes_per_host": processes, "the command": command}
-    link: Leader | Follower
-    try:
-        if host == 0:
-            leader = gather(hosts, arguments.port, job, arguments.meet_seconds)
-            link, port = leader, leader.start(free_port())
-        else:
-            follower = join(hosts, host, arguments.port, job, arguments.meet_seconds)
-            link, port = follower, follower.start()
     except CannotMeet as error:
         print(f"launch: error: {error}", file=sys.stderr)
         return CANNOT_MEET_EXIT_CODE
-    program = ["-m", "infini_train", *command]
-    if command[0] == "preflight":
-        program = [str(Path(__file__).with_name("preflight.py")), *command[1:]]
-    environments = rank_environments(host, len(hosts), processes, hosts[0], port, base)
-    return RankProcesses([sys.executable, *program], environments, link).wait()
+    except Stopped as stopped:
+        say_stopped(arguments.command[0])
+        return stopped.exit_code
+    return ranks.wait()
 
 
 if __name__ == "__main__":

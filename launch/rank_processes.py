@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from types import FrameType
 from typing import Protocol
+
+from launch.stop_signals import STOP_SIGNALS, StopSignals, say_stopped, say_stopping, stopped_exit_code
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 60.0
@@ -22,6 +23,8 @@ HANG_EXIT_CODE = 86
 """The watchdog of a rank found that the job hangs; all ranks that can still run have written their stacks and end."""
 HANG_GRACE_SECONDS = 2.0
 """How long the others may take to end then; a stopped rank never does."""
+STOPPED_EXIT_CODES = tuple(stopped_exit_code(number) for number in STOP_SIGNALS)
+"""A rank that such a signal ended had not begun to train, and others that wait for it to come cannot know: short grace."""
 
 
 def free_port() -> int:
@@ -80,20 +83,35 @@ class NoOtherHosts:
 class RankProcesses:
     """The ranks of a run on this host."""
 
-    def __init__(self, command: list[str], environments: list[dict[str, str]], others: OtherHosts | None = None) -> None:
+    def __init__(
+        self,
+        program: list[str],
+        environments: list[dict[str, str]],
+        stop: StopSignals,
+        others: OtherHosts | None = None,
+        command: str = "pretrain",
+    ) -> None:
         """Start them.
 
         Args:
             environments: one for each process.
+            stop: what it catches is passed on from here on.
             others: None if there are no other hosts; nothing is then said of a failure, which the rank itself has told.
+            command: what the program does, for words.
         """
-        self.stop_requested = False
+        self.stopped_by = 0
+        self.command = command
         self.others = others
-        signal.signal(signal.SIGINT, self._stop)
-        signal.signal(signal.SIGTERM, self._stop)
-        # A session of their own: a terminal's Ctrl-C reaches the ranks through this process, once, not twice.
-        self.ranks = [subprocess.Popen(command, env=environment, start_new_session=True) for environment in environments]
         self.numbers = [environment["RANK"] for environment in environments]
+        self.ranks: list[subprocess.Popen[bytes]] = []
+        print(f"launch: starting {in_words(self.numbers, environments[0]['WORLD_SIZE'])}", file=sys.stderr, flush=True)
+        stop.pass_on = self._stop
+        for environment in environments:
+            # A session of their own: a terminal's Ctrl-C reaches the ranks through this process, once, not twice.
+            self.ranks.append(subprocess.Popen(program, env=environment, start_new_session=True))
+        if self.stopped_by:
+            # Between two of them, so that the later ones have not been told.
+            self._send(signal.SIGTERM)
 
     def wait(self) -> int:
         """Exit code of the run: 0 if every rank ended with 0, else the first code that was not."""
@@ -115,8 +133,10 @@ class RankProcesses:
                 print(f"launch: {words}", file=sys.stderr)
                 told = words
             if ended and all_ended:
+                if self.stopped_by and code in STOPPED_EXIT_CODES:
+                    say_stopped(self.command)
                 return code
-            if code and time.monotonic() - failed_at > (HANG_GRACE_SECONDS if code == HANG_EXIT_CODE else GRACE_SECONDS):
+            if code and time.monotonic() - failed_at > grace_seconds(code):
                 self._send(signal.SIGKILL)
             time.sleep(POLL_SECONDS)
 
@@ -127,6 +147,8 @@ class RankProcesses:
         if (not failed or code) and not (hung and code != HANG_EXIT_CODE):
             return code, words
         value, number = (hung or failed)[0]
+        if value == -signal.SIGTERM and self.stopped_by:
+            return stopped_exit_code(self.stopped_by), f"rank {number} was asked to stop before a step was done"
         # As a shell counts signals.
         how = f"was killed by signal {-value}" if value < 0 else f"ended with exit code {value}"
         return (value if value > 0 else 128 - value), f"rank {number} {how}"
@@ -136,13 +158,26 @@ class RankProcesses:
             if rank.poll() is None:
                 rank.send_signal(number)
 
-    def _stop(self, number: int, _: FrameType | None) -> None:
-        if self.stop_requested:
+    def _stop(self, number: int) -> None:
+        if self.stopped_by:
             self._send(signal.SIGKILL)
             return
-        self.stop_requested = True
-        print("\nstopping at the end of this step and saving; once more to stop at once", file=sys.stderr)
+        self.stopped_by = number
+        say_stopping(self.command)
+        # Whichever signal came: Ctrl-C would show a traceback of each rank that is still importing.
         self._send(signal.SIGTERM)
+
+
+def grace_seconds(code: int) -> float:
+    """How long ranks may take to end after the first failure."""
+    return HANG_GRACE_SECONDS if code in (HANG_EXIT_CODE, *STOPPED_EXIT_CODES) else GRACE_SECONDS
+
+
+def in_words(numbers: list[str], world_size: str) -> str:
+    """The ranks of this host, for the line at the start."""
+    if len(numbers) < int(world_size):
+        return f"ranks {numbers[0]} to {numbers[-1]} of {world_size}"
+    return f"{world_size} processes" if len(numbers) > 1 else "1 process"
 
 
 def check_configuration(command: list[str], world_size: int) -> int | None:
@@ -163,6 +198,8 @@ def check_configuration(command: list[str], world_size: int) -> int | None:
         [sys.executable, "-m", "infini_train", *command, "--check_only"],
         env={**os.environ, "WORLD_SIZE": str(world_size)},
         check=False,
+        # As the ranks: a terminal's Ctrl-C is answered once, by this process.
+        start_new_session=True,
     )
     if checked.returncode or "--print_config" in command or "--help" in command:
         return checked.returncode

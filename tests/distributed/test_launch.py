@@ -66,7 +66,7 @@ def test_two_hosts_stop_go_on_and_compute_what_one_computes(run):
     wait_for_step(both, 2, hosts[0])
     hosts[1].send_signal(signal.SIGTERM)
     outputs = [finish(host, 85) for host in hosts]
-    assert "stopping at the end of this step" in outputs[1] and "stopping at the end" not in outputs[0]
+    assert "stopping after the step, with a checkpoint" in outputs[1] and "stopping after" not in outputs[0]
     assert 2 <= len(metrics(both)) < 24
     outputs = [finish(host, 0) for host in on_two_hosts(both)]
     assert "trained to step 24" in outputs[0]
