@@ -9,6 +9,7 @@ from pathlib import Path
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from infini_train.cluster import command as cluster
+from infini_train.commands import COMMANDS
 from infini_train.config import TASK_KINDS, RunConfig
 from infini_train.errors import UserError
 from infini_train.parser_errors import in_words
@@ -17,20 +18,6 @@ from infini_train.validation import validate_values
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-COMMANDS = {
-    "prepare": "turn text into a tokenizer and shards",
-    "pretrain": "train, or go on from the newest checkpoint of the run directory",
-    "evaluate": "held-out perplexity by position, with memory and without; passkey: retrieval by length and depth; or compare",
-    "generate": "continue a prompt with streaming inference",
-    "report": "write report.html of a run directory",
-    "checkpoint": "list, verify, inspect or consolidate checkpoints",
-    "convert": "a Llama of Hugging Face transformers to start from, or trained weights for transformers",
-    "plan": "what a run takes on so many GPUs, before they are asked for",
-    "submit": "hand a run to SLURM",
-    "status": "what a run and its job do",
-    "cancel": "end the job of a run, after a checkpoint",
-    "logs": "what the job of a run prints",
-}
 WITHOUT_CONFIG = {"checkpoint", "convert", "status", "cancel", "logs"}
 """Commands that look at what is there and take no configuration."""
 CHECKPOINT_ACTIONS = {

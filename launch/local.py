@@ -16,14 +16,33 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.rank_processes import RankProcesses, check_configuration, free_port, rank_environments
+from launch.rank_processes import (
+    ON_SEVERAL_PROCESSES,
+    RankProcesses,
+    check_configuration,
+    free_port,
+    rank_environments,
+    rank_program,
+)
 from launch.stop_signals import Stopped, StopSignals, say_stopped
+
+USAGE = "usage: launch/local.py NUM_PROCESSES COMMAND [ARGUMENTS]"
+EXAMPLE = "python launch/local.py 2 pretrain --config configs/tiny.yaml"
+HELP = f"""{USAGE}
+
+Run an infini-train command on several processes of this machine, one for each GPU: {", ".join(ON_SEVERAL_PROCESSES)}.
+COMMAND --help explains a command's arguments. Ctrl-C lets pretrain save and end; the same command goes on from there.
+
+example: {EXAMPLE}"""
 
 
 def main() -> int:
     arguments = sys.argv[1:]
+    if not {"-h", "--help"}.isdisjoint(arguments[:2]):
+        print(HELP)
+        raise SystemExit
     if len(arguments) < 2 or not arguments[0].isdigit() or int(arguments[0]) < 1:
-        print("usage: launch/local.py NUM_PROCESSES COMMAND [ARGUMENTS]", file=sys.stderr)
+        print(f"{USAGE}; --help says more", file=sys.stderr)
         return 2
     stop = StopSignals()
     world_size, command = int(arguments[0]), arguments[1:]
@@ -32,8 +51,7 @@ def main() -> int:
         if code is not None:
             return code
         environments = rank_environments(0, 1, world_size, "127.0.0.1", free_port(), dict(os.environ))
-        program = [sys.executable, "-m", "infini_train", *command]
-        ranks = RankProcesses(program, environments, stop, command=command[0])
+        ranks = RankProcesses(rank_program(command), environments, stop, command=command[0])
     except Stopped as stopped:
         say_stopped(command[0])
         return stopped.exit_code

@@ -21,16 +21,20 @@ from infini_train.cluster.environment import read_environment
 from infini_train.errors import UserError
 from launch.host_link import CannotMeet, Follower, Leader, gather, join
 from launch.hosts import own_rank, parse_hosts
-from launch.rank_processes import RankProcesses, check_configuration, free_port, rank_environments
+from launch.rank_processes import RankProcesses, check_configuration, free_port, rank_environments, rank_program
 from launch.stop_signals import Stopped, StopSignals, say_stopped
 
 CANNOT_MEET_EXIT_CODE = 1
+EXAMPLE = "python launch/multinode.py --hosts gpu01,gpu02 --processes_per_host 8 pretrain --config configs/8b.yaml"
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Run an infini-train command on several hosts: start this on each of them.",
         usage="%(prog)s --hosts A,B --processes_per_host N [options] COMMAND [ARGUMENTS]",
+        epilog=f"example: {EXAMPLE}",
+        # Lines are not broken: the example is to be copied.
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--hosts", required=True, help="names or addresses, comma-separated; the ranks meet at the first")
     parser.add_argument("--processes_per_host", type=int, required=True, help="one for each GPU")
@@ -80,11 +84,8 @@ def start(hosts: list[str], host: int, base: dict[str, str], arguments: argparse
     """This host's ranks, together with those of the others."""
     link, port = meet(hosts, host, arguments)
     command = arguments.command
-    program = ["-m", "infini_train", *command]
-    if command[0] == "preflight":
-        program = [str(Path(__file__).with_name("preflight.py")), *command[1:]]
     environments = rank_environments(host, len(hosts), arguments.processes_per_host, hosts[0], port, base)
-    return RankProcesses([sys.executable, *program], environments, stop, link, command[0])
+    return RankProcesses(rank_program(command), environments, stop, link, command[0])
 
 
 def main() -> int:

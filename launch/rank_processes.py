@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Protocol
 
+from infini_train.commands import COMMANDS
 from launch.stop_signals import STOP_SIGNALS, StopSignals, say_stopped, say_stopping, stopped_exit_code
 
 POLL_SECONDS = 0.05
@@ -180,6 +183,13 @@ def in_words(numbers: list[str], world_size: str) -> str:
     return f"{world_size} processes" if len(numbers) > 1 else "1 process"
 
 
+def rank_program(command: list[str]) -> list[str]:
+    """What a rank executes for a launcher's command."""
+    if command[0] == "preflight":
+        return [sys.executable, str(Path(__file__).with_name("preflight.py")), *command[1:]]
+    return [sys.executable, "-m", "infini_train", *command]
+
+
 def check_configuration(command: list[str], world_size: int) -> int | None:
     """Let one process say what is wrong with a configuration before any other is started.
 
@@ -187,20 +197,23 @@ def check_configuration(command: list[str], world_size: int) -> int | None:
         The exit code to leave with; None to go on.
     """
     if command[0] not in ON_SEVERAL_PROCESSES:
-        print(
-            f"launch: error: {command[0]} is for one process: call infini-train {command[0]} without a launcher",
-            file=sys.stderr,
-        )
+        print(f"launch: error: {_not_to_launch(command[0])}", file=sys.stderr)
         return 2
-    if command[0] != "pretrain":
+    only_prints = not {"--print_config", "--help", "-h"}.isdisjoint(command)
+    if command[0] != "pretrain" and not only_prints:
         return None
     checked = subprocess.run(
-        [sys.executable, "-m", "infini_train", *command, "--check_only"],
+        [*rank_program(command), *(["--check_only"] if command[0] == "pretrain" else [])],
         env={**os.environ, "WORLD_SIZE": str(world_size)},
         check=False,
         # As the ranks: a terminal's Ctrl-C is answered once, by this process.
         start_new_session=True,
     )
-    if checked.returncode or "--print_config" in command or "--help" in command:
-        return checked.returncode
-    return None
+    return checked.returncode if checked.returncode or only_prints else None
+
+
+def _not_to_launch(command: str) -> str:
+    if command in COMMANDS:
+        return f"{command} is for one process: call infini-train {command} without a launcher"
+    close = difflib.get_close_matches(command, [*ON_SEVERAL_PROCESSES, *COMMANDS], n=1)
+    return f"{command} is no command; " + (f"did you mean {close[0]}?" if close else "`infini-train --help` lists them")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from infini_train.cli import main
-from infini_train.parser import COMMANDS, WITHOUT_CONFIG, build_parser, read_config
+from infini_train.commands import COMMANDS
+from infini_train.parser import WITHOUT_CONFIG, build_parser, read_config
 from infini_train.parser_errors import USAGE
 from infini_train.validation import validate
 
