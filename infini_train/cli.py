@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from infini_train.cluster import command as cluster
 from infini_train.config import RunConfig
 from infini_train.errors import AgreedError, UserError
-from infini_train.parser import WITHOUT_CONFIG, parse, run_config
+from infini_train.parser import WITHOUT_CONFIG, parse, read_config, run_config
 from infini_train.planning import command as planning
 from infini_train.validation import validate, validate_compare
 
@@ -216,7 +216,8 @@ def _with_model(
 def _checkpoint(arguments: Namespace) -> int:
     from infini_train.checkpoint import commands, folder
 
-    run_dir = Path(arguments.run_dir)
+    configured = read_config(*map(Path, arguments.config)) if arguments.config else RunConfig()
+    run_dir = Path(configured.run_dir if arguments.run_dir is None else arguments.run_dir)
     if arguments.action == "list":
         return commands.list_all(run_dir)
     paths = folder.list_checkpoints(run_dir) if arguments.path is None else [Path(arguments.path)]

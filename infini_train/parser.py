@@ -19,7 +19,7 @@ from infini_train.validation import validate_values
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 WITHOUT_CONFIG = {"checkpoint", "convert", "status", "cancel", "logs"}
-"""Commands that look at what is there and take no configuration."""
+"""Commands that look at what is there; of a configuration they need the run directory at most."""
 CHECKPOINT_ACTIONS = {
     "list": "every checkpoint of the run",
     "verify": "read every byte of a checkpoint, or of all, and compare with the checksums",
@@ -98,7 +98,12 @@ def _add_arguments(name: str, command: ArgumentParser) -> None:
 def _add_checkpoint_arguments(command: ArgumentParser) -> None:
     actions = "; ".join(f"{action}: {text}" for action, text in CHECKPOINT_ACTIONS.items())
     command.add_argument("action", choices=list(CHECKPOINT_ACTIONS), help=actions)
-    command.add_argument("--run_dir", type=str, default=RunConfig.run_dir, help="folder of the run")
+    command.add_argument(
+        "--config", type=str, action="append", help="YAML file of the run, of which the run directory is taken"
+    )
+    command.add_argument(
+        "--run_dir", type=str | None, default=None, help=f"folder of the run; --config's, or {RunConfig.run_dir}, by default"
+    )
     command.add_argument(
         "--path", type=str | None, default=None, help="a folder step_XXXXXXXX; the newest of the run by default (verify: all)"
     )
@@ -177,10 +182,10 @@ def run_config(section: Namespace) -> RunConfig:
     return run
 
 
-def read_config(path: Path) -> RunConfig:
-    """The run of a YAML file, as `pretrain --config` reads it.
+def read_config(*paths: Path) -> RunConfig:
+    """The run of YAML files, later ones over earlier ones, as `pretrain --config` reads it.
 
     Raises:
         UserError: a key or value that is wrong.
     """
-    return run_config(parse(["pretrain", "--config", str(path)]).pretrain)
+    return run_config(parse(["pretrain", *(f"--config={path}" for path in paths)]).pretrain)

@@ -63,6 +63,7 @@ def test_flags_are_frozen():
             "it must be one of passkey, multi_key, multi_value, associative_recall, babi, or null",
         ),
         (["pretrain", "--layout.virtual_stage", "2"], "did you mean layout.virtual_stages?"),
+        (["checkpoint", "list", "--config", "nowhere.yaml"], "--config: there is no file"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(arguments, words, capsys):
@@ -151,6 +152,24 @@ def test_an_unknown_key_in_a_file_names_it_and_its_neighbour(tmp_path, capsys):
     assert main(["pretrain", "--config", str(tmp_path / "run.yaml")]) == 2
     assert "model.segment_lenght" in (line := capsys.readouterr().err)
     assert "model.segment_length" in line
+
+
+@pytest.mark.parametrize(
+    "options,found",
+    [
+        (["--config", "bad.yaml", "--config", "run.yaml"], "of_the_file"),
+        (["--config", "run.yaml", "--config", "other.yaml"], "of_the_file"),
+        (["--run_dir", "of_the_flag", "--config", "run.yaml"], "of_the_flag"),
+        ([], "runs/default"),
+    ],
+)
+def test_checkpoint_takes_the_run_directory_of_a_file(options, found, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("run_dir: of_the_file\n", encoding="utf-8")
+    (tmp_path / "bad.yaml").write_text("run_dir: elsewhere\n", encoding="utf-8")
+    (tmp_path / "other.yaml").write_text("model: {segment_length: 64}\n", encoding="utf-8")
+    assert main(["checkpoint", "verify", *options]) == 2
+    assert f"run_dir {found} holds no checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
