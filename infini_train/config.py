@@ -468,6 +468,19 @@ def difference(saved: dict[str, Any], config: RunConfig, but: Collection[str] = 
     return None
 
 
+def holds_key(path: Path, key: str) -> bool:
+    """Whether a YAML file has a key, its sections separated by dots; False if the file cannot be read."""
+    try:
+        held = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    for name in key.split("."):
+        if not isinstance(held, dict) or name not in held:
+            return False
+        held = held[name]
+    return True
+
+
 def read_steps(path: Path) -> int | None:
     """`training.steps` of a configuration that `save_config` wrote; None if the file is not there or not whole."""
     try:

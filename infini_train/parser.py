@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import is_dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -158,9 +159,20 @@ def parse(argv: list[str]) -> Namespace:
         _refuse_values_for_sections(arguments.get(argv[0]) or Namespace())
         return parser.instantiate_classes(arguments)
     except ArgumentError as error:
-        raise UserError(in_words(error, argv[0])) from error
+        raise UserError(in_words(error, argv[0], _options(parser, argv[0]), _config_files(argv))) from error
     except UnicodeDecodeError as error:
         raise UserError("--config: the file is not text in UTF-8; configs/ has files to start from") from error
+
+
+def _options(parser: ArgumentParser, command: str) -> list[str]:
+    assert parser._subcommands_action is not None
+    chosen = parser._subcommands_action.choices.get(command)
+    return [] if chosen is None else list(chosen._option_string_actions)
+
+
+def _config_files(argv: list[str]) -> list[str]:
+    separate = [word for before, word in pairwise(argv) if before == "--config"]
+    return separate + [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
 
 
 def _refuse_values_for_sections(parsed: Namespace) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from jsonargparse import ArgumentError
 
-from infini_train.config import TASK_KINDS, RunConfig
+from infini_train.config import TASK_KINDS, RunConfig, holds_key
 
 TYPES = {
     "int": "a whole number",
@@ -29,18 +31,21 @@ USAGE = {
     "status": "RUN",
     "cancel": "RUN [--now]",
     "logs": "RUN [--follow] [--lines N]",
-    "checkpoint": "ACTION [--run_dir RUN] [--path FOLDER] [--output FILE]",
+    "checkpoint": "ACTION [--config FILE] [--run_dir RUN] [--path FOLDER] [--output FILE]",
 }
 """Of commands that take a word without a flag, what follows their name. RUN is the folder of a run."""
 WITHOUT_FLAG = {"run": "RUN", "action": "ACTION"}
 
 
-def in_words(error: ArgumentError, command: str = "") -> str:
+def in_words(error: ArgumentError, command: str = "", options: Collection[str] = (), files: Sequence[str] = ()) -> str:
     """The message for the user.
 
     Args:
         command: what the words were given to, where it was a command.
+        options: what there is instead of an unknown one, with dashes; the keys of a run if empty.
+        files: the configuration files, of which one may hold what is wrong.
     """
+    names = [option.lstrip("-") for option in options if not option.endswith("+")] or _keys()
     # jsonargparse names a missing option by its place in the namespace.
     message = re.sub(
         r"(required: ?|, )\w+\.(\w+)",
@@ -54,7 +59,13 @@ def in_words(error: ArgumentError, command: str = "") -> str:
         return f"--config: the file holds {held}, but no keys under sections; configs/ has files to start from"
     if found := re.match(r'Parser key "task": Unable to load config [\'"](?P<kind>\w+)[\'"]', message):
         return f"--task is {found['kind']}; it must be one of {', '.join(TASK_KINDS)}"
-    return _wrong_value(message) or _wrong_file(message) or message + _suggestion(message)
+    return _wrong_value(message) or _wrong_file(message) or _unknown(message, names, files) or message
+
+
+def _keys() -> list[str]:
+    sections = {key: field.default_factory for key, field in RunConfig.__dataclass_fields__.items()}
+    keys = [f"{key}.{name}" for key, factory in sections.items() for name in getattr(factory, "__dataclass_fields__", ())]
+    return [*keys, "run_dir"]
 
 
 def _wrong_value(message: str) -> str:
@@ -77,14 +88,23 @@ def _wrong_file(message: str) -> str:
     return ""
 
 
-def _suggestion(message: str) -> str:
-    """The known key that is nearest to an unknown one."""
-    unknown = re.search(r"unrecognized arguments: --(\S+)|does not accept option '([^']+)'", message)
-    if unknown is None:
-        return ""
-    sections = {key: field.default_factory for key, field in RunConfig.__dataclass_fields__.items()}
-    known = [
-        f"{key}.{name}" for key, factory in sections.items() for name in getattr(factory, "__dataclass_fields__", {"": None})
-    ]
-    close = difflib.get_close_matches((unknown[1] or unknown[2]).split("=")[0], [*known, "run_dir"], n=1)
-    return f"; did you mean {close[0]}?" if close else "; `--help` lists the keys"
+def _unknown(message: str, known: Collection[str], files: Sequence[str]) -> str:
+    """A complaint about an option or a key that is none; empty if it is about something else."""
+    if found := re.search(r"unrecognized arguments: --(?P<name>[^\s=]+)", message):
+        return message + _suggestion(found["name"], known, "--")
+    if found := re.search(r"does not accept option '(?P<name>[^']+)'", message):
+        file = next((f"--config {file}: " for file in files if holds_key(Path(file), found["name"])), "")
+        return f"{file}{found['name']} is no key of a configuration{_suggestion(found['name'], known, '')}"
+    return ""
+
+
+def _suggestion(name: str, known: Collection[str], dashes: str) -> str:
+    """The known name that is nearest to an unknown one; a key of a misspelt section is looked for in the one that is meant."""
+    sections = {each.partition(".")[0] for each in known if "." in each}
+    section, dot, key = name.partition(".")
+    if dot and section not in sections and (meant := difflib.get_close_matches(section, sections, n=1)):
+        inside = [each for each in known if each.startswith(f"{meant[0]}.")]
+        close = difflib.get_close_matches(f"{meant[0]}.{key}", inside, n=1, cutoff=0.8)
+        return f"; did you mean {dashes}{close[0]}?" if close else f"; did you mean the section {meant[0]}?"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {dashes}{close[0]}?" if close else "; `--help` lists what there is"

@@ -18,8 +18,8 @@ MODEL_TYPES = ("llama", "mistral")
 """Of config.json. Mistral is a Llama with a sliding window, which a segment replaces."""
 MOST_TOKENS_A_SEGMENT = 2048
 INITIAL_GATE = -2.0
-"""β at the start: what no training has shaped yet counts for little, so the model begins near the loss that it had, and gradients
-reach the memory all the same. README.md has what was measured against 0 and -4."""
+"""β at the start: what no training has shaped yet counts for little, so the model begins near its loss, and yet gradients
+reach the memory. README.md has what was measured against 0 and -4."""
 
 WHOLE_MODEL = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",

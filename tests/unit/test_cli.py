@@ -62,7 +62,12 @@ def test_flags_are_frozen():
             ["prepare", "--task.kind", "maze"],
             "it must be one of passkey, multi_key, multi_value, associative_recall, babi, or null",
         ),
-        (["pretrain", "--layout.virtual_stage", "2"], "did you mean layout.virtual_stages?"),
+        (["pretrain", "--layout.virtual_stage", "2"], "did you mean --layout.virtual_stages?"),
+        (["pretrain", "--modle.segment_length", "2"], "did you mean --model.segment_length?"),
+        (["pretrain", "--modle.a", "2"], "did you mean the section model?"),
+        (["generate", "--new_tokens", "5"], "unrecognized arguments: --new_tokens 5; did you mean --max_new_tokens?"),
+        (["checkpoint", "list", "--rundir", "x"], "did you mean --run_dir?"),
+        (["status", "runs/x", "--config", "x"], "unrecognized arguments: --config x; `--help` lists what there is"),
         (["checkpoint", "list", "--config", "nowhere.yaml"], "--config: there is no file"),
     ],
 )
@@ -152,6 +157,28 @@ def test_an_unknown_key_in_a_file_names_it_and_its_neighbour(tmp_path, capsys):
     assert main(["pretrain", "--config", str(tmp_path / "run.yaml")]) == 2
     assert "model.segment_lenght" in (line := capsys.readouterr().err)
     assert "model.segment_length" in line
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ("modle: {a: 3}\n", "modle.a is no key of a configuration; did you mean the section model?"),
+        (
+            "modle: {segment_lenght: 3}\n",
+            "modle.segment_lenght is no key of a configuration; did you mean model.segment_length?",
+        ),
+        ("modle: 3\n", "modle is no key of a configuration; did you mean model?"),
+        ("segment_length: 3\n", "segment_length is no key of a configuration; did you mean model.segment_length?"),
+        ("xyzzy: {a: {b: 3}}\n", "xyzzy.a.b is no key of a configuration; `--help` lists what there is"),
+    ],
+)
+def test_an_unknown_key_is_said_with_its_file_among_several(text, words, tmp_path, capsys):
+    (tmp_path / "good.yaml").write_text("model: {segment_length: 64}\n", encoding="utf-8")
+    (tmp_path / "bad.yaml").write_text(text, encoding="utf-8")
+    files = ["--config", str(tmp_path / "bad.yaml"), f"--config={tmp_path / 'good.yaml'}"]
+    for order in (files, ["--config", str(tmp_path / "good.yaml"), f"--config={tmp_path / 'bad.yaml'}"]):
+        assert main(["pretrain", *order]) == 2
+        assert capsys.readouterr().err == f"infini-train: error: --config {tmp_path / 'bad.yaml'}: {words}\n"
 
 
 @pytest.mark.parametrize(
