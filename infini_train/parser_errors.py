@@ -52,14 +52,16 @@ def in_words(error: ArgumentError, command: str = "", options: Collection[str] =
         lambda found: found[1] + WITHOUT_FLAG.get(found[2], f"--{found[2]}"),
         " ".join(str(error).split()),
     )
-    if command in USAGE and re.match("unrecognized arguments|the following arguments are required", message):
+    unknown = _unknown(message, names, files)
+    wrong_words = re.match("unrecognized arguments|the following arguments are required", message)
+    if command in USAGE and wrong_words and "did you mean" not in unknown:
         return f"{message}; write `infini-train {command} {USAGE[command]}`"
     if found := re.fullmatch(r"Unexpected config:\s*(?P<text>.*)", message):
         held = found["text"] or "nothing"
         return f"--config: the file holds {held}, but no keys under sections; configs/ has files to start from"
     if found := re.match(r'Parser key "task": Unable to load config [\'"](?P<kind>\w+)[\'"]', message):
         return f"--task is {found['kind']}; it must be one of {', '.join(TASK_KINDS)}"
-    return _wrong_value(message) or _wrong_file(message) or _unknown(message, names, files) or message
+    return _wrong_value(message) or _wrong_file(message) or unknown or message
 
 
 def _keys() -> list[str]:

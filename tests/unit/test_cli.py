@@ -52,7 +52,7 @@ def test_flags_are_frozen():
         (["status", "--run", "runs/8b"], "unrecognized arguments: --run; write `infini-train status RUN`"),
         (["logs", "--run_dir=runs/8b"], "unrecognized arguments: --run_dir=runs/8b; write `infini-train logs RUN [--follow]"),
         (["cancel", "runs/8b", "runs/1b"], "unrecognized arguments: runs/1b; write `infini-train cancel RUN [--now]`"),
-        (["checkpoint"], "required: ACTION; write `infini-train checkpoint ACTION [--run_dir RUN]"),
+        (["checkpoint"], "required: ACTION; write `infini-train checkpoint ACTION [--config FILE] [--run_dir RUN]"),
         (["checkpoint", "list", "runs/8b"], "unrecognized arguments: runs/8b; write `infini-train checkpoint ACTION"),
         (["submit", "--profile", "no-such-cluster"], "known are a100-infiniband"),
         (["prepare", "--task.min_keys", "x"], "task.min_keys is x; it must be a whole number, or null"),
@@ -67,7 +67,7 @@ def test_flags_are_frozen():
         (["pretrain", "--modle.a", "2"], "did you mean the section model?"),
         (["generate", "--new_tokens", "5"], "unrecognized arguments: --new_tokens 5; did you mean --max_new_tokens?"),
         (["checkpoint", "list", "--rundir", "x"], "did you mean --run_dir?"),
-        (["status", "runs/x", "--config", "x"], "unrecognized arguments: --config x; `--help` lists what there is"),
+        (["status", "runs/x", "--config", "x"], "unrecognized arguments: --config x; write `infini-train status RUN`"),
         (["checkpoint", "list", "--config", "nowhere.yaml"], "--config: there is no file"),
     ],
 )
