@@ -46,6 +46,7 @@ def trained(run: RunConfig, name: str, *arguments: str) -> list[dict]:
 
 def test_computes_the_run_of_a_cpu(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     run = replace(run, model=replace(run.model, short_convolution=3, short_convolution_reach="document"))
+    run = replace(run, training=replace(run.training, recompute="layer", recompute_layers=2))  # of 4
     on_gpu = trained(run, "gpu", "--profile.steps", "2")
     assert "mfu" in on_gpu[-1]
     profiled = json.loads((Path(run.run_dir).parent / "gpu" / "profile" / "stage_0.json").read_text(encoding="utf-8"))
@@ -58,7 +59,7 @@ def test_computes_the_run_of_a_cpu(run: RunConfig, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("layers", ["plain", "fused"])
 def test_bfloat16_goes_on_with_the_same_bits(run: RunConfig, layers: str) -> None:
-    training = replace(run.training, precision="bfloat16", fused_layers=layers, memory_ageing=20)
+    training = replace(run.training, precision="bfloat16", fused_layers=layers, memory_ageing=20, recompute="layer")
     run = replace(run, training=training, checkpoint=replace(run.checkpoint, every=4))
     whole = trained(run, f"whole-{layers}")
     folder = Path(run.run_dir).parent / f"whole-{layers}"
