@@ -201,14 +201,12 @@ def _with_model(
 
     platform.install()
     from infini_train.evaluation import commands
+    from infini_train.results import check_writable
 
     run = commands.inference_layout(run, _world_size())
     check(run)
     checkpoint = commands.find_checkpoint(run, arguments.from_checkpoint)
-    try:
-        Path(run.run_dir).mkdir(parents=True, exist_ok=True)  # a checkpoint of elsewhere; results go here
-    except OSError as error:
-        raise UserError(f"run_dir {run.run_dir}: no folder can be made there ({error.strerror}); name another") from error
+    check_writable(Path(run.run_dir), f"run_dir {run.run_dir}")  # new for a checkpoint of elsewhere
     action(commands, run, checkpoint)
     return 0
 
@@ -270,9 +268,8 @@ def _report(run: RunConfig, arguments: Namespace) -> int:
     from infini_train.evaluation.report import write_report
     from infini_train.evaluation.summary import summary_lines
 
-    path = write_report(Path(run.run_dir))
     print(*summary_lines(Path(run.run_dir)), sep="\n")
-    print(f"report: {path}")
+    print(f"report: {write_report(Path(run.run_dir))}")
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from torch import Tensor
 
 from infini_train.checkpoint import folder
@@ -18,6 +19,7 @@ from infini_train.checkpoint.compatibility import block_of
 from infini_train.checkpoint.reader import describe_tensors, read_whole
 from infini_train.checkpoint.weights_file import SUFFIX, write_weights_file
 from infini_train.errors import UserError
+from infini_train.results import check_writable, writing
 
 DAMAGED_EXIT_CODE = 1
 
@@ -82,9 +84,12 @@ def consolidate(path: Path, output: Path) -> int:
         raise UserError(f"--output {output} exists; name another file, or delete it")
     if not output.parent.is_dir():
         raise UserError(f"--output is {output}, but there is no folder {output.parent}; make it first")
+    elsewhere = "free space there, or name a file elsewhere with --output"
+    check_writable(output.parent, f"--output {output}", elsewhere)
     weights = read_model(path, by="consolidate")
     facts = folder.read_state_file(path)
-    write_weights_file(output, weights, facts)
+    with writing(f"--output {output}", elsewhere, SafetensorError):
+        write_weights_file(output, weights, facts)
     print(f"{output}: {sum(tensor.numel() for tensor in weights.values()):,} parameters of step {facts['step']}")
     return 0
 

@@ -25,9 +25,13 @@ def write_weights_file(path: Path, weights: dict[str, Tensor], facts: dict[str, 
     """
     metadata = {key: json.dumps(facts[key]) for key in ("step", "config", "tokenizer_fingerprint")}
     partial = path.with_name(path.name + ".partial")
-    save_file(weights, partial, metadata=metadata)
-    partial.chmod(0o644)  # safetensors leaves it to its owner alone
-    partial.replace(path)
+    try:
+        save_file(weights, partial, metadata=metadata)
+        partial.chmod(0o644)  # safetensors leaves it to its owner alone
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)  # on a full disk half of it would stay
+        raise
 
 
 def read_weights_facts(path: Path, key: str = "--from_checkpoint") -> dict[str, Any]:

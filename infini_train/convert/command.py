@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from infini_train.checkpoint.folder import is_committed
 from infini_train.checkpoint.weights_file import SUFFIX
 from infini_train.convert.from_hugging_face import convert_from
 from infini_train.convert.to_hugging_face import convert_to
 from infini_train.errors import UserError
+from infini_train.results import writing
 
 
 def convert(source: Path, output: Path) -> list[str]:
@@ -37,12 +40,11 @@ def convert(source: Path, output: Path) -> list[str]:
         raise UserError(f"--output {output} exists; name another folder, or delete it")
     partial = output.with_name(output.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a program that was killed
-        partial.mkdir(parents=True)
-        lines = write(source, partial, output)
-        partial.rename(output)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written ({error.strerror or error}); name another folder") from error
+        with writing(f"--output {output}", "free space there, or name another folder", SafetensorError):
+            shutil.rmtree(partial, ignore_errors=True)  # of a program that was killed
+            partial.mkdir(parents=True)
+            lines = write(source, partial, output)
+            partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return lines

@@ -34,6 +34,7 @@ from infini_train.model import build_stage, parameter_placements
 from infini_train.parallel.engine import InferenceEngine
 from infini_train.parallel.layout import Layout, initialize_layout
 from infini_train.parallel.pipeline import SegmentPipeline
+from infini_train.results import write_result
 from infini_train.training.weights import load_weights
 
 MEASURED_SHARE = 0.9
@@ -93,7 +94,7 @@ def load_model(run: RunConfig, checkpoint: Path) -> Loaded:
 
 
 def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
-    """Held-out perplexity by position; writes evaluation.json in the run directory and prints a table."""
+    """Held-out perplexity by position; prints a table and writes evaluation.json in the run directory."""
     loaded = load_model(run, checkpoint)
     with ReadBack(run, loaded.layout, loaded.engine.module) as read_back:
         with_memory = _measure(loaded, run, "kept")
@@ -114,8 +115,8 @@ def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
         "read_back": read_back.result(),
     }
     if loaded.layout.is_main:
-        (Path(run.run_dir) / "evaluation.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         _print_evaluation(report)
+        write_result(Path(run.run_dir) / "evaluation.json", json.dumps(report, indent=1))
     return report
 
 
@@ -196,7 +197,7 @@ def _print_read_back(read_back: dict[str, Any]) -> None:
 def generate(
     run: RunConfig, checkpoint: Path, prompt: str | None, max_new_tokens: int, temperature: float, top_k: int, seed: int
 ) -> str:
-    """Continue a prompt with streaming inference; writes generation.json in the run directory and prints the text.
+    """Continue a prompt with streaming inference; prints the text and writes generation.json in the run directory.
 
     Args:
         prompt: None takes the first half of the longest held-out document, at most 32 segments of it.
@@ -229,11 +230,11 @@ def generate(
             "prompt_tokens": len(tokens),
             "segments": -(-len(tokens) // run.model.segment_length),
         }
-        (Path(run.run_dir) / "generation.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         print(f"--- the prompt's last lines ({facts['prompt_tokens']} tokens, {facts['segments']} segments) ---")
         print(shown[-400:], end="")
         print("\n--- the model goes on ---")
         print(text)
+        write_result(Path(run.run_dir) / "generation.json", json.dumps(facts, indent=1))
     return text
 
 

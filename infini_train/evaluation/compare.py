@@ -26,6 +26,7 @@ from infini_train.errors import UserError
 from infini_train.evaluation.compare_record import Measured, add_to_record, data_fingerprint, read_record
 from infini_train.evaluation.records import read_json, read_metrics
 from infini_train.overrides import with_overrides
+from infini_train.results import COPIED_RUN_DIR, check_writable, write_result, writing
 from infini_train.training.signals import RESUMABLE_EXIT_CODE
 
 
@@ -84,7 +85,12 @@ def compare(run: RunConfig) -> int:
 
     Returns:
         0, or the exit code of the run that ended the comparison.
+
+    Raises:
+        UserError: a run of other settings, or a folder that cannot be written.
     """
+    from infini_train.evaluation.compare_page import markdown_table
+
     runs = compare_runs(run)
     fingerprint = data_fingerprint(run)
     record = read_record(run, fingerprint)
@@ -92,7 +98,8 @@ def compare(run: RunConfig) -> int:
         folder = Path(each.run.run_dir)
         if (changed := difference_from(folder / "variant.yaml", each.run)) is not None:
             raise UserError(f"{folder} belongs to other settings ({changed}); set it back, or choose another run_dir")
-    Path(run.run_dir).mkdir(parents=True, exist_ok=True)
+    if any(each.key not in record for each in runs):
+        check_writable(Path(run.run_dir), f"run_dir {run.run_dir}", COPIED_RUN_DIR)
     for number, each in enumerate(runs, start=1):
         if each.key in record:
             continue
@@ -104,8 +111,10 @@ def compare(run: RunConfig) -> int:
                 print(f"compare: {name}: ended with {code}; the same command goes on from there", file=sys.stderr)
                 return code
         record = add_to_record(run, fingerprint, _measure(each))
-        _show(run, [record[each.key] for each in runs if each.key in record])
-    print(_show(run, [record[each.key] for each in runs]))
+        _write_tables(run, [record[each.key] for each in runs if each.key in record])
+    measured = [record[each.key] for each in runs]
+    print(markdown_table(run, measured))
+    _write_tables(run, measured)
     print(f"plot: {Path(run.run_dir) / 'compare.html'}")
     return 0
 
@@ -123,8 +132,9 @@ def _left_to_do(each: CompareRun) -> Iterator[str]:
 def _run(command: str, each: CompareRun) -> int:
     """The exit code of an infini-train command on one process."""
     folder = Path(each.run.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(each.run, folder / "variant.yaml")
+    with writing(folder / "variant.yaml", COPIED_RUN_DIR):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(each.run, folder / "variant.yaml")
     return run_to_its_end([sys.executable, "-m", "infini_train", command, "--config", str(folder / "variant.yaml")])
 
 
@@ -176,15 +186,12 @@ def _measure(each: CompareRun) -> Measured:
     )
 
 
-def _show(run: RunConfig, measured: list[Measured]) -> str:
-    """Write the table and the page; returns the table."""
+def _write_tables(run: RunConfig, measured: list[Measured]) -> None:
     from infini_train.evaluation.compare_page import compare_page, markdown_table
 
     folder = Path(run.run_dir)
-    table = markdown_table(run, measured)
-    (folder / "compare.md").write_text(table, encoding="utf-8")
-    (folder / "compare.html").write_text(compare_page(run, measured), encoding="utf-8")
-    return table
+    write_result(folder / "compare.md", markdown_table(run, measured), COPIED_RUN_DIR)
+    write_result(folder / "compare.html", compare_page(run, measured), COPIED_RUN_DIR)
 
 
 def machine() -> str:

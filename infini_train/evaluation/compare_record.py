@@ -16,6 +16,7 @@ from infini_train.data.dataset import TokenDataset
 from infini_train.data.manifest import MANIFEST_FILE
 from infini_train.errors import UserError
 from infini_train.evaluation.records import read_json
+from infini_train.results import COPIED_RUN_DIR, write_result
 
 RESULT_FILE = "compare.json"
 NOT_OF_A_RUN = {"training.seed", "data.path"}
@@ -96,9 +97,7 @@ def add_to_record(run: RunConfig, fingerprint: str | None, measured: Measured) -
             "config": asdict(run),
             "runs": [asdict(each) for each in record.values()],
         }
-        new = path.with_suffix(".json.new")
-        new.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        new.replace(path)  # whole at any time: nothing else knows of runs whose folders were deleted
+        write_result(path, json.dumps(report, indent=1) + "\n", COPIED_RUN_DIR)
     return record
 
 

@@ -15,6 +15,7 @@ from infini_train.evaluation.page import page
 from infini_train.evaluation.records import HeldOut, Records, held_out, positions, read_json, read_metrics
 from infini_train.evaluation.retrieval_chart import retrieval_chart
 from infini_train.evaluation.time_table import time_sections
+from infini_train.results import COPIED_RUN_DIR, write_result
 
 LONGEST_PROMPT = 1200
 """Characters of the prompt that are shown: its end, next to the continuation."""
@@ -34,7 +35,7 @@ def write_report(run_dir: Path) -> Path:
         The path of the page.
 
     Raises:
-        UserError: if metrics.jsonl does not exist.
+        UserError: if metrics.jsonl does not exist, or the page cannot be written.
     """
     records = read_metrics(run_dir / "metrics.jsonl")
     notes = list(records.notes)
@@ -68,7 +69,7 @@ def write_report(run_dir: Path) -> Path:
     document = page(
         "training report", _text(run_dir.resolve().name), _lead(records, held), "\n".join(part for part in sections if part)
     )
-    target.write_text(document, encoding="utf-8")
+    write_result(target, document, COPIED_RUN_DIR)
     return target
 
 

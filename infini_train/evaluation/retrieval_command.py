@@ -21,6 +21,7 @@ from infini_train.evaluation.commands import load_model
 from infini_train.evaluation.records import read_json
 from infini_train.evaluation.retrieval import Cell, measure_cell
 from infini_train.parallel.pipeline import SegmentPipeline
+from infini_train.results import write_result
 from infini_train.tasks import Task
 
 RESULT_FILE = "passkey.json"
@@ -57,6 +58,9 @@ def evaluate_passkey(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
     """Measure every cell, shortest texts first.
 
     What is measured is written after each cell, and the same measurement goes on from there if it was stopped.
+
+    Raises:
+        UserError: at the end, if the last cell could not be written.
     """
     target = Path(run.run_dir) / RESULT_FILE
     # Before the model is built, for which all processes wait for each other: none has written a cell yet.
@@ -81,6 +85,7 @@ def evaluate_passkey(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
     left = sum(length - 1 for length, _ in cells[len(report["cells"]) :]) * batches
     if report["cells"] and layout.is_main:
         print(f"going on after {len(report['cells'])} of {len(cells)} cells, which are in {target}", file=sys.stderr)
+    unwritten: UserError | None = None
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -99,22 +104,26 @@ def evaluate_passkey(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
             report["cells"].append(asdict(cell))
             report["complete"] = len(report["cells"]) == len(cells)
             if layout.is_main:
-                _write(target, report)
+                unwritten = _unwritten(target, report)
                 if not console.is_terminal:
                     done = progress.tasks[line]
                     minutes = (done.elapsed or 0.0) / 60 * (left / done.completed - 1)
                     print(f"{name}: {cell.exact_match:.1%} exact, {minutes:.1f} min left", file=sys.stderr, flush=True)
     if layout.is_main:
         print(*table(report), sep="\n")
+        if unwritten is not None:
+            raise unwritten
         print(f"every cell: {target}", file=sys.stderr)
     return report
 
 
-def _write(target: Path, report: dict[str, Any]) -> None:
-    """Replace the file at once: a reader, or Ctrl-C, never sees half of it."""
-    replacement = target.with_suffix(".new")
-    replacement.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    replacement.replace(target)
+def _unwritten(target: Path, report: dict[str, Any]) -> UserError | None:
+    """Write the file, or say why not: measuring goes on, and what is measured is printed at the end."""
+    try:
+        write_result(target, json.dumps(report, indent=1) + "\n")
+    except UserError as error:
+        return error
+    return None
 
 
 def table(report: dict[str, Any]) -> list[str]:

@@ -139,6 +139,13 @@ def test_what_is_in_the_record_is_not_run_again(recorded, capsys):
     assert written == {"compare.html", "compare.json", "compare.md"}
 
 
+def test_the_table_is_printed_where_it_cannot_be_written(recorded, capsys):
+    (Path(recorded.run_dir) / "compare.md.new").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"compare.md cannot be written \(No space left on device\); .*--run_dir"):
+        compare(recorded)
+    assert "| 10.000 to 10.000 (1) |" in capsys.readouterr().out
+
+
 def test_only_what_is_asked_for_is_shown(recorded):
     before = record_of(recorded).read_bytes()
     assert compare(replace(recorded, compare=replace(recorded.compare, variants=["local"]))) == 0

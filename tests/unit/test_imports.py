@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "infini_train"
 
 # What each part may import from this project besides itself.
-SIDE = {"config", "errors", "hardware", "platform"}
+SIDE = {"config", "errors", "hardware", "platform", "results"}
 ALLOWED = {
     "errors": set(),
     "commands": set(),
@@ -18,16 +18,17 @@ ALLOWED = {
     "hardware": {"errors"},
     "validation": {"config", "errors"},
     "platform": {"errors"},
+    "results": {"errors"},
     "data": {"config", "errors", "tasks", "validation"},
     "tasks": {"config", "data", "errors"},
     "attention": {"infini_kernels", *SIDE},
     "model": {"infini_kernels", "attention", *SIDE},
-    "checkpoint": {"config", "errors"},
+    "checkpoint": {"config", "errors", "results"},
     "parallel": {"infini_kernels", "attention", "model", "data", *SIDE},
     "training": {"checkpoint", "infini_kernels", "attention", "model", "parallel", "data", "evaluation", *SIDE},
     "evaluation": {"checkpoint", "attention", "model", "parallel", "data", "overrides", "tasks", "training", *SIDE},
     "planning": {"infini_kernels", "model", "parallel", "data", "training", "validation", *SIDE},
-    "convert": {"checkpoint", "config", "data", "errors"},
+    "convert": {"checkpoint", "config", "data", "errors", "results"},
     "cluster": {"checkpoint", "config", "errors", "overrides", "parser_errors", "planning", "validation"},
     "parser_errors": {"config"},
     "overrides": {"config", "errors", "parser_errors"},

@@ -1,0 +1,58 @@
+"""Files that hold what was measured or made: whole or not at all, and what keeps them from being written is one line."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from infini_train.errors import UserError
+
+ANOTHER_RUN_DIR = "free space there, or give another --run_dir, and the checkpoint with --from_checkpoint"
+COPIED_RUN_DIR = "free space there, or copy the folder to where you can write and give the copy with --run_dir"
+
+
+@contextmanager
+def writing(name: object, remedy: str, also: type[Exception] = OSError) -> Iterator[None]:
+    """Around what writes a file or folder.
+
+    Args:
+        name: of the file, and of the key that names it.
+        remedy: what the user can do instead.
+        also: what else than OSError the writer raises where the disk refuses.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        yield
+    except (OSError, also) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{name} cannot be written ({reason}); {remedy}") from error
+
+
+def write_result(path: Path, text: str, remedy: str = ANOTHER_RUN_DIR) -> None:
+    """Replace a file at once: a reader, Ctrl-C or a full disk never leaves half of it.
+
+    Print what stands in it first: it must not be lost with the file.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    replacement = path.with_name(path.name + ".new")
+    with writing(path, remedy):
+        replacement.write_text(text, encoding="utf-8")
+        replacement.replace(path)
+
+
+def check_writable(folder: Path, name: object, remedy: str = ANOTHER_RUN_DIR) -> None:
+    """Make the folder where there is none, and write something there: hours of measuring are not to end in a refusal.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with writing(name, remedy):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
