@@ -32,7 +32,7 @@ class TokenDataset:
         available: [num_documents] bool, whether the document can be read.
         vocab_size: token ids are below it.
         tokenizer_fingerprint: SHA-256 of the tokenizer that made the tokens.
-        fingerprint: SHA-256 of the checksums of its shards: what stands in which document, wherever the folder is.
+        fingerprint: of its shards, see `SplitFacts`.
         weighted: whether its tokens have loss weights of their own; otherwise each counts 1.
 
     Raises:
@@ -51,7 +51,7 @@ class TokenDataset:
         self.tokenizer_fingerprint = manifest.tokenizer_fingerprint
         self._token_type = np.dtype(manifest.token_type)
         facts = manifest.splits[split]
-        self.fingerprint = hashlib.sha256("".join(shard.sha256 for shard in facts.shards).encode()).hexdigest()
+        self.fingerprint = facts.fingerprint
         self._files = [self.path / shard.file for shard in facts.shards]
         for shard in facts.shards:
             if shard.file not in bad_shards and (damage := shard_damage(self.path, shard, checksum=False)) is not None:

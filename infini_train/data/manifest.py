@@ -52,6 +52,11 @@ class SplitFacts:
     characters: int
     shards: list[Shard]
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the checksums of its shards: what stands in which document, wherever the folder is."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+
 
 @dataclass
 class Manifest:

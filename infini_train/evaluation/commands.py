@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from infini_train.attention import state_numbers
-from infini_train.checkpoint.folder import damage, list_checkpoints
+from infini_train.checkpoint.folder import damage, list_checkpoints, read_state_file
 from infini_train.checkpoint.weights_file import SUFFIX, read_weights_facts
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.data.dataset import TokenDataset
-from infini_train.data.manifest import TOKENIZER_FILE
+from infini_train.data.manifest import TOKENIZER_FILE, load_manifest
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.errors import UserError
 from infini_train.evaluation.generation import StreamingModel, sample_tokens
@@ -93,9 +93,26 @@ def load_model(run: RunConfig, checkpoint: Path) -> Loaded:
     return Loaded(run, layout, InferenceEngine(module), step)
 
 
+def same_data(run: RunConfig, checkpoint: Path) -> bool | None:
+    """Whether the training split is the one that the checkpoint was trained on; None if the checkpoint does not say.
+
+    Only then is it known that the held-out text is none of what it was trained on.
+    """
+    saved = None if checkpoint.suffix == SUFFIX else read_state_file(checkpoint).get("dataset_fingerprint")
+    return None if saved is None else saved == load_manifest(Path(run.data.path)).splits["train"].fingerprint
+
+
 def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
     """Held-out perplexity by position; prints a table and writes evaluation.json in the run directory."""
     loaded = load_model(run, checkpoint)
+    same = same_data(run, checkpoint)
+    if same is False and loaded.layout.is_main:
+        print(
+            f"warning: data.path {run.data.path} holds other training documents than those that checkpoint {checkpoint} was "
+            "trained on, so it may have been trained on this held-out text; give the run's own data with --data.path, or a new "
+            "run_dir to training on this data",
+            file=sys.stderr,
+        )
     with ReadBack(run, loaded.layout, loaded.engine.module) as read_back:
         with_memory = _measure(loaded, run, "kept")
     emptied = shuffled = None
@@ -106,6 +123,7 @@ def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "step": loaded.step,
+        "same_data": same,
         "tokens": int(with_memory.tokens.sum()),
         "with_memory": _summary(with_memory),
         "memory_emptied": None if emptied is None else _summary(emptied),

@@ -167,18 +167,31 @@ class HeldOut:
     unigram_entropy: float | None = None
     source: str = ""
     step: int | None = None
+    same_data: bool | None = True
+    """Whether the data is that of the training, so that none of the text was trained on; None if that is not known."""
+
+    @property
+    def text_in_words(self) -> str:
+        """What the loss was measured on, for the beginning of a sentence."""
+        if self.same_data is None:
+            return "On held-out text"
+        if not self.same_data:
+            return "On held-out text of other data than its own, some of which it may have been trained on"
+        return "On text that it was not trained on"
 
 
 def held_out(records: Records, evaluation: dict[str, Any] | None) -> HeldOut:
     """The numbers of evaluation.json, or of the last evaluation during training where that file is absent."""
     if evaluation is not None:
-        step = evaluation.get("step")
+        step, same_data = evaluation.get("step"), evaluation.get("same_data")
         return HeldOut(
             loss=_finite((evaluation.get("with_memory") or {}).get("loss")),
             loss_memory_emptied=_finite((evaluation.get("memory_emptied") or {}).get("loss")),
             unigram_entropy=_finite(evaluation.get("unigram_entropy")),
-            source=f"evaluation of step {step:,}" if isinstance(step, int) else "evaluation.json",
+            source=(f"evaluation of step {step:,}" if isinstance(step, int) else "evaluation.json")
+            + (", on other data than it was trained on" if same_data is False else ""),
             step=step if isinstance(step, int) else None,
+            same_data=same_data,
         )
     for row in reversed(records.rows):
         if (loss := _finite(row.get("held_out_loss"))) is not None:

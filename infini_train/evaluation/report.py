@@ -87,7 +87,7 @@ def _lead(records: Records, held: HeldOut) -> str:
     sentences = [f"Trained for {_steps(records)}{seen}."]
     if held.loss is not None:
         earlier = f" after {held.step:,} of them" if held.step is not None and held.step < records.steps[-1] else ""
-        known = f"On text that it was not trained on, its perplexity{earlier} is {number(perplexity(held.loss))}"
+        known = f"{held.text_in_words}, its perplexity{earlier} is {number(perplexity(held.loss))}"
         if held.unigram_entropy is not None:
             below = held.unigram_entropy - held.loss
             comparison = "better" if below >= 0 else "worse"

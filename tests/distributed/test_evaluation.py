@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     call("prepare", *config)
     call("pretrain", *config, "--training.steps", "3")
     return folder
+
+
+def test_data_that_were_prepared_anew_are_not_taken_for_the_runs_own(trained, tmp_path):
+    """Other fractions of the same text: held-out documents are among those that were trained on."""
+    config = ["--config", str(trained / "run.yaml"), "--data.path", str(tmp_path / "data")]
+    call("prepare", *config)
+    assert "warning: data.path" not in call("evaluate", *config)
+    assert json.loads((trained / "run" / "evaluation.json").read_text())["same_data"] is True
+    tokenizer = ["--data.tokenizer", str(trained / "data" / "tokenizer.model")]
+    call("prepare", *config, *tokenizer, "--overwrite", "--data.held_out_fraction", "0.4")
+    output = call("evaluate", *config)
+    warning = next(line for line in output.splitlines() if line.startswith("warning: data.path"))
+    assert "holds other training documents" in warning and "--data.path" in warning
+    assert json.loads((trained / "run" / "evaluation.json").read_text())["same_data"] is False
+    assert "of other data than its own" in (Path(call("report", *config).split("report: ")[1].strip())).read_text()
+    weights = str(tmp_path / "weights.safetensors")
+    call("checkpoint", "consolidate", "--run_dir", str(trained / "run"), "--output", weights)
+    assert "warning: data.path" not in call("evaluate", *config, "--from_checkpoint", weights)
+    assert json.loads((trained / "run" / "evaluation.json").read_text())["same_data"] is None
+    (trained / "run" / "evaluation.json").unlink()
 
 
 def test_a_result_whose_file_cannot_be_written_is_printed(trained):

@@ -252,6 +252,22 @@ def test_results_of_an_earlier_step_are_told(tmp_path: Path) -> None:
     assert "held-out perplexity (evaluation of step 4): 54.60" in "".join(summary_lines(run_dir))
 
 
+@pytest.mark.parametrize(
+    "said,words",
+    [
+        ({"same_data": True}, "On text that it was not trained on, its perplexity is 54.6"),
+        ({"same_data": False}, "On held-out text of other data than its own, some of which it may have been trained on, its"),
+        ({"same_data": None}, "On held-out text, its perplexity is 54.6"),
+        ({}, "On held-out text, its perplexity is 54.6"),
+    ],
+)
+def test_only_text_of_the_runs_own_data_is_said_not_to_be_trained_on(said: dict[str, Any], words: str, tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path, [step_record(step) for step in range(1, 7)])
+    (run_dir / "evaluation.json").write_text(json.dumps({"step": 6, "with_memory": {"loss": 4.0}, **said}))
+    assert words in write_report(run_dir).read_text()
+    assert ("on other data than it was trained on" in "".join(summary_lines(run_dir))) == (said.get("same_data") is False)
+
+
 def test_a_memory_without_gates_is_a_memory(tmp_path: Path) -> None:
     """As Transformer-XL's: nothing to show of gates, and all curves along the document have a name."""
     records = [{key: value for key, value in step_record(step).items() if key != "gates"} for step in range(1, 7)]
