@@ -120,14 +120,18 @@ def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
         emptied = _measure(loaded, run, "emptied")
         shuffled = _measure(loaded, shuffled_run(run, loaded.layout), "shuffled")
     entropy = unigram_entropy(TokenDataset(Path(run.data.path), "held_out"))
+    if shuffled is not None and not shuffled.tokens.sum():
+        shuffled = None
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "step": loaded.step,
         "same_data": same,
         "tokens": int(with_memory.tokens.sum()),
-        "with_memory": _summary(with_memory),
-        "memory_emptied": None if emptied is None else _summary(emptied),
-        "memory_shuffled": None if shuffled is None or not shuffled.tokens.sum() else _summary(shuffled),
+        "with_memory": _summary(with_memory, with_memory.loss),
+        "memory_emptied": None if emptied is None else _summary(emptied, emptied.loss),
+        "memory_shuffled": None if shuffled is None else _summary(shuffled, shuffled.loss),
+        # Not all tokens have another row's memory: only this one of the losses with memory is of the same.
+        "with_memory_where_shuffled": None if shuffled is None else _summary(shuffled, shuffled.own_loss),
         "unigram_entropy": entropy,
         "by_position": _by_position(with_memory, emptied, shuffled),
         "read_back": read_back.result(),
@@ -147,8 +151,8 @@ def _measure(loaded: Loaded, run: RunConfig, memory: Treatment) -> HeldOutLoss:
         )
 
 
-def _summary(result: HeldOutLoss) -> dict[str, float]:
-    return {"loss": result.loss, "perplexity": math.exp(result.loss), "tokens": int(result.tokens.sum())}
+def _summary(result: HeldOutLoss, loss: float) -> dict[str, float]:
+    return {"loss": loss, "perplexity": math.exp(loss), "tokens": int(result.tokens.sum())}
 
 
 def _by_position(kept: HeldOutLoss, emptied: HeldOutLoss | None, shuffled: HeldOutLoss | None) -> list[dict[str, Any]]:
@@ -190,12 +194,14 @@ def _print_evaluation(report: dict[str, Any]) -> None:
     for row in report["by_position"]:
         losses = (row["loss"], row["loss_memory_emptied"], row["loss_memory_shuffled"])
         print(line(f"{row['first_segment']}-{row['last_segment']}", row["tokens"], *losses))
-    kinds = [report[kind] for kind in ("with_memory", "memory_emptied", "memory_shuffled")]
-    print(line("all", report["tokens"], *(None if kind is None else kind["loss"] for kind in kinds)))
-    if report["memory_shuffled"] is not None:
+    emptied, shuffled = report["memory_emptied"], report["memory_shuffled"]
+    print(line("all", report["tokens"], report["with_memory"]["loss"], None if emptied is None else emptied["loss"], None))
+    if shuffled is not None:
+        own = report["with_memory_where_shuffled"]["loss"]
+        print(line("all, where shuffled", shuffled["tokens"], own, None, shuffled["loss"]))
         print(
             f"emptied: at every segment; shuffled: each row reads another row's, measured for "
-            f"{report['memory_shuffled']['tokens'] / report['tokens']:.0%} of the tokens"
+            f"{shuffled['tokens'] / report['tokens']:.0%} of the tokens: the row `all, where shuffled` has both losses of these"
         )
     if report["read_back"] is not None:
         _print_read_back(report["read_back"])

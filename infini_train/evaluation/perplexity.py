@@ -39,11 +39,22 @@ class HeldOutLoss:
     loss_sum: np.ndarray
     weights: np.ndarray
     tokens: np.ndarray
+    own_loss_sum: np.ndarray | None = None
+    """Where memory is shuffled: of the same tokens, each row reading its own."""
 
     @property
     def loss(self) -> float:
         """Nats per token."""
-        return float(self.loss_sum.sum() / (self.weights.sum() or 1.0))
+        return self._mean(self.loss_sum)
+
+    @property
+    def own_loss(self) -> float:
+        """Of `own_loss_sum`."""
+        assert self.own_loss_sum is not None
+        return self._mean(self.own_loss_sum)
+
+    def _mean(self, loss_sum: np.ndarray) -> float:
+        return float(loss_sum.sum() / (self.weights.sum() or 1.0))
 
 
 def _batches(run: RunConfig, layout: Layout, dataset: TokenDataset, limit: int | None) -> Iterator[StreamBatch]:
@@ -142,18 +153,19 @@ def held_out_loss(
         on_batch: called with the number of micro-batches done, to show progress.
     """
     dataset = TokenDataset(Path(run.data.path), "held_out")
-    by_position = LossByPosition(run.model.segment_length, counts=layout.tp_rank == 0)
+    by_position, own = (LossByPosition(run.model.segment_length, counts=layout.tp_rank == 0) for _ in range(2))
     carried: Memory = {}
     for count, batch in enumerate(_batches(run, layout, dataset, limit), start=1):
         if memory == "shuffled":
             others, rows = memory_of_other_rows(carried, len(batch.tokens))
             pipeline.evaluate([batch], others, partial(by_position.add, rows=rows))
-            carried = pipeline.evaluate([batch], carried, lambda *_: None)
+            carried = pipeline.evaluate([batch], carried, partial(own.add, rows=rows))
         else:
             carried = pipeline.evaluate([batch], carried, by_position.add, empty_memory=memory == "emptied")
         if on_batch is not None:
             on_batch(count)
-    return by_position.total()
+    total = by_position.total()
+    return replace(total, own_loss_sum=own.total().loss_sum) if memory == "shuffled" else total
 
 
 def memory_of_other_rows(memory: Memory, num_rows: int) -> tuple[Memory, Tensor]:

@@ -57,6 +57,10 @@ def test_prepare_train_evaluate_generate_report(folder):
     assert first["loss"] == pytest.approx(first["loss_memory_emptied"]), "a first segment has no memory to empty"
     shuffled = evaluation["memory_shuffled"]
     assert 0.5 * evaluation["tokens"] < shuffled["tokens"] < evaluation["tokens"] and "shuffled" in output
+    own = evaluation["with_memory_where_shuffled"]
+    assert own["tokens"] == shuffled["tokens"] and own["loss"] != evaluation["with_memory"]["loss"]
+    row = next(line for line in output.splitlines() if "all, where shuffled" in line)
+    assert row.split()[-3:] == [f"{own['perplexity']:.3f}", "-", f"{shuffled['perplexity']:.3f}"]
     later = evaluation["by_position"][1]
     assert later["loss_memory_shuffled"] != later["loss"]
 

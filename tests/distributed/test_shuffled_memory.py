@@ -51,6 +51,8 @@ def test_without_memory_emptied_and_shuffled_change_nothing(pool, run_config):
     both = (found["shuffled"].tokens == found["kept"].tokens) & (found["kept"].tokens > 0)
     assert both.sum() > 3, "segments in which both rows had another's memory"
     np.testing.assert_allclose(found["shuffled"].loss_sum[both], found["kept"].loss_sum[both], rtol=1e-6)
+    assert found["shuffled"].own_loss == pytest.approx(found["shuffled"].loss, rel=1e-6), "of the same tokens"
+    assert found["shuffled"].loss != pytest.approx(found["kept"].loss, rel=1e-6), "of others"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,7 @@ def test_another_document_is_worth_less_and_the_same_document_as_much(pool, run_
     both = shuffled.tokens == kept.tokens
     both[0] = False
     assert both.any() and not np.allclose(shuffled.loss_sum[both], kept.loss_sum[both], rtol=1e-4)
+    np.testing.assert_allclose(shuffled.own_loss_sum[both], kept.loss_sum[both], rtol=1e-5)
 
     write_corpus(tmp_path / "text")
     for path in sorted((tmp_path / "text").iterdir()):
