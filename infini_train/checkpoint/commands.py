@@ -44,9 +44,30 @@ def _state_in_words(path: Path) -> tuple[dict[str, Any], str]:
     if not folder.is_committed(path):
         return {}, "not committed: it will not be used"
     try:
-        return folder.read_state_file(path), "committed"
+        facts = folder.read_state_file(path)
     except UserError:
         return {}, f"damaged: {folder.STATE_FILE}; it will not be used"
+    if wrong := _misfits(path):
+        return facts, f"damaged: {'; '.join(wrong)}; it will not be used"
+    return facts, "committed"
+
+
+def _misfits(path: Path) -> list[str]:
+    """Files that are missing or of another size than in the manifest; `verify` reads them all, which takes long."""
+    try:
+        entries = folder.read_manifest(path)
+    except UserError as error:
+        return [str(error)]
+    wrong = []
+    for name, entry in sorted(entries.items()):
+        try:
+            size = (path / name).stat().st_size
+        except OSError as error:
+            wrong.append(f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}")
+            continue
+        if size != entry["bytes"]:
+            wrong.append(f"{name} has {size} bytes instead of {entry['bytes']}")
+    return wrong
 
 
 def verify(paths: list[Path]) -> int:

@@ -85,6 +85,19 @@ def test_the_list_shows_every_folder_whatever_its_state(tmp_path, capsys):
     assert [word in row for row, word in zip(rows, ("committed", "damaged", "not"), strict=True)] == [True, True, True]
 
 
+def test_the_list_compares_names_and_sizes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    (write(tmp_path, 5) / "__0_0.distcp").unlink()
+    (write(tmp_path, 10) / "__0_0.distcp").write_bytes(b"x")
+    write(tmp_path, 15)
+    monkeypatch.setattr(folder, "damaged_file", None)  # no checksums: a list is quick
+    assert main(["checkpoint", "list", "--run_dir", str(tmp_path)]) == 0
+    missing, short, whole = (line for line in capsys.readouterr().out.splitlines() if "step_" in line)
+    assert "damaged: __0_0.distcp is missing; it will not be used" in missing and " 5 " in missing
+    assert "damaged: __0_0.distcp has 1 bytes instead of" in short
+    assert "committed" in whole
+
+
 @pytest.mark.parametrize(
     ("output", "words"),
     [
