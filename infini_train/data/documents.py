@@ -21,6 +21,8 @@ RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 HUGGING_FACE_MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
 READ_BYTES = 1 << 20
+NAMED_SKIPPED = 5
+"""Of what is skipped for one reason, so many are named."""
 
 
 class Document(NamedTuple):
@@ -46,6 +48,7 @@ class DocumentSource:
         stopped_early: whether there was more text than max_text_mb.
         skipped_not_utf8: files and records whose text is not valid UTF-8.
         skipped_empty: texts without a single character that is not white space.
+        skipped_names: names of the first few of each, by what is wrong with them.
 
     Raises:
         UserError: at construction if the source is missing or of an unknown kind; while iterating if a file or record
@@ -71,6 +74,7 @@ class DocumentSource:
         self.text_bytes = 0
         self.skipped_not_utf8 = 0
         self.skipped_empty = 0
+        self.skipped_names: dict[str, list[str]] = {"empty": [], "not in UTF-8": []}
         self.stopped_early = False
         self._work_done = 0
 
@@ -89,12 +93,12 @@ class DocumentSource:
                 self.stopped_early = True
                 return
             if not text.strip():
-                self.skipped_empty += 1
+                self._skip_empty(name)
                 continue
             try:
                 size = len(text.encode("utf-8"))
             except UnicodeEncodeError:  # a lone surrogate, which JSON's \ud800 escapes can spell
-                self.skipped_not_utf8 += 1
+                self._skip_not_utf8(name)
                 continue
             self.documents += 1
             self.text_bytes += size
@@ -104,6 +108,18 @@ class DocumentSource:
                 f"data.source {self.source} holds no document: {self.skipped_empty} empty and {self.skipped_not_utf8} "
                 f"not in UTF-8; give text in {', '.join(PLAIN_SUFFIXES + RECORD_SUFFIXES)} files"
             )
+
+    def _skip_empty(self, name: str) -> None:
+        self.skipped_empty += 1
+        self._name_skipped("empty", name)
+
+    def _skip_not_utf8(self, name: str) -> None:
+        self.skipped_not_utf8 += 1
+        self._name_skipped("not in UTF-8", name)
+
+    def _name_skipped(self, reason: str, name: str) -> None:
+        if len(self.skipped_names[reason]) < NAMED_SKIPPED:
+            self.skipped_names[reason].append(name)
 
     @cached_property
     def _work_total(self) -> int:
@@ -144,7 +160,7 @@ class DocumentSource:
             # Decoding bytes keeps \r\n, which text mode would turn into \n; a byte order mark is no text.
             text = path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError:
-            self.skipped_not_utf8 += 1
+            self._skip_not_utf8(self._name(path))
             return
         yield text, self._name(path)
 

@@ -47,6 +47,8 @@ class PrepareSummary:
     segment_length: int
     skipped_empty: int
     skipped_not_utf8: int
+    skipped_names: dict[str, list[str]]
+    """The first few, by what is wrong with them."""
     stopped_at_mb: float | None
     """data.max_text_mb, if the source has more text than that."""
     splits: dict[str, SplitSummary]
@@ -79,6 +81,10 @@ class PrepareSummary:
             )
         if self.skipped_empty or self.skipped_not_utf8:
             lines.append(f"  skipped: {self.skipped_empty} empty, {self.skipped_not_utf8} not in UTF-8")
+            counts = {"empty": self.skipped_empty, "not in UTF-8": self.skipped_not_utf8}
+            for reason, names in self.skipped_names.items():
+                more = ", ..." if counts[reason] > len(names) else ""
+                lines += [f"    {reason}: {', '.join(names)}{more}"] if names else []
         if self.stopped_at_mb is not None:
             lines.append(
                 f"  stopped after {self.stopped_at_mb:g} MB of text (data.max_text_mb), and data.source has more: "
@@ -206,6 +212,7 @@ def _summary(folder: Path, segment_length: int, source: DocumentSource | None) -
         segment_length=segment_length,
         skipped_empty=source.skipped_empty if source else 0,
         skipped_not_utf8=source.skipped_not_utf8 if source else 0,
+        skipped_names=source.skipped_names if source else {},
         stopped_at_mb=source.max_text_bytes / 1e6 if source and source.stopped_early and source.max_text_bytes else None,
         splits=splits,
     )

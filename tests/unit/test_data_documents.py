@@ -99,6 +99,14 @@ def test_unreadable_text_is_skipped_and_counted(tmp_path: Path) -> None:
     source = DocumentSource(str(tmp_path))
     assert [d.text for d in source] == ["kept"]
     assert (source.skipped_not_utf8, source.skipped_empty) == (2, 3)
+    assert source.skipped_names == {"empty": ["b.txt", "c.txt", "e.jsonl:2"], "not in UTF-8": ["a.txt", "e.jsonl:1"]}
+
+
+def test_of_many_skipped_texts_the_first_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 9 + '{"text": "kept"}\n')
+    source = DocumentSource(str(tmp_path))
+    assert len(list(source)) == len(list(source)) == 1
+    assert source.skipped_names["empty"] == [f"a.jsonl:{number}" for number in range(1, 6)]
 
 
 def test_max_text_mb_stops_after_the_document_that_reaches_it(tmp_path: Path) -> None:

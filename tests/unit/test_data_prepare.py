@@ -57,6 +57,7 @@ def test_prepare_makes_what_the_rest_reads(config: RunConfig, capsys: pytest.Cap
     assert f"30 documents, {summary.characters:,} characters" in printed.out
     assert f"segments of 16 cost {summary.splits['train'].padding_share:.1%} padding" in printed.out
     assert "1 empty, 1 not in UTF-8" in printed.out
+    assert "    empty: empty.txt\n    not in UTF-8: latin.txt" in printed.out
     assert "Writing shards" in printed.err and "standard library" not in printed.err
 
 
