@@ -18,6 +18,7 @@ from infini_train.config import RunConfig
 from infini_train.data.atomic import atomic_folder
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.documents import Document, DocumentSource
+from infini_train.data.held_out import held_out_warning
 from infini_train.data.manifest import SPLITS, TOKENIZER_FILE, load_manifest
 from infini_train.data.shards import write_shards
 from infini_train.data.task_data import make_filler, split_samples, task_texts, write_task_shards
@@ -94,7 +95,8 @@ class PrepareSummary:
 
 
 def prepare(config: RunConfig, overwrite: bool = False) -> PrepareSummary:
-    """Make the folder `data.path`: tokenizer.model, shards, indexes and dataset.json; print what it holds.
+    """Make the folder `data.path`: tokenizer.model, shards, indexes and dataset.json; print what it holds, and
+    a warning if too little of it is held out.
 
     The shards hold the text of data.source or, with task.kind, samples of that task.
 
@@ -149,6 +151,8 @@ def prepare(config: RunConfig, overwrite: bool = False) -> PrepareSummary:
         ) from error
     summary = _summary(target, config.model.segment_length, source)
     print(summary)
+    if (warning := held_out_warning(config)) is not None:
+        print(warning, file=sys.stderr)
     return summary
 
 

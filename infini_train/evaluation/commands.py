@@ -17,6 +17,7 @@ from infini_train.checkpoint.folder import damage, list_checkpoints, read_state_
 from infini_train.checkpoint.weights_file import SUFFIX, read_weights_facts
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.data.dataset import TokenDataset
+from infini_train.data.held_out import held_out_warning
 from infini_train.data.manifest import TOKENIZER_FILE, load_manifest
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.errors import UserError
@@ -102,17 +103,24 @@ def same_data(run: RunConfig, checkpoint: Path) -> bool | None:
     return None if saved is None else saved == load_manifest(Path(run.data.path)).splits["train"].fingerprint
 
 
-def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
-    """Held-out perplexity by position; prints a table and writes evaluation.json in the run directory."""
-    loaded = load_model(run, checkpoint)
-    same = same_data(run, checkpoint)
-    if same is False and loaded.layout.is_main:
+def _warn_of_data(run: RunConfig, checkpoint: Path, same: bool | None) -> None:
+    if (warning := held_out_warning(run)) is not None:
+        print(warning, file=sys.stderr)
+    if same is False:
         print(
             f"warning: data.path {run.data.path} holds other training documents than those that checkpoint {checkpoint} was "
             "trained on, so it may have been trained on this held-out text; give the run's own data with --data.path, or a new "
             "run_dir to training on this data",
             file=sys.stderr,
         )
+
+
+def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
+    """Held-out perplexity by position; prints a table and writes evaluation.json in the run directory."""
+    loaded = load_model(run, checkpoint)
+    same = same_data(run, checkpoint)
+    if loaded.layout.is_main:
+        _warn_of_data(run, checkpoint, same)
     with ReadBack(run, loaded.layout, loaded.engine.module) as read_back:
         with_memory = _measure(loaded, run, "kept")
     emptied = shuffled = None

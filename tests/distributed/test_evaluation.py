@@ -33,6 +33,7 @@ def test_data_that_were_prepared_anew_are_not_taken_for_the_runs_own(trained, tm
     tokenizer = ["--data.tokenizer", str(trained / "data" / "tokenizer.model")]
     call("prepare", *config, *tokenizer, "--overwrite", "--data.held_out_fraction", "0.4")
     output = call("evaluate", *config)
+    assert "warning: the held-out split of data.path" in output and "tokens, and below 50,000" in output
     warning = next(line for line in output.splitlines() if line.startswith("warning: data.path"))
     assert "holds other training documents" in warning and "--data.path" in warning
     assert json.loads((trained / "run" / "evaluation.json").read_text())["same_data"] is False
