@@ -90,6 +90,17 @@ def _check_tokenizer(run: RunConfig) -> None:
         )
 
 
+def _check_held_out(run: RunConfig) -> None:
+    """The same for `generate` without a prompt, which takes one from the held-out split."""
+    from infini_train.data.dataset import check_dataset
+
+    _check_tokenizer(run)
+    try:
+        check_dataset(run, ("held_out",))
+    except UserError as error:
+        raise UserError(f"{error}; or give a prompt with --prompt, for which {run.data.path} needs no shards") from error
+
+
 def _prepare(run: RunConfig, arguments: Namespace) -> int:
     from infini_train.data.prepare import prepare
     from infini_train.validation import validate_data, validate_task
@@ -174,6 +185,7 @@ def _generate(run: RunConfig, arguments: Namespace) -> int:
             arguments.top_k,
             arguments.sample_seed,
         ),
+        _check_held_out if prompt is None else _check_tokenizer,
     )
 
 

@@ -181,8 +181,11 @@ def shard_damage(folder: Path, shard: Shard, *, checksum: bool) -> str | None:
     return None
 
 
-def check_dataset(config: RunConfig) -> None:
+def check_dataset(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> None:
     """Refuse a run whose data folder is missing, damaged or made for another vocabulary.
+
+    Args:
+        splits: those that are needed.
 
     Raises:
         UserError: one line that names the key or file and the remedy.
@@ -205,7 +208,7 @@ def check_dataset(config: RunConfig) -> None:
         raise UserError(f"{tokenizer} is missing or unreadable ({error.strerror}); {REMEDY}") from error
     if fingerprint != manifest.tokenizer_fingerprint:
         raise UserError(f"{tokenizer} is not the tokenizer that made the shards (its fingerprint differs); {REMEDY}")
-    for split in SPLITS:
+    for split in splits:
         bad: frozenset[str] = frozenset()
         if split == "train" and config.data.on_bad_shard == "skip":
             # They are named when the run starts, by all processes together.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,18 @@ def test_a_result_whose_file_cannot_be_written_is_printed(trained):
         full.unlink()
         assert shown in output and f"{name}.json cannot be written (No space left on device)" in output
         assert not (run_dir / f"{name}.json").exists()
+
+
+def test_a_prompt_is_continued_with_the_tokenizer_alone(trained, tmp_path):
+    """A colleague has a checkpoint and the tokenizer, and not the training set."""
+    generate = ["generate", "--config", str(trained / "run.yaml"), "--data.path", str(tmp_path), "--max_new_tokens", "3"]
+    shutil.copy(trained / "data" / "tokenizer.model", tmp_path)
+    assert "the model goes on" in call(*generate, "--prompt", "a")
+    assert "or give a prompt with --prompt" in call(*generate, expected=2)
+    for path in (trained / "data").iterdir():
+        if not path.name.startswith("train"):
+            shutil.copy(path, tmp_path)
+    assert "the model goes on" in call(*generate)
 
 
 def test_a_run_directory_that_cannot_be_written_is_refused_before_the_model_is_read(trained, tmp_path):
