@@ -49,13 +49,15 @@ def test_data_that_were_prepared_anew_are_not_taken_for_the_runs_own(trained, tm
 def test_a_result_whose_file_cannot_be_written_is_printed(trained):
     """A link to /dev/full is a full disk."""
     config, run_dir = ["--config", str(trained / "run.yaml")], trained / "run"
+    task = ["--task.kind", "passkey", "--task.lengths", "[250,300]", "--task.depths", "[0.5]", "--task.samples_per_cell", "1"]
     for name, command, shown in (
-        ("evaluation", ["evaluate"], "held-out loss"),
-        ("generation", ["generate", "--prompt", "a", "--max_new_tokens", "3"], "the model goes on"),
+        ("passkey", ["evaluate", "passkey", *config, *task], "         300       "),
+        ("evaluation", ["evaluate", *config], "held-out loss"),
+        ("generation", ["generate", *config, "--prompt", "a", "--max_new_tokens", "3"], "the model goes on"),
     ):
         full = run_dir / f"{name}.json.new"
         full.symlink_to("/dev/full")
-        output = call(*command, *config, expected=2)
+        output = call(*command, expected=2)
         full.unlink()
         assert shown in output and f"{name}.json cannot be written (No space left on device)" in output
         assert not (run_dir / f"{name}.json").exists()
