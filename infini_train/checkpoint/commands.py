@@ -41,6 +41,8 @@ def list_all(run_dir: Path) -> int:
 
 
 def _state_in_words(path: Path) -> tuple[dict[str, Any], str]:
+    if path.suffix == folder.ASIDE:
+        return {}, "set aside, for it could not be read: delete it, or give it its name back"
     if not folder.is_committed(path):
         return {}, "not committed: it will not be used"
     try:

@@ -133,6 +133,14 @@ def test_checkpoints_that_a_resume_passed_over_count_for_nothing_and_are_set_asi
         write(tmp_path, 40)
 
 
+def test_what_was_set_aside_is_listed_as_that(tmp_path, capsys):
+    write(tmp_path, 10)
+    folder.set_aside(write(tmp_path, 20))
+    assert main(["checkpoint", "list", "--run_dir", str(tmp_path)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "set aside" in said and said.count("committed") == 1
+
+
 def test_what_is_written_asks_nothing_of_a_gpu(tmp_path):
     """A copy ahead would work on the first GPU in every process."""
     assert writer._Files(tmp_path, writer.Save(1, 0.0)).per_thread_copy_ahead == 0
