@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 
@@ -37,10 +38,39 @@ def main(argv: list[str] | None = None) -> int:
         return handler(run_config(section), section)
     except UserError as error:
         _say_once(error)
+        if not isinstance(error, AgreedError) and _others_wait():
+            _leave(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         print("infini-train: interrupted", file=sys.stderr)
         return 130
+
+
+def run_and_exit() -> NoReturn:
+    """`main` as a process of its own."""
+    try:
+        code = main()
+    except Exception:
+        if not _others_wait():
+            raise
+        sys.excepthook(*sys.exc_info())
+        _leave(1)
+    # What is done is done: a launcher counts a rank that SIGTERM ended as one that had not begun.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(code)
+
+
+def _others_wait() -> bool:
+    """Whether this process belongs to a group with others."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once. To leave its groups in order, NCCL waits for the others, and they wait in a collective for this process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _say_once(error: UserError) -> None:
@@ -286,4 +316,4 @@ def _report(run: RunConfig, arguments: Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()

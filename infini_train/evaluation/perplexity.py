@@ -155,21 +155,28 @@ def held_out_loss(
     dataset = TokenDataset(Path(run.data.path), "held_out")
     by_position, own = (LossByPosition(run.model.segment_length, counts=layout.tp_rank == 0) for _ in range(2))
     carried: Memory = {}
+    reading: Tensor | None = None
     for count, batch in enumerate(_batches(run, layout, dataset, limit), start=1):
         if memory == "shuffled":
-            others, rows = memory_of_other_rows(carried, len(batch.tokens))
+            others, rows = memory_of_other_rows(carried, len(batch.tokens), reading)
             pipeline.evaluate([batch], others, partial(by_position.add, rows=rows))
             carried = pipeline.evaluate([batch], carried, partial(own.add, rows=rows))
         else:
             carried = pipeline.evaluate([batch], carried, by_position.add, empty_memory=memory == "emptied")
+        # With context parallelism, which only `infini` and `local` know, a process has a part of the segments.
+        reading = batch.lengths[:, -1] > 0 if layout.cp_size == 1 else None
         if on_batch is not None:
             on_batch(count)
     total = by_position.total()
     return replace(total, own_loss_sum=own.total().loss_sum) if memory == "shuffled" else total
 
 
-def memory_of_other_rows(memory: Memory, num_rows: int) -> tuple[Memory, Tensor]:
+def memory_of_other_rows(memory: Memory, num_rows: int, reading: Tensor | None = None) -> tuple[Memory, Tensor]:
     """Each row's memory replaced by that of the next row that has written any. Tails of convolutions are no memory, and stay.
+
+    Args:
+        reading: [num_rows] bool, rows whose documents have not ended: caches and memory tokens take in padding too. None where
+            a memory of zeros tells that.
 
     Returns:
         The memory, and [num_rows] bool: rows for which there was such a row. The others keep their own.
@@ -179,6 +186,8 @@ def memory_of_other_rows(memory: Memory, num_rows: int) -> tuple[Memory, Tensor]
     # Every layer of every stage and tensor rank has written in the same rows: σ(K) is positive, and a key is not zero.
     parts = without_tail(next(iter(memory.values())))
     written = torch.stack([part.reshape(len(part), -1).ne(0).any(dim=1) for part in parts]).any(dim=0).cpu()
+    if reading is not None:
+        written &= reading
     filled = [row for row in range(num_rows) if written[row]]
     donors = list(range(num_rows))
     for row in range(num_rows):

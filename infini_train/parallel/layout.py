@@ -87,6 +87,11 @@ _timeout = timedelta(minutes=30)
 """Of the process group, and of the groups that are made of it."""
 
 
+def group_timeout() -> timedelta:
+    """How long a collective of any group may take before NCCL or gloo ends the process."""
+    return _timeout
+
+
 def initialize_layout(run: RunConfig) -> Layout:
     """Make Megatron-core's groups for the run's layout the current ones."""
     initialize_process_group()

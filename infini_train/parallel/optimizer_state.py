@@ -77,7 +77,7 @@ def write_optimizer_state(engine: Engine, state: dict[str, dict[str, Tensor]], s
     """The inverse of `read_optimizer_state`.
 
     Args:
-        state: "model", and both moments or none of them, which then stay as they are.
+        state: of the three kinds those that are to be written; the others stay as they are.
         steps_taken: optimizer steps that led to this state; Adam's bias correction counts them.
     """
     for tensor in stepped_tensors(engine):
@@ -87,14 +87,15 @@ def write_optimizer_state(engine: Engine, state: dict[str, dict[str, Tensor]], s
         if engine.run.layout.zero_stage == 3:
             _write_zero3(zero, parameter, {kind: tensors[name] for kind, tensors in state.items()})
             continue
-        parameter.copy_(state["model"][name])
-        for moment in state.keys() - {"model"}:
-            if engine.run.layout.zero_stage == 0:
-                engine.adamw.state[parameter][moment].copy_(state[moment][name])
+        for kind, tensors in state.items():
+            if kind == "model":
+                parameter.copy_(tensors[name])
+                if engine.run.layout.zero_stage:
+                    safe_set_full_fp32_param(parameter, tensors[name])
+            elif engine.run.layout.zero_stage == 0:
+                engine.adamw.state[parameter][kind].copy_(tensors[name])
             else:
-                safe_set_full_optimizer_state(parameter, state[moment][name], moment)
-        if engine.run.layout.zero_stage:
-            safe_set_full_fp32_param(parameter, state["model"][name])
+                safe_set_full_optimizer_state(parameter, tensors[name], kind)
 
 
 def _write_zero3(zero: Any, parameter: Any, values: dict[str, Tensor]) -> None:

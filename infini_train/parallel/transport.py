@@ -18,6 +18,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from infini_train.parallel.layout import group_timeout
+
 
 @dataclass(frozen=True)
 class _Link:
@@ -57,6 +59,8 @@ class StageTransport:
         # By chunk. The first stage's first chunk has nothing before it, the last stage's last nothing after it.
         self._before = [previous or (around if chunk > 0 else None) for chunk in range(virtual_stages)]
         self._after = [following or (around if chunk + 1 < virtual_stages else None) for chunk in range(virtual_stages)]
+
+        _connect(members, stage, virtual_stages > 1, device)
 
     def receive_forward(self, chunk: int = 0) -> Tensor | None:
         """Hidden states [T, B, hidden] from before this chunk; None for the model's first."""
@@ -109,7 +113,38 @@ def _group(members: tuple[int, ...], purpose: Literal["forward", "backward", "fo
     dist.all_gather_object(pipelines, members)
     chosen = None
     for ranks in sorted(set(pipelines)):
-        group = dist.new_group(list(ranks))
+        group = dist.new_group(list(ranks), timeout=group_timeout())  # NCCL's own would be ten minutes
         if ranks == members:
             chosen = group
     return chosen
+
+
+@cache
+def _connect(members: tuple[int, ...], stage: int, around: bool, device: torch.device) -> None:
+    """Send one number over every link, once, with nothing else under way.
+
+    NCCL makes a link's communicator when the link is first used, for which the device may have to come to rest. In a schedule
+    one stage would do that while a send of its own waits for the other to receive.
+    """
+    last = len(members) - 1
+    if last == 0:
+        return
+    number = torch.zeros(1, device=device)
+
+    def pass_on(sender: int, receiver: int, group: Any) -> None:
+        if stage == sender:
+            dist.send(number, dst=members[receiver], group=group)
+        elif stage == receiver:
+            dist.recv(number, src=members[sender], group=group)
+
+    forward, backward = _group(members, "forward"), _group(members, "backward")
+    for before in range(last):
+        pass_on(before, before + 1, forward)
+    for before in reversed(range(last)):
+        pass_on(before + 1, before, backward)
+    if around:
+        ends = members[0], members[last]
+        pass_on(last, 0, _group(ends, "forward around"))
+        pass_on(0, last, _group(ends, "backward around"))
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -117,16 +117,12 @@ class Checkpointer:
         facts = folder.read_state_file(path)
         check_same_model(facts, path, self.run, self.tokenizer_fingerprint)
         self._check_streams(facts, path, state)
-        optimizer = {
-            kind: {name: empty_like_parameter(parameter) for name, parameter in engine.module.named_parameters()}
-            for kind in ("model", *MOMENTS)
-        }
-        memory = self._empty_memory()
-        entries = {**optimizer_entries(self.placements, optimizer), **self._stream_entries(state.reader.state(), memory)}
-        read_tensors(path, entries)
-        collect_blocks(self.placements, entries, optimizer)
         state.health.load_state_dict(facts["health"])
-        write_optimizer_state(engine, optimizer, facts["step"] - state.health.skipped_steps)
+        for kind in (*MOMENTS, "model"):
+            self._load_kind(kind, path, engine, facts["step"] - state.health.skipped_steps)
+        memory = self._empty_memory()
+        entries = self._stream_entries(state.reader.state(), memory)
+        read_tensors(path, entries)
         state.memory = {
             layer: type(each)(*(local_part(entries[f"memory.{field}.{layer}"]) for field in self._carried(layer)))
             for layer, each in memory.items()
@@ -134,6 +130,14 @@ class Checkpointer:
         state.reader.load_state(local_part(entries["streams"]))
         torch.set_rng_state(entries["random.torch"])
         state.step, state.tokens = facts["step"], facts["tokens"]
+
+    def _load_kind(self, kind: str, path: Path, engine: Engine, steps_taken: int) -> None:
+        """Weights, or one of the moments: one alone takes 4 bytes a parameter of this process's slice beside the engine."""
+        tensors = {kind: {name: empty_like_parameter(each) for name, each in engine.module.named_parameters()}}
+        entries = optimizer_entries(self.placements, tensors)
+        read_tensors(path, entries)
+        collect_blocks(self.placements, entries, tensors)
+        write_optimizer_state(engine, tensors, steps_taken)
 
     def _check_streams(self, facts: dict[str, Any], path: Path, state: TrainingState) -> None:
         """Positions in streams and the memories beside them belong to one order of one set of documents."""

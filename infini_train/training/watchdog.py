@@ -184,9 +184,21 @@ class Watchdog:
     def _look_at(self, rank: int) -> None:
         if rank == self._rank:
             return
-        beat = json.loads((self._folder / f"rank_{rank}.json").read_text(encoding="utf-8"))
+        try:
+            beat = json.loads((self._folder / f"rank_{rank}.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            # It has left, alone if the run is not over: the others may wait for it for ever, and its last beat grows old.
+            beat = self._seen[rank].beat if rank in self._seen else self._left(rank)
         if rank not in self._seen or self._seen[rank].beat["beats"] != beat["beats"]:
             self._seen[rank] = Seen(beat, time.monotonic())
+
+    def _left(self, rank: int) -> dict[str, Any]:
+        """In place of the beat of a process of which none was seen."""
+        limit = self._limits["first_step"]
+        return {
+            **{"rank": rank, "host": "unknown", "pid": 0, "beats": -1, "operation": "a run that it has left"},
+            **{"waits": False, "seconds": 0.0, "limit": limit},
+        }
 
     def _pass_verdict(self) -> None:
         """Name the culprits, once in the job."""

@@ -5,6 +5,7 @@ FAULT is NAME@RANK@STEP. The run is the product's own; only the moment at which 
 
 from __future__ import annotations
 
+import atexit
 import os
 import resource
 import signal
@@ -111,18 +112,34 @@ def only_at(step: int, action: Callable[[], None], otherwise: Callable[[], None]
     writer._Files.write_data = write_data
 
 
-def hang_in_data(step: int) -> None:
-    """The process lives, but the thread that trains waits for a file system that does not answer."""
+def before_reading(step: int, action: Callable[[], None]) -> None:
+    """Do it before this process reads the data of a step."""
     from infini_train.training import step as training_step
 
     read = training_step._next
 
-    def hang(parts: Any) -> Any:
+    def act_and_read(parts: Any) -> Any:
         if parts.state.step + 1 == step:
-            time.sleep(3600)
+            action()
         return read(parts)
 
-    training_step._next = hang
+    training_step._next = act_and_read
+
+
+def fail_alone() -> None:
+    """An exception that no other process knows of; leaving the groups is said."""
+    from infini_train.parallel import layout
+
+    leave = layout.dist.destroy_process_group
+    layout.dist.destroy_process_group = lambda: print("left its groups") or leave()
+    raise RuntimeError("on purpose")
+
+
+def leave_with_a_hang() -> None:
+    """As where NCCL waits for the others while this process leaves: its watchdog is over, and it does not end."""
+    atexit.register(time.sleep, 3600)
+    cli._leave = lambda code: sys.exit(code)
+    raise RuntimeError("on purpose")
 
 
 FAULTS: dict[str, Callable[[int], None]] = {
@@ -132,7 +149,10 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "kill_before_retention": lambda step: kill_instead_of("retain", step),
     "no_space_once": lambda step: only_at(step, no_space, some_space),
     "no_space_from_then_on": lambda step: when_writing(step, no_space),
-    "hang_in_data": hang_in_data,
+    # The process lives, but the thread that trains waits for a file system that does not answer.
+    "hang_in_data": lambda step: before_reading(step, lambda: time.sleep(3600)),
+    "fail_in_data": lambda step: before_reading(step, fail_alone),
+    "leave_in_data": lambda step: before_reading(step, leave_with_a_hang),
     "stall": lambda step: when_writing(step, lambda: time.sleep(3600)),
     "terminate_in_save": lambda step: when_writing(step, terminate_twice),
     "terminate_in_evaluation": lambda step: when_evaluating(step, terminate_twice),
@@ -142,4 +162,5 @@ if __name__ == "__main__":
     fault, rank, step = sys.argv[1].split("@")
     if os.environ["RANK"] == rank:
         FAULTS[fault](int(step))
-    sys.exit(cli.main(sys.argv[2:]))
+    sys.argv[1:] = sys.argv[2:]
+    cli.run_and_exit()

@@ -18,11 +18,11 @@ from tests.distributed.test_checkpoint import elsewhere, metrics
 from tests.warm.interpreter import python
 
 RUN_WITH_A_FAULT = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("local", sys.argv[1])
-local = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(local)
-sys.exit(local.Processes(int(sys.argv[2]), [sys.executable, "-m", *sys.argv[3:]]).wait())
+import os, sys
+from launch.rank_processes import RankProcesses, free_port, rank_environments
+from launch.stop_signals import StopSignals
+environments = rank_environments(0, 1, int(sys.argv[1]), "127.0.0.1", free_port(), dict(os.environ))
+sys.exit(RankProcesses([sys.executable, "-m", *sys.argv[2:]], environments, StopSignals()).wait())
 """
 
 
@@ -33,9 +33,8 @@ def pretrain(run: RunConfig, processes: int, fault: str | None = None) -> subpro
     config = path.with_suffix(".yaml")
     save_config(run, config)
     module = ["infini_train"] if fault is None else ["tests.distributed.faults", fault]
-    launcher = str(REPOSITORY / "launch" / "local.py")
     return subprocess.run(
-        [python(), "-c", RUN_WITH_A_FAULT, launcher, str(processes), *module, "pretrain", "--config", str(config)],
+        [python(), "-c", RUN_WITH_A_FAULT, str(processes), *module, "pretrain", "--config", str(config)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -149,6 +148,15 @@ def test_metrics_that_find_no_room_cost_their_records_alone(pair):
     assert result.returncode == 2 and "Traceback" not in result.stdout, result.stdout
     assert result.stdout.count("training goes on, and tries again") == 1 and "the newest records are lost" in result.stdout
     assert [path.name for path in list_checkpoints(Path(hit.run_dir))] == ["step_00000008", "step_00000012"]
+
+
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others(pair):
+    """They wait in a collective for it, and NCCL would wait for them where groups are left in order. Its exit is what the
+    launcher sees."""
+    hit = elsewhere(pair, "fails alone")
+    result = pretrain(hit, 2, "fail_in_data@1@4")
+    assert result.returncode == 1, result.stdout
+    assert "RuntimeError: on purpose" in result.stdout and "left its groups" not in result.stdout
 
 
 def test_a_full_disk_once_costs_one_checkpoint_and_nothing_else(pair, undisturbed_pair):

@@ -69,6 +69,14 @@ def test_a_rank_that_is_stuck_is_told_from_those_that_wait_for_it(run):
     assert "faults.py" in stacks(run)["rank_1.txt"] and "faults.py" not in stacks(run)["rank_0.txt"].split("loop.py")[0]
 
 
+def test_a_rank_that_has_left_and_does_not_end_is_named(run):
+    """Its beats have ended with its watchdog; the others wait for it."""
+    run = Case(dp=2, window=(1, 4)).apply(run)
+    result = pretrain(run, 2, "leave_in_data@1@4")
+    assert result.returncode == HANG_EXIT_CODE, result.stdout
+    assert "the job hangs: rank 1 (host" in result.stdout
+
+
 def test_a_slow_first_step_and_a_slow_save_are_no_alarm(run, pool):
     """Each takes much longer on one rank than an ordinary operation may; the other rank waits for it all the while."""
     run = replace(run, training=replace(run.training, steps=3), checkpoint=CheckpointConfig(every=2, asynchronous=False))
