@@ -62,7 +62,7 @@ def check_initial_weights(run: RunConfig, tokenizer_fingerprint: str, shapes: Ma
         ours, saved = getattr(run.model, key), saved_model[key]
         if ours != saved:
             raise UserError(f"model.{key} is {ours}, but {named} has {saved}; set model.{key} to {saved}")
-    stored = stored_shapes(path)
+    stored = own_shapes(path, facts, run)
     if unknown := sorted(stored.keys() - shapes.keys()):
         raise UserError(
             f"{named} holds {unknown[0]}, which a model with this configuration does not have (it was written with "
@@ -76,6 +76,15 @@ def check_initial_weights(run: RunConfig, tokenizer_fingerprint: str, shapes: Ma
     for name, shape in sorted(stored.items()):
         if shape != shapes[name]:
             raise UserError(f"{named}: {name} is {list(shape)} there, but {list(shapes[name])} in this model")
+
+
+def own_shapes(path: Path, facts: Mapping[str, Any], run: RunConfig) -> dict[str, tuple[int, ...]]:
+    """`stored_shapes` of what means the same in this run: gates and memory tokens of another attention do not, by whatever
+    name."""
+    stored = stored_shapes(path)
+    if _saved_model(facts)["attention"] == run.model.attention:
+        return stored
+    return {name: shape for name, shape in stored.items() if not name.endswith(DRAWN)}
 
 
 def initial_weights_facts(path: Path) -> dict[str, Any]:

@@ -25,6 +25,8 @@ WEIGHTS_FILE = "weights.safetensors"
 CONFIG_FILE = "config.yaml"
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
+FLOATING = ("F32", "F16", "BF16")
+"""Types of weights, as safetensors names them; others are quantized."""
 BUFFERS = ("rotary_emb.inv_freq",)
 """What older versions of transformers saved beside the weights."""
 
@@ -49,7 +51,10 @@ class PretrainedFolder:
 
     def _file_names(self) -> list[str]:
         if (self.path / INDEX).is_file():
-            return sorted(set(_read_json(self.path / INDEX).get("weight_map", {}).values()))
+            named = _read_json(self.path / INDEX).get("weight_map")
+            if not isinstance(named, dict) or not all(isinstance(each, str) for each in named.values()):
+                raise UserError(f"{self.path / INDEX} does not say which file holds which tensor; get the file again")
+            return sorted(set(named.values()))
         if (self.path / ONE_FILE).is_file():
             return [ONE_FILE]
         raise UserError(
@@ -70,6 +75,10 @@ class PretrainedFolder:
                 raise UserError(f"--source {self.path} lacks {name}; get its files again")
             if (found := tuple(self._file_of[name].get_slice(name).get_shape())) != shape:
                 raise UserError(f"--source {self.path}: {name} is {list(found)}, but config.json makes it {list(shape)}")
+            if (kind := self._file_of[name].get_slice(name).get_dtype()) not in FLOATING:
+                raise UserError(
+                    f"--source {self.path}: {name} is stored as {kind}; only {', '.join(FLOATING)} can be converted"
+                )
 
     def tensor(self, name: str) -> Tensor:
         return self._file_of[name].get_tensor(name)

@@ -59,6 +59,11 @@ def model_config(config: Mapping[str, Any], path: str) -> ModelConfig:
     for key, value in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False), ("pretraining_tp", 1)):
         if config.get(key, value) != value:
             raise UserError(f"{path}: {key} is {config[key]}; only models with {key} {value} have the layers of this model")
+    if config.get("quantization_config"):
+        raise UserError(f"{path}: the model is quantized; convert the one that it was made of")
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise UserError(f"{path}: {key} is {config[key]!r}; it must be an object or null")
     rotary = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     scaling = rotary.get("rope_type", rotary.get("type", "default"))
     if scaling != "default":

@@ -21,16 +21,6 @@ from infini_train.data.manifest import TOKENIZER_FILE
 from infini_train.data.tokenizer import Tokenizer
 from infini_train.errors import UserError
 
-TOKENIZER_CONFIG = {
-    "tokenizer_class": "LlamaTokenizer",
-    "add_bos_token": True,  # a document begins with it
-    "add_eos_token": False,
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "legacy": False,
-    "add_prefix_space": False,
-}
 GATE = "self_attention.core_attention.attention.gate"
 
 
@@ -64,7 +54,7 @@ def convert_to(source: Path, folder: Path, final: Path) -> list[str]:
     if tokenizer is not None:
         config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)
-        _write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
+        _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer))
     save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
     _write_json(folder / "config.json", config)
@@ -83,6 +73,11 @@ def _refuse_other(model: ModelConfig, source: Path) -> None:
         raise UserError(
             f"--source {source} was trained with model.attention {model.attention}, which is no Llama in any segment; "
             "infini, local and full can be converted"
+        )
+    if model.hidden_size % model.num_attention_heads:
+        raise UserError(
+            f"--source {source} has model.hidden_size {model.hidden_size}, which its {model.num_attention_heads} heads do not "
+            "divide; transformers refuses such a Llama"
         )
     if model.short_convolution:
         raise UserError(
@@ -113,6 +108,19 @@ def _theirs(weights: Mapping[str, Tensor], model: ModelConfig) -> Iterator[tuple
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,  # a document begins with it
+        "add_eos_token": False,
+        "bos_token": tokenizer.piece(tokenizer.bos_id),
+        "eos_token": tokenizer.piece(tokenizer.eos_id),
+        "unk_token": tokenizer.piece(tokenizer.unk_id),
+        "legacy": False,
+        "add_prefix_space": False,
+    }
 
 
 def _tokenizer(facts: Mapping[str, Any]) -> Tokenizer | None:

@@ -37,6 +37,7 @@ class Tokenizer:
         vocab_size: number of token ids.
         bos_id: id that begins a document.
         eos_id: id that ends a document.
+        unk_id: id that a text never has.
         fingerprint: SHA-256 of the model file, in hexadecimal.
 
     Raises:
@@ -59,6 +60,7 @@ class Tokenizer:
         self.vocab_size: int = self._model.vocab_size()
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
+        self.unk_id: int = self._model.unk_id()
         self._piece_bytes = [self._bytes_of(piece) for piece in range(self.vocab_size)]
         self._byte_ids = {self._piece_bytes[i][0]: i for i in range(self.vocab_size) if self._model.is_byte(i)}
         if self.bos_id < 0 or self.eos_id < 0 or len(self._byte_ids) != 256:
@@ -86,6 +88,10 @@ class Tokenizer:
         if self._model.is_byte(piece):
             return bytes([int(text[3:-1], 16)])  # spelled <0xE2>
         return text.replace(SPACE_MARK, " ").encode("utf-8")
+
+    def piece(self, number: int) -> str:
+        """How the model spells a token."""
+        return str(self._model.id_to_piece(number))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without begin and end tokens."""

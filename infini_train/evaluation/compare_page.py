@@ -16,6 +16,7 @@ HEAD = ("attention", "state", "of infini's", "parameters", "perplexity", "spread
 MEANING = """state: numbers that one stream carries from segment to segment, over all layers (full attention carries nothing
 between micro-batches: it keeps its whole context). perplexity: of the held-out text, mean over the seeds; spread: smallest and
 largest.
+The context of full attention is what its micro-batch holds of a document, less where one begins within it.
 emptied: the same with the state emptied at every segment. tokens/s and peak memory: of training, medians over the seeds."""
 
 

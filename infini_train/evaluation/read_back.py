@@ -50,8 +50,8 @@ class _Layer:
         self.write_gate: Tensor | None = None
         self.segments: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=AGES[-1] + 1)
         self.in_document: Tensor | None = None
-        # Own key, key of another token, how many.
-        self.sums = torch.zeros(len(AGES), 3, dtype=torch.float64)
+        # Own key, key of another token, how many of either.
+        self.sums = torch.zeros(len(AGES), 4, dtype=torch.float64)
         # Strength, how many.
         self.strength = torch.zeros(2, dtype=torch.float64)
 
@@ -82,9 +82,12 @@ class _Layer:
         if not valid.any():
             return
         own = self.cosine(k, v, memory).cpu()[valid].double()
-        # Values have a direction in common, which any key reads; half a segment away stands a token of no relation.
-        other = self.cosine(k.roll(k.shape[1] // 2, dims=1), v, memory).cpu()[valid].double()
-        self.sums[position] += torch.tensor([own.sum(), other.sum(), own.numel()], dtype=torch.float64)
+        # Values have a direction in common, which any key reads; half a segment away stands a token of no relation, or padding.
+        half = k.shape[1] // 2
+        both = valid & valid.roll(half, dims=1)
+        other = self.cosine(k.roll(half, dims=1), v, memory).cpu()[both].double()
+        found = [own.sum(), other.sum(), own.numel(), other.numel()]
+        self.sums[position] += torch.tensor(found, dtype=torch.float64)
 
     def _measure_strength(self, k: Tensor, lengths: Tensor) -> None:
         if self.write_gate is None:
@@ -133,16 +136,16 @@ class ReadBack(AbstractContextManager["ReadBack"]):
         if not self.enabled:
             return None
         model = self.run.model
-        table = torch.zeros(model.num_layers, len(AGES), 3, dtype=torch.float64)
+        table = torch.zeros(model.num_layers, len(AGES), 4, dtype=torch.float64)
         strength = torch.zeros(model.num_layers, 2, dtype=torch.float64)
         for number, layer in self.layers.items():
             table[number - 1], strength[number - 1] = layer.sums, layer.strength
         table, strength = table.to(platform.device()), strength.to(platform.device())
         dist.all_reduce(table)
         dist.all_reduce(strength)
-        counts = table[..., 2]
+        counts = table[..., 2:]
         ages = [position for position in range(len(AGES)) if bool((counts[:, position] > 0).all())]
-        means = (table[..., :2] / counts.clamp(min=1.0).unsqueeze(-1)).cpu()
+        means = (table[..., :2] / counts.clamp(min=1.0)).cpu()
         return {
             "ages": [AGES[position] for position in ages],
             "own_key": [means[:, position, 0].tolist() for position in ages],

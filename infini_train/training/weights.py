@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from infini_train import platform
 from infini_train.checkpoint import folder
-from infini_train.checkpoint.compatibility import DRAWN, check_same_model, initial_weights_facts, stored_shapes
+from infini_train.checkpoint.compatibility import DRAWN, check_same_model, initial_weights_facts, own_shapes
 from infini_train.checkpoint.reader import read_tensors
 from infini_train.checkpoint.weights_file import SUFFIX, read_weights, read_weights_facts
 from infini_train.config import RunConfig
@@ -58,10 +58,10 @@ def load_initial_weights(parts: Parts) -> str:
     """
     run, placements = parts.run, parts.checkpointer.placements
     path = Path(str(run.training.initial_weights))
-    step = initial_weights_facts(path)["step"]
+    facts = initial_weights_facts(path)
     if path.suffix != SUFFIX and (wrong := damage_in_shares(path)):
         raise UserError(f"training.initial_weights {path} is damaged: {'; '.join(wrong)}; name another checkpoint")
-    stored = stored_shapes(path)
+    stored = own_shapes(path, facts, run)
     known = {name: placement for name, placement in placements.items() if placement.name in stored}
     weights = _read(path, parts.engine.module, known)
     drawn = {name: placement for name, placement in placements.items() if name not in known}
@@ -71,7 +71,7 @@ def load_initial_weights(parts: Parts) -> str:
     write_optimizer_state(parts.engine, {"model": weights}, steps_taken=0)
     new = Counter(re.sub(r".*\.", "", placement.name) for placement in drawn.values())
     words = ", ".join(f"{name} ({count})" for name, count in sorted(new.items()))
-    return f"starting from {path}, step {step}" + (f"; as in a new model: {words}" if new else "")
+    return f"starting from {path}, step {facts['step']}" + (f"; as in a new model: {words}" if new else "")
 
 
 def _read(path: Path, module: nn.Module, placements: Mapping[str, ParameterPlacement]) -> dict[str, Tensor]:

@@ -184,6 +184,26 @@ def test_every_layout_starts_from_the_same_weights(case, kind, source, expected,
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_gates_of_another_attention_are_not_taken(pool, run_config, tmp_path):
+    """One layer of `memorizing` has a gate under the name of Infini-attention's."""
+    run = replace(run_config, run_dir=str(tmp_path / "run"), training=replace(run_config.training, steps=3))
+    run.model = replace(run.model, attention="memorizing", initial_gate=1.5)
+    save_config(run, tmp_path / "run.yaml")
+    call("pretrain", "--config", str(tmp_path / "run.yaml"))
+    training = replace(run_config.training, initial_weights=str(list_checkpoints(tmp_path / "run")[-1]))
+    started = pool(1).run(JOBS, "start", Case().apply(replace(run_config, training=training)), 1)
+    assert "as in a new model: gate (4)" in started[0]["said"]
+    gates = [value for name, value in global_weights(started, "initial").items() if name.endswith("gate")]
+    assert len(gates) == 4 and not any(value.any() for value in gates)
+    # And back: Infini-attention's gates are nothing to local attention.
+    run = replace(run_config, run_dir=str(tmp_path / "infini"), training=replace(run_config.training, steps=3))
+    save_config(run, tmp_path / "infini.yaml")
+    call("pretrain", "--config", str(tmp_path / "infini.yaml"))
+    weights = ["--training.initial_weights", str(list_checkpoints(tmp_path / "infini")[-1]), "--model.attention", "local"]
+    output = call("pretrain", "--config", str(tmp_path / "infini.yaml"), "--run_dir", str(tmp_path / "local"), *weights)
+    assert "starting from" in output and "as in a new model" not in output
+
+
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_master_weights_of_a_bfloat16_run_take_all_bits(zero, source, pool, run_config):
     path = source / "weights.safetensors"

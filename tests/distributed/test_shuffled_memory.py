@@ -29,6 +29,8 @@ def test_rows_take_the_memory_of_the_next_row_that_has_one():
     alone = {7: MemoryState(memory[7].M[:2], memory[7].z[:2])}
     shuffled, rows = memory_of_other_rows(alone, 2)
     assert shuffled[7].z[:, 0, 0].tolist() == [1.0, 1.0] and rows.tolist() == [False, True]
+    shuffled, rows = memory_of_other_rows(memory, 4, torch.tensor([True, True, False, True]))
+    assert shuffled[7].z[:, 0, 0].tolist() == [3.0, 3.0, 3.0, 1.0], "what has ended gives nothing"
     assert memory_of_other_rows({}, 2)[1].tolist() == [False, False]
 
 

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from infini_train.checkpoint.weights_file import write_weights_file
 from infini_train.cli import main
 from infini_train.config import ModelConfig
 from infini_train.convert.llama import IN_A_LAYER, QKV, join, model_config, split, their_shapes
-from infini_train.data.tokenizer import train_tokenizer
+from infini_train.convert.to_hugging_face import _tokenizer_config
+from infini_train.data.tokenizer import Tokenizer, train_tokenizer
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -78,6 +82,20 @@ NORM = "model.layers.0.input_layernorm.weight"
         (configured(rope_parameters={"rope_type": "yarn"}), "rotary embedding is scaled (yarn)"),
         (configured(hidden_size=None), "hidden_size is None"),
         (configured(num_attention_heads="many"), "num_attention_heads is 'many'"),
+        (configured(rope_scaling="linear"), "rope_scaling is 'linear'; it must be an object"),
+        (configured(quantization_config={"bits": 4}), "the model is quantized"),
+        (
+            stored(lambda tensors: tensors.update({NORM: torch.ones(12, dtype=torch.int8)})),
+            f"{NORM} is stored as I8; only F32, F16, BF16",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": null}'),
+            "does not say which file holds which tensor",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": ["b"]}}'),
+            "does not say which file holds which tensor",
+        ),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "is not a JSON object"),
         (lambda folder: (folder / "config.json").unlink(), "is neither a folder of Hugging Face transformers"),
@@ -142,3 +160,45 @@ def test_defaults_of_config_json_are_those_of_transformers():
     assert isinstance(model, ModelConfig)
     assert (model.num_query_groups, model.head_dim, model.rotary_base, model.tie_embeddings) == (4, 3, 5e5, False)
     assert (model.segment_length, model_config({**few, "max_position_embeddings": 8192}, "").segment_length) == (32, 2048)
+
+
+def test_transformers_finds_the_begin_and_end_tokens_under_their_own_names(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 40),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=290,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        bos_piece="<|startoftext|>",
+        eos_piece="<|endoftext|>",
+        minloglevel=2,
+    )
+    tokenizer = Tokenizer(path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(tokenizer)))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("fox").input_ids == [tokenizer.bos_id, *tokenizer.encode("fox")]
+    assert theirs.eos_token_id == tokenizer.eos_id and len(theirs) == tokenizer.vocab_size
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"attention": "window"}, "model.attention window, which is no Llama in any segment"),
+        ({"short_convolution": 3}, "model.short_convolution 3"),
+        (
+            {"hidden_size": 40, "num_attention_heads": 6, "num_query_groups": 2},
+            "hidden_size 40, which its 6 heads do not divide",
+        ),
+    ],
+)
+def test_what_transformers_would_not_compute_is_refused(changes, words, tmp_path, capsys):
+    model = {"num_layers": 1, "hidden_size": 40, "num_attention_heads": 4, **changes}
+    facts = {"step": 1, "config": {"model": model, "training": {}, "data": {}}, "tokenizer_fingerprint": ""}
+    write_weights_file(tmp_path / "weights.safetensors", {"a": torch.ones(1)}, facts)
+    assert main(["convert", "--source", str(tmp_path / "weights.safetensors"), "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert words in said and len(said.splitlines()) == 1
