@@ -16,6 +16,7 @@ pytest.importorskip("deepspeed")
 from infini_train.config import RunConfig, save_config
 from tests.corpus import small_run, write_corpus
 from tests.distributed.command import call
+from tests.distributed.processes import Ranks
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs a CUDA device, and no interpreter"
@@ -76,3 +77,10 @@ def test_evaluates_and_generates(run: RunConfig) -> None:
     call("evaluate", *config)
     assert "the model goes on" in call("generate", *config, "--prompt", "once upon a time", "--max_new_tokens", "20")
     assert "report:" in call("report", *config)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["1b.yaml", "8b.yaml", "8b-1m.yaml", "paper.yaml"])
+def test_the_self_test_raises_no_false_alarm(name: str, precision: str) -> None:
+    """It stands before every run on several GPUs; its tolerances were found on CPUs."""
+    assert Ranks(1).run("tests.gpu.jobs", "found_by_self_test", name, precision) == [None]
