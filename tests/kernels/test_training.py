@@ -79,3 +79,12 @@ def test_what_is_shipped_for_gpus_trains_with_the_kernels(name: str, tmp_path: P
     for found in Ranks(run.layout.model_processes).run("tests.kernels.training_jobs", "steps", run, [way], 1):
         for kernels, plain in zip(found[f"{way[0]} {way[1]}"], found["plain"], strict=True):
             assert kernels == pytest.approx(plain, rel=2e-2)
+
+
+# tests/gpu has all of them.
+@pytest.mark.parametrize(("name", "precision"), [("1b", "bfloat16"), ("8b", "float32"), ("paper", "bfloat16")])
+def test_the_self_test_raises_no_false_alarm_about_the_kernels(name: str, precision: str, tmp_path: Path) -> None:
+    """It stands before every run on several GPUs."""
+    run = small_twin(read_config(ROOT / "configs" / f"{name}.yaml"), tmp_path)
+    found = Ranks(run.layout.model_processes).run("tests.kernels.training_jobs", "found_by_self_test", run, precision)
+    assert found == [None] * run.layout.model_processes

@@ -9,10 +9,13 @@ from dataclasses import replace
 from infini_kernels import backend, local, operation
 from infini_train import platform
 from infini_train.config import RunConfig
+from infini_train.errors import AgreedError
 
 platform.install()
 
 from infini_train.model import self_attention  # noqa: E402 (Megatron-core is imported after `install`)
+from infini_train.parallel.layout import initialize_process_group  # noqa: E402
+from infini_train.training import self_test  # noqa: E402
 from infini_train.training.setup import build_parts  # noqa: E402
 from infini_train.training.signals import StopRequest  # noqa: E402
 from infini_train.training.step import train_step  # noqa: E402
@@ -46,3 +49,14 @@ def steps(run: RunConfig, ways: list[tuple[str, int]], count: int) -> dict[str, 
             training = replace(run.training, recompute=recompute, recompute_layers=layers)  # type: ignore[arg-type]
             found[f"{recompute} {layers}"] = trained(replace(run, training=training))
     return found
+
+
+def found_by_self_test(run: RunConfig, precision: str) -> str | None:
+    """What the self-test of a run finds with the kernels in this process's layout: nothing, if its tolerances suit them."""
+    initialize_process_group()
+    with kernels_everywhere():
+        try:
+            self_test._test_in(run, precision)  # type: ignore[arg-type]
+        except AgreedError as error:
+            return str(error)
+    return None
