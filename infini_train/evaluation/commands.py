@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 
 from infini_train.attention import state_numbers
-from infini_train.checkpoint.folder import damage, list_checkpoints, read_state_file
+from infini_train.checkpoint.folder import damage, is_committed, read_state_file
 from infini_train.checkpoint.weights_file import SUFFIX, read_weights_facts
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.data.dataset import TokenDataset
@@ -33,9 +34,10 @@ from infini_train.evaluation.perplexity import (
 from infini_train.evaluation.read_back import ReadBack
 from infini_train.model import build_stage, parameter_placements
 from infini_train.parallel.engine import InferenceEngine
-from infini_train.parallel.layout import Layout, initialize_layout
+from infini_train.parallel.layout import Layout, initialize_layout, initialize_process_group
 from infini_train.parallel.pipeline import SegmentPipeline
 from infini_train.results import write_result
+from infini_train.training.checkpoint import damage_in_shares, newest_checkpoint
 from infini_train.training.weights import load_weights
 
 MEASURED_SHARE = 0.9
@@ -60,7 +62,8 @@ def inference_layout(run: RunConfig, world_size: int) -> RunConfig:
 
 
 def find_checkpoint(run: RunConfig, checkpoint: str | None) -> Path:
-    """The checkpoint that the user named, or the newest of the run whose files are whole.
+    """The checkpoint that the user named, or the newest of the run whose files are whole; a collective over all processes,
+    which divide the reading.
 
     Raises:
         UserError: there is none, or the named one is damaged.
@@ -68,20 +71,24 @@ def find_checkpoint(run: RunConfig, checkpoint: str | None) -> Path:
     if checkpoint is not None and checkpoint.endswith(SUFFIX):
         read_weights_facts(Path(checkpoint))
         return Path(checkpoint)
+    initialize_process_group()
     if checkpoint is not None:
-        wrong = damage(Path(checkpoint))
-        if wrong:
+        path = Path(checkpoint)
+        if wrong := damage_in_shares(path) if is_committed(path) else damage(path):
             raise UserError(
                 f"--from_checkpoint {checkpoint}: {'; '.join(wrong)}; name a folder step_XXXXXXXX of a run's checkpoints, "
                 f"or a {SUFFIX} file of `infini-train checkpoint consolidate`"
             )
-        return Path(checkpoint)
-    for path in reversed(list_checkpoints(Path(run.run_dir))):
-        wrong = damage(path)
-        if not wrong:
-            return path
-        print(f"checkpoint {path} is damaged: {'; '.join(wrong)}; taking the one before it", file=sys.stderr)
-    raise UserError(f"run_dir {run.run_dir} holds no checkpoint; run `infini-train pretrain` first")
+        return path
+    newest = newest_checkpoint(Path(run.run_dir), _warn)
+    if newest is None:
+        raise UserError(f"run_dir {run.run_dir} holds no checkpoint; run `infini-train pretrain` first")
+    return newest
+
+
+def _warn(line: str) -> None:
+    if dist.get_rank() == 0:
+        print(line, file=sys.stderr)
 
 
 def load_model(run: RunConfig, checkpoint: Path) -> Loaded:
