@@ -43,7 +43,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=2 $(BIN)/pytest tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto tests/unit
 
 # The tokenizer lies beside the weights, and nothing else of the data is needed.
 recheck: setup
