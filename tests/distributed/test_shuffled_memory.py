@@ -43,6 +43,16 @@ def test_a_tail_is_no_memory_and_stays_with_its_row():
     assert torch.equal(shuffled[1].tail, tail) and rows.tolist() == [True] * 3
 
 
+def test_what_has_ended_gives_no_attention_its_memory(pool, run_config):
+    """A cache of keys, and memory tokens, take in an ended row's padding; where nothing is left to give, nothing counts."""
+    counted = {}
+    for attention in ("infini", "linear", "transformer_xl", "recurrent_memory"):
+        run = replace(run_config, model=replace(run_config.model, attention=attention))
+        counted[attention] = pool(1).run(*JOB, run, 1)[0]["shuffled"].tokens
+    for attention, tokens in counted.items():
+        np.testing.assert_array_equal(tokens, counted["infini"], err_msg=attention)
+
+
 def test_without_memory_emptied_and_shuffled_change_nothing(pool, run_config):
     """Closed gates: what a convolution sees across borders is not counted as the memory's."""
     model = replace(run_config.model, initial_gate=-60.0, short_convolution=3, short_convolution_reach="document")

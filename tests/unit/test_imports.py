@@ -107,3 +107,14 @@ def test_nothing_but_config_reads_yaml():
     for path in PACKAGE.rglob("*.py"):
         if path.name != "config.py":
             assert "import yaml" not in path.read_text(encoding="utf-8"), path
+
+
+def test_every_group_has_a_time_limit_of_its_own():
+    """One that is given none takes the default of its backend, NCCL's ten minutes, and not the run's."""
+    found = 0
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "launch").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "new_group":
+                found += 1
+                assert "timeout" in {keyword.arg for keyword in node.keywords}, f"{path.relative_to(ROOT)}: {node.lineno}"
+    assert found > 2
