@@ -194,10 +194,15 @@ class Watchdog:
 
     def _left(self, rank: int) -> dict[str, Any]:
         """In place of the beat of a process of which none was seen."""
-        limit = self._limits["first_step"]
         return {
-            **{"rank": rank, "host": "unknown", "pid": 0, "beats": -1, "operation": "a run that it has left"},
-            **{"waits": False, "seconds": 0.0, "limit": limit},
+            "rank": rank,
+            "host": "unknown",
+            "pid": 0,
+            "beats": -1,
+            "operation": "a run that it has left",
+            "waits": False,
+            "seconds": 0.0,
+            "limit": self._limits["first_step"],
         }
 
     def _pass_verdict(self) -> None:

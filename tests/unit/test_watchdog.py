@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 
-from infini_train.training.watchdog import STACK_SIGNAL, _process_state, _stacks_of_silent_process
+from infini_train.config import HealthConfig, RunConfig
+from infini_train.training.watchdog import STACK_SIGNAL, Watchdog, _describe, _process_state, _stacks_of_silent_process
 
 PROGRAM = """
 import faulthandler, sys, time
@@ -34,3 +35,15 @@ def test_a_stopped_process_writes_its_stacks_and_is_stopped_again(tmp_path):
             assert _process_state(process.pid) == "T"
         finally:
             process.kill()
+
+
+def test_a_process_that_left_before_it_was_seen_grows_overdue_and_is_named(tmp_path):
+    watchdog = Watchdog(RunConfig(health=HealthConfig(first_step_seconds=1800.0)))
+    watchdog._rank, watchdog._folder = 0, tmp_path
+    watchdog._look_at(1)
+    seen = watchdog._seen[1]
+    assert not seen.overdue
+    seen.at -= 1801.0
+    watchdog._look_at(1)
+    assert watchdog._seen[1].overdue
+    assert "rank 1 (host unknown" in _describe({**seen.beat, "silent": True, "seconds": seen.seconds})
