@@ -53,8 +53,14 @@ recheck: setup
 		--from_checkpoint $(wildcard benchmarks/results/$(RECIPE)/seed-*.safetensors) --data.path benchmarks/results/$(RECIPE) \
 		--task.lengths '[512, 16384, 131072, 1048576]' --task.depths '[0, 0.5, 1]' --task.samples_per_cell 4 --task.rows 4
 
+# flash-attn's Python without its CUDA kernels, for tests/kernels alone: in .venv itself a run would take it for the whole.
+.venv/flash-attn/.installed: .venv/.installed
+	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE $(BIN)/pip install --quiet --disable-pip-version-check \
+		--no-deps --no-build-isolation --upgrade --target $(@D) flash-attn==2.8.3
+	@touch $@
+
 # One after the other: beside the tests on several processes, jobs on SLURM ran out of their time limits on two cores.
-test: check
+test: check .venv/flash-attn/.installed
 	$(BIN)/pytest tests/kernels
 	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=30 tests/distributed tests/slurm
 

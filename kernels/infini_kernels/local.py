@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, N segments, W tokens of a segment in this call, H que
 D key width, Dv value width; X rows of any kind.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -38,18 +39,41 @@ FLASH_WIDEST_HEAD = 256
 SHORT_ROW_ON_CPU = 128
 
 
-def flash_attention_for(q: Tensor, v: Tensor) -> ModuleType | None:
-    """The newest flash-attn that is installed and has a kernel for these tensors (last dimension the width)."""
+_FAILURES: dict[str, str] = {}
+
+
+@torch.compiler.assume_constant_result
+def _failure(name: str) -> str:
+    """Why a package cannot be imported, often because its kernels were built for another PyTorch; nothing if it can be."""
+    if name not in _FAILURES:
+        try:
+            import_module(name)
+            _FAILURES[name] = ""
+        except (ImportError, OSError) as error:
+            _FAILURES[name] = f"{name} cannot be imported: {' '.join(str(error).split())}"
+    return _FAILURES[name]
+
+
+def _candidates(q: Tensor, v: Tensor) -> list[str]:
+    """What is installed of flash-attn and has a kernel for these tensors, the newest first."""
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or max(q.shape[-1], v.shape[-1]) > FLASH_WIDEST_HEAD:
-        return None
-    if FLASH_ATTENTION_3 and torch.cuda.get_device_capability(q.device)[0] == 9:
+        return []
+    on_hopper = FLASH_ATTENTION_3 and torch.cuda.get_device_capability(q.device)[0] == 9
+    return ["flash_attn_interface"] * on_hopper + ["flash_attn"] * FLASH_ATTENTION_2
+
+
+def flash_attention_for(q: Tensor, v: Tensor) -> ModuleType | None:
+    """The newest flash-attn that can be imported and has a kernel for these tensors (last dimension the width)."""
+    for name in _candidates(q, v):
+        if _failure(name):
+            continue
+        if name == "flash_attn":  # import statements, which torch.compile follows
+            import flash_attn
+
+            return flash_attn
         import flash_attn_interface
 
         return flash_attn_interface
-    if FLASH_ATTENTION_2:
-        import flash_attn
-
-        return flash_attn
     return None
 
 
@@ -65,15 +89,16 @@ def local_attention_choice(q: Tensor, v: Tensor, grouped: bool = False) -> str:
     Args:
         grouped: there are fewer key/value heads than query heads.
     """
+    failed = "".join(f" ({failure})" for failure in map(_failure, _candidates(q, v)) if failure)
     flash_attn = flash_attention_for(q, v)
     if flash_attn is not None:
-        return f"{flash_attn.__name__} {getattr(flash_attn, '__version__', '')}".strip()
+        return f"{flash_attn.__name__} {getattr(flash_attn, '__version__', '')}".strip() + failed
     if not q.is_cuda:
-        return f"PyTorch {torch.__version__} on {q.device.type}"
+        return f"PyTorch {torch.__version__} on {q.device.type}{failed}"
     grouped = grouped and _takes_groups(q)
     q, k, v = (q.new_empty(1, heads, 16, max(q.shape[-1], v.shape[-1])) for heads in ((2, 1, 1) if grouped else (2, 2, 2)))
     number = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=grouped)
-    return f"PyTorch {torch.__version__}, {SDPBackend(number).name.lower()}"
+    return f"PyTorch {torch.__version__}, {SDPBackend(number).name.lower()}{failed}"
 
 
 def _takes_groups(q: Tensor) -> bool:

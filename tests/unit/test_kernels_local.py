@@ -136,6 +136,7 @@ def test_flash_attention_4_alone_is_not_taken_for_version_2(tmp_path: Path, monk
 def test_the_newest_flash_attention_that_the_card_can_run_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 1, 1, 128), device="cuda:0")
     modules = {name: SimpleNamespace(__name__=name) for name in ("flash_attn", "flash_attn_interface")}
+    monkeypatch.setattr(local, "_FAILURES", {})
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
 
@@ -150,3 +151,25 @@ def test_the_newest_flash_attention_that_the_card_can_run_is_taken(monkeypatch: 
     assert taken(True, True, 8) == "flash_attn" and taken(True, False, 9) == "flash_attn"
     assert taken(False, True, 8) is None and taken(False, False, 9) is None
     assert taken(True, True, 9, dtype=torch.float32) is None and taken(True, True, 9, shape=(1, 1, 1, 512)) is None
+
+
+def test_a_flash_attention_that_cannot_be_imported_is_named_and_the_next_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where its kernels were built for another PyTorch."""
+    (tmp_path / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol:\\n_ZN3c104')")
+    (tmp_path / "flash_attn.py").write_text("__version__ = '2.8'")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(local, "_FAILURES", {})
+    candidates = ["flash_attn_interface", "flash_attn"]
+    monkeypatch.setattr(local, "_candidates", lambda q, v: candidates)
+    half = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
+    try:
+        assert local.flash_attention_for(half, half).__name__ == "flash_attn"
+    finally:
+        sys.modules.pop("flash_attn", None)
+    why = "(flash_attn_interface cannot be imported: undefined symbol: _ZN3c104)"
+    assert local.local_attention_choice(half, half) == f"flash_attn 2.8 {why}"
+    candidates.pop()
+    assert local.flash_attention_for(half, half) is None
+    assert local.local_attention_choice(half, half) == f"PyTorch {torch.__version__} on cpu {why}"
