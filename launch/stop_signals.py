@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do to a launcher: before there are ranks they end it, after that it passes them on."""
+"""What Ctrl-C, SIGTERM and SIGUSR1 do to a launcher: before there are ranks they end it, after that it passes them on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Those that a rank takes for a wish to stop, too: what ended the launcher alone would leave its ranks behind."""
 
 
 class Stopped(Exception):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at a launcher before a step is done: true words, and the exit code of a run that saved nothing."""
+"""Ctrl-C, SIGTERM and SIGUSR1 at a launcher before a step is done: true words, and the code of a run that saved nothing."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_while_the_configuration_is_checked(number, tmp_path):
     process = start(tmp_path / "held", "local.py", "2", "pretrain", check=True)
     wait_until((tmp_path / "held" / "held").exists)
@@ -66,7 +66,7 @@ def test_a_stop_while_the_configuration_is_checked(number, tmp_path):
     assert finish(process, 128 + number) == SAVED_NOTHING
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("catches", ["False", "os.environ['RANK'] == '0'"], ids=["none waits", "one waits"])
 def test_a_stop_while_the_ranks_start(number, catches, tmp_path):
     process = start(tmp_path / "held", "local.py", "2", "pretrain", catches=catches)
