@@ -25,8 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 2 for an error that the user can mend, printed in one line; 85 for a run that stopped early and can go on; 87 for one
-        that stopped itself because training is unhealthy, printed in one line.
+        0; 1 for damage that `checkpoint verify` found, or a difference that `plan --dry_run` did; 2 for an error that the user
+        can mend, printed in one line; 85 for a run that stopped early and can go on; 87 for one that stopped itself because
+        training is unhealthy, printed in one line; 130 for Ctrl-C where nothing was to be saved.
     """
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)

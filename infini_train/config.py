@@ -155,7 +155,8 @@ class TaskConfig:
     """Distribution of lengths between the two; log_uniform makes as many texts of 256 to 512 tokens as of 512 to 1,024,
     equal_tokens twice as many, so that both have as many tokens: more answers in the same time."""
     late_share: float = 0.15
-    """Share of the texts whose fact is in the last 15% of the filler; the rest is uniform over all of it."""
+    """Share of the texts whose fact is in the last 15% of the filler. What this and the next two shares leave is uniform over
+    all of it."""
     border_share: float = 0.15
     """Share of the texts whose fact is in the last three segments before the question, half of them across a border between
     two segments."""
@@ -188,14 +189,15 @@ class LayoutConfig:
     sequence_parallel: bool = False
     """Split the activations between tensor-parallel layers (norms, residual stream) over the tensor group too."""
     context_parallel_size: int = 1
-    """Processes that split each micro-batch's segments in contiguous runs; they exchange one memory state per layer."""
+    """Processes that split each micro-batch's segments in contiguous runs; they exchange one memory state per layer. With
+    attention infini and local."""
     pipeline_parallel_size: int = 1
     """Pipeline stages; each holds num_layers / pipeline_parallel_size layers."""
     virtual_stages: int = 1
     """Chunks of layers that each pipeline stage holds. Hidden states go round the stages that many times, which divides the
     pipeline's idle time by as much and multiplies its transfers."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage: 0 to 3 with one pipeline stage, 0 to 2 with more."""
+    """DeepSpeed ZeRO stage: 0 to 3 with one pipeline stage, 0 to 2 with more; 1 alone in bfloat16."""
     offload_optimizer: bool = False
     """Keep master weights and Adam moments in host memory and step there; ZeRO 1 to 3, float32, one pipeline stage."""
 

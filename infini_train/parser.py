@@ -81,7 +81,8 @@ def _add_arguments(name: str, command: ArgumentParser) -> None:
             help="folder step_XXXXXXXX, or a file of `checkpoint consolidate`; the newest of the run by default",
         )
     if name == "generate":
-        command.add_argument("--prompt", type=str | None, default=None, help="text to continue")
+        from_held_out = "the first half of the longest held-out document, at most 32 segments of it, by default"
+        command.add_argument("--prompt", type=str | None, default=None, help=f"text to continue; {from_held_out}")
         command.add_argument("--prompt_file", type=str | None, default=None, help="file that holds the text to continue")
         command.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate at most")
         command.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
@@ -109,7 +110,10 @@ def _add_checkpoint_arguments(command: ArgumentParser) -> None:
         "--path", type=str | None, default=None, help="a folder step_XXXXXXXX; the newest of the run by default (verify: all)"
     )
     command.add_argument(
-        "--output", type=str | None, default=None, help="safetensors file that consolidate writes; RUN_DIR/STEP.safetensors"
+        "--output",
+        type=str | None,
+        default=None,
+        help="safetensors file that consolidate writes; RUN_DIR/step_XXXXXXXX.safetensors by default",
     )
 
 

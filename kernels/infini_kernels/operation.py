@@ -57,7 +57,7 @@ def infini_attention(
         q: [B, T, H, D], not rotated. H is a multiple of G. q, k and v share a floating type and a device.
         k: [B, T, G, D], not rotated.
         v: [B, T, G, Dv].
-        gate: [H], β before the sigmoid: 1 reads only memory, 0 only the segment.
+        gate: [H], β. The memory's share of the output is sigmoid(β): half of it where β is 0.
         memory: what enters the first segment, M [B, G, D, Dv] and z [B, G, D] in float32 (float64 beside float64
             queries); None for zeros.
         segment_length: tokens of a segment. T need not be a multiple: a partial last segment is a segment of its own,

@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x[i], x[i + D/2]) of every head.
 
-    x [..., T, heads, D]; cos and sin [T, D/2]. Computed in the wider of the two types, returned in x's. The tables are
-    constants: they get no gradient.
+    x [..., T, heads, D]; cos and sin [T, D/2], or [..., T, D/2] with x's first dimensions. Computed in the wider of the two
+    types, returned in x's. The tables are constants: they get no gradient.
     """
     return _Rotation.apply(x, cos.unsqueeze(-2), sin.unsqueeze(-2))  # [T, 1, D/2]
 
