@@ -1,8 +1,8 @@
 """How long a step takes, from FLOPs, bytes and a few assumed shares of what a data sheet promises.
 
 Every assumption is a constant of this file with its source. Against measured steps (benchmarks/results/step.jsonl; fused
-layers, same bits twice): a slice of 8B, 4 layers, 0.408 s planned and 0.452 measured on an H100, 0.385 and 0.424 on an H200;
-1B in micro-batches that the host holds up, on an H200, 0.732 s planned and 0.856 measured (0.637 without memory).
+layers, same bits twice, linear rule): a slice of 8B, 4 layers, 0.401 s planned and 0.452 measured on an H100, 0.380 and 0.400
+on an H200; 1B on an H200 0.481 and 0.482.
 """
 
 from __future__ import annotations
