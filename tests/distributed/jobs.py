@@ -32,11 +32,20 @@ from infini_train.training.step import train_step
 from tests.distributed.exchange import recorded_exchange
 
 
-def train(run: RunConfig, steps: int) -> dict[str, Any]:
-    """Train some steps; loss and gradient norm of each, and this rank's slices of weights and memory."""
+def train(run: RunConfig, steps: int, resumable: bool = False) -> dict[str, Any]:
+    """Train some steps; loss and gradient norm of each, and this rank's slices of weights and memory.
+
+    Args:
+        resumable: go on from the newest checkpoint of the run directory, if there is one, and save another at the end.
+    """
     parts = build_parts(run)
     initial = weights(parts)
+    if resumable and (saved := list_checkpoints(Path(run.run_dir))):
+        parts.checkpointer.load(saved[-1], parts.engine, parts.state)
     records = [train_step(parts, StopRequest())[0] for _ in range(steps)]
+    if resumable:
+        parts.checkpointer.save(parts.engine, parts.state)
+        parts.checkpointer.finish(must_succeed=True)
     return {
         "loss": [record["loss"] for record in records],
         "grad_norm": [record["grad_norm"] for record in records],

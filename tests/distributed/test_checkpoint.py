@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
+import termios
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,18 +40,22 @@ TIMED = {
 }
 
 
-def start(run: RunConfig, processes: int, command: Callable[[Path], list[str]] = launcher) -> subprocess.Popen[str]:
-    """`pretrain` through the launcher, as a user starts it."""
+def start(
+    run: RunConfig, processes: int, command: Callable[[Path], list[str]] = launcher, terminal: int | None = None
+) -> subprocess.Popen[str]:
+    """`pretrain` through the launcher, as a user starts it; in a terminal of its own, if one is given."""
     path = Path(run.run_dir)
     path.mkdir(parents=True, exist_ok=True)
     config = path.with_suffix(".yaml")
     save_config(run, config)
     return subprocess.Popen(
         [*command(REPOSITORY / "launch" / "local.py"), str(processes), "pretrain", "--config", str(config)],
-        stdout=subprocess.PIPE,
+        stdout=subprocess.PIPE if terminal is None else terminal,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=terminal is not None,
+        preexec_fn=None if terminal is None else lambda: fcntl.ioctl(1, termios.TIOCSCTTY, 0),
     )
 
 
@@ -119,6 +126,24 @@ def test_a_signal_saves_and_the_run_goes_on(number, run, undisturbed):
     output = finish(start(stopped, 2), 0)
     assert f"step_{steps:08d}" in output
     assert metrics(stopped) == undisturbed
+
+
+def test_a_terminal_that_closes_is_a_signal_too(run, undisturbed):
+    """All that the launcher and its ranks say after that goes nowhere."""
+    closed = elsewhere(run, "closed")
+    screen, terminal = os.openpty()
+    process = start(closed, 2, terminal=terminal)
+    os.close(terminal)
+    path = Path(closed.run_dir) / "metrics.jsonl"
+    while not (path.is_file() and path.read_text().count("\n") >= 3):
+        assert select.select([screen], [], [], 120)[0]
+        os.read(screen, 1 << 16)
+    os.close(screen)
+    assert process.wait(timeout=240) == 85
+    steps = len(metrics(closed))
+    assert steps < 24
+    assert f"step_{steps:08d}" in finish(start(closed, 2), 0)
+    assert metrics(closed) == undisturbed
 
 
 def test_a_killed_rank_ends_the_run_which_goes_on_from_the_last_checkpoint(run, undisturbed):

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 at a launcher before a step is done: true words, and the code of a run that saved nothing."""
+"""Ctrl-C and its kin at a launcher before a step is done: true words, and the code of a run that saved nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from infini_train.stop_signals import STOP_SIGNALS
 from tests.distributed.command import REPOSITORY
 from tests.distributed.test_checkpoint import finish
 from tests.free_port import free_port
@@ -57,7 +58,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stop_while_the_configuration_is_checked(number, tmp_path):
     process = start(tmp_path / "held", "local.py", "2", "pretrain", check=True)
     wait_until((tmp_path / "held" / "held").exists)
@@ -66,7 +67,7 @@ def test_a_stop_while_the_configuration_is_checked(number, tmp_path):
     assert finish(process, 128 + number) == SAVED_NOTHING
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 @pytest.mark.parametrize("catches", ["False", "os.environ['RANK'] == '0'"], ids=["none waits", "one waits"])
 def test_a_stop_while_the_ranks_start(number, catches, tmp_path):
     process = start(tmp_path / "held", "local.py", "2", "pretrain", catches=catches)
