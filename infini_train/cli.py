@@ -260,6 +260,10 @@ def _checkpoint(arguments: Namespace) -> int:
     configured = read_config(*map(Path, arguments.config)) if arguments.config else RunConfig()
     run_dir = Path(configured.run_dir if arguments.run_dir is None else arguments.run_dir)
     if arguments.action == "list":
+        if arguments.path is not None:
+            raise UserError(
+                f"--path is {arguments.path}, but list shows all checkpoints of --run_dir; leave it out, or inspect it"
+            )
         return commands.list_all(run_dir)
     paths = folder.list_checkpoints(run_dir) if arguments.path is None else [Path(arguments.path)]
     if arguments.path is not None and not paths[0].is_dir():

@@ -52,6 +52,10 @@ def in_words(error: ArgumentError, command: str = "", options: Collection[str] =
         lambda found: found[1] + WITHOUT_FLAG.get(found[2], f"--{found[2]}"),
         " ".join(str(error).split()),
     )
+    if found := re.fullmatch(r"argument \w+: invalid choice: '(?P<given>.*)' \(choose from (?P<choices>.*)\)", message):
+        choices = re.findall(r"'([^']*)'", found["choices"])
+        close = difflib.get_close_matches(found["given"], choices, n=1)
+        return f"{found['given']} is none of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
     unknown = _unknown(message, names, files)
     wrong_words = re.match("unrecognized arguments|the following arguments are required", message)
     if command in USAGE and wrong_words and "did you mean" not in unknown:

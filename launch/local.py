@@ -4,8 +4,8 @@
     python launch/local.py 2 pretrain --config configs/tiny.yaml
 
 Each process gets torch.distributed's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and an equal share
-of the cores. Unlike torchrun, it passes Ctrl-C, SIGTERM and SIGUSR1 on once, waits for the processes to save, and leaves with
-their own exit code, so that "stopped and resumable" (85), "hangs" (86) and "wrong configuration" (2) reach the caller.
+of the cores. Unlike torchrun, it passes Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP on once, waits for the processes to save, and
+leaves with their own exit code, so that "stopped and resumable" (85), "hangs" (86) and "wrong configuration" (2) reach the caller.
 """
 
 from __future__ import annotations

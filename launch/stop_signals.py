@@ -1,14 +1,12 @@
-"""What Ctrl-C, SIGTERM and SIGUSR1 do to a launcher: before there are ranks they end it, after that it passes them on."""
+"""What Ctrl-C and its kin do to a launcher: before there are ranks they end it, after that it passes them on."""
 
 from __future__ import annotations
 
 import signal
 import sys
 from collections.abc import Callable
-from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Those that a rank takes for a wish to stop, too: what ended the launcher alone would leave its ranks behind."""
+from infini_train.stop_signals import STOP_SIGNALS, catch_stop_signals
 
 
 class Stopped(Exception):
@@ -28,10 +26,9 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.pass_on: Callable[[int], None] | None = None
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
+        catch_stop_signals(self._receive)
 
-    def _receive(self, number: int, _: FrameType | None) -> None:
+    def _receive(self, number: int) -> None:
         if self.pass_on is not None:
             self.pass_on(number)
             return

@@ -1,9 +1,11 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 ask for a checkpoint and a clean exit at the end of the step."""
+"""The signals that ask to stop ask for a checkpoint and a clean exit at the end of the step."""
 
 from __future__ import annotations
 
 import signal
-from types import FrameType
+from typing import Any
+
+from infini_train.stop_signals import catch_stop_signals
 
 RESUMABLE_EXIT_CODE = 85
 """Exit code of a run that stopped early, saved, and goes on when it is started again."""
@@ -14,16 +16,15 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._previous[number] = signal.signal(number, self._handle)
+        self._previous = catch_stop_signals(self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int) -> None:
         self.signal_number = number

@@ -152,7 +152,7 @@ def check_reset(reset: Tensor | None, batch_size: int, num_segments: int) -> Non
 
 
 def check_repeats(repeats: Tensor | None, batch_size: int, num_segments: int) -> None:
-    """repeats [B, N], at least 1; values are checked where they are on the CPU."""
+    """repeats [B, N], whole numbers of at least 1; values are checked where they are on the CPU."""
     if repeats is None:
         return
     if list(repeats.shape) != [batch_size, num_segments]:
@@ -162,6 +162,8 @@ def check_repeats(repeats: Tensor | None, batch_size: int, num_segments: int) ->
         )
     if values_known(repeats) and bool((repeats < 1).any()):
         raise ValueError(f"repeats holds {float(repeats.min())}, but a segment is written at least once")
+    if values_known(repeats) and (parts := repeats[repeats != repeats.round()]).numel():
+        raise ValueError(f"repeats holds {float(parts[0])}, but a segment is written a whole number of times")
 
 
 def check_lengths(lengths: Tensor | None, batch_size: int, num_tokens: int, segment_length: int) -> None:

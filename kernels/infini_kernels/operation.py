@@ -72,8 +72,8 @@ def infini_attention(
         backend: 'auto', 'reference' or 'triton'.
         group: processes over which the segments are spread: each passes a contiguous run of whole segments, in rank order, and
             the same memory; each gets the memory after the last process's run. Its gradient is the sum over the processes.
-        repeats: [B, ceil(T / segment_length)], at least 1: how often each segment is written, as if it came so many times in a
-            row ('delta' takes whole numbers, and walks more than two in runs that share a normaliser). None writes each once.
+        repeats: [B, ceil(T / segment_length)], whole numbers of at least 1: how often each segment is written, as if it came so
+            many times in a row ('delta' walks more than two in runs that share a normaliser). None writes each once.
         write_gate: u [G, D]: a token is written with strength 2 sigmoid(k · u) and not with 1. Not in the paper.
         normaliser: 'paper', or for 'delta' 'corrected', which is not in the paper: see `variants.read_state`. The memory's M is
             then [B, G, D, Dv + 1].

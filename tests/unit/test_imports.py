@@ -14,6 +14,7 @@ SIDE = {"config", "errors", "hardware", "platform", "results"}
 ALLOWED = {
     "errors": set(),
     "commands": set(),
+    "stop_signals": set(),
     "config": set(),
     "hardware": {"errors"},
     "validation": {"config", "errors"},
@@ -25,7 +26,7 @@ ALLOWED = {
     "model": {"infini_kernels", "attention", *SIDE},
     "checkpoint": {"config", "errors", "results"},
     "parallel": {"infini_kernels", "attention", "model", "data", *SIDE},
-    "training": {"checkpoint", "infini_kernels", "attention", "model", "parallel", "data", "evaluation", *SIDE},
+    "training": {"checkpoint", "infini_kernels", "attention", "model", "parallel", "data", "evaluation", "stop_signals", *SIDE},
     "evaluation": {"checkpoint", "attention", "model", "parallel", "data", "overrides", "tasks", "training", *SIDE},
     "planning": {"infini_kernels", "model", "parallel", "data", "training", "validation", *SIDE},
     "convert": {"checkpoint", "config", "data", "errors", "results"},
@@ -69,7 +70,9 @@ def test_launchers_need_only_the_standard_library():
     files = sorted((ROOT / "launch").glob("*.py"))
     assert len(files) > 5
     for path in files:
-        allowed = {"cluster.environment", "commands", "errors"} | ({"torch"} if path.name.startswith("preflight") else set())
+        allowed = {"cluster.environment", "commands", "errors", "stop_signals"} | (
+            {"torch"} if path.name.startswith("preflight") else set()
+        )
         names = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):

@@ -109,7 +109,14 @@ def test_four_thousand_writes_into_an_empty_memory_stay_finite(rule):
     assert all(torch.isfinite(value).all() for value in (out, state.M, state.z, *(y.grad for y in x.values())))
 
 
-@pytest.mark.parametrize("repeats,words", [(torch.ones(B, 2), "need \\[2, 3\\]"), (torch.zeros(B, N), "at least once")])
+@pytest.mark.parametrize(
+    "repeats,words",
+    [
+        (torch.ones(B, 2), "need \\[2, 3\\]"),
+        (torch.zeros(B, N), "at least once"),
+        (torch.full((B, N), 1.5), "holds 1.5, but .* a whole number of times"),
+    ],
+)
 def test_wrong_counts_are_refused(repeats, words):
     with pytest.raises(ValueError, match=words):
         infini_attention(**inputs(), segment_length=S, repeats=repeats)
