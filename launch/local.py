@@ -5,7 +5,8 @@
 
 Each process gets torch.distributed's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and an equal share
 of the cores. Unlike torchrun, it passes Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP on once, waits for the processes to save, and
-leaves with their own exit code, so that "stopped and resumable" (85), "hangs" (86) and "wrong configuration" (2) reach the caller.
+leaves with their own exit code, so that "stopped and resumable" (85), "hangs" (86) and "wrong configuration" (2) reach the
+caller.
 """
 
 from __future__ import annotations
