@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import stat
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -61,9 +63,10 @@ class DocumentSource:
         self.max_text_bytes = None if max_text_mb is None else max_text_mb * 1e6
         self.is_standard_library = source == "stdlib"
         self.root = Path(sysconfig.get_paths()["stdlib"]) if self.is_standard_library else Path(source)
-        if not self.root.exists():
-            raise UserError(f"data.source {source} does not exist; give a file, a folder or the word stdlib")
-        self.is_hugging_face = self.root.is_dir() and any((self.root / mark).is_file() for mark in HUGGING_FACE_MARKS)
+        with _readable(self.root):
+            if not self.root.exists():
+                raise UserError(f"data.source {source} does not exist; give a file, a folder or the word stdlib")
+            self.is_hugging_face = self.root.is_dir() and any((self.root / mark).is_file() for mark in HUGGING_FACE_MARKS)
         if self.root.is_file() and not _is_text_file(self.root):
             kinds = ", ".join(PLAIN_SUFFIXES + RECORD_SUFFIXES)
             raise UserError(f"data.source {source} is a file of unknown kind; its name must end in one of {kinds}")
@@ -132,25 +135,33 @@ class DocumentSource:
         if self.root.is_file():
             yield self.root
             return
-        for folder, folders, files in os.walk(self.root):
-            # os.walk descends into what is left of `folders`, in this order.
-            folders[:] = sorted(name for name in folders if not (self.is_standard_library and name in NOT_STANDARD_LIBRARY))
-            for name in sorted(files):
-                path = Path(folder, name)
-                if path.is_file() and (path.suffix == ".py" if self.is_standard_library else _is_text_file(path)):
-                    yield path
+        entered: set[tuple[int, int]] = set()
+        with _readable(self.root):
+            # Without onerror a folder that cannot be read would be an empty one.
+            for folder, folders, files in os.walk(self.root, followlinks=True, onerror=_raise):
+                facts = os.stat(folder)
+                if (place := (facts.st_dev, facts.st_ino)) in entered:  # by another link
+                    folders.clear()
+                    continue
+                entered.add(place)
+                # os.walk descends into what is left of `folders`, in this order.
+                folders[:] = sorted(name for name in folders if not (self.is_standard_library and name in NOT_STANDARD_LIBRARY))
+                for name in sorted(files):
+                    path = Path(folder, name)
+                    is_text = path.suffix == ".py" if self.is_standard_library else _is_text_file(path)
+                    # Not is_file(), to which a link without its file is none.
+                    if is_text and stat.S_ISREG(path.stat().st_mode):
+                        yield path
 
     def _files(self) -> Iterator[tuple[str, str]]:
         for path in self._paths():
             before = self._work_done
-            try:
+            with _readable(path):
                 if _is_record_file(path):
                     yield from self._records(path)
                 else:
                     yield from self._plain(path)
                 self._work_done = before + path.stat().st_size
-            except OSError as error:
-                raise UserError(f"{path} cannot be read ({error}); repair it or take it out of data.source") from error
 
     def _name(self, path: Path) -> str:
         return path.name if path == self.root else path.relative_to(self.root).as_posix()
@@ -227,6 +238,24 @@ class DocumentSource:
                 self._work_done += 1
                 name = f"{split}:{number}" if split else str(number)
                 yield self._field(row, f"{self.source}, row {name}"), name
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Around what reads the file or folder, or something below it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        place, reason = error.filename or path, error.strerror or error
+        raise UserError(f"{place} cannot be read ({reason}); repair it or take it out of data.source") from error
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _is_record_file(path: Path) -> bool:

@@ -1,7 +1,9 @@
 """Document sources: the same documents whatever the container, and errors that name file, line and key."""
 
+import errno
 import gzip
 import json
+import os
 import sysconfig
 from pathlib import Path
 
@@ -181,4 +183,38 @@ def test_missing_unknown_and_empty_sources(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.source .*a\.pdf"):
         DocumentSource(str(tmp_path / "a.pdf"))
     with pytest.raises(UserError, match=r"data\.source .* holds no document"):
+        read(tmp_path)
+
+
+def test_linked_folders_are_read_and_each_once(tmp_path: Path) -> None:
+    source, elsewhere = tmp_path / "s", tmp_path / "elsewhere"
+    for folder, text in ((source / "b", "inside"), (elsewhere / "deep", "linked")):
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text(text)
+    (source / "a").symlink_to(elsewhere)
+    (source / "b" / "again").symlink_to(elsewhere)
+    (source / "b" / "loop").symlink_to(source)
+    assert [d.name for d in DocumentSource(str(source))] == ["a/deep/a.txt", "b/a.txt"]
+
+
+def test_what_cannot_be_read_is_named_and_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    (tmp_path / "a.txt").write_text("kept")
+    (closed / "b.txt").write_text("kept too")
+
+    def refuse(path: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:  # root may read everything
+        open_folder = os.scandir
+        patch.setattr(os, "scandir", lambda path: refuse(path) if Path(path) == closed else open_folder(path))
+        with pytest.raises(UserError, match=r"closed cannot be read \(Permission denied\); .* out of data\.source"):
+            read(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_file", refuse)
+        with pytest.raises(UserError, match=r"closed/dataset_dict\.json cannot be read \(Permission denied\)"):
+            read(closed)
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"gone\.txt cannot be read \(No such file"):
         read(tmp_path)
