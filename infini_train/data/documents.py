@@ -186,7 +186,7 @@ class DocumentSource:
     def _record_text(self, line: bytes, place: str) -> str:
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter where it is nested too deep
             raise UserError(f"{place} is not valid JSON ({error}); repair or delete the line") from error
         return self._field(record, place)
 
@@ -216,12 +216,8 @@ class DocumentSource:
             ) from error
         try:
             loaded = datasets.load_from_disk(str(self.root))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"data.source {self.source} cannot be opened as a Hugging Face dataset ({reason}); save it again "
-                "with save_to_disk"
-            ) from error
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise self._not_a_dataset("cannot be opened as a Hugging Face dataset", error) from error
         splits = {name: loaded[name] for name in sorted(loaded)} if isinstance(loaded, dict) else {"": loaded}
         for name, rows in splits.items():
             if self.text_key not in rows.column_names:
@@ -232,12 +228,20 @@ class DocumentSource:
         # Other columns may hold images or audio, which iterating would decode.
         return {name: rows.select_columns([self.text_key]) for name, rows in splits.items()}
 
+    def _not_a_dataset(self, what: str, error: Exception) -> UserError:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return UserError(f"data.source {self.source} {what} ({reason}); save it again with save_to_disk")
+
     def _hugging_face_rows(self) -> Iterator[tuple[str, str]]:
         for split, rows in self._hugging_face_splits.items():
-            for number, row in enumerate(rows):
-                self._work_done += 1
-                name = f"{split}:{number}" if split else str(number)
-                yield self._field(row, f"{self.source}, row {name}"), name
+            name = f"{split}:0" if split else "0"
+            try:
+                for number, row in enumerate(rows):
+                    self._work_done += 1
+                    name = f"{split}:{number}" if split else str(number)
+                    yield self._field(row, f"{self.source}, row {name}"), name
+            except (OSError, ValueError) as error:
+                raise self._not_a_dataset(f"is damaged behind row {name}", error) from error
 
 
 @contextmanager

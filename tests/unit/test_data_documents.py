@@ -218,3 +218,21 @@ def test_what_cannot_be_read_is_named_and_not_left_out(tmp_path: Path, monkeypat
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"gone\.txt cannot be read \(No such file"):
         read(tmp_path)
+
+
+def test_a_damaged_or_empty_dataset_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    datasets.Dataset.from_dict({"text": ["text " * 100] * 100}).save_to_disk(str(folder))
+    [path] = folder.glob("*.arrow")
+    path.write_bytes(path.read_bytes().replace(b"text " * 100, b"\xff" * 500))
+    with pytest.raises(UserError, match=r"data\.source .*damaged is damaged behind row 0"):
+        read(folder)
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match=r"data\.source .*empty cannot be opened"):
+        read(tmp_path / "empty")
+
+
+def test_a_record_that_is_nested_too_deep_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "more": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(UserError, match=r"line 1 is not valid JSON"):
+        read(tmp_path)
