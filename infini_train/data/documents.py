@@ -164,7 +164,9 @@ class DocumentSource:
                 self._work_done = before + path.stat().st_size
 
     def _name(self, path: Path) -> str:
-        return path.name if path == self.root else path.relative_to(self.root).as_posix()
+        name = path.name if path == self.root else path.relative_to(self.root).as_posix()
+        # A name that is not in UTF-8 could not be printed.
+        return os.fsencode(name).decode("utf-8", errors="backslashreplace")
 
     def _plain(self, path: Path) -> Iterator[tuple[str, str]]:
         try:

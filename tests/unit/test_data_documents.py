@@ -98,10 +98,12 @@ def test_unreadable_text_is_skipped_and_counted(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_bytes(b" \n\t")
     (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbfkept")
     (tmp_path / "e.jsonl").write_bytes(b'{"text": "\\ud800"}\n{"text": null}\n')
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xe9.txt")).write_bytes(b"\xe9")
     source = DocumentSource(str(tmp_path))
     assert [d.text for d in source] == ["kept"]
-    assert (source.skipped_not_utf8, source.skipped_empty) == (2, 3)
-    assert source.skipped_names == {"empty": ["b.txt", "c.txt", "e.jsonl:2"], "not in UTF-8": ["a.txt", "e.jsonl:1"]}
+    assert (source.skipped_not_utf8, source.skipped_empty) == (3, 3)
+    not_utf8 = ["a.txt", "e.jsonl:1", "f\\xe9.txt"]  # printable, whatever the name is
+    assert source.skipped_names == {"empty": ["b.txt", "c.txt", "e.jsonl:2"], "not in UTF-8": not_utf8}
 
 
 def test_of_many_skipped_texts_the_first_are_named(tmp_path: Path) -> None:
