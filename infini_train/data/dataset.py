@@ -61,6 +61,8 @@ class TokenDataset:
         self._shard, self._offset, self.document_lengths, self._weight_offset = self._load_index(facts)
         self.available = ~np.array([shard.file in bad_shards for shard in facts.shards])[self._shard]
         self._open: OrderedDict[int, int] = OrderedDict()
+        # By the folder and not by its name, under which `prepare --overwrite` puts other shards.
+        self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
 
     @property
     def num_documents(self) -> int:
@@ -114,8 +116,9 @@ class TokenDataset:
             os.close(self._open.popitem()[1])
 
     def __del__(self) -> None:
-        if hasattr(self, "_open"):
+        if hasattr(self, "_folder"):
             self.close()
+            os.close(self._folder)
 
     def _descriptor(self, shard: int) -> int:
         """An open file of the shard; the least recently used one is closed when there are too many."""
@@ -125,10 +128,21 @@ class TokenDataset:
         if len(self._open) >= MAX_OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1])
         try:
-            self._open[shard] = os.open(self._files[shard], os.O_RDONLY)
+            self._open[shard] = os.open(self._files[shard].name, os.O_RDONLY, dir_fd=self._folder)
         except OSError as error:
+            if not self._folder_is_there():
+                raise UserError(
+                    f"data.path {self.path} was replaced or moved away while it was read; put back what was there, or begin "
+                    "another run with what is there now"
+                ) from error
             raise UserError(f"{self._files[shard]} cannot be opened ({error.strerror}); {REMEDY}") from error
         return self._open[shard]
+
+    def _folder_is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._folder))
+        except OSError:
+            return False
 
     def _load_index(self, facts: SplitFacts) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         path = self.path / index_file(self.split)

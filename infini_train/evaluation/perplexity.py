@@ -143,6 +143,7 @@ def held_out_loss(
     memory: Treatment = "kept",
     limit: int | None = None,
     on_batch: Callable[[int], None] | None = None,
+    dataset: TokenDataset | None = None,
 ) -> HeldOutLoss:
     """Loss over the held-out split; a collective over all processes.
 
@@ -151,8 +152,9 @@ def held_out_loss(
         memory: what is done to it. With shuffled memory only tokens count for which another row of this process had one.
         limit: micro-batches of every row to read, from the longest documents; None reads every document once.
         on_batch: called with the number of micro-batches done, to show progress.
+        dataset: the held-out split, if it is open already.
     """
-    dataset = TokenDataset(Path(run.data.path), "held_out")
+    dataset = dataset or TokenDataset(Path(run.data.path), "held_out")
     by_position, own = (LossByPosition(run.model.segment_length, counts=layout.tp_rank == 0) for _ in range(2))
     carried: Memory = {}
     reading: Tensor | None = None

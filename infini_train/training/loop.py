@@ -12,6 +12,7 @@ from infini_train.attention import state_numbers
 from infini_train.attention.kernels import kernels_in_words
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig, save_config
+from infini_train.data.dataset import TokenDataset
 from infini_train.errors import UserError
 from infini_train.evaluation.perplexity import held_out_loss
 from infini_train.evaluation.read_back import ReadBack
@@ -46,8 +47,10 @@ def pretrain(run: RunConfig) -> int:
         warnings: list[str] = []
         watchdog.activity.begin("verification of the shards")
         dataset = open_training_data(run, warnings.append)
+        held_out = TokenDataset(Path(run.data.path), "held_out")
         watchdog.activity.begin("building of the model")
         parts = build_parts(run, dataset)
+        parts.held_out = held_out
         activity = parts.pipeline.activity = watchdog.activity
         state, main = parts.state, parts.layout.is_main
         resumed_from = _resume(parts, warnings)
@@ -127,14 +130,14 @@ def _evaluate_when_due(parts: Parts, record: dict[str, Any], progress: TrainingP
         return
     limit = run.evaluation.micro_batches
     with ReadBack(run, parts.layout, parts.engine.module) as read_back:
-        record["held_out_loss"] = held_out_loss(run, parts.layout, parts.pipeline, limit=limit).loss
+        record["held_out_loss"] = held_out_loss(run, parts.layout, parts.pipeline, limit=limit, dataset=parts.held_out).loss
     found = read_back.result()
     if found is not None and found["ages"]:
         record["memory_read_back"] = found["own_key"][0]
     if found is not None and found["write_strength"]:
         record["memory_write_strength"] = found["write_strength"]
     if state_numbers(run.model):
-        emptied = held_out_loss(run, parts.layout, parts.pipeline, limit=limit, memory="emptied")
+        emptied = held_out_loss(run, parts.layout, parts.pipeline, limit=limit, dataset=parts.held_out, memory="emptied")
         record["held_out_loss_memory_emptied"] = emptied.loss
     progress.say(f"step {step}: held-out loss {record['held_out_loss']:.4f} nats per token")
 

@@ -30,6 +30,8 @@ class Parts:
     pipeline: SegmentPipeline
     checkpointer: Checkpointer
     state: TrainingState
+    held_out: TokenDataset | None = None
+    """Opened once, or a run would measure what another `prepare` puts into data.path meanwhile."""
 
 
 def build_parts(run: RunConfig, dataset: TokenDataset | None = None) -> Parts:

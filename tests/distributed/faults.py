@@ -9,6 +9,7 @@ import atexit
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -142,6 +143,12 @@ def leave_with_a_hang() -> None:
     raise RuntimeError("on purpose")
 
 
+def replace_data() -> None:
+    """By other documents, as a person does who takes the run for finished."""
+    other = ["--data.max_text_mb", "0.03", "--overwrite"]
+    subprocess.run([sys.executable, "-m", "infini_train", "prepare", *sys.argv[2:], *other], check=True, capture_output=True)
+
+
 FAULTS: dict[str, Callable[[int], None]] = {
     "kill_before_shards": lambda step: when_writing(step, kill),
     "kill_inside_a_shard": kill_inside_a_shard,
@@ -156,6 +163,7 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "stall": lambda step: when_writing(step, lambda: time.sleep(3600)),
     "terminate_in_save": lambda step: when_writing(step, terminate_twice),
     "terminate_in_evaluation": lambda step: when_evaluating(step, terminate_twice),
+    "replace_data_in_evaluation": lambda step: when_evaluating(step, replace_data),
 }
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from infini_train.data.prepare import prepare
 from tests.corpus import small_run, write_corpus
 from tests.distributed.cases import Case
 from tests.distributed.test_checkpoint import finish, start, wait_for_step
+from tests.distributed.test_failures import pretrain
 
 
 @pytest.fixture
@@ -73,6 +74,14 @@ def test_a_shard_that_goes_bad_while_it_is_read_is_fatal_and_named(run):
     errors = [line for line in output.splitlines() if "error" in line]
     assert len(errors) == 1 and ".tar is damaged in document" in errors[0], output
     assert "Traceback" not in output
+
+
+def test_data_that_is_replaced_while_a_run_reads_it_is_not_taken_for_its_own(run):
+    run = replace(run, training=replace(run.training, steps=4), evaluation=replace(run.evaluation, every=2))
+    result = pretrain(run, 2, "replace_data_in_evaluation@0@2")
+    assert result.returncode == 2, result.stdout
+    assert f"data.path {run.data.path} was replaced or moved away while it was read" in result.stdout
+    assert "Traceback" not in result.stdout
 
 
 def test_what_one_rank_cannot_read_stops_all_with_the_same_line(run, pool):

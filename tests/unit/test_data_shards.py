@@ -13,6 +13,7 @@ import webdataset
 
 from infini_train.config import DataConfig, RunConfig
 from infini_train.data import dataset as dataset_module
+from infini_train.data.atomic import atomic_folder
 from infini_train.data.dataset import TokenDataset, check_dataset
 from infini_train.data.documents import Document
 from infini_train.data.manifest import load_manifest, token_format
@@ -185,6 +186,21 @@ def test_open_shards_are_bounded(written: Path, monkeypatch: pytest.MonkeyPatch)
     assert set(dataset._open) == {0, 2}, "the least recently used shard is closed"
     dataset.close()
     assert dataset.read(0, 0, 2).tolist() == first[0]
+
+
+def test_an_open_dataset_never_reads_what_replaced_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    for number in range(2):
+        with atomic_folder(folder, overwrite=True) as partial:
+            write(partial, tokenizer, [Document(f"{number} {d.text}", d.name) for d in DOCUMENTS])
+        if number == 0:
+            dataset = TokenDataset(folder, "train")
+            first = dataset.read(0, 0, 4).tolist()
+    last = dataset.num_documents - 1
+    assert dataset._shard[last] not in dataset._open
+    with pytest.raises(UserError, match=r"data\.path .*data was replaced or moved away while it was read"):
+        dataset.read(last, 0, 2)
+    assert dataset.read(0, 0, 4).tolist() == first, "an open shard is still there"
 
 
 def flip(path: Path, place: int) -> None:
