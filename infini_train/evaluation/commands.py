@@ -174,7 +174,7 @@ def _by_position(kept: HeldOutLoss, emptied: HeldOutLoss | None, shuffled: HeldO
     """One entry for each range of segments; a loss stands there if nearly all tokens of the range were measured for it."""
     rows = []
     for first, last in position_bins(kept):
-        part = slice(first, last + 1)
+        part = slice(first, None if last is None else last + 1)
         tokens = int(kept.tokens[part].sum())
         if tokens == 0:
             continue
@@ -208,7 +208,8 @@ def _print_evaluation(report: dict[str, Any]) -> None:
     print(f"{'segment of document':>20}  {'tokens':>10}  {'with memory':>12}  {'emptied':>12}  {'shuffled':>12}   (perplexity)")
     for row in report["by_position"]:
         losses = (row["loss"], row["loss_memory_emptied"], row["loss_memory_shuffled"])
-        print(line(f"{row['first_segment']}-{row['last_segment']}", row["tokens"], *losses))
+        first, last = row["first_segment"], row["last_segment"]
+        print(line(f"{first}+" if last is None else f"{first}-{last}", row["tokens"], *losses))
     emptied, shuffled = report["memory_emptied"], report["memory_shuffled"]
     print(line("all", report["tokens"], report["with_memory"]["loss"], None if emptied is None else emptied["loss"], None))
     if shuffled is not None:

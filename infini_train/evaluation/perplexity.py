@@ -220,14 +220,19 @@ def unigram_entropy(dataset: TokenDataset) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def position_bins(result: HeldOutLoss) -> list[tuple[int, int]]:
-    """Segment ranges [first, last] that double in width: 0, 1, 2-3, 4-7, ..."""
+def position_bins(result: HeldOutLoss) -> list[tuple[int, int | None]]:
+    """Segment ranges [first, last] that double in width: 0, 1, 2-3, 4-7, ...
+
+    The last has no end (None) where it holds the segments that are not told apart any more.
+    """
     occupied = np.flatnonzero(result.tokens)
     if len(occupied) == 0:
         return []
-    bins = [(0, 0)]
+    bins: list[tuple[int, int | None]] = [(0, 0)]
     start = 1
     while start <= occupied[-1]:
         bins.append((start, 2 * start - 1))
         start *= 2
+    if occupied[-1] == MAX_POSITIONS - 1:
+        bins[-1] = (bins[-1][0], None)
     return bins
