@@ -3,7 +3,6 @@ returns None where the run did not record what it draws."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from infini_train.evaluation import plotting as p
-from infini_train.evaluation.records import HeldOut, Records
+from infini_train.evaluation.records import ENDLESS, HeldOut, Records
 
 WIDE, HALF = 10.4, 5.2
 """Widths of a chart over the whole page and over one of two columns, in inches."""
@@ -36,13 +35,9 @@ def chart_figure(width: float, height: float, **subplots: Any) -> Iterator[tuple
         yield figure, figure.subplots(**subplots)
 
 
-def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
-
-
 def number(value: float) -> str:
     """Three significant digits; thousands in full."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < ENDLESS else f"{value:.3g}"
 
 
 def loss_chart(records: Records, held: HeldOut) -> Chart | None:

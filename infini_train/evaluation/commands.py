@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from infini_train.evaluation.perplexity import (
     unigram_entropy,
 )
 from infini_train.evaluation.read_back import ReadBack
+from infini_train.evaluation.records import perplexity, shown_perplexity
 from infini_train.model import build_stage, parameter_placements
 from infini_train.parallel.engine import InferenceEngine
 from infini_train.parallel.layout import Layout, initialize_layout, initialize_process_group
@@ -167,7 +167,7 @@ def _measure(loaded: Loaded, run: RunConfig, memory: Treatment) -> HeldOutLoss:
 
 
 def _summary(result: HeldOutLoss, loss: float) -> dict[str, float]:
-    return {"loss": loss, "perplexity": math.exp(loss), "tokens": int(result.tokens.sum())}
+    return {"loss": loss, "perplexity": perplexity(loss), "tokens": int(result.tokens.sum())}
 
 
 def _by_position(kept: HeldOutLoss, emptied: HeldOutLoss | None, shuffled: HeldOutLoss | None) -> list[dict[str, Any]]:
@@ -199,7 +199,7 @@ def _by_position(kept: HeldOutLoss, emptied: HeldOutLoss | None, shuffled: HeldO
 
 def _print_evaluation(report: dict[str, Any]) -> None:
     def shown(loss: float | None) -> str:
-        return "-" if loss is None else f"{math.exp(loss):.3f}"
+        return "-" if loss is None else shown_perplexity(loss, 3)
 
     def line(name: str, tokens: int, *losses: float | None) -> str:
         return f"{name:>20}  {tokens:>10,}" + "".join(f"  {shown(loss):>12}" for loss in losses)

@@ -11,8 +11,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator
 
 from infini_train.evaluation import plotting as p
-from infini_train.evaluation.charts import HALF, WIDE, Chart, chart_figure, number, perplexity
-from infini_train.evaluation.records import Records
+from infini_train.evaluation.charts import HALF, WIDE, Chart, chart_figure, number
+from infini_train.evaluation.records import Records, perplexity
 
 
 def position_chart(entries: list[dict[str, Any]], has_memory: bool) -> Chart | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,19 @@ from typing import Any
 import numpy as np
 
 from infini_train.errors import UserError
+
+ENDLESS = 1e9
+"""A perplexity from which on its digits say nothing: as many as the loss has nats, of a run that diverged."""
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), or the like of a loss for which no float is large enough."""
+    return math.exp(min(loss, 700.0))
+
+
+def shown_perplexity(loss: float, decimals: int) -> str:
+    value = perplexity(loss)
+    return f"{value:.{decimals}f}" if value < ENDLESS else f"{value:.3g}"
 
 
 @dataclass(frozen=True)

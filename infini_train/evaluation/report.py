@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from infini_train.evaluation import charts, memory_charts, plotting
-from infini_train.evaluation.charts import Chart, number, perplexity
+from infini_train.evaluation.charts import Chart, number
 from infini_train.evaluation.page import page
-from infini_train.evaluation.records import HeldOut, Records, held_out, positions, read_json, read_metrics
+from infini_train.evaluation.records import HeldOut, Records, held_out, perplexity, positions, read_json, read_metrics
 from infini_train.evaluation.retrieval_chart import retrieval_chart
 from infini_train.evaluation.time_table import time_sections
 from infini_train.results import COPIED_RUN_DIR, write_result

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from infini_train.evaluation.records import held_out, read_json, read_metrics
+from infini_train.evaluation.records import held_out, read_json, read_metrics, shown_perplexity
 
 LAST_STEPS = 10
 
@@ -31,8 +31,9 @@ def summary_lines(run_dir: Path) -> list[str]:
     if result.unigram_entropy is not None:
         lines.append(f"unigram entropy of the held-out text: {result.unigram_entropy:.3f} nats per token")
     if result.loss is not None:
-        line = f"held-out perplexity ({result.source}): {np.exp(result.loss):.2f}"
+        line = f"held-out perplexity ({result.source}): {shown_perplexity(result.loss, 2)}"
         if result.loss_memory_emptied is not None:
-            line += f" with memory, {np.exp(result.loss_memory_emptied):.2f} with the memory emptied at every segment"
+            emptied = shown_perplexity(result.loss_memory_emptied, 2)
+            line += f" with memory, {emptied} with the memory emptied at every segment"
         lines.append(line)
     return lines

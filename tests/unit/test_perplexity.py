@@ -1,9 +1,15 @@
 """Held-out loss by position: ranges of segments and what stands for each."""
 
-import numpy as np
+import json
+from pathlib import Path
 
-from infini_train.evaluation.commands import _by_position
+import numpy as np
+import pytest
+
+from infini_train.evaluation.commands import _by_position, _print_evaluation, _summary
 from infini_train.evaluation.perplexity import MAX_POSITIONS, HeldOutLoss, position_bins
+from infini_train.evaluation.report import write_report
+from infini_train.evaluation.summary import summary_lines
 
 
 def result(segments: int) -> HeldOutLoss:
@@ -27,3 +33,29 @@ def test_the_last_range_has_no_end_where_longer_documents_count_with_it() -> Non
     assert position_bins(found)[-2:] == [(MAX_POSITIONS // 4, MAX_POSITIONS // 2 - 1), (MAX_POSITIONS // 2, None)]
     last = _by_position(found, None, None)[-1]
     assert last["last_segment"] is None and last["tokens"] == 2 * (3 * MAX_POSITIONS - MAX_POSITIONS // 2)
+
+
+def test_the_loss_of_a_model_that_diverged_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its perplexity is more than a float holds."""
+    tokens = np.full(2, 8.0)
+    found = HeldOutLoss(np.array([20.0, 1e6]) * tokens, tokens, tokens)
+    whole = _summary(found, found.loss)
+    report = {
+        "checkpoint": "step_00000001",
+        "step": 1,
+        "tokens": 16,
+        "with_memory": whole,
+        "memory_emptied": None,
+        "memory_shuffled": None,
+        "unigram_entropy": 4.5,
+        "by_position": _by_position(found, None, None),
+        "read_back": None,
+    }
+    _print_evaluation(report)
+    printed = capsys.readouterr().out
+    assert "485165195.410" in printed and "1.01e+304" in printed and "held-out loss 500010.0000" in printed
+    (tmp_path / "evaluation.json").write_text(json.dumps(report))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1e6}) + "\n")
+    assert summary_lines(tmp_path)[-1] == "held-out perplexity (evaluation of step 1): 1.01e+304"
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "its perplexity is 1.01e+304" in page
