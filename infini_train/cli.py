@@ -196,7 +196,8 @@ def _generate(run: RunConfig, arguments: Namespace) -> int:
     _check_sampling(arguments)
     if arguments.prompt_file is not None:
         try:
-            prompt = Path(arguments.prompt_file).read_text(encoding="utf-8")
+            # As `prepare` reads a file: line ends stay, and a byte order mark is no text.
+            prompt = Path(arguments.prompt_file).read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt_file {arguments.prompt_file} cannot be read: {error}") from error
     if run.layout.pipeline_parallel_size > 1 and _world_size() > 1:

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from infini_train import cli
 from infini_train.cli import main
 from infini_train.commands import COMMANDS
+from infini_train.data.documents import DocumentSource
 from infini_train.parser import WITHOUT_CONFIG, build_parser, read_config
 from infini_train.parser_errors import USAGE
 from infini_train.validation import validate
@@ -130,6 +133,20 @@ def test_a_file_of_something_else_is_refused(content, words, tmp_path, capsys):
 def test_sampling_that_cannot_be_is_refused_before_a_model_is_read(options, words, capsys):
     assert main(["generate", *options]) == 2
     assert words in (line := capsys.readouterr().err) and line.count("\n") == 1
+
+
+def test_a_prompt_from_a_file_is_read_as_prepare_reads_text(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        cli, "_with_model", lambda run, arguments, action, check: action(SimpleNamespace(generate=take), run, None)
+    )
+
+    def take(run, checkpoint, prompt, *sampling):
+        found.append(prompt)
+
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
+    main(["generate", "--prompt_file", str(tmp_path / "prompt.txt")])
+    assert found == ["one\r\ntwo\n"] == [document.text for document in DocumentSource(str(tmp_path))]
 
 
 @pytest.mark.parametrize(
