@@ -17,15 +17,15 @@ from infini_train.errors import UserError
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
-    """Drop records after a checkpoint's step (and a half-written last line): the resumed run writes them again."""
+    """Drop records after a checkpoint's step, which the resumed run writes again, and lines that are none, as a crash left."""
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
     replacement = path.with_suffix(".jsonl.new")
     replacement.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

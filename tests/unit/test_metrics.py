@@ -10,7 +10,7 @@ import pytest
 
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
-from infini_train.training.metrics import MetricsWriter
+from infini_train.training.metrics import MetricsWriter, truncate_metrics
 
 
 def run_in(folder: Path) -> RunConfig:
@@ -63,3 +63,11 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: Is a directory"):
         MetricsWriter(run_in(tmp_path), 0, enabled=True)
+
+
+def test_a_resumed_run_drops_lines_that_are_none(tmp_path):
+    """What a machine that crashed left: zeros, other bytes, half a line."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\0\0\0\n\xff\xfe\n5\n[]\n{"step": null}\n{"step": 2}\n{"step": 3}\n{"st')
+    truncate_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
