@@ -19,7 +19,7 @@ import torch
 
 from infini_train import platform
 from infini_train.attention import state_numbers
-from infini_train.checkpoint.folder import list_checkpoints
+from infini_train.checkpoint.folder import list_checkpoints, read_state_file
 from infini_train.checkpoint.reader import describe_tensors
 from infini_train.config import ModelConfig, RunConfig, difference_from, save_config
 from infini_train.errors import UserError
@@ -98,6 +98,8 @@ def compare(run: RunConfig) -> int:
         folder = Path(each.run.run_dir)
         if (changed := difference_from(folder / "variant.yaml", each.run)) is not None:
             raise UserError(f"{folder} belongs to other settings ({changed}); set it back, or choose another run_dir")
+        if each.key not in record:
+            _check_documents(folder, run, fingerprint)
     if any(each.key not in record for each in runs):
         check_writable(Path(run.run_dir), f"run_dir {run.run_dir}", COPIED_RUN_DIR)
     for number, each in enumerate(runs, start=1):
@@ -117,6 +119,17 @@ def compare(run: RunConfig) -> int:
     _write_tables(run, measured)
     print(f"plot: {Path(run.run_dir) / 'compare.html'}")
     return 0
+
+
+def _check_documents(folder: Path, run: RunConfig, fingerprint: str | None) -> None:
+    """Refuse a run that is trained, and so would not notice that the data was prepared anew."""
+    for checkpoint in list_checkpoints(folder)[-1:]:
+        saved = read_state_file(checkpoint).get("dataset_fingerprint")
+        if None not in (saved, fingerprint) and saved != fingerprint:
+            raise UserError(
+                f"{folder} was trained on other documents than data.path {run.data.path} holds; give those, or choose another "
+                "run_dir"
+            )
 
 
 def _left_to_do(each: CompareRun) -> Iterator[str]:

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from infini_train.checkpoint.folder import COMMIT_FILE, MANIFEST_FILE, STATE_FILE
 from infini_train.cli import main
 from infini_train.config import CheckpointConfig, CompareConfig, RunConfig, save_config
+from infini_train.data.manifest import file_digest
 from infini_train.errors import UserError
 from infini_train.evaluation.compare import compare, compare_runs, run_to_its_end, variant_model
 from infini_train.evaluation.compare_page import compare_page, markdown_table
@@ -72,6 +74,22 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
     ):
         compare(run)
     assert not (tmp_path / "infini-update_rule-delta").exists()
+
+
+def test_a_run_that_was_trained_on_other_documents_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    """It has its last checkpoint, so that nothing is trained that would refuse the data."""
+    run = replace(RUN, run_dir=str(tmp_path))
+    checkpoint = Path(compare_runs(run)[0].run.run_dir) / "checkpoints" / f"step_{run.training.steps:08d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / MANIFEST_FILE).write_text("{}")
+    (checkpoint / STATE_FILE).write_text('{"dataset_fingerprint": "before"}')
+    (checkpoint / COMMIT_FILE).write_text(file_digest(checkpoint / MANIFEST_FILE))
+    monkeypatch.setattr("infini_train.evaluation.compare.data_fingerprint", lambda run: "now")
+    monkeypatch.setattr("infini_train.evaluation.compare._run", lambda command, each: 1)
+    with pytest.raises(UserError, match=r"update_rule-delta/seed-4 was trained on other documents than data\.path"):
+        compare(run)
+    monkeypatch.setattr("infini_train.evaluation.compare.data_fingerprint", lambda run: "before")
+    assert compare(run) == 1, "of the same documents it is evaluated"
 
 
 @pytest.mark.parametrize(
