@@ -111,6 +111,8 @@ def read_metrics(path: Path) -> Records:
         text = path.read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist, so there is nothing to report; run `infini-train pretrain` first") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); make it readable, or name another --run_dir") from error
     by_step: dict[int, dict[str, Any]] = {}
     unreadable: list[int] = []
     replaced = 0
@@ -164,7 +166,7 @@ def read_json(path: Path, command: str, notes: list[str]) -> dict[str, Any] | No
         value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (OSError, ValueError):
         value = None
     if isinstance(value, dict):
         return value

@@ -52,8 +52,10 @@ def write_report(run_dir: Path) -> Path:
     ):
         if isinstance(step := (result or {}).get("step"), int) and step < newest:
             notes.append(f"{name} is of step {step:,}, and the run has gone on since: run `infini-train {command}` again.")
-    config_file = run_dir / "config.yaml"
-    config = config_file.read_text(encoding="utf-8", errors="replace") if config_file.exists() else None
+    try:
+        config = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        config = None
 
     sections = [
         _cards(records, held),
@@ -289,7 +291,7 @@ def _reading(has_memory: bool) -> str:
 
 def _config(config: str | None) -> str:
     if config is None:
-        return '<section><p class="missing">No config.yaml in the run directory.</p></section>'
+        return '<section><p class="missing">No config.yaml that can be read in the run directory.</p></section>'
     return (
         "<section><details><summary>Configuration of the run (config.yaml)</summary>"
         f'<pre class="config">{_text(config)}</pre></details></section>'

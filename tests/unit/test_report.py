@@ -377,3 +377,17 @@ def test_labels_survive_the_shortening_of_coordinates() -> None:
     figure.text(0.123456, 0.5, "0.00025")
     svg = svg_of(figure, "label", 'a "quoted" description')
     assert ">0.00025<" in svg and "a &quot;quoted&quot; description" in svg
+
+
+def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    """Folders stand for files without permission, which root may read."""
+    run_dir = write_run(tmp_path, [step_record(1)])
+    for name in ("evaluation.json", "config.yaml"):
+        (run_dir / name).unlink(missing_ok=True)
+        (run_dir / name).mkdir()
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    assert "evaluation.json is not readable JSON" in page and "No config.yaml that can be read" in page
+    (run_dir / "metrics.jsonl").unlink()
+    (run_dir / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read \(Is a directory\)"):
+        write_report(run_dir)
