@@ -99,6 +99,7 @@ def test_every_way_of_computing_equals_one_process(case, pool, reference, run_co
         (Case(cp=4, window=(4, 1), rule="delta"), "document"),
         (Case(cp=2, pp=2, recompute="layer", rule="delta"), "segment"),
         (Case(dp=2, zero=3, recompute="stage", rule="delta", ageing=40), "segment"),
+        (Case(cp=2, zero=3, rule="delta"), "document"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
