@@ -61,7 +61,7 @@ recheck: setup
 
 # One after the other: beside the tests on several processes, jobs on SLURM ran out of their time limits on two cores.
 test: check .venv/flash-attn/.installed
-	$(BIN)/pytest tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal tests/kernels
 	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=30 tests/distributed tests/slurm
 
 test-slurm: setup
