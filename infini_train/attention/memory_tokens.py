@@ -23,7 +23,7 @@ from infini_train.errors import UserError
 
 
 class MemoryTokens(NamedTuple):
-    """Hidden states of memory tokens."""
+    """Hidden states of memory tokens; zeros in a row whose memory is empty, which goes on with those of a document's start."""
 
     tokens: Tensor  # [B, P, h] float32
 

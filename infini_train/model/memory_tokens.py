@@ -39,9 +39,11 @@ def by_segment(
     reset, lengths = micro_batch.empties_memory, micro_batch.lengths
     assert reset is not None and lengths is not None, "these variants do not stream token by token"
     rows, segments = reset.shape
-    begin = initial.unsqueeze(1).expand(-1, rows, -1)  # [P, B, h]
-    entering = micro_batch.memory_in.get(layer_number)
-    memory = begin if entering is None else entering[0].transpose(0, 1).to(hidden.dtype)
+    memory = begin = initial.unsqueeze(1).expand(-1, rows, -1)  # [P, B, h]
+    if (entering := micro_batch.memory_in.get(layer_number)) is not None:
+        # A row of zeros was emptied, inside a document too: see `training.health`.
+        written = entering[0].ne(0).flatten(1).any(dim=1)
+        memory = torch.where(written[:, None], entering[0].transpose(0, 1).to(hidden.dtype), begin)
     outputs = []
     for segment, tokens in enumerate(hidden.chunk(segments)):
         memory = torch.where(reset[:, segment].to(hidden.device)[None, :, None], begin, memory)

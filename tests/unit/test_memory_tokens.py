@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from infini_train.attention import build_attention
+from infini_train.attention.memory_tokens import MemoryTokens
 from infini_train.config import DataConfig, ModelConfig, RunConfig
+from infini_train.model import MicroBatch
+from infini_train.model.memory_tokens import by_segment
 from infini_train.training.plain_model import token_losses
 
 S, P, N = 4, 2, 4
@@ -101,3 +104,21 @@ def test_a_token_reaches_the_later_tokens_of_its_document_and_no_other(attention
         for earlier in range(N * S):
             expected = earlier in document and earlier <= t and earlier not in padding
             assert bool(reached[earlier]) == expected, (t, earlier)
+
+
+def test_a_row_that_was_emptied_inside_a_document_goes_on_as_one_begins():
+    """As after a skipped step or a rollback, which empty memories of all kinds with zeros."""
+    initial = torch.randn(P, 8)
+    carried = torch.stack([torch.zeros(P, 8), torch.randn(P, 8)])
+    seen = []
+
+    def run_segment(tokens: torch.Tensor, memory: torch.Tensor, _: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(memory)
+        return tokens, memory + 1
+
+    batch = MicroBatch(
+        reset=torch.zeros(2, 2, dtype=torch.bool), lengths=torch.full((2, 2), S), memory_in={1: MemoryTokens(carried)}
+    )
+    by_segment(torch.zeros(2 * S, 2, 8), initial, batch, 1, run_segment)
+    expected = torch.stack([initial, carried[1]], dim=1)
+    assert torch.equal(seen[0], expected) and torch.equal(seen[1], expected + 1)
