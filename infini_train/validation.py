@@ -14,6 +14,10 @@ from infini_train.errors import UserError
 
 LARGEST, LONGEST = 3e38, 1e9
 """Of numbers, which become float32, and of seconds, which a clock must hold."""
+SMALLEST_MEMORY_EPS = 1e-12
+"""What the memory's operation takes; a test compares them."""
+MOST_AGEING = 1 << 62
+"""Counts are 64-bit numbers."""
 MOST_WORDS = 109
 """Words at hand; a test compares them with the list."""
 WORDS_OF_A_FACT = {"multi_key": 1, "associative_recall": 2}
@@ -83,6 +87,8 @@ def validate_model(config: RunConfig) -> None:
         "training", training, "steps rows segments_per_micro_batch micro_batches_per_window windows_per_step loss_chunk_tokens"
     )
     _divides("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
+    if model.memory_eps < SMALLEST_MEMORY_EPS:
+        raise UserError(f"model.memory_eps is {model.memory_eps}; use at least {SMALLEST_MEMORY_EPS}: float32 must hold 1 / ε²")
     if model.head_dim % 2:
         raise UserError(f"model.head_dim is {model.head_dim}; rotary embedding needs an even width")
     if model.attention == "infini" and model.normaliser == "corrected" and model.update_rule != "delta":
@@ -95,8 +101,8 @@ def validate_model(config: RunConfig) -> None:
         raise UserError(
             f"training.recompute_layers is {training.recompute_layers}; use 0 for all layers of a chunk, or how many"
         )
-    if training.memory_ageing < 1:
-        raise UserError(f"training.memory_ageing is {training.memory_ageing}; use 1 to turn it off")
+    if not 1 <= training.memory_ageing <= MOST_AGEING:
+        raise UserError(f"training.memory_ageing is {training.memory_ageing}; use 1 to turn it off, and at most {MOST_AGEING}")
     if training.memory_ageing > 1 and config.model.attention != "infini":
         raise UserError(
             f"training.memory_ageing is {training.memory_ageing}, but model.attention {config.model.attention} has no "

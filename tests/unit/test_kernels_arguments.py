@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from infini_kernels import MemoryState, document_attention, infini_attention, local_attention
+from infini_kernels.arguments import SMALLEST_EPS
+from infini_train.validation import SMALLEST_MEMORY_EPS
 
 B, T, H, G, D, DV, S = 2, 7, 4, 2, 4, 3, 5
 
@@ -135,3 +137,7 @@ def test_rotary_of_documents_has_a_position_for_every_token() -> None:
     tensors = {name: x for name, x in arguments().items() if name not in ("gate", "memory")}
     with pytest.raises(ValueError, match=r"rotary cos has shape \[5, 2\], but tokens 7 and width 4 of q need \[7, 2\]"):
         document_attention(**tensors, reset=None, rotary=(zeros(S, 2), zeros(S, 2)))
+
+
+def test_a_configuration_may_have_no_smaller_epsilon():
+    assert SMALLEST_MEMORY_EPS == SMALLEST_EPS
