@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import uuid
 from dataclasses import asdict
@@ -33,10 +34,13 @@ def truncate_metrics(path: Path, last_step: int) -> None:
 
 
 def _wandb_id(run_dir: Path) -> str:
+    """The run's name at Weights & Biases; where a crash left no name in the file, a new one."""
     path = run_dir / "wandb_id"
-    if not path.is_file():
-        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    held = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    if not re.fullmatch(r"[\w.-]+", held):
+        held = uuid.uuid4().hex[:12]
+        path.write_text(held, encoding="utf-8")
+    return held
 
 
 def _without_nan(value: Any) -> Any:

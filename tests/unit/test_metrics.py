@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
-from infini_train.training.metrics import MetricsWriter, truncate_metrics
+from infini_train.training.metrics import MetricsWriter, _wandb_id, truncate_metrics
 
 
 def run_in(folder: Path) -> RunConfig:
@@ -71,3 +72,14 @@ def test_a_resumed_run_drops_lines_that_are_none(tmp_path):
     path.write_bytes(b'{"step": 1}\n\0\0\0\n\xff\xfe\n5\n[]\n{"step": null}\n{"step": 2}\n{"step": 3}\n{"st')
     truncate_metrics(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("left", [None, b"", b"\0\0\0\0", b"\xff\xfe"])
+def test_a_run_without_a_name_at_wandb_gets_one_and_keeps_it(left, tmp_path):
+    """What a machine that crashed left in the file would end pretrain in a traceback."""
+    if left is not None:
+        (tmp_path / "wandb_id").write_bytes(left)
+    name = _wandb_id(tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}", name) and _wandb_id(tmp_path) == name
+    (tmp_path / "wandb_id").write_text("my-run_1.a\n")
+    assert _wandb_id(tmp_path) == "my-run_1.a"
