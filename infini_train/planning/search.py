@@ -32,11 +32,14 @@ SIMPLICITY = 0.01
 
 def layouts(run: RunConfig, gpus: int, gpus_per_node: int) -> Iterator[RunConfig]:
     """The same training spread in other ways: every layout with one, two or four virtual stages, every recomputation, and cuts
-    of a window into micro-batches, as far as they fit the processes. What a step computes is the same in all of them."""
+    of a window into micro-batches of up to 16 segments or as many as the run has, as far as they fit the processes; and last
+    the run's own layout, where it is none of these. What a step computes is the same in all of them."""
+    own = with_training(run, recompute_layers=0)
     window = run.training.segments_per_micro_batch * run.training.micro_batches_per_window
     cuts = [run.training.segments_per_micro_batch]
     if run.model.attention != "full":  # its context is the micro-batch
-        cuts = [segments for segments in (1, 2, 4, 8, 16) if window % segments == 0]
+        cuts = sorted({*cuts, *(segments for segments in _divisors(window) if segments <= 16)})
+    own_is_new = True
     for tp, cp, pp in product(_divisors(gpus_per_node), _divisors(window), _divisors(run.model.num_layers)):
         if gpus % (tp * cp * pp):
             continue
@@ -53,13 +56,17 @@ def layouts(run: RunConfig, gpus: int, gpus_per_node: int) -> Iterator[RunConfig
                 sequence_parallel=tp > 1,
                 zero_stage=zero,
             )
-            yield with_training(
+            changed = with_training(
                 changed,
                 recompute=recompute,
                 recompute_layers=0,
                 segments_per_micro_batch=segments,
                 micro_batches_per_window=window // segments,
             )
+            own_is_new = own_is_new and changed != own
+            yield changed
+    if own_is_new:
+        yield own
 
 
 def _divisors(number: int) -> list[int]:

@@ -169,6 +169,36 @@ def test_search_leaves_out_what_validation_refuses():
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        # Segments of a micro-batch that are no power of two, or more than 16.
+        "--training.segments_per_micro_batch 3 --training.micro_batches_per_window 3",
+        "--training.segments_per_micro_batch 9 --training.micro_batches_per_window 1 --training.rows 8",
+        "--training.segments_per_micro_batch 32 --training.micro_batches_per_window 1 --training.rows 1 "
+        "--layout.context_parallel_size 8",
+    ],
+)
+def test_search_is_never_behind_the_layout_that_the_run_has(options: str) -> None:
+    run = load(CONFIGS / "1b.yaml", 8, "h100-80gb", "--training.recompute", "none", *options.split())
+    own, first = plan(run, 8, "h100-80gb"), search(run, 8, "h100-80gb", count=1)[0]
+    assert own.fits
+    assert first.time.total < own.time.total * 1.01
+
+
+def test_search_tries_each_layout_once():
+    run = large(segments_per_micro_batch=3, micro_batches_per_window=4, recompute="layer", recompute_layers=2)
+    for each in (
+        run,
+        with_layout(run, tensor_parallel_size=2),
+        with_layout(run, tensor_parallel_size=2, sequence_parallel=True),
+    ):
+        tried = [str(other) for other in layouts(each, 8, 8)]
+        assert len(tried) == len(set(tried))
+        assert str(with_training(each, recompute_layers=0)) in tried
+        assert {other.training.segments_per_micro_batch for other in layouts(each, 8, 8)} == {1, 2, 3, 4, 6, 12}
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ("--gpus 96", "training.rows is 64, which a data-parallel size of 3, 6, 12, 24, 48 or 96 does not divide;"),
