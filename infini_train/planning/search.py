@@ -138,7 +138,8 @@ def remedies(refused: Plan) -> list[str]:
         found.append(f"{some} {fewest.sizes.run.training.recompute_layers}")
     for recompute in ("layer", "stage"):
         if recompute != run.training.recompute and _fits(with_training(run, recompute=recompute), gpus, gpu):
-            found.append(f"--training.recompute {recompute}")
+            all_layers = recompute == "layer" and refused.sizes.run.training.recompute_layers > 0
+            found.append(f"--training.recompute {recompute}" + " --training.recompute_layers 0" * all_layers)
             break
     if run.training.precision == "float32":
         for zero in range(layout.zero_stage + 1, 4):

@@ -281,6 +281,14 @@ def test_too_few_layers_computed_again_are_said_to_be_too_few(capsys: pytest.Cap
     refused(capsys, *job, "--training.recompute_layers", str(fewer))
 
 
+def test_recompute_is_a_remedy_also_where_the_run_names_too_few_layers_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """configs/8b.yaml computes 27 layers again, which 32 GPUs are too few for."""
+    job = ["--config", str(CONFIGS / "8b.yaml"), "--gpu", "h100-80gb", "--gpus", "32", "--training.recompute", "none"]
+    for change in refused(capsys, *job).split("it fits with ")[1].strip().split(", or "):
+        assert main(["plan", *job, *shlex.split(change)]) == 0, change
+        capsys.readouterr()
+
+
 def test_zero_is_a_remedy_in_float32():
     run = large(rows=8, precision="float32", recompute="stage")
     run = with_layout(replace(run, model=replace(run.model, num_layers=32)), zero_stage=0)
