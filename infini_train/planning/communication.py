@@ -1,13 +1,15 @@
 """What one process of a stage sends in one optimizer step: kind, number of messages, bytes, and the link that carries them.
 
 Ranks lie as `infini_train.parallel.layout` makes them: neighbours form a tensor group, then context, data and pipeline. Nodes
-take consecutive ranks, so a group of n processes that lie s apart stays inside a node if n × s ≤ GPUs of a node.
+take consecutive ranks, and groups of n processes that lie s apart fill blocks of n × s ranks. So all groups of a kind stay in
+one node each if n × s divides the GPUs of a node: on nodes of 8, the third group of 3 neighbours is on two of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd
 from typing import Literal
 
 from infini_train.planning import activations
@@ -34,6 +36,8 @@ class Traffic:
     """Processes of the group."""
     stride: int
     """Distance of their ranks."""
+    processes: int
+    """Of the run."""
 
     @property
     def wire_bytes(self) -> float:
@@ -42,12 +46,12 @@ class Traffic:
         return self.messages * self.bytes * parts.get(self.operation, (self.size - 1) / self.size)
 
     def per_node(self, gpus_per_node: int) -> int:
-        """Processes of the group in one node."""
-        return max(1, min(self.size, gpus_per_node // self.stride))
+        """Processes of a group in one node, where they are fewest: that group holds up the others."""
+        return max(1, gcd(self.size * self.stride, min(gpus_per_node, self.processes)) // self.stride)
 
     def link(self, gpus_per_node: int) -> Literal["NVLink", "network"]:
         """The slowest link on the way."""
-        return "NVLink" if self.size * self.stride <= gpus_per_node else "network"
+        return "NVLink" if self.per_node(gpus_per_node) == self.size else "network"
 
 
 def stage_traffic(sizes: Sizes, stage: int) -> list[Traffic]:
@@ -59,9 +63,7 @@ def stage_traffic(sizes: Sizes, stage: int) -> list[Traffic]:
 
 
 def _times(item: Traffic, micro_batches: int) -> Traffic:
-    return Traffic(
-        item.kind, item.operation, item.what, item.messages * micro_batches, item.bytes, size=item.size, stride=item.stride
-    )
+    return replace(item, messages=item.messages * micro_batches)
 
 
 def _tensor(sizes: Sizes, stage: int) -> Iterator[Traffic]:
@@ -76,7 +78,7 @@ def _tensor(sizes: Sizes, stage: int) -> Iterator[Traffic]:
     outputs = (2 if run.training.recompute == "stage" else 1) * last
 
     def item(operation: Operation, what: str, messages: int, size: int) -> Traffic:
-        return Traffic("tensor", operation, what, messages, size, size=sizes.tp, stride=1)
+        return Traffic("tensor", operation, what, messages, size, size=sizes.tp, stride=1, processes=sizes.processes)
 
     # What enters linear_proj and fc2 is reduced behind them. A layer that is computed again stops at what fc2 keeps, before it.
     reduced = 4 * layers + recomputed * (2 if run.training.recompute == "stage" else 1) + embeddings
@@ -116,7 +118,16 @@ def _context(sizes: Sizes) -> Iterator[Traffic]:
             ("all_gather", name, layers + sizes.recomputed_layers),
             ("all_reduce", f"gradients of {name}", layers),
         ):
-            yield Traffic("context", operation, what, messages, size, size=sizes.cp, stride=sizes.tp)  # type: ignore[arg-type]
+            yield Traffic(
+                "context",
+                operation,  # type: ignore[arg-type]
+                what,
+                messages,
+                size,
+                size=sizes.cp,
+                stride=sizes.tp,
+                processes=sizes.processes,
+            )
 
 
 def _pipeline(sizes: Sizes, stage: int) -> Iterator[Traffic]:
@@ -130,7 +141,7 @@ def _pipeline(sizes: Sizes, stage: int) -> Iterator[Traffic]:
         ("hidden states", chunks - sizes.is_last(stage)),
         ("gradients of hidden states", chunks - sizes.is_first(stage)),
     ):
-        yield Traffic("pipeline", "send", what, messages, hidden, size=sizes.pp, stride=stride)
+        yield Traffic("pipeline", "send", what, messages, hidden, size=sizes.pp, stride=stride, processes=sizes.processes)
 
 
 def _data(sizes: Sizes, stage: int, micro_batches: int) -> Iterator[Traffic]:
@@ -143,7 +154,7 @@ def _data(sizes: Sizes, stage: int, micro_batches: int) -> Iterator[Traffic]:
     zero = run.layout.zero_stage
 
     def item(operation: Operation, what: str, messages: int, size: int) -> Traffic:
-        return Traffic("data", operation, what, messages, size, size=sizes.replicas, stride=sizes.tp)
+        return Traffic("data", operation, what, messages, size, size=sizes.replicas, stride=sizes.tp, processes=sizes.processes)
 
     # Seen with DeepSpeed 0.19: stages 0 to 2 all-reduce, stage 2 in every backward.
     if zero == 3:

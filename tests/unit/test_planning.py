@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,7 +216,7 @@ def test_the_host_holds_up_micro_batches_that_are_too_small():
 
 def test_ring_bytes_by_hand():
     def sent(operation: str) -> float:
-        return Traffic("data", operation, "", messages=3, bytes=100, size=4, stride=1).wire_bytes  # type: ignore[arg-type]
+        return Traffic("data", operation, "", messages=3, bytes=100, size=4, stride=1, processes=4).wire_bytes  # type: ignore[arg-type]
 
     assert sent("all_reduce") == 3 * 2 * 75
     assert sent("all_gather") == sent("reduce_scatter") == 3 * 75
@@ -230,9 +231,25 @@ def test_links_follow_the_order_of_ranks():
     assert links == {"tensor": "NVLink", "context": "NVLink", "pipeline": "network", "data": "network"}
 
 
+@pytest.mark.parametrize("processes", [*range(1, 9), 12, 16, 20, 24, 48, 96])
+def test_a_group_is_in_one_node_only_if_every_group_of_its_kind_is(processes: int):
+    """Counted over all groups, rank by rank, on nodes of 8."""
+    for span in (each for each in range(2, processes + 1) if processes % each == 0):
+        for stride in (each for each in range(1, span) if span % each == 0):
+            groups = [
+                range(block + first, block + span, stride) for block in range(0, processes, span) for first in range(stride)
+            ]
+            nodes = [Counter(rank // 8 for rank in group) for group in groups]
+            item = Traffic(
+                "data", "all_reduce", "", messages=1, bytes=1, size=span // stride, stride=stride, processes=processes
+            )
+            assert (item.link(8) == "NVLink") is all(len(each) == 1 for each in nodes), (span, stride)
+            assert item.per_node(8) == min(min(each.values()) for each in nodes), (span, stride)
+
+
 def test_seconds_of_a_message_by_hand():
     """Over nodes with two members in each, two adapters carry the ring."""
-    item = Traffic("data", "all_reduce", "", messages=1, bytes=10**9, size=8, stride=4)
+    item = Traffic("data", "all_reduce", "", messages=1, bytes=10**9, size=8, stride=4, processes=32)
     gpu = GPUS["h100-80gb"]
     assert item.per_node(8) == 2
     assert traffic_seconds(item, gpu) == pytest.approx(1.75e9 / (2 * 50e9 * 0.8) + MESSAGE_SECONDS["network"])
