@@ -9,6 +9,7 @@ Sources (figures without sparsity, NVLink as one direction of the total that the
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from infini_train.errors import UserError
@@ -86,7 +87,7 @@ GPUS = {
     )
 }
 
-_OTHER_PEAKS = {"H100 NVL": 835e12, "H100 PCIe": 756e12}
+_OTHER_PEAKS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H200 NVL": 835e12}
 """Variants with another bfloat16 peak, by the name that CUDA gives them; nobody plans for them here."""
 
 
@@ -105,6 +106,6 @@ def find_gpu(name: str) -> Gpu:
 def bfloat16_peak(cuda_name: str) -> float | None:
     """Dense bfloat16 peak in FLOP/s of the device that CUDA calls so; None where it is not known."""
     for part, peak in [*_OTHER_PEAKS.items(), *((gpu.cuda_name, gpu.bfloat16_flops) for gpu in GPUS.values())]:
-        if part in cuda_name:
+        if re.search(rf"{part}(?!\d)", cuda_name):  # an RTX A1000 is no A100
             return peak
     return None

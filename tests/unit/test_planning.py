@@ -289,6 +289,9 @@ def test_impossible_layouts_are_refused_as_by_pretrain():
         ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA H200", 989e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA RTX A1000", None),
         ("Quadro RTX 8000", None),
     ],
 )
