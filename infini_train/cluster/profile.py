@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -97,9 +98,14 @@ def load_profile(name: str) -> ClusterProfile:
     try:
         parsed = parser.instantiate_classes(parser.parse_path(path))
     except ArgumentError as error:
-        raise UserError(f"--profile {path}: {in_words(error)}") from error
+        if "Unexpected config" in str(error):
+            raise UserError(f"--profile {path} holds no keys with values; slurm/profiles/ has files to start from") from error
+        raise UserError(f"--profile {path}: {in_words(error).removeprefix('--config: ')}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--profile {path} is not text in UTF-8; slurm/profiles/ has files to start from") from error
+    for key, kind in get_type_hints(ClusterProfile).items():
+        if parsed[key] is None and type(None) not in get_args(kind):
+            raise UserError(f"--profile {path}: {key} has no value; give it one, or leave it out")
     profile = ClusterProfile(**{key: parsed[key] for key in ClusterProfile.__dataclass_fields__})
     validate_profile(profile, str(path))
     return profile

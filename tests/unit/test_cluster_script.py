@@ -171,6 +171,45 @@ def test_an_unknown_key_of_a_profile_is_named(tmp_path):
         load_profile(str(tmp_path / "mine.yaml"))
 
 
+OPTIONAL = {
+    "partition",
+    "account",
+    "qos",
+    "constraint",
+    "gpu",
+    "processes_per_node",
+    "memory_per_node",
+    "python",
+    "container_image",
+}
+
+
+@pytest.mark.parametrize("key", sorted(ClusterProfile.__dataclass_fields__))
+def test_a_key_of_a_profile_without_a_value_is_refused_unless_it_may_be_null(key, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"{key}:\n" + ("partition: gpu\n" if key != "partition" else "qos: high\n"), encoding="utf-8")
+    if key in OPTIONAL:
+        assert getattr(load_profile(str(path)), key) is None
+        return
+    with pytest.raises(UserError, match=f"{key} has no value; give it one, or leave it out"):
+        load_profile(str(path))
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- partition\n", "partition\n"])
+def test_a_profile_without_keys_is_refused_as_such(text, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="holds no keys with values; slurm/profiles/ has files to start from"):
+        load_profile(str(path))
+
+
+def test_a_profile_that_is_not_yaml_is_not_taken_for_a_configuration(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("partition: [\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"--profile {path}: the file is not YAML"):
+        load_profile(str(path))
+
+
 SCONTROL = """#!/bin/bash
 case "$1 $2" in
   "show hostnames") echo first; echo second ;;
