@@ -293,9 +293,9 @@ def _plan(run: RunConfig, arguments: Namespace) -> int:
 def _submit(run: RunConfig, arguments: Namespace) -> int:
     from infini_train.data.dataset import check_dataset
 
-    def check() -> None:
-        check_dataset(run)
-        _check_initial_weights(run)
+    def check(each: RunConfig) -> None:
+        check_dataset(each)
+        _check_initial_weights(each)
 
     return cluster.run_submit(run, arguments, check)
 

@@ -45,11 +45,11 @@ def add_run_argument(name: str, command: ArgumentParser) -> None:
         command.add_argument("--lines", type=int, default=50, help="lines to begin with")
 
 
-def run_submit(run: RunConfig, arguments: Namespace, check: Callable[[], None]) -> int:
+def run_submit(run: RunConfig, arguments: Namespace, check: Callable[[RunConfig], None]) -> int:
     """Submit, or print the script with --dry-run.
 
     Args:
-        check: raises where the run cannot start, above all without its data; a dry run only says so.
+        check: raises where a run of the job cannot start, above all without its data; a dry run only says so.
     """
     options = SubmitOptions(
         profile=arguments.profile,
@@ -63,12 +63,14 @@ def run_submit(run: RunConfig, arguments: Namespace, check: Callable[[], None]) 
     prepared = prepare_job(run, options)
     if arguments.dry_run:
         try:
-            check()
+            for each in prepared.runs:
+                check(each)
         except UserError as error:
             print(f"infini-train: warning: this job would not be submitted yet: {error}", file=sys.stderr)
         print(prepared.script, end="")
         return 0
-    check()
+    for each in prepared.runs:
+        check(each)
     submission = submit(prepared, arguments.profile)
     run_dir = prepared.job.run_dir
     runs = f" for {submission.tasks} runs" if submission.tasks is not None else ""

@@ -162,6 +162,23 @@ def test_dry_run_prints_the_script_and_writes_nothing(tmp_path, capsys):
     assert not run_dir.exists()
 
 
+def test_every_run_of_an_array_is_checked_for_its_own_data(tmp_path, profile, capsys):
+    write_corpus(tmp_path / "text")
+    options = ["--data.vocab_size", "512", "--data.held_out_fraction", "0.2", "--layout.pipeline_parallel_size", "4"]
+    for name in ("a", "b"):
+        assert main(["prepare", "--data.source", str(tmp_path / "text"), "--data.path", str(tmp_path / name), *options]) == 0
+    submit_array = ["submit", "--profile", str(profile), "--run_dir", str(tmp_path / "run"), *options]
+    sweep = ["--data.path", str(tmp_path / "c"), "--sweep", f"data.path={tmp_path}/a,{tmp_path}/b"]
+    capsys.readouterr()
+    assert main([*submit_array, *sweep, "--dry-run"]) == 0
+    assert capsys.readouterr().err == ""
+    sweep = ["--data.path", str(tmp_path / "a"), "--sweep", f"data.path={tmp_path}/a,{tmp_path}/c"]
+    assert main([*submit_array, *sweep, "--dry-run"]) == 0
+    assert f"this job would not be submitted yet: data.path {tmp_path}/c does not exist" in capsys.readouterr().err
+    assert main([*submit_array, *sweep]) == 2
+    assert f"error: data.path {tmp_path}/c does not exist" in capsys.readouterr().err
+
+
 def test_the_recipe_of_the_readme_prepares_the_data_that_it_submits(tmp_path, capsys, monkeypatch):
     section = README.read_text(encoding="utf-8").split("\n## On a SLURM cluster\n")[1]
     lines = [shlex.split(line, comments=True) for line in section.split("```")[1].strip().splitlines()]
