@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,14 +38,21 @@ def available() -> bool:
     return shutil.which("scontrol") is not None
 
 
-def call(*command: str, cwd: Path | None = None) -> str:
+OF_THE_CLUSTER = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
+"""Variables that tell SLURM's commands which cluster to speak to, and not what job they are in."""
+
+
+def call(*command: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
     """Output of one of SLURM's commands.
+
+    Args:
+        environment: this process's by default.
 
     Raises:
         UserError: it is not on this machine, or refuses.
     """
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
     except FileNotFoundError as error:
         raise UserError(f"{command[0]} is not on this machine; call this where SLURM's commands are (a login node)") from error
     if result.returncode:
@@ -54,10 +63,15 @@ def call(*command: str, cwd: Path | None = None) -> str:
 def submit_script(script: Path) -> str:
     """The id of a job submitted from the script's folder, where its log folder lies.
 
+    A job inherits the environment of `sbatch`. Called inside of another job, an interactive one for example, that would be that
+    job's too: its array, its restarts, its memory and its binding to cores.
+
     Raises:
         UserError: SLURM refuses it.
     """
-    return call("sbatch", "--parsable", script.name, cwd=script.parent).strip().split(";")[0]
+    environment = {name: value for name, value in os.environ.items() if name in OF_THE_CLUSTER or not name.startswith("SLURM_")}
+    outside = environment if "SLURM_JOB_ID" in os.environ else None
+    return call("sbatch", "--parsable", script.name, cwd=script.parent, environment=outside).strip().split(";")[0]
 
 
 def job_state(job_id: str) -> JobState | None:

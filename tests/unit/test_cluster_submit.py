@@ -129,6 +129,28 @@ def test_nothing_of_the_environment_enters_script_or_run_directory(run, profile,
     assert json.loads((folder / "task_1" / "job" / "submission.json").read_text())["job_id"] == "77_1"
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_job_that_is_submitted_inside_of_another_inherits_nothing_of_it(inside, run, profile, tmp_path, monkeypatch):
+    """SLURM_ARRAY_JOB_ID of the other, for one, would make the job's script requeue that one."""
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    (commands / "sbatch").write_text(f"#!/bin/sh\nenv > {tmp_path}/env\necho 77\n", encoding="utf-8")
+    (commands / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands), prepend=":")
+    other = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "2", "SLURM_CPU_BIND": "quiet"}
+    for name, value in {**other, "SLURM_CONF": "/etc/slurm.conf", "WANDB_API_KEY": SECRET}.items():
+        monkeypatch.setenv(name, value)
+    if inside:
+        monkeypatch.setenv("SLURM_JOB_ID", "8")
+    else:
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    submit(prepare_job(run, SubmitOptions(profile=str(profile), nodes=1)), "mine")
+    seen = (tmp_path / "env").read_text(encoding="utf-8").splitlines()
+    assert {"SLURM_CONF=/etc/slurm.conf", f"WANDB_API_KEY={SECRET}"} <= set(seen)
+    inherited = {line for line in seen if line.startswith("SLURM_")} - {"SLURM_CONF=/etc/slurm.conf"}
+    assert inherited == (set() if inside else {f"{name}={value}" for name, value in other.items()})
+
+
 def test_the_git_state_holds_what_is_not_committed_but_no_secret(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
