@@ -256,6 +256,15 @@ def test_a_job_whose_interpreter_is_in_the_image_starts_its_ranks_there(tmp_path
     assert len(ports) == 2 and all(10000 <= port < 30000 for port in ports)
 
 
+def test_setup_may_read_variables_that_are_not_set(tmp_path):
+    """As scripts that activate an environment do; the rest of the job still must not."""
+    script = render_job(JOB, ClusterProfile(setup=['export FOUND="$NOT_SET/lib"']))
+    assert variables(script, tmp_path, ["FOUND"]) == ["/lib"]
+    head = script.split("\njob_dir=")[0]
+    result = subprocess.run(["bash"], input=f'{head}\necho "$NOT_SET"', capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "NOT_SET: unbound variable" in result.stderr
+
+
 def test_an_interpreter_that_is_nowhere_is_named(tmp_path):
     result, _ = job_with_stubs(tmp_path, code=127)
     assert "requeued: /opt/infini-train/bin/python is not there where the ranks run; failure 1 of 3" in result.stdout

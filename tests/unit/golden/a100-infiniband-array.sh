@@ -31,7 +31,10 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1
 export NCCL_DEBUG=WARN
 export NCCL_NET=IB
 export NCCL_IB_TIMEOUT=22
+# Modules and environments that are activated may read variables that are not set.
+set +u
 module load cuda/12.4
+set -u
 
 job_dir=$run_dir/job
 # A task's own number can be that of the whole array, so tasks are named by both.
