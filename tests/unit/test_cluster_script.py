@@ -223,15 +223,24 @@ exit {code}
 """
 
 
-def job_with_stubs(folder: Path, code: int) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+SRUN_WHILE_CANCELLED = """#!/bin/bash
+touch "{run_dir}/job/cancelled"
+kill -USR1 "$(ps -o ppid= -p "$PPID")"
+sleep 0.5
+exit 138
+"""
+
+
+def job_with_stubs(folder: Path, code: int, **more: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """A job of the profile with a container, on a host without the image's interpreter; what srun was called with.
 
     Args:
         code: exit code of the ranks.
+        more: text of other commands, or of these in another form.
     """
     commands, calls = folder / "commands", folder / "calls"
     commands.mkdir()
-    for name, text in {"scontrol": SCONTROL, "srun": SRUN.format(calls=calls, code=code)}.items():
+    for name, text in {"scontrol": SCONTROL, "srun": SRUN.format(calls=calls, code=code), **more}.items():
         (commands / name).write_text(text, encoding="utf-8")
         (commands / name).chmod(0o755)
     profile = load_profile("h100-efa")
@@ -254,6 +263,13 @@ def test_a_job_whose_interpreter_is_in_the_image_starts_its_ranks_there(tmp_path
     meetings = [re.fullmatch(r"10\.0\.0\.1:(\d+)", each) for each in calls]
     ports = [int(each[1]) for each in meetings if each]
     assert len(ports) == 2 and all(10000 <= port < 30000 for port in ports)
+
+
+def test_a_job_that_is_cancelled_during_the_preflight_is_not_queued_again(tmp_path):
+    srun = SRUN_WHILE_CANCELLED.format(run_dir=tmp_path / "run")
+    result, _ = job_with_stubs(tmp_path, code=0, srun=srun, scancel="#!/bin/bash\n")
+    assert "told to stop; ranks save" in result.stdout and "cancelled (exit code 138)" in result.stdout
+    assert "requeue" not in result.stdout and result.returncode == 138
 
 
 def test_setup_may_read_variables_that_are_not_set(tmp_path):

@@ -94,6 +94,13 @@ failed() {
   requeue "$*; failure $tries of $max_failures since the newest checkpoint ($newest)"
 }
 
+end_if_cancelled() {
+  if [ -e "$job_dir/cancelled" ]; then
+    say "cancelled (exit code $1); newest checkpoint: $(newest_checkpoint)"
+    exit "$1"
+  fi
+}
+
 # Why the ranks stop: "requeue" (time limit or preemption is near) or "end" (scancel, or a requeue that SLURM does itself).
 stopping=
 ask_ranks_to_save() {
@@ -173,6 +180,7 @@ export MASTER_PORT
 on_all_ranks "$python" "$project/launch/preflight.py" --folder "$run_dir" --gpus_per_node 8 \
   --minimum_gigabytes_per_second 0.0
 code=$?
+end_if_cancelled "$code"
 case $stopping in
   requeue) requeue "told to stop during the preflight" ;;
   end) exit "$code" ;;
@@ -192,10 +200,7 @@ on_all_ranks "$python" -m infini_train pretrain --config "$job_dir/config.yaml"
 code=$?
 
 end_if_replaced "$code"
-if [ -e "$job_dir/cancelled" ]; then
-  say "cancelled (exit code $code); newest checkpoint: $(newest_checkpoint)"
-  exit "$code"
-fi
+end_if_cancelled "$code"
 # Not before, because srun was seen to return 0 for ranks that did not finish when SLURM ended them.
 case $stopping in
   requeue) requeue "told to stop, exit code $code; newest checkpoint: $(newest_checkpoint)" ;;
