@@ -11,8 +11,12 @@ from pathlib import Path
 
 from infini_train.errors import UserError
 
-ACTIVE_STATES = frozenset({"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED", "RESIZING"})
-"""States of a job that runs or will run."""
+WAITING_STATES = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"})
+"""States of a job that is in the queue, held or not."""
+ACTIVE_STATES = WAITING_STATES | {
+    *("CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING", "STAGE_OUT", "SUSPENDED", "STOPPED", "RESIZING"),
+}
+"""States of a job that runs or will run, of those that squeue(1) lists."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class JobState:
 
     @property
     def pending(self) -> bool:
-        return self.state in ("PENDING", "REQUEUED")
+        return self.state in WAITING_STATES
 
 
 def available() -> bool:
@@ -75,7 +79,7 @@ def submit_script(script: Path) -> str:
 
 
 def job_state(job_id: str) -> JobState | None:
-    """A job's state; None if SLURM does not know it (any more).
+    """A job's state; None if SLURM does not know it (any more). Of an array it is that of a task that runs or will run, if any.
 
     Raises:
         UserError: SLURM cannot be asked.
@@ -86,10 +90,15 @@ def job_state(job_id: str) -> JobState | None:
         if "Invalid job id" not in str(error):
             raise
         return _accounted(job_id)
+    records = [_record(job_id, line) for line in shown.splitlines() if line.strip()]
+    return next((each for each in records if each.active), records[0] if records else None)
+
+
+def _record(job_id: str, line: str) -> JobState:
     # A path may hold blanks, and then anything; paths come last.
     fields: dict[str, str] = {}
     last = ""
-    for word in shown.splitlines()[0].split():
+    for word in line.split():
         key, separator, value = word.partition("=")
         if separator and key[:1].isupper():
             fields.setdefault(key, value)

@@ -151,6 +151,33 @@ def test_a_job_that_is_submitted_inside_of_another_inherits_nothing_of_it(inside
     assert inherited == (set() if inside else {f"{name}={value}" for name, value in other.items()})
 
 
+@pytest.mark.parametrize(
+    ("shown", "alive"),
+    [
+        ("JobId=77 JobState=RUNNING", True),
+        ("JobId=77 JobState=SIGNALING", True),
+        ("JobId=77 JobState=SPECIAL_EXIT Reason=JobHeldAdmin", True),
+        ("JobId=77 JobState=TIMEOUT", False),
+        ("JobId=77 ArrayTaskId=1 JobState=COMPLETED\nJobId=78 ArrayTaskId=0 JobState=RUNNING", True),
+        ("JobId=77 ArrayTaskId=1 JobState=COMPLETED\nJobId=78 ArrayTaskId=0 JobState=FAILED", False),
+    ],
+)
+def test_a_second_job_is_refused_while_any_of_the_first_lives(shown, alive, run, profile, tmp_path, monkeypatch):
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name, text in {"sbatch": "echo 77", "scontrol": f"cat <<'END'\n{shown}\nEND"}.items():
+        (commands / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands), prepend=":")
+    submit(prepare_job(run, SubmitOptions(profile=str(profile), nodes=1, sweeps=["training.seed=1,2"])), "mine")
+    again = prepare_job(run, SubmitOptions(profile=str(profile), nodes=1))
+    if alive:
+        with pytest.raises(UserError, match="has job 77, which is"):
+            submit(again, "mine")
+    else:
+        assert submit(again, "mine").tasks is None
+
+
 def test_the_git_state_holds_what_is_not_committed_but_no_secret(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
