@@ -487,5 +487,5 @@ def read_steps(path: Path) -> int | None:
     """`training.steps` of a configuration that `save_config` wrote; None if the file is not there or not whole."""
     try:
         return int(yaml.safe_load(path.read_text(encoding="utf-8"))["training"]["steps"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, yaml.YAMLError):
         return None

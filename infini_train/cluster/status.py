@@ -41,7 +41,7 @@ def status_lines(run_dir: Path) -> list[str]:
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime(checkpoints[-1].stat().st_mtime))
         lines.append(f"checkpoint  {checkpoints[-1].name}, {written}")
     if (excluded := files.job / "excluded").is_file():
-        lines.append(f"left out    {', '.join(sorted(set(excluded.read_text(encoding='utf-8').split())))}")
+        lines.append(f"left out    {', '.join(sorted(set(excluded.read_text(encoding='utf-8', errors='replace').split())))}")
     if (log := newest_log(run_dir)) is not None:
         lines.append(f"log         {log}")
     return lines + [f"            {event}" for event in files.history()[-EVENTS:]]
@@ -76,9 +76,14 @@ def _progress(run_dir: Path) -> str | None:
     if record is None:
         return None
     steps = read_steps(run_dir / "config.yaml")
-    if any(not isinstance(record.get(key), int | float) for key in ("step", "tokens_per_second", "step_seconds")):
+    try:
+        return _in_words(record, steps)
+    except (KeyError, TypeError, ValueError, OverflowError):
         return "metrics.jsonl ends in a record that is none of a step"
-    text = f"step {record['step']}" + (f" of {steps} ({record['step'] / steps:.0%})" if steps else "")
+
+
+def _in_words(record: dict[str, Any], steps: int | None) -> str:
+    text = f"step {record['step']:d}" + (f" of {steps} ({record['step'] / steps:.0%})" if steps else "")
     if record.get("loss") is not None:
         text += f", loss {record['loss']:.4f}"
     text += f", {record['tokens_per_second']:,.0f} tokens/s"

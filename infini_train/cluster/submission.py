@@ -95,8 +95,11 @@ class RunFiles:
         """
         path = self.job / "submission.json"
         try:
-            return Submission(**json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+            found = Submission(**json.loads(path.read_text(encoding="utf-8")))
+            if not isinstance(found.job_id, str) or not isinstance(found.tasks, int | None):
+                raise TypeError("job_id is no text, or tasks is no number")
+            return found
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error}); delete it, and look for the job with squeue") from error

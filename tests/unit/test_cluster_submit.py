@@ -254,14 +254,49 @@ def test_the_recipe_of_the_readme_prepares_the_data_that_it_submits(tmp_path, ca
     assert dry == [*real, "--dry-run"]
 
 
-def test_status_of_metrics_without_a_step(tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"step": 3}',
+        '{"step": 3, "tokens_per_second": "many", "step_seconds": 1}',
+        '{"step": 3, "tokens_per_second": 1, "step_seconds": 1, "loss": "low"}',
+        '{"step": 3, "tokens_per_second": 1, "step_seconds": 1e300}',
+        '{"step": 3, "tokens_per_second": 1, "step_seconds": NaN}',
+    ],
+)
+def test_status_of_metrics_without_a_step(record, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text(record + "\n")
+    (tmp_path / "config.yaml").write_text("training:\n  steps: 10\n")
     assert main(["status", str(tmp_path)]) == 0
     assert "metrics.jsonl ends in a record that is none of a step" in capsys.readouterr().out
 
 
+def test_status_beside_files_that_are_not_as_written(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "tokens_per_second": 1, "step_seconds": 1, "loss": 2}\n')
+    (tmp_path / "config.yaml").write_text("training:\n  steps: .inf\n")
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "excluded").write_bytes(b"node\xe9\n")
+    assert main(["status", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "step 3, loss 2.0000, 1 tokens/s\n" in printed and "left out    node" in printed
+
+
+@pytest.mark.parametrize("change", [{"job_id": 77}, {"tasks": "two"}, {"job": "77"}])
 @pytest.mark.parametrize("command", ["status", "cancel", "logs"])
-def test_a_folder_without_a_run_is_refused_in_one_line(command, tmp_path, capsys):
+def test_a_submission_that_is_not_as_written_is_one_line(command, change, tmp_path, capsys):
+    (tmp_path / "job").mkdir()
+    whole = {"job_id": "77", "submitted": "", "profile": "mine", "nodes": 1, "processes": 4}
+    (tmp_path / "job" / "submission.json").write_text(json.dumps({**whole, **change}), encoding="utf-8")
     assert main([command, str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "job/submission.json cannot be read" in error
+
+
+@pytest.mark.parametrize("command", ["status", "cancel", "logs"])
+@pytest.mark.parametrize("kind", ["folder", "file", "nothing"])
+def test_a_folder_without_a_run_is_refused_in_one_line(command, kind, tmp_path, capsys):
+    path = {"folder": tmp_path, "file": tmp_path / "file", "nothing": tmp_path / "nothing"}[kind]
+    (tmp_path / "file").touch()
+    assert main([command, str(path)]) == 2
     error = capsys.readouterr().err.splitlines()
-    assert len(error) == 1 and str(tmp_path) in error[0]
+    assert len(error) == 1 and f"{path} h" in error[0]
