@@ -35,7 +35,13 @@ def cancel(run_dir: Path, *, now: bool) -> list[str]:
     if state is None or not state.active:
         return [f"job {submission.job_id} is not running any more" + (f": {state.state}" if state else "")]
     # Before SLURM is told: a job that starts or is requeued meanwhile sees it.
-    files.cancelled.touch()
+    try:
+        files.cancelled.touch()
+    except OSError as error:
+        raise UserError(
+            f"{files.cancelled} cannot be written ({error.strerror or error}), without which the job would be requeued; "
+            f"`scancel {submission.job_id}` ends it, with a checkpoint only if that takes no longer than KillWait"
+        ) from error
     if state.state == "RUNNING" and not now:
         slurm.call("scancel", "--batch", "--signal=USR1", submission.job_id)
         look = f"infini-train status {quote(str(run_dir))}"

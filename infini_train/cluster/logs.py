@@ -35,6 +35,8 @@ def show_logs(run_dir: Path, lines: int, follow: bool) -> None:
     Raises:
         UserError: there is no job, or an array was named instead of one of its runs.
     """
+    if lines < 0:
+        raise UserError(f"--lines is {lines}; use 0 or more")
     submission = RunFiles(run_dir).submission()
     if submission is not None and submission.tasks is not None:
         raise UserError(f"{run_dir} is an array of {submission.tasks} runs; name one, for example {run_dir / 'task_0'}")

@@ -61,7 +61,7 @@ def prepare_job(run: RunConfig, options: SubmitOptions) -> Prepared:
     """
     profile = load_profile(options.profile)
     # The job starts elsewhere: relative paths must mean the same there.
-    run = replace(run, run_dir=str(Path(run.run_dir).expanduser().absolute()))
+    run = replace(run, run_dir=str(_expanded(run.run_dir).absolute()))
     runs = sweep_runs(run, list(options.sweeps)) if options.sweeps else [run]
     run_dir = Path(run.run_dir)
     job = Job(
@@ -76,6 +76,14 @@ def prepare_job(run: RunConfig, options: SubmitOptions) -> Prepared:
         exclude=options.exclude,
     )
     script = render_job(job, profile)
+    try:
+        script.encode()
+    except UnicodeEncodeError as error:
+        at = script.rfind("\n", 0, error.start) + 1
+        line = ascii(script[at : script.find("\n", at)])
+        raise UserError(
+            f"the job's script would have the line {line}, which is not text in UTF-8; rename what it names"
+        ) from error
     processes = job.nodes * profile.processes
     for each in runs:
         validate(each, processes)
@@ -84,6 +92,13 @@ def prepare_job(run: RunConfig, options: SubmitOptions) -> Prepared:
     for each in runs:
         refuse_secrets("the configuration", dump_config(each))
     return Prepared(job, script, runs, profile, expected)
+
+
+def _expanded(run_dir: str) -> Path:
+    try:
+        return Path(run_dir).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"run_dir is {run_dir}, but there is no such home folder; give the whole path") from error
 
 
 def _expected(runs: list[RunConfig], processes: int, profile: ClusterProfile) -> str:
@@ -129,10 +144,16 @@ def submit(prepared: Prepared, profile_name: str) -> Submission:
     submission = Submission(
         job_id, time.strftime("%Y-%m-%d %H:%M:%S"), profile_name, job.nodes, prepared.processes, tasks=job.tasks
     )
-    files.write_submission(submission)
-    if job.tasks is not None:
-        for number, part in enumerate(parts):
-            part.write_submission(replace(submission, job_id=f"{job_id}_{number}", tasks=None))
+    try:
+        files.write_submission(submission)
+        if job.tasks is not None:
+            for number, part in enumerate(parts):
+                part.write_submission(replace(submission, job_id=f"{job_id}_{number}", tasks=None))
+    except OSError as error:
+        raise UserError(
+            f"job {job_id} is submitted, but run_dir {job.run_dir} cannot be written ({error.strerror or error}), so `status`, "
+            f"`logs` and `cancel` do not know it; `scancel {job_id}` ends it"
+        ) from error
     return submission
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 from dataclasses import replace
@@ -176,6 +177,65 @@ def test_a_second_job_is_refused_while_any_of_the_first_lives(shown, alive, run,
             submit(again, "mine")
     else:
         assert submit(again, "mine").tasks is None
+
+
+def refusal(capsys, *command: str) -> str:
+    assert main([*command]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_home_folder_that_is_not_there(profile, capsys):
+    assert "run_dir is ~nobody-of-that-name/x" in refusal(
+        capsys, "submit", "--profile", str(profile), "--run_dir", "~nobody-of-that-name/x"
+    )
+
+
+def test_a_folder_whose_name_is_not_in_utf_8(run, profile, tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match=r"the line .*submit_dir='.*caf\\+udce9'.*, which is not text in UTF-8"):
+        prepare_job(run, SubmitOptions(profile=str(profile), nodes=1))
+
+
+def test_a_disk_that_is_full_once_the_job_is_submitted(run, profile, tmp_path, monkeypatch):
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    (commands / "sbatch").write_text("#!/bin/sh\nmkdir job/submission.json\necho 77\n", encoding="utf-8")
+    (commands / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands), prepend=":")
+    with pytest.raises(UserError, match=r"job 77 is submitted, but run_dir .* `scancel 77` ends it"):
+        submit(prepare_job(run, SubmitOptions(profile=str(profile), nodes=1)), "mine")
+
+
+def test_a_job_of_a_folder_that_cannot_be_written_is_not_signaled(run, profile, tmp_path, monkeypatch, capsys):
+    """It would be requeued."""
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name, text in {
+        "sbatch": "echo 77",
+        "scontrol": "echo JobId=77 JobState=RUNNING",
+        "scancel": f"touch {tmp_path}/told",
+    }.items():
+        (commands / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands), prepend=":")
+    submit(prepare_job(run, SubmitOptions(profile=str(profile), nodes=1)), "mine")
+    (Path(run.run_dir) / "job" / "cancelled").symlink_to(tmp_path / "nowhere" / "file")
+    assert "`scancel 77` ends it" in refusal(capsys, "cancel", run.run_dir)
+    assert not (tmp_path / "told").exists()
+    (Path(run.run_dir) / "job" / "cancelled").unlink()
+    assert main(["cancel", run.run_dir]) == 0
+    assert (tmp_path / "told").exists()
+
+
+def test_a_negative_number_of_lines(run, capsys):
+    folder = Path(run.run_dir) / "logs"
+    folder.mkdir(parents=True)
+    (folder / "77.log").write_text("one\ntwo\n", encoding="utf-8")
+    assert "--lines is -1" in refusal(capsys, "logs", run.run_dir, "--lines", "-1")
 
 
 def test_the_git_state_holds_what_is_not_committed_but_no_secret(tmp_path, monkeypatch):
