@@ -247,7 +247,7 @@ class TrainingConfig:
     """Not in the paper: share of the first epoch's documents, chosen by the seed, that are read by length, shortest first; then
     come all others in an order without lengths. 0 turns it off."""
     memory_ageing: int = 1
-    """Not in the paper: while training, a segment's update may count up to this many times, as if the segment came so often in
+    """Not in the paper: while training, a segment's update may count several times, fewer than this, as if it came so often in
     a row. Gradients then see a memory as diluted as that of a very long stream. 1 turns it off; the bound starts at 1."""
     memory_ageing_share: float = 0.5
     """Share of the segments whose update counts more than once; how often is log-uniform up to the bound."""

@@ -103,6 +103,8 @@ def validate_model(config: RunConfig) -> None:
         )
     if not 1 <= training.memory_ageing <= MOST_AGEING:
         raise UserError(f"training.memory_ageing is {training.memory_ageing}; use 1 to turn it off, and at most {MOST_AGEING}")
+    if training.memory_ageing == 2:
+        raise UserError("training.memory_ageing is 2, and updates count fewer times: use 3 or more, or 1 to turn it off")
     if training.memory_ageing > 1 and config.model.attention != "infini":
         raise UserError(
             f"training.memory_ageing is {training.memory_ageing}, but model.attention {config.model.attention} has no "

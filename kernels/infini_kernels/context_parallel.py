@@ -70,9 +70,9 @@ def hand_on(entering: Tensor, leaving: Tensor, group: dist.ProcessGroup) -> tupl
     transfer = _Transfer(group)
     left = _Wait.apply(_Start.apply(leaving, transfer), transfer)
     rank = dist.get_rank(group)
-    # As in `RunExchange.fold`, the empty sum lets the first process take part in the backward's collective. The others do not read
-    # what enters the first, and give it a gradient of zeros for what waits for one: ZeRO 3 lets go of a layer's weights only when
-    # every input has its gradient, and where processes differ in that, they wait for each other for ever.
+    # As in `RunExchange.fold`, the empty sum lets the first process take part in the backward's collective. The others do not
+    # read what enters the first, and give it a gradient of zeros for what waits for one: ZeRO 3 lets go of a layer's weights
+    # only when every input has its gradient, and where processes differ in that, they wait for each other for ever.
     taken = entering if rank == 0 else left[rank - 1] + entering.flatten()[:0].sum()
     return taken + left[:0].sum(), left[-1].clone()
 

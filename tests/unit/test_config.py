@@ -33,6 +33,7 @@ def test_the_defaults_are_valid():
         ("model", {"head_dim": 63}, 1, "model.head_dim is 63"),
         ("model", {"segment_length": -1}, 1, "model.segment_length is -1"),
         ("model", {"memory_eps": 1e-13}, 1, "model.memory_eps is 1e-13; use at least 1e-12"),
+        ("training", {"memory_ageing": 2}, 1, "training.memory_ageing is 2, and updates count fewer times"),
         ("training", {"memory_ageing": 0}, 1, "training.memory_ageing is 0; use 1 to turn it off"),
         ("training", {"memory_ageing": 10**25}, 1, "training.memory_ageing is 10000000000000000000000000; use 1"),
         ("training", {"micro_batches_per_window": 1}, 1, "raise micro_batches_per_window"),
