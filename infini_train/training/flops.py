@@ -5,9 +5,12 @@ are not counted. Per token and layer, with H query heads, G key/value heads, hea
 
     linear layers     2 × their parameters (the output matrix included, the input embedding not)
     local attention   2 × 2 × H × D × S / 2      scores and values over the mean causal context: S / 2 tokens of a segment, S of
-                                                 a window, 3 S / 2 with a cache of the segment before, T / 2 of a micro-batch
+                                                 a window, 3 S / 2 with a cache of the segment before, T / 2 of a micro-batch,
+                                                 what the memory tokens see and what sees them
     memory            2 × H × D × (D + 1)        read σ(Q) M and σ(Q) z
                     + 2 × G × D × D              update σ(K)^T V (twice that, plus σ(K) z, for the delta rule)
+
+Memory tokens pass the layers with a segment's own tokens, which share what they cost.
 """
 
 from __future__ import annotations
@@ -29,18 +32,27 @@ def output_matrix_parameters(run: RunConfig) -> int:
     return run.model.hidden_size * run.data.vocab_size
 
 
+def memory_tokens_per_segment(run: RunConfig) -> int:
+    """Memory tokens that pass the layers with the tokens of one segment: to be read and to be written, or both in one."""
+    return {"recurrent_memory": 2, "feedback": 1}.get(run.model.attention, 0) * run.model.memory_tokens
+
+
 def core_flops_per_token(run: RunConfig) -> tuple[float, float]:
     """Forward FLOPs of one token in one layer outside of its matrices: (local or full attention, memory)."""
     model = run.model
     heads, groups, width = model.num_attention_heads, model.num_query_groups, model.head_dim
+    segment, more = model.segment_length, memory_tokens_per_segment(run)
     contexts = {
         "full": run.micro_batch_tokens / 2,
-        "window": model.segment_length,
-        "transformer_xl": 1.5 * model.segment_length,
+        "window": segment,
+        "transformer_xl": 1.5 * segment,
+        "recurrent_memory": (segment + more) ** 2 / 2 / segment,  # causal
+        # All see the feedback tokens, and these the whole segment.
+        "feedback": segment / 2 + more + more * (segment + more) / segment,
     }
     # The search of a bank in one layer of `memorizing` is not counted.
     contexts["memorizing"] = contexts["transformer_xl"]
-    attention = 2.0 * 2.0 * heads * width * contexts.get(model.attention, model.segment_length / 2)
+    attention = 2.0 * 2.0 * heads * width * contexts.get(model.attention, segment / 2)
     memory = 0.0
     if model.attention in ("infini", "linear"):
         memory = 2.0 * heads * width * (width + 1) + 2.0 * groups * width * width
@@ -52,7 +64,9 @@ def core_flops_per_token(run: RunConfig) -> tuple[float, float]:
 def training_flops_per_token(run: RunConfig) -> float:
     """FLOPs of one token's forward and backward."""
     per_layer = sum(core_flops_per_token(run))
-    return 3.0 * (2.0 * linear_parameters(run) + run.model.num_layers * per_layer)
+    output = output_matrix_parameters(run)
+    share = 1.0 + memory_tokens_per_segment(run) / run.model.segment_length
+    return 3.0 * (2.0 * (share * (linear_parameters(run) - output) + output) + run.model.num_layers * per_layer)
 
 
 def peak_flops() -> float | None:

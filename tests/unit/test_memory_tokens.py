@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from infini_train.attention import build_attention
 from infini_train.attention.memory_tokens import MemoryTokens
 from infini_train.config import DataConfig, ModelConfig, RunConfig
 from infini_train.model import MicroBatch
 from infini_train.model.memory_tokens import by_segment
+from infini_train.training.flops import training_flops_per_token
 from infini_train.training.plain_model import token_losses
 
 S, P, N = 4, 2, 4
@@ -122,3 +124,21 @@ def test_a_row_that_was_emptied_inside_a_document_goes_on_as_one_begins():
     by_segment(torch.zeros(2 * S, 2, 8), initial, batch, 1, run_segment)
     expected = torch.stack([initial, carried[1]], dim=1)
     assert torch.equal(seen[0], expected) and torch.equal(seen[1], expected + 1)
+
+
+@pytest.mark.parametrize("attention,triangle", [("recurrent_memory", S + 2 * P), ("feedback", S)])
+def test_flops_are_those_of_the_memory_tokens_too(attention, triangle):
+    """Products of matrices are counted while they are computed, and pairs of query and key in the mask."""
+    config = run(attention)
+    tokens = torch.zeros(1, N * S, dtype=torch.int64)
+    batch = SimpleNamespace(
+        tokens=tokens, targets=tokens, reset=torch.tensor([[True] + [False] * (N - 1)]), lengths=torch.full((1, N), S)
+    )
+    with FlopCounterMode(display=False) as counter:
+        token_losses(config, weights_of(config), batch, {})
+    matrices = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    model = config.model
+    seen = int(build_attention(model, 1, 2, 1, S).sees(torch.tensor([S])).sum())
+    pairs = seen - triangle / 2  # where attention is causal a token counts itself half
+    attended = 2 * 2 * model.num_attention_heads * model.head_dim * pairs * N * model.num_layers
+    assert training_flops_per_token(config) * N * S == pytest.approx(3 * (matrices + attended))
