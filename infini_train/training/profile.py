@@ -58,13 +58,18 @@ class StepProfiler:
     def close(self, last_step: int) -> None:
         """End the measurement and write it, if there is one."""
         profiler, self._profiler = self._profiler, None
-        measured = self._seen - WARMUP_STEPS
-        if profiler is None or self._seen < WARMUP_STEPS:
+        if profiler is None:
             return
-        if platform.has_cuda():
-            torch.cuda.synchronize()
-        profiler.stop()
-        if not measured:
+        measured = self._seen - WARMUP_STEPS
+        if measured >= 0:  # it was started
+            if platform.has_cuda():
+                torch.cuda.synchronize()
+            profiler.stop()
+        if measured < 1:
+            self._say(
+                f"no profile was written: there were {self._seen} steps since this start, and the first {WARMUP_STEPS} are not "
+                "measured; raise training.steps"
+            )
             return
         parts = time_by_part(profiler.events(), measured, platform.has_cuda())
         step = 1000 * self._seconds / measured

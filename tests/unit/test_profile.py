@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from infini_train.config import ProfilingConfig, RunConfig
 from infini_train.errors import UserError
 from infini_train.evaluation.report import write_report
 from infini_train.parser import spelled_out
+from infini_train.training.profile import StepProfiler
 from infini_train.training.time_by_part import OTHER, STEP, time_by_part
 from infini_train.validation import validate
 from tests.unit.test_report import step_record, write_run
@@ -122,6 +124,20 @@ def test_attention_and_memory_are_told_apart() -> None:
         events, "aten::_scaled_dot_product_flash_attention_for_cpu_backward"
     )
     assert min(found["memory path", side] for side in ("forward", "backward")) > 0
+
+
+@pytest.mark.parametrize("steps", [0, 2, 3])
+def test_a_run_with_too_few_steps_says_that_nothing_was_measured(steps: int, tmp_path: Path) -> None:
+    """As one that has all its steps already: it said nothing."""
+    run = RunConfig(run_dir=str(tmp_path), profiling=ProfilingConfig(steps=2))
+    said: list[str] = []
+    profiler = StepProfiler(run, SimpleNamespace(pp_rank=0, dp_rank=0, tp_rank=0, cp_rank=0), said.append)
+    for step in range(steps):
+        profiler.after_step({"step": 8 + step, "step_seconds": 1.0}, last=False)
+    profiler.close(7 + steps)
+    (line,) = said
+    assert f"no profile was written: there were {steps} steps since this start, and the first 3 are not measured" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_report_shows_it(tmp_path: Path) -> None:
