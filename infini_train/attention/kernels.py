@@ -10,6 +10,8 @@ from infini_train.config import ModelConfig
 
 def kernels_in_words(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
     """For example 'attention: flash_attn 2.8.3; memory: triton 3.6.0'."""
+    if model.attention not in ("infini", "local", "full"):  # masks and sums of their own
+        return f"attention: PyTorch {torch.__version__}"
     heads = torch.empty(1, 1, 1, model.head_dim, dtype=dtype, device=device)
     grouped = model.num_query_groups != model.num_attention_heads
     words = f"attention: {local_attention_choice(heads, heads, grouped)}"

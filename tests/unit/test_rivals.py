@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_train.attention import build_attention, detached, map_parts, state_numbers
+from infini_train.attention import ATTENTION_VARIANTS, build_attention, detached, kernels, map_parts, state_numbers
 from infini_train.attention.linear import running_sum
 from infini_train.config import ModelConfig
 from infini_train.model.micro_batch import empty_memory
@@ -225,3 +225,11 @@ def test_state_sizes_are_those_of_the_papers_table(attention, layers):
 def test_running_sums_with_the_same_bits_are_the_same_sums() -> None:
     x = torch.randn(2, 3, 37, 5, dtype=torch.float64)
     torch.testing.assert_close(running_sum(x, same_bits=True), running_sum(x, same_bits=False), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", ATTENTION_VARIANTS)
+def test_a_run_names_fast_attention_where_it_takes_it(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "local_attention_choice", lambda *_: "flash_attn 2.8.3")
+    words = kernels.kernels_in_words(ModelConfig(attention=attention), torch.bfloat16, torch.device("cpu"))
+    takes = attention in ("infini", "local", "full")
+    assert words.startswith("attention: flash_attn 2.8.3" if takes else f"attention: PyTorch {torch.__version__}")
