@@ -55,7 +55,8 @@ def stop_after_skips(parts: Parts) -> None:
         return
     parts.checkpointer.finish()
     saved = list_checkpoints(Path(run.run_dir))
-    newest = f"the newest checkpoint, {saved[-1]}, is from before them" if saved else "no checkpoint was saved before them"
+    # A run that was stopped among them, or ended with one, saved what they left as it was.
+    newest = f"the newest checkpoint, {saved[-1]}, has the weights from before them" if saved else "no checkpoint was saved yet"
     raise UnhealthyRun(
         f"{count} steps in a row had a gradient that is not finite and were skipped (health.max_consecutive_skips), the last "
         f"of them step {state.step}; {newest}: start again with a lower optimizer.learning_rate, or look at the data"

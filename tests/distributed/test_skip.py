@@ -90,12 +90,12 @@ def test_memory_of_a_poisoned_row_begins_anew_and_others_keep_theirs(case, pool,
                 assert filled == {row: row != poisoned for row in result["rows"]}
 
 
-def pretrain(pool, run_config, folder, first, last):
+def pretrain(pool, run_config, folder, first, last, **training):
     run = replace(
         run_config,
         run_dir=str(folder / "run"),
         layout=LayoutConfig(pipeline_parallel_size=2),
-        training=replace(run_config.training, windows_per_step=1, self_test=False),
+        training=replace(run_config.training, windows_per_step=1, self_test=False, **training),
         checkpoint=CheckpointConfig(every=2),
         health=HealthConfig(max_consecutive_skips=3),
     )
@@ -115,6 +115,17 @@ def test_a_run_stops_after_too_many_skips_and_says_so(pool, run_config, tmp_path
     assert [record["skipped"] for record in records] == [0, 0, 1, 1, 1]
     assert [record["grad_norm"] is None for record in records] == [False, False, True, True, True]
     assert Path(tmp_path / "run" / "metrics.jsonl").read_text().count("NaN") == 0
+
+
+def test_skips_are_counted_over_a_checkpoint_that_was_saved_among_them(pool, run_config, tmp_path):
+    """The last step is always saved, a skipped one too: its weights are those from before the skips, its step is not."""
+    assert pretrain(pool, run_config, tmp_path, 3, 8, steps=4)[0] == [0, 0]
+    results, records, checkpoints = pretrain(pool, run_config, tmp_path, 3, 8)
+    message, code = results[0]
+    assert code == 87 and "3 steps in a row" in message and "step 5;" in message
+    assert checkpoints == ["step_00000002", "step_00000004"]
+    assert "step_00000004, has the weights from before them" in message
+    assert [record["skipped"] for record in records] == [0, 0, 1, 1, 1]
 
 
 def test_a_run_goes_on_after_fewer(pool, run_config, tmp_path):
