@@ -51,6 +51,13 @@ def run_plan(run: RunConfig, arguments: Namespace) -> int:
     if arguments.dry_run:
         if not 0 <= arguments.rank < arguments.gpus:
             raise UserError(f"--rank is {arguments.rank}; the job has ranks 0 to {arguments.gpus - 1}")
+        layout = run.layout
+        if layout.zero_stage == 3 or layout.offload_optimizer:
+            key = "offload_optimizer is true" if layout.offload_optimizer else "zero_stage is 3"
+            raise UserError(
+                f"layout.{key}, for which DeepSpeed reads values on the host that tensors of a dry run do not have; plan it "
+                "without --dry_run"
+            )
         # Torch, Megatron-core and DeepSpeed take seconds to import; the rest needs none of them.
         from infini_train.planning.rehearsal import rehearse
 

@@ -148,6 +148,14 @@ def test_unknown_gpu_and_wrong_counts_are_one_line(capsys):
     assert "--rank is 8" in refused(capsys, "--gpus", "8", "--gpu", "h100-80gb", "--dry_run", "--rank", "8")
 
 
+@pytest.mark.parametrize(
+    ("option", "words"), [("zero_stage=3", "zero_stage is 3"), ("offload_optimizer=true", "offload_optimizer is true")]
+)
+def test_what_no_dry_run_can_do_is_refused_before_it(option, words, capsys):
+    line = refused(capsys, "--gpus", "8", "--gpu", "h100-80gb", f"--layout.{option}", "--dry_run")
+    assert f"layout.{words}" in line and "without --dry_run" in line
+
+
 def test_search_proposes_only_what_fits_and_is_valid_best_first():
     found = search(large(), 16, "a100-80gb", count=30)
     assert len(found) == 30
