@@ -91,12 +91,14 @@ def _tensor(sizes: Sizes, stage: int) -> Iterator[Traffic]:
     else:
         yield item("all_reduce", "hidden states and their gradients", reduced, hidden)
     if last:
-        chunk = activations.loss_chunk_tokens(sizes)
-        chunks = -(-sizes.tokens // chunk)
         # A loss that is taken in chunks is computed once more in the backward, chunk by chunk.
         again = outputs + activations.chunks_loss(sizes)
-        yield item("all_reduce", "gradient of the output layer's input", chunks, chunk * run.model.hidden_size * sizes.element)
-        yield item("all_reduce", "maximum, sum and target of the logits", 3 * chunks * again, chunk * FLOAT32)
+        chunk = activations.loss_chunk_tokens(sizes)
+        whole, rest = divmod(sizes.tokens, chunk)
+        for chunks, tokens in ((whole, chunk), (bool(rest), rest)):
+            each = tokens * run.model.hidden_size * sizes.element
+            yield item("all_reduce", "gradient of the output layer's input", chunks, each)
+            yield item("all_reduce", "maximum, sum and target of the logits", 3 * chunks * again, tokens * FLOAT32)
 
 
 def _context(sizes: Sizes) -> Iterator[Traffic]:

@@ -265,6 +265,16 @@ def test_a_context_group_exchanges_states_whatever_the_segment_length():
     assert len(sizes(512)) == 4
 
 
+@pytest.mark.parametrize(("chunk", "expected"), [(3, [(2, 3), (1, 2)]), (4, [(2, 4)]), (5, [(1, 5), (1, 3)]), (9, [(1, 8)])])
+def test_the_last_chunk_of_a_loss_may_be_shorter(chunk: int, expected: list[tuple[int, int]]):
+    """Two segments of 4 tokens in each of two rows."""
+    run = small(rows=2, segments_per_micro_batch=2, micro_batches_per_window=1, loss_chunk_tokens=chunk)
+    run = with_layout(replace(run, model=replace(run.model, num_query_groups=2)), tensor_parallel_size=2)
+    traffic = stage_traffic(Sizes(run, 2), 0)
+    sent = [(item.messages, item.bytes) for item in traffic if item.what == "gradient of the output layer's input"]
+    assert sent == [(messages, 2 * tokens * 8 * 2) for messages, tokens in expected]
+
+
 def test_nothing_is_sent_by_one_process():
     assert stage_traffic(Sizes(large(), 1), 0) == []
 
