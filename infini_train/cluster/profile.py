@@ -153,6 +153,11 @@ def validate_profile(profile: ClusterProfile, name: str) -> None:
         raise UserError(f"{name}: gpu_directive is {profile.gpu_directive!r}; it is gpus-per-node or gres")
     if profile.processes < 1:
         raise UserError(f"{name}: gpus_per_node is {profile.gpus_per_node}; give processes_per_node, at least 1")
+    if 0 < profile.gpus_per_node < profile.processes:
+        raise UserError(
+            f"{name}: processes_per_node is {profile.processes}, but gpus_per_node is {profile.gpus_per_node}, one for each "
+            "process; lower it, or leave it out"
+        )
     for key in ("cpus_per_process", "signal_seconds", "max_failures"):
         if getattr(profile, key) < 1:
             raise UserError(f"{name}: {key} is {getattr(profile, key)}; it must be at least 1")

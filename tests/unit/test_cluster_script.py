@@ -145,6 +145,7 @@ def test_a_job_name_is_made_of_any_folder(value):
         ({"environment": {"A": "x\ny"}}, "environment.A"),
         ({"time_limit": "one day"}, "time_limit"),
         ({"gpus_per_node": 0}, "processes_per_node"),
+        ({"gpus_per_node": 4, "processes_per_node": 8}, "processes_per_node is 8, but gpus_per_node is 4"),
         ({"gpu_directive": "gpus"}, "gpu_directive"),
         ({"max_failures": 0}, "max_failures"),
         ({"max_restarts": -1}, "max_restarts"),
