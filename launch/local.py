@@ -42,7 +42,7 @@ def main() -> int:
     if not {"-h", "--help"}.isdisjoint(arguments[:2]):
         print(HELP)
         raise SystemExit
-    if len(arguments) < 2 or not arguments[0].isdigit() or int(arguments[0]) < 1:
+    if len(arguments) < 2 or not arguments[0].isdecimal() or int(arguments[0]) < 1:
         print(f"{USAGE}; --help says more", file=sys.stderr)
         return 2
     stop = StopSignals()

@@ -50,7 +50,7 @@ def test_help_says_what_it_does_and_shows_an_example(launcher, capsys):
     assert "pretrain --config configs/" in captured.out.split("example")[1]
 
 
-@pytest.mark.parametrize("arguments", [[], ["2"], ["pretrain", "--config", "x"], ["0", "pretrain"]])
+@pytest.mark.parametrize("arguments", [[], ["2"], ["pretrain", "--config", "x"], ["0", "pretrain"], ["²", "pretrain"]])
 def test_wrong_usage_of_the_local_launcher_is_one_line(arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["local.py", *arguments])
     assert local.main() == 2
