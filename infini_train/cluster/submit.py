@@ -110,7 +110,7 @@ def _expected(runs: list[RunConfig], processes: int, profile: ClusterProfile) ->
     assert profile.gpu is not None
     if runs[0].model.attention not in PLANNED_ATTENTION:
         return f"not planned: no plan knows model.attention {runs[0].model.attention}"
-    plans = [plan(each, processes, profile.gpu) for each in runs]
+    plans = [plan(each, processes, profile.gpu, gpus_per_node=profile.processes) for each in runs]
     for each in plans:
         try:
             refuse_too_large(each)

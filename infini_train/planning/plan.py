@@ -78,17 +78,20 @@ class Plan:
         return self.sizes.run.training.steps * self.time.total / 86400
 
 
-def plan(run: RunConfig, gpus: int, gpu: str) -> Plan:
+def plan(run: RunConfig, gpus: int, gpu: str, *, gpus_per_node: int | None = None) -> Plan:
     """Plan a run.
 
     Args:
         gpus: processes, one a GPU.
         gpu: a name of `infini_train.hardware.GPUS`.
+        gpus_per_node: as many as that table has where None.
 
     Raises:
         UserError: the GPU is not known, or the run is not valid on so many processes.
     """
     found = find_gpu(gpu)
+    if gpus_per_node is not None:
+        found = replace(found, gpus_per_node=gpus_per_node)
     validate(run, gpus)
     return Plan(Sizes(run, gpus, kernels=True), found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 from dataclasses import replace
@@ -17,6 +18,7 @@ from infini_train.cluster.submit import SubmitOptions, prepare_job, submit
 from infini_train.cluster.sweep import sweep_runs
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.errors import UserError
+from infini_train.parser import read_config
 from tests.corpus import write_corpus
 
 README = Path(__file__).parents[2] / "README.md"
@@ -98,6 +100,20 @@ def test_a_run_that_does_not_fit_the_profiles_gpus_is_refused(tmp_path, capsys):
     profile.write_text("gpus_per_node: 8\ngpu: b300\n", encoding="utf-8")
     assert main([*options, "1"]) == 2
     assert "h100-80gb" in capsys.readouterr().err
+
+
+def test_what_is_planned_is_for_nodes_as_the_profile_has_them(tmp_path):
+    """A tensor group of 8 is on two nodes of 4, and on one of 8."""
+    run = read_config(README.parent / "configs" / "8b.yaml")
+    run = replace(run, layout=replace(run.layout, tensor_parallel_size=8))
+    speeds = []
+    for size in (4, 8):
+        path = tmp_path / f"{size}.yaml"
+        path.write_text(f"gpus_per_node: {size}\ngpu: h100-80gb\n", encoding="utf-8")
+        expected = prepare_job(run, SubmitOptions(profile=str(path), nodes=64 // size)).expected
+        assert expected is not None
+        speeds.append(int(re.search(r"([\d,]+) tokens/s", expected)[1].replace(",", "")))
+    assert speeds[0] < 0.9 * speeds[1]
 
 
 @pytest.mark.parametrize("place", ["run_dir", "profile"])
