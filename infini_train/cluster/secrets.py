@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 from infini_train.cluster.environment import is_secret
@@ -15,10 +16,16 @@ def _secrets() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if is_secret(name) and len(value) >= SHORTEST}
 
 
+def _written(value: str) -> list[str]:
+    """How a value may stand in a text: as it is, or as a shell, YAML and JSON write it between their quotes."""
+    return [value, value.replace("'", "'\"'\"'"), value.replace("'", "''"), json.dumps(value)[1:-1]]
+
+
 def redact(text: str) -> str:
     """The text without values of secrets."""
     for name, value in _secrets().items():
-        text = text.replace(value, f"<{name}>")
+        for each in _written(value):
+            text = text.replace(each, f"<{name}>")
     return text
 
 
@@ -29,7 +36,7 @@ def refuse_secrets(what: str, text: str) -> None:
         UserError: naming the variable whose value the text holds, never the value.
     """
     for name, value in _secrets().items():
-        if value in text:
+        if any(each in text for each in _written(value)):
             raise UserError(
                 f"{what} would hold the value of {name}; take it out of the configuration and the profile: jobs inherit {name} "
                 "from the environment of `submit`"

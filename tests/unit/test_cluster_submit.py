@@ -14,6 +14,7 @@ import pytest
 
 from infini_train.cli import main
 from infini_train.cluster.git_state import write_git_state
+from infini_train.cluster.secrets import redact
 from infini_train.cluster.submit import SubmitOptions, prepare_job, submit
 from infini_train.cluster.sweep import sweep_runs
 from infini_train.config import LayoutConfig, RunConfig
@@ -114,6 +115,19 @@ def test_what_is_planned_is_for_nodes_as_the_profile_has_them(tmp_path):
         assert expected is not None
         speeds.append(int(re.search(r"([\d,]+) tokens/s", expected)[1].replace(",", "")))
     assert speeds[0] < 0.9 * speeds[1]
+
+
+@pytest.mark.parametrize("secret", ["it's-a-password", 'a-"quoted"-one', "back\\slash-$x"])
+@pytest.mark.parametrize("place", ["data.path", "environment"])
+def test_a_secret_is_found_between_quotes_too(secret, place, run, profile, monkeypatch):
+    monkeypatch.setenv("PGPASSWORD", secret)
+    if place == "data.path":
+        run = replace(run, data=replace(run.data, path=f"/data: {secret}"))
+    else:
+        profile.write_text(f"gpus_per_node: 4\nenvironment: {{URL: {json.dumps('db:' + secret)}}}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="PGPASSWORD"):
+        prepare_job(run, SubmitOptions(profile=str(profile), nodes=1))
+    assert redact(json.dumps([secret])) == '["<PGPASSWORD>"]'
 
 
 @pytest.mark.parametrize("place", ["run_dir", "profile"])
