@@ -42,7 +42,7 @@ def cancel(run_dir: Path, *, now: bool) -> list[str]:
             f"{files.cancelled} cannot be written ({error.strerror or error}), without which the job would be requeued; "
             f"`scancel {submission.job_id}` ends it, with a checkpoint only if that takes no longer than KillWait"
         ) from error
-    if state.state == "RUNNING" and not now:
+    if state.running and not now:
         slurm.call("scancel", "--batch", "--signal=USR1", submission.job_id)
         look = f"infini-train status {quote(str(run_dir))}"
         return [f"job {submission.job_id} saves and ends; `{look}` shows when (--now does not wait)"]

@@ -33,6 +33,10 @@ class JobState:
         return self.state in ACTIVE_STATES
 
     @property
+    def running(self) -> bool:
+        return self.state in ("RUNNING", "SIGNALING")
+
+    @property
     def pending(self) -> bool:
         return self.state in WAITING_STATES
 

@@ -62,7 +62,7 @@ def _job(submission: Submission | None) -> str:
         parts.append(f"reason {fields['Reason']}")
     if fields.get("NodeList", "(null)") != "(null)":
         parts.append(f"on {fields['NodeList']}")
-    if state.state == "RUNNING":
+    if state.running:
         parts.append(f"{fields.get('RunTime')} of {fields.get('TimeLimit')}")
     if int(fields.get("Restarts", "0")):
         parts.append(f"requeued {fields['Restarts']} times")

@@ -261,6 +261,24 @@ def test_a_job_of_a_folder_that_cannot_be_written_is_not_signaled(run, profile, 
     assert (tmp_path / "told").exists()
 
 
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [("RUNNING", "--batch --signal=USR1 77\n"), ("SIGNALING", "--batch --signal=USR1 77\n"), ("SPECIAL_EXIT", "77\n")],
+)
+def test_cancel_lets_a_running_job_save(state, expected, run, profile, tmp_path, monkeypatch):
+    """Also when it is called twice, so that the first signal is still on its way."""
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    texts = {"sbatch": "echo 77", "scontrol": f"echo JobId=77 JobState={state}", "scancel": f'echo "$@" > {tmp_path}/told'}
+    for name, text in texts.items():
+        (commands / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands), prepend=":")
+    submit(prepare_job(run, SubmitOptions(profile=str(profile), nodes=1)), "mine")
+    assert main(["cancel", run.run_dir]) == 0
+    assert (tmp_path / "told").read_text(encoding="utf-8") == expected
+
+
 def test_a_negative_number_of_lines(run, capsys):
     folder = Path(run.run_dir) / "logs"
     folder.mkdir(parents=True)
