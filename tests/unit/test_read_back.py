@@ -22,7 +22,8 @@ def test_a_single_write_is_read_back_whole_and_an_empty_memory_gives_nothing():
 
 def test_sharp_features_read_back_what_they_wrote():
     """Of two values written under keys that hardly meet, each key reads its own."""
-    k, v = 4 * torch.eye(2, 4, dtype=torch.float64).view(1, 2, 1, 4), torch.randn(1, 2, 1, 5, dtype=torch.float64)
+    k = 4 * torch.eye(2, 4, dtype=torch.float64).view(1, 2, 1, 4)
+    v = torch.eye(2, 5, dtype=torch.float64).view(1, 2, 1, 5)
     _, memory = infini_attention(k, k, v, torch.zeros(1), segment_length=2, feature_map="softmax")
     assert read_back_cosine(k, v, memory, 1e-6, feature_map="softmax").min() > 0.999
     assert read_back_cosine(k, v, memory, 1e-6).min() < 0.99
