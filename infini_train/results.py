@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from infini_train.errors import UserError
 
@@ -44,6 +47,24 @@ def write_result(path: Path, text: str, remedy: str = ANOTHER_RUN_DIR) -> None:
     with writing(path, remedy):
         replacement.write_text(text, encoding="utf-8")
         replacement.replace(path)
+
+
+def write_json(path: Path, content: dict[str, Any], remedy: str = ANOTHER_RUN_DIR) -> None:
+    """`write_result` of an object, in JSON that every reader takes.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    write_result(path, json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n", remedy)
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity, and readers other than Python's refuse them: null stands there instead."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def check_writable(folder: Path, name: object, remedy: str = ANOTHER_RUN_DIR) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from infini_train.model import build_stage, parameter_placements
 from infini_train.parallel.engine import InferenceEngine
 from infini_train.parallel.layout import Layout, initialize_layout, initialize_process_group
 from infini_train.parallel.pipeline import SegmentPipeline
-from infini_train.results import write_result
+from infini_train.results import write_json
 from infini_train.training.checkpoint import damage_in_shares, newest_checkpoint
 from infini_train.training.weights import load_weights
 
@@ -153,7 +152,7 @@ def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
     }
     if loaded.layout.is_main:
         _print_evaluation(report)
-        write_result(Path(run.run_dir) / "evaluation.json", json.dumps(report, indent=1))
+        write_json(Path(run.run_dir) / "evaluation.json", report)
     return report
 
 
@@ -274,7 +273,7 @@ def generate(
         print(shown[-400:], end="")
         print("\n--- the model goes on ---")
         print(text)
-        write_result(Path(run.run_dir) / "generation.json", json.dumps(facts, indent=1))
+        write_json(Path(run.run_dir) / "generation.json", facts)
     return text
 
 

@@ -189,7 +189,7 @@ def _measure(each: CompareRun) -> Measured:
     return Measured(
         each.variant,
         each.seed,
-        evaluation["with_memory"]["loss"],
+        math.nan if (loss := evaluation["with_memory"]["loss"]) is None else loss,
         None if emptied is None else emptied["loss"],
         sum(math.prod(entry.size) for name, entry in tensors.items() if name.startswith("model.")),
         state_numbers(each.run.model),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from infini_train.data.dataset import TokenDataset
 from infini_train.data.manifest import MANIFEST_FILE
 from infini_train.errors import UserError
 from infini_train.evaluation.records import read_json
-from infini_train.results import COPIED_RUN_DIR, write_result
+from infini_train.results import COPIED_RUN_DIR, write_json
 
 RESULT_FILE = "compare.json"
 NOT_OF_A_RUN = {"training.seed", "data.path"}
@@ -77,12 +77,18 @@ def read_record(run: RunConfig, fingerprint: str | None) -> Record:
         changed = difference(report["config"], run, NOT_OF_A_RUN)
         if changed is None and None not in (fingerprint, report["dataset"]) and fingerprint != report["dataset"]:
             changed = f"data.path {run.data.path} holds other documents"
-        record = {each.key: each for each in (Measured(**row) for row in report["runs"])}
-    except (KeyError, TypeError):
+        record = {each.key: each for each in map(_measured, report["runs"])}
+    except (AttributeError, KeyError, TypeError):
         raise UserError(f"{path} is no record of this version's `evaluate compare`; {LEFT_OVER}") from None
     if changed is not None:
         raise UserError(f"{path} belongs to other settings ({changed}); set it back, or choose another run_dir")
     return record
+
+
+def _measured(row: dict[str, Any]) -> Measured:
+    """A run of the record, where null stands for what was not finite; but a run without memory has no loss without it."""
+    finite = {key: value for key, value in row.items() if value is not None or key == "loss_memory_emptied"}
+    return Measured(**{**dict.fromkeys(row, math.nan), **finite})
 
 
 def add_to_record(run: RunConfig, fingerprint: str | None, measured: Measured) -> Record:
@@ -97,7 +103,7 @@ def add_to_record(run: RunConfig, fingerprint: str | None, measured: Measured) -
             "config": asdict(run),
             "runs": [asdict(each) for each in record.values()],
         }
-        write_result(path, json.dumps(report, indent=1) + "\n", COPIED_RUN_DIR)
+        write_json(path, report, COPIED_RUN_DIR)
     return record
 
 

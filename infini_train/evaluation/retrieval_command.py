@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from infini_train.evaluation.commands import load_model
 from infini_train.evaluation.records import read_json
 from infini_train.evaluation.retrieval import Cell, measure_cell
 from infini_train.parallel.pipeline import SegmentPipeline
-from infini_train.results import write_result
+from infini_train.results import write_json
 from infini_train.tasks import Task
 
 RESULT_FILE = "passkey.json"
@@ -120,7 +119,7 @@ def evaluate_passkey(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
 def _unwritten(target: Path, report: dict[str, Any]) -> UserError | None:
     """Write the file, or say why not: measuring goes on, and what is measured is printed at the end."""
     try:
-        write_result(target, json.dumps(report, indent=1) + "\n")
+        write_json(target, report)
     except UserError as error:
         return error
     return None

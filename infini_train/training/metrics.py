@@ -9,12 +9,12 @@ import sys
 import uuid
 from dataclasses import asdict
 from io import FileIO
-from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
+from infini_train.results import without_nan
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
@@ -41,15 +41,6 @@ def _wandb_id(run_dir: Path) -> str:
         held = uuid.uuid4().hex[:12]
         path.write_text(held, encoding="utf-8")
     return held
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity, and readers other than Python's refuse them: null stands there instead."""
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _for_wandb(record: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +115,7 @@ class MetricsWriter:
         """Append one step's record at once, so that a killed run loses none; where there is no room, with a later one."""
         if self._file is not None:
             had_room = not self._unwritten
-            self._unwritten += (json.dumps(_without_nan(record), allow_nan=False) + "\n").encode()
+            self._unwritten += (json.dumps(without_nan(record), allow_nan=False) + "\n").encode()
             error = self._append()
             if error is not None and had_room:
                 print(f"\n{self._path} cannot be written: {error.strerror}; training goes on, and tries again", file=sys.stderr)

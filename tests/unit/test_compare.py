@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -179,6 +180,17 @@ def test_runs_that_other_processes_add_stay(recorded):
     assert read_record(recorded, "1234") == record
 
 
+def test_a_run_that_diverged_is_a_row_of_its_own(recorded, capsys):
+    nan = float("nan")
+    other = replace(recorded, compare=replace(recorded.compare, variants=["local"], seeds=[9]))
+    add_to_record(other, None, replace(measured("local", 9, nan, 400), loss_memory_emptied=nan))
+    assert "NaN" not in record_of(recorded).read_text()
+    read = read_record(recorded, "1234")["local", 9]
+    assert math.isnan(read.loss) and read.loss_memory_emptied is None
+    assert compare(other) == 0
+    assert "nan" in capsys.readouterr().out
+
+
 def test_a_record_of_something_else_is_refused(recorded):
     before = record_of(recorded).read_bytes()
     longer = replace(recorded, training=replace(recorded.training, steps=recorded.training.steps + 1))
@@ -190,9 +202,13 @@ def test_a_record_of_something_else_is_refused(recorded):
 
 
 NO_RUN = '{"config": {}, "dataset": null, "runs": [{}]}'
+NO_OBJECT = '{"config": {}, "dataset": null, "runs": [1]}'
 
 
-@pytest.mark.parametrize("text,said", [("{", "is not readable"), ("{}", "is no record of"), (NO_RUN, "is no record of")])
+@pytest.mark.parametrize(
+    "text,said",
+    [("{", "is not readable"), *((text, "is no record of") for text in ("{}", NO_RUN, NO_OBJECT))],
+)
 def test_a_damaged_record_is_never_replaced(recorded, text, said):
     record_of(recorded).write_text(text)
     with pytest.raises(UserError, match=said):

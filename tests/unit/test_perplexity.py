@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from infini_train.evaluation.commands import _by_position, _print_evaluation, _s
 from infini_train.evaluation.perplexity import MAX_POSITIONS, HeldOutLoss, position_bins
 from infini_train.evaluation.report import write_report
 from infini_train.evaluation.summary import summary_lines
+from infini_train.results import write_json
 
 
 def result(segments: int) -> HeldOutLoss:
@@ -35,12 +37,12 @@ def test_the_last_range_has_no_end_where_longer_documents_count_with_it() -> Non
     assert last["last_segment"] is None and last["tokens"] == 2 * (3 * MAX_POSITIONS - MAX_POSITIONS // 2)
 
 
-def test_the_loss_of_a_model_that_diverged_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its perplexity is more than a float holds."""
+def diverged(last_loss: float) -> dict[str, Any]:
+    """evaluation.json of a loss of 20 in the first segment and this in the second."""
     tokens = np.full(2, 8.0)
-    found = HeldOutLoss(np.array([20.0, 1e6]) * tokens, tokens, tokens)
+    found = HeldOutLoss(np.array([20.0, last_loss]) * tokens, tokens, tokens)
     whole = _summary(found, found.loss)
-    report = {
+    return {
         "checkpoint": "step_00000001",
         "step": 1,
         "tokens": 16,
@@ -51,11 +53,30 @@ def test_the_loss_of_a_model_that_diverged_is_told(tmp_path: Path, capsys: pytes
         "by_position": _by_position(found, None, None),
         "read_back": None,
     }
+
+
+def test_the_loss_of_a_model_that_diverged_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its perplexity is more than a float holds."""
+    report = diverged(1e6)
     _print_evaluation(report)
     printed = capsys.readouterr().out
     assert "485165195.410" in printed and "1.01e+304" in printed and "held-out loss 500010.0000" in printed
-    (tmp_path / "evaluation.json").write_text(json.dumps(report))
+    write_json(tmp_path / "evaluation.json", report)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1e6}) + "\n")
     assert summary_lines(tmp_path)[-1] == "held-out perplexity (evaluation of step 1): 1.01e+304"
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "its perplexity is 1.01e+304" in page
+
+
+def test_a_loss_that_is_no_number_is_null_in_a_file_that_every_reader_takes(tmp_path: Path) -> None:
+    _print_evaluation(diverged(float("nan")))
+    write_json(tmp_path / "evaluation.json", diverged(float("nan")))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    written = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=refuse)
+    assert written["with_memory"]["loss"] is None and [row["loss"] for row in written["by_position"]] == [20.0, None]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": None}) + "\n")
+    assert summary_lines(tmp_path) == ["unigram entropy of the held-out text: 4.500 nats per token"]
+    assert "its perplexity is" not in write_report(tmp_path).read_text(encoding="utf-8")
