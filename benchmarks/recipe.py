@@ -26,7 +26,7 @@ from rich.table import Table
 from benchmarks.run import RESULTS, environment
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig, difference_from
-from infini_train.data.manifest import MANIFEST_FILE, TOKENIZER_FILE
+from infini_train.data.manifest import MANIFEST_FILE, tokenizer_file
 from infini_train.errors import UserError
 from infini_train.evaluation.compare import run_to_its_end
 from infini_train.evaluation.compare_record import locked
@@ -133,7 +133,7 @@ class Seed:
         Where another seed was first, nothing is left.
         """
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            shutil.copy(self.folder / "data" / TOKENIZER_FILE, folder)
+            shutil.copy(tokenizer_file(self.folder / "data"), folder)
             output = str(Path(folder) / f"seed-{self.seed}.safetensors")
             command = [sys.executable, "-m", "infini_train", "checkpoint", "consolidate", "--run_dir", str(self.folder)]
             _run([*command, "--output", output])

@@ -109,11 +109,10 @@ def _check_initial_weights(run: RunConfig) -> None:
 
 def _check_tokenizer(run: RunConfig) -> None:
     """The same for a command that reads no shards: of data.path it needs the tokenizer alone."""
-    from infini_train.data.manifest import TOKENIZER_FILE
-    from infini_train.data.tokenizer import Tokenizer
+    from infini_train.data.tokenizer_file import tokenizer_of
 
     validate(run, _world_size())
-    tokenizer = Tokenizer(Path(run.data.path) / TOKENIZER_FILE)
+    tokenizer = tokenizer_of(run.data.path)
     if tokenizer.vocab_size != run.data.vocab_size:
         raise UserError(
             f"data.vocab_size is {run.data.vocab_size}, but {tokenizer.path} has {tokenizer.vocab_size} tokens; set "

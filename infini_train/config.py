@@ -69,6 +69,9 @@ class ModelConfig:
     """Memory tokens of `recurrent_memory`, and of each layer of `feedback`."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies; positions count from the segment's start."""
+    rotary_scaling: float = 1.0
+    """How much slower than their frequency the slowest pairs of channels turn, those with less than one turn in 8,192 tokens;
+    with more than four turns as they are, between the two in between. Llama 3.1 has 8 and 3.2 has 32; 1 changes nothing."""
     norm_eps: float = 1e-5
     """ε of every RMSNorm."""
     init_std: float = 0.02
@@ -102,7 +105,8 @@ class DataConfig:
     vocab_size: int = 32000
     """Size of the SentencePiece vocabulary that `prepare` trains."""
     tokenizer: str | None = None
-    """An existing SentencePiece .model file for `prepare` to use instead of training one."""
+    """An existing tokenizer for `prepare` to use instead of training one: a SentencePiece .model file, or a tokenizer.json of
+    Hugging Face with its tokenizer_config.json beside it."""
     held_out_fraction: float = 0.05
     """Share of the documents kept for evaluation, chosen by a hash of their text."""
     shard_size_mb: float = 256.0

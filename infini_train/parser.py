@@ -122,8 +122,8 @@ def _add_convert_arguments(command: ArgumentParser) -> None:
         "--source",
         type=str,
         required=True,
-        help="a folder of transformers' save_pretrained with config.json, safetensors and tokenizer.model: it becomes weights "
-        "for training.initial_weights and a configuration; or a folder step_XXXXXXXX or a file of `checkpoint consolidate`: it "
+        help="a folder of transformers' save_pretrained with config.json, safetensors and a tokenizer: it becomes weights for "
+        "training.initial_weights and a configuration; or a folder step_XXXXXXXX or a file of `checkpoint consolidate`: it "
         "becomes a folder for transformers",
     )
     command.add_argument("--output", type=str, required=True, help="folder to write, which must not exist")

@@ -97,6 +97,8 @@ def validate_model(config: RunConfig) -> None:
             "normaliser to paper or update_rule to delta"
         )
     _validate_short_convolution(model)
+    if model.rotary_scaling < 1:
+        raise UserError(f"model.rotary_scaling is {model.rotary_scaling}; use 1 to turn it off, or more")
     if training.recompute_layers < 0:
         raise UserError(
             f"training.recompute_layers is {training.recompute_layers}; use 0 for all layers of a chunk, or how many"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from infini_train.attention.carried import CarriedTensor, LayerMemory
+from infini_train.attention.rotary_frequencies import rotary_frequencies
 from infini_train.config import ModelConfig
 
 
@@ -57,9 +58,7 @@ class Attention(nn.Module):
         """
         key = (num_positions, device)
         if key not in self._rotary:
-            half = self.model.head_dim // 2
-            exponent = torch.arange(half, dtype=torch.float64) / half
-            angle = torch.arange(num_positions, dtype=torch.float64)[:, None] * self.model.rotary_base**-exponent
+            angle = torch.arange(num_positions, dtype=torch.float64)[:, None] * rotary_frequencies(self.model)
             self._rotary[key] = (angle.cos().float().to(device), angle.sin().float().to(device))
         return self._rotary[key]
 

@@ -18,6 +18,7 @@ from infini_kernels.recurrence import walk
 from infini_kernels.rotary import apply_rotary
 from infini_train.attention.base import Attention
 from infini_train.attention.carried import CarriedTensor, LayerMemory
+from infini_train.attention.rotary_frequencies import rotary_frequencies
 from infini_train.config import ModelConfig
 
 
@@ -89,9 +90,7 @@ class LinearAttention(Attention):
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin) of positions [B, T], each [B, T, D/2] float32; in float64 until there, for positions beyond a million."""
-        half = self.model.head_dim // 2
-        exponent = torch.arange(half, dtype=torch.float64, device=positions.device) / half
-        angle = positions.unsqueeze(-1) * self.model.rotary_base**-exponent
+        angle = positions.unsqueeze(-1) * rotary_frequencies(self.model, positions.device)
         return angle.cos().float(), angle.sin().float()
 
 

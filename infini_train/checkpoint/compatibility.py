@@ -22,6 +22,7 @@ SAME_FUNCTION = (
     "head_dim",
     "ffn_hidden_size",
     "rotary_base",
+    "rotary_scaling",
     "norm_eps",
     "tie_embeddings",
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -17,8 +16,9 @@ from infini_train.checkpoint.compatibility import SAME_FUNCTION
 from infini_train.checkpoint.weights_file import write_weights_file
 from infini_train.config import DataConfig, ModelConfig, RunConfig, dump_keys
 from infini_train.convert.llama import IN_A_LAYER, WHOLE_MODEL, join, model_config, their_shapes, whole_number
-from infini_train.data.manifest import TOKENIZER_FILE
+from infini_train.data.manifest import TOKENIZER_FILES, tokenizer_file
 from infini_train.data.tokenizer import Tokenizer
+from infini_train.data.tokenizer_file import read_tokenizer
 from infini_train.errors import UserError
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -88,7 +88,7 @@ def convert_from(source: Path, folder: Path, final: Path) -> list[str]:
     """Write weights, tokenizer and configuration.
 
     Args:
-        source: folder with config.json, safetensors and tokenizer.model.
+        source: folder with config.json, safetensors and tokenizer.model or tokenizer.json.
         folder: to write to.
         final: where the folder will be, which the configuration names.
 
@@ -105,7 +105,7 @@ def convert_from(source: Path, folder: Path, final: Path) -> list[str]:
         rows = whole_number(pretrained.config, "vocab_size", str(source / "config.json"))
         if rows < tokenizer.vocab_size:
             raise UserError(
-                f"{source / TOKENIZER_FILE} has {tokenizer.vocab_size} tokens, but the model's vocab_size is {rows}; it is "
+                f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model's vocab_size is {rows}; it is "
                 "not the tokenizer of this model"
             )
         pretrained.check(model, rows)
@@ -114,8 +114,10 @@ def convert_from(source: Path, folder: Path, final: Path) -> list[str]:
         trained = RunConfig(model=replace(model, attention="local"), data=DataConfig(vocab_size=tokenizer.vocab_size))
         facts = {"step": 0, "config": asdict(trained), "tokenizer_fingerprint": tokenizer.fingerprint}
         write_weights_file(folder / WEIGHTS_FILE, weights, facts)
-    shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)
-    (folder / CONFIG_FILE).write_text(_configuration(source, final, model, tokenizer.vocab_size), encoding="utf-8")
+    written = tokenizer.copy_to(folder)
+    (folder / CONFIG_FILE).write_text(
+        _configuration(source, final, model, written.name, tokenizer.vocab_size), encoding="utf-8"
+    )
     lines = [f"{final}: {sum(tensor.numel() for tensor in weights.values()):,} parameters of {source}"]
     if spare := rows - tokenizer.vocab_size:
         lines.append(f"left out: the last {spare} rows of the embedding and the output matrix, for which there are no tokens")
@@ -123,12 +125,10 @@ def convert_from(source: Path, folder: Path, final: Path) -> list[str]:
 
 
 def _tokenizer(source: Path) -> Tokenizer:
-    path = source / TOKENIZER_FILE
+    path = tokenizer_file(source)
     if not path.is_file():
-        raise UserError(
-            f"--source {source} has no {TOKENIZER_FILE}; only models with a SentencePiece tokenizer can be converted"
-        )
-    return Tokenizer(path)
+        raise UserError(f"--source {source} has no {' and no '.join(TOKENIZER_FILES)}; get its files again")
+    return read_tokenizer(path)
 
 
 def _weights(pretrained: PretrainedFolder, model: ModelConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
@@ -143,7 +143,7 @@ def _weights(pretrained: PretrainedFolder, model: ModelConfig, vocab_size: int) 
             yield f"decoder.layers.{layer}.{ours}", join(ours, parts, model.num_query_groups)
 
 
-def _configuration(source: Path, final: Path, model: ModelConfig, vocab_size: int) -> str:
+def _configuration(source: Path, final: Path, model: ModelConfig, tokenizer: str, vocab_size: int) -> str:
     run_dir = Path("runs") / final.name
     keys = {
         "run_dir": str(run_dir),
@@ -151,7 +151,7 @@ def _configuration(source: Path, final: Path, model: ModelConfig, vocab_size: in
         "model": {name: getattr(model, name) for name in (*SAME_FUNCTION, "segment_length", "first_segment", "initial_gate")},
         "data": {
             "path": str(run_dir / "data"),
-            "tokenizer": str(final.absolute() / TOKENIZER_FILE),
+            "tokenizer": str(final.absolute() / tokenizer),
             "vocab_size": vocab_size,
         },
         "training": {"initial_weights": str(final.absolute() / WEIGHTS_FILE)},

@@ -11,11 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infini_train.attention.rotary_frequencies import FAST_TURNS, SCALED_CONTEXT, SLOW_TURNS
 from infini_train.config import ModelConfig
 from infini_train.errors import UserError
 
 MODEL_TYPES = ("llama", "mistral")
 """Of config.json. Mistral is a Llama with a sliding window, which a segment replaces."""
+SCALED_LIKE_LLAMA_3 = {
+    "low_freq_factor": SLOW_TURNS,
+    "high_freq_factor": FAST_TURNS,
+    "original_max_position_embeddings": SCALED_CONTEXT,
+}
+"""What `model.rotary_scaling` means beside its factor: the same in every Llama from 3.1 on."""
 MOST_TOKENS_A_SEGMENT = 2048
 INITIAL_GATE = -2.0
 """β at the start: what no training has shaped yet counts for little, so the model begins near its loss, and yet gradients
@@ -65,11 +72,6 @@ def model_config(config: Mapping[str, Any], path: str) -> ModelConfig:
         if not isinstance(config.get(key) or {}, dict):
             raise UserError(f"{path}: {key} is {config[key]!r}; it must be an object or null")
     rotary = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    scaling = rotary.get("rope_type", rotary.get("type", "default"))
-    if scaling != "default":
-        raise UserError(
-            f"{path}: its rotary embedding is scaled ({scaling}); only models without rope_scaling can be converted"
-        )
     hidden, heads = whole_number(config, "hidden_size", path), whole_number(config, "num_attention_heads", path)
     return ModelConfig(
         attention="infini",
@@ -84,9 +86,24 @@ def model_config(config: Mapping[str, Any], path: str) -> ModelConfig:
         first_segment="local_only",
         initial_gate=INITIAL_GATE,
         rotary_base=_number({"rope_theta": 10000.0, **config, **rotary}, "rope_theta", path),
+        rotary_scaling=_rotary_scaling(rotary, path),
         norm_eps=_number(config, "rms_norm_eps", path),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
     )
+
+
+def _rotary_scaling(rotary: Mapping[str, Any], path: str) -> float:
+    kind = rotary.get("rope_type", rotary.get("type", "default"))
+    if kind == "default":
+        return 1.0
+    if kind != "llama3":
+        raise UserError(f"{path}: its rotary embedding is scaled ({kind}); only that of Llama 3 (llama3) can be converted")
+    for key, value in SCALED_LIKE_LLAMA_3.items():
+        if rotary.get(key) != value:
+            raise UserError(f"{path}: {key} of its rotary embedding is {rotary.get(key)}; only {value:g} can be converted")
+    if (factor := _number(rotary, "factor", path)) < 1:
+        raise UserError(f"{path}: factor of its rotary embedding is {factor:g}; it must be at least 1")
+    return factor
 
 
 def whole_number(config: Mapping[str, Any], key: str, path: str, default: int | None = None) -> int:
@@ -109,6 +126,7 @@ def llama_config(model: ModelConfig, vocab_size: int, context: int, dtype: str) 
         context: tokens in which the two compute the same.
         dtype: of the weights.
     """
+    scaling = {"rope_type": "llama3", "factor": model.rotary_scaling, **SCALED_LIKE_LLAMA_3}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -125,6 +143,7 @@ def llama_config(model: ModelConfig, vocab_size: int, context: int, dtype: str) 
         "max_position_embeddings": context,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rotary_base,
+        **({} if model.rotary_scaling == 1.0 else {"rope_scaling": scaling}),
         "tie_word_embeddings": model.tie_embeddings,
         "torch_dtype": dtype,
     }

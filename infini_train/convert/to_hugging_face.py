@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from infini_train.checkpoint.commands import read_model
 from infini_train.checkpoint.weights_file import SUFFIX, read_weights_facts
 from infini_train.config import ModelConfig
 from infini_train.convert.llama import IN_A_LAYER, WHOLE_MODEL, llama_config, split
-from infini_train.data.manifest import TOKENIZER_FILE
+from infini_train.data.manifest import tokenizer_file
 from infini_train.data.tokenizer import Tokenizer
+from infini_train.data.tokenizer_file import read_tokenizer
 from infini_train.errors import UserError
 
 GATE = "self_attention.core_attention.attention.gate"
@@ -53,8 +53,7 @@ def convert_to(source: Path, folder: Path, final: Path) -> list[str]:
     config = llama_config(model, len(weights["embedding.word_embeddings.weight"]), context, dtype)
     if tokenizer is not None:
         config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)
-        _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer))
+        tokenizer.write_for_transformers(folder)
     save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
     _write_json(folder / "config.json", config)
@@ -64,7 +63,7 @@ def convert_to(source: Path, folder: Path, final: Path) -> list[str]:
             f"transformers computes with it what this model computes in a document's first {context} tokens: it has no memory"
         )
     if tokenizer is None:
-        lines.append(f"no {TOKENIZER_FILE} of these weights is at data.path {saved['data']['path']}; copy it there yourself")
+        lines.append(f"no tokenizer of these weights is at data.path {saved['data']['path']}; copy it there yourself")
     return lines
 
 
@@ -110,20 +109,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": True,  # a document begins with it
-        "add_eos_token": False,
-        "bos_token": tokenizer.piece(tokenizer.bos_id),
-        "eos_token": tokenizer.piece(tokenizer.eos_id),
-        "unk_token": tokenizer.piece(tokenizer.unk_id),
-        "legacy": False,
-        "add_prefix_space": False,
-    }
-
-
 def _tokenizer(facts: Mapping[str, Any]) -> Tokenizer | None:
-    path = Path(facts["config"]["data"]["path"]) / TOKENIZER_FILE
-    tokenizer = Tokenizer(path) if path.is_file() else None
+    path = tokenizer_file(Path(facts["config"]["data"]["path"]))
+    tokenizer = read_tokenizer(path) if path.is_file() else None
     return tokenizer if tokenizer is not None and tokenizer.fingerprint == facts["tokenizer_fingerprint"] else None

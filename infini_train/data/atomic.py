@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from infini_train.data.manifest import MANIFEST_FILE, SPLITS, TOKENIZER_FILE, index_file
+from infini_train.data.manifest import MANIFEST_FILE, SPLITS, TOKENIZER_FILES, index_file
 from infini_train.errors import UserError
 
 LOCK_FILE = ".lock"
@@ -69,7 +69,7 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
     if not target.is_dir():
         raise UserError(f"data.path {target} is a file; choose a folder")
     names = {entry.name for entry in target.iterdir()}
-    ours = {MANIFEST_FILE, TOKENIZER_FILE, LOCK_FILE, *(index_file(split) for split in SPLITS)}
+    ours = {MANIFEST_FILE, *TOKENIZER_FILES, LOCK_FILE, *(index_file(split) for split in SPLITS)}
     foreign = sorted(n for n in names - ours if not (n.startswith(tuple(f"{s}-" for s in SPLITS)) and n.endswith(".tar")))
     if foreign:
         raise UserError(

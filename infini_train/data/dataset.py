@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from infini_train.config import RunConfig
-from infini_train.data.manifest import REMEDY, SPLITS, TOKENIZER_FILE, Shard, SplitFacts, file_digest, index_file, load_manifest
+from infini_train.data.manifest import REMEDY, SPLITS, Shard, SplitFacts, file_digest, index_file, load_manifest, tokenizer_file
 from infini_train.errors import UserError
 
 MAX_OPEN_SHARDS = 64
@@ -215,7 +215,7 @@ def check_dataset(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> None:
             f"data.vocab_size is {config.data.vocab_size}, but data.path {folder} was prepared with {manifest.vocab_size}; "
             f"set data.vocab_size to {manifest.vocab_size}, or {REMEDY}"
         )
-    tokenizer = folder / TOKENIZER_FILE
+    tokenizer = tokenizer_file(folder)
     try:
         fingerprint = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
     except OSError as error:

@@ -13,7 +13,10 @@ from infini_train.errors import UserError
 FORMAT_VERSION = 2
 SPLITS = ("train", "held_out")
 MANIFEST_FILE = "dataset.json"
-TOKENIZER_FILE = "tokenizer.model"
+SENTENCEPIECE_FILE = "tokenizer.model"
+HUGGING_FACE_FILE = "tokenizer.json"
+TOKENIZER_FILES = SENTENCEPIECE_FILE, HUGGING_FACE_FILE
+"""One of them lies in a prepared folder."""
 WEIGHT_MEMBER = "weights.u8"
 """Extension of the tar member that holds a document's loss weights, where there are some."""
 REMEDY = "run `infini-train prepare --config FILE --overwrite` again"
@@ -22,6 +25,11 @@ REMEDY = "run `infini-train prepare --config FILE --overwrite` again"
 def token_format(vocab_size: int) -> tuple[str, str]:
     """(numpy type, name of the tar member) that hold ids below vocab_size in the fewest bytes."""
     return ("<u2", "u16") if vocab_size <= 1 << 16 else ("<u4", "u32")
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """The tokenizer in a folder; where there is none, the usual one."""
+    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), folder / SENTENCEPIECE_FILE)
 
 
 def index_file(split: str) -> str:

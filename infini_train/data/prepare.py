@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,10 +18,12 @@ from infini_train.data.atomic import atomic_folder
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.documents import Document, DocumentSource
 from infini_train.data.held_out import held_out_warning
-from infini_train.data.manifest import SPLITS, TOKENIZER_FILE, load_manifest
+from infini_train.data.manifest import SENTENCEPIECE_FILE, SPLITS, load_manifest
+from infini_train.data.sentencepiece_tokenizer import train_tokenizer
 from infini_train.data.shards import write_shards
 from infini_train.data.task_data import make_filler, split_samples, task_texts, write_task_shards
-from infini_train.data.tokenizer import Tokenizer, train_tokenizer
+from infini_train.data.tokenizer import Tokenizer
+from infini_train.data.tokenizer_file import read_tokenizer
 from infini_train.errors import UserError
 from infini_train.tasks import Sample
 from infini_train.validation import validate_data, validate_model, validate_task
@@ -95,7 +96,7 @@ class PrepareSummary:
 
 
 def prepare(config: RunConfig, overwrite: bool = False) -> PrepareSummary:
-    """Make the folder `data.path`: tokenizer.model, shards, indexes and dataset.json; print what it holds, and
+    """Make the folder `data.path`: tokenizer, shards, indexes and dataset.json; print what it holds, and
     a warning if too little of it is held out.
 
     The shards hold the text of data.source or, with task.kind, samples of that task.
@@ -122,17 +123,17 @@ def prepare(config: RunConfig, overwrite: bool = False) -> PrepareSummary:
         console.print("Corpus: the source files of Python's standard library (data.source is stdlib)")
     try:
         with atomic_folder(target, overwrite) as folder, _progress(console) as progress:
-            model = folder / TOKENIZER_FILE
             if given is None:
                 texts: Iterable[str] = []
                 if source is not None:
                     texts = (document.text for document in _watched(source, progress, "Training the tokenizer"))
                 if config.task.kind is not None:
                     texts = chain(texts, task_texts(config.task))
-                train_tokenizer(texts, model, data.vocab_size)
+                written = folder / SENTENCEPIECE_FILE
+                train_tokenizer(texts, written, data.vocab_size)
             else:
-                shutil.copyfile(given.path, model)
-            tokenizer = Tokenizer(model)
+                written = given.copy_to(folder)
+            tokenizer = read_tokenizer(written)
             if source is None or config.task.kind is not None:
                 samples = _samples(config, tokenizer, progress)
                 write_task_shards(samples, config, tokenizer, folder, "repeated" if source is None else data.source)
@@ -170,7 +171,7 @@ def _samples(config: RunConfig, tokenizer: Tokenizer, progress: Progress) -> Ite
 
 
 def _given_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    tokenizer = Tokenizer(path)
+    tokenizer = read_tokenizer(path)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
             f"data.vocab_size is {vocab_size}, but data.tokenizer {path} has {tokenizer.vocab_size} ids; set "

@@ -17,8 +17,8 @@ from infini_train.checkpoint.weights_file import SUFFIX, read_weights_facts
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.held_out import held_out_warning
-from infini_train.data.manifest import TOKENIZER_FILE, load_manifest
-from infini_train.data.tokenizer import Tokenizer
+from infini_train.data.manifest import load_manifest
+from infini_train.data.tokenizer_file import tokenizer_of
 from infini_train.errors import UserError
 from infini_train.evaluation.generation import StreamingModel, sample_tokens
 from infini_train.evaluation.perplexity import (
@@ -95,7 +95,7 @@ def load_model(run: RunConfig, checkpoint: Path) -> Loaded:
     layout = initialize_layout(run)
     module = build_stage(run, layout.pp_rank)
     placements = parameter_placements(module, layout.layer_offsets(run.model.num_layers))
-    tokenizer = Tokenizer(Path(run.data.path) / TOKENIZER_FILE)
+    tokenizer = tokenizer_of(run.data.path)
     step = load_weights(checkpoint, module, placements, run, tokenizer.fingerprint)
     return Loaded(run, layout, InferenceEngine(module), step)
 
@@ -242,7 +242,7 @@ def generate(
         prompt: None takes the first half of the longest held-out document, at most 32 segments of it.
     """
     loaded = load_model(run, checkpoint)
-    tokenizer = Tokenizer(Path(run.data.path) / TOKENIZER_FILE)
+    tokenizer = tokenizer_of(run.data.path)
     tokens = _default_prompt(run) if prompt is None else [tokenizer.bos_id, *tokenizer.encode(prompt)]
     model = StreamingModel(loaded.engine.module, run)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:

@@ -12,9 +12,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from infini_train import platform
 from infini_train.config import RunConfig
-from infini_train.data.manifest import TOKENIZER_FILE
 from infini_train.data.task_data import make_filler
-from infini_train.data.tokenizer import Tokenizer
+from infini_train.data.tokenizer_file import tokenizer_of
 from infini_train.errors import UserError
 from infini_train.evaluation.commands import load_model
 from infini_train.evaluation.records import read_json
@@ -66,7 +65,7 @@ def evaluate_passkey(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
     before = read_json(target, "evaluate passkey", [])
     loaded = load_model(run, checkpoint)
     layout = loaded.layout
-    tokenizer = Tokenizer(Path(run.data.path) / TOKENIZER_FILE)
+    tokenizer = tokenizer_of(run.data.path)
     task = Task(run.task, tokenizer, make_filler(run, tokenizer, held_out=True))
     pipeline = SegmentPipeline(loaded.engine, run, layout, len(layout.rows(run.task.rows)))
     report: dict[str, Any] = {

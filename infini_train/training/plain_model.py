@@ -5,6 +5,7 @@ It is the specification of a training step. The self-test at a run's start and t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,15 @@ from infini_train.training.memory_ageing import memory_repeats
 
 def _rotary(run: RunConfig, positions: int) -> tuple[Tensor, Tensor]:
     frequencies = run.model.rotary_base ** (-torch.arange(0, run.model.head_dim, 2) / run.model.head_dim)
+    if run.model.rotary_scaling != 1:
+        # As Meta published it with Llama 3.1.
+        for pair, frequency in enumerate(frequencies.tolist()):
+            wavelength = 2 * math.pi / frequency
+            if wavelength > 8192 / 1:
+                frequencies[pair] = frequency / run.model.rotary_scaling
+            elif wavelength > 8192 / 4:
+                smooth = (8192 / wavelength - 1) / (4 - 1)
+                frequencies[pair] = (1 - smooth) * frequency / run.model.rotary_scaling + smooth * frequency
     angles = torch.outer(torch.arange(positions), frequencies)
     return angles.cos(), angles.sin()
 

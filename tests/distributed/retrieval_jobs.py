@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from infini_train.config import RunConfig
+from infini_train.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from infini_train.data.task_data import make_filler
-from infini_train.data.tokenizer import Tokenizer
 from infini_train.evaluation.generation import StreamingModel, sample_tokens
 from infini_train.evaluation.retrieval import _answers, measure_cell
 from infini_train.parallel.engine import InferenceEngine
@@ -21,7 +21,7 @@ from infini_train.training.setup import Parts, build_parts
 
 def _parts(run: RunConfig) -> tuple[Parts, SegmentPipeline, Task]:
     parts = build_parts(run)
-    tokenizer = Tokenizer(Path(run.data.path) / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(Path(run.data.path) / "tokenizer.model")
     pipeline = SegmentPipeline(InferenceEngine(parts.engine.module), run, parts.layout, run.task.rows)
     return parts, pipeline, Task(run.task, tokenizer, make_filler(run, tokenizer, held_out=True))
 

@@ -17,14 +17,16 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralCo
 
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig, save_config
-from infini_train.data.manifest import TOKENIZER_FILE
-from infini_train.data.tokenizer import Tokenizer
+from infini_train.convert.llama import SCALED_LIKE_LLAMA_3
+from infini_train.data.manifest import tokenizer_file
+from infini_train.data.tokenizer_file import tokenizer_of
 from infini_train.parser import read_config
 from infini_train.planning.parameters import model_parameters
 from infini_train.validation import ATTENTION
 from tests.distributed.assemble import global_weights
 from tests.distributed.cases import Case
 from tests.distributed.command import call
+from tests.llama3 import write_llama_3_tokenizer
 
 JOBS = "tests.distributed.convert_jobs"
 SIZES = {
@@ -46,7 +48,7 @@ def pretrained(folder: Path, run: RunConfig, model_class: Any, config_class: Any
         torch.nn.init.normal_(parameter, float(parameter.dim() == 1), 0.15)
     model.save_pretrained(folder, max_shard_size="40KB")
     assert (folder / "model.safetensors.index.json").is_file()
-    shutil.copyfile(Path(run.data.path) / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+    shutil.copy(tokenizer_file(Path(run.data.path)), folder)
     return model
 
 
@@ -112,7 +114,7 @@ def test_trained_weights_give_the_same_logits_in_transformers(attention, first_s
         beyond = by_segment(theirs, tokens[:, 16:32], 16)
         assert (ours[:, 16:32] - beyond).abs().max() > 1e-3, "with a memory it must differ"
 
-    tokenizer, mine = AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(Path(run.data.path) / TOKENIZER_FILE)
+    tokenizer, mine = AutoTokenizer.from_pretrained(tmp_path / "hf"), tokenizer_of(run.data.path)
     for text in ("two  words\n\n\tand a tab", " é ☃ 123"):
         assert tokenizer(text, add_special_tokens=False).input_ids == mine.encode(text)
     assert tokenizer("a").input_ids == [mine.bos_id, *mine.encode("a")]
@@ -132,6 +134,44 @@ def test_there_and_back_changes_no_bit(pool, run_config, tmp_path):
     back, before = load_file(tmp_path / "back" / "model.safetensors"), theirs.state_dict()
     assert back.keys() == before.keys()
     assert all(torch.equal(back[name], before[name]) for name in before)
+
+
+def test_a_llama_of_the_third_kind_goes_there_and_trains_and_back(pool, run_config, tmp_path):
+    """Its rotary embedding is scaled, and its tokenizer a tokenizer.json."""
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(run_config.data.source).glob("*.txt")))
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, **SCALED_LIKE_LLAMA_3}
+    theirs = pretrained(tmp_path / "hf", run_config, LlamaForCausalLM, LlamaConfig, head_dim=16, rope_parameters=rope)
+    (tmp_path / "hf" / "tokenizer.model").unlink()
+    write_llama_3_tokenizer(tmp_path / "hf", [text], 512)
+    call("convert", "--source", str(tmp_path / "hf"), "--output", str(tmp_path / "ours"))
+    run = read_config(tmp_path / "ours" / "config.yaml")
+    assert (run.model.rotary_scaling, run.model.rotary_base, run.model.head_dim) == (8.0, 5e5, 16)
+    assert run.data.tokenizer == str(tmp_path / "ours" / "tokenizer.json")
+    data = ["--data.source", run_config.data.source, "--data.path", str(tmp_path / "data")]
+    call("prepare", "--config", str(tmp_path / "ours" / "config.yaml"), *data)
+
+    tokens = torch.randint(3, 512, (2, 150), generator=torch.Generator().manual_seed(1))
+    local = replace(run, data=replace(run.data, path=str(tmp_path / "data")), model=replace(run.model, attention="local"))
+    ours = pool(1).run(JOBS, "logits", local, run.training.initial_weights, tokens)[0]
+    expected = by_segment(theirs, tokens, 64)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    unscaled = replace(theirs.config, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    other = LlamaForCausalLM(unscaled).eval()
+    other.load_state_dict(theirs.state_dict())
+    assert (by_segment(other, tokens, 64) - expected).abs().max() > 1e-3, "unscaled it must differ"
+
+    sizes = ["--model.segment_length", "16", "--training.rows", "2", "--training.steps", "2"]
+    sizes += ["--training.segments_per_micro_batch", "2", "--training.micro_batches_per_window", "2"]
+    config = ["--config", str(tmp_path / "ours" / "config.yaml"), *data[2:], "--run_dir", str(tmp_path / "run"), *sizes]
+    assert "starting from" in call("pretrain", *config, "--optimizer.warmup_steps", "1", processes=2)
+    call("convert", "--source", str(list_checkpoints(tmp_path / "run")[-1]), "--output", str(tmp_path / "back"))
+    back = LlamaForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert back.config.rope_parameters == rope
+    trained = replace(local, model=replace(run.model, segment_length=16))
+    ours = pool(1).run(JOBS, "logits", trained, str(list_checkpoints(tmp_path / "run")[-1]), tokens[:, :16])[0]
+    torch.testing.assert_close(ours, by_segment(back, tokens[:, :16], 16), rtol=1e-4, atol=1e-4)
+    before, after = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("hf", "back"))
+    assert before(text).input_ids == after(text).input_ids and before.eos_token_id == after.eos_token_id
 
 
 CASES = [

@@ -19,8 +19,7 @@ from infini_train.checkpoint.weights_file import write_weights_file
 from infini_train.cli import main
 from infini_train.config import ModelConfig
 from infini_train.convert.llama import IN_A_LAYER, QKV, join, model_config, split, their_shapes
-from infini_train.convert.to_hugging_face import _tokenizer_config
-from infini_train.data.tokenizer import Tokenizer, train_tokenizer
+from infini_train.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -34,6 +33,14 @@ CONFIG: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "vocab_size": 300,
+}
+
+LLAMA_3_1 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
 
 
@@ -78,8 +85,14 @@ NORM = "model.layers.0.input_layernorm.weight"
         (configured(model_type="qwen2"), "model_type is qwen2; only llama and mistral"),
         (configured(attention_bias=True), "attention_bias is True"),
         (configured(hidden_act="gelu"), "hidden_act is gelu"),
-        (configured(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rotary embedding is scaled (llama3)"),
-        (configured(rope_parameters={"rope_type": "yarn"}), "rotary embedding is scaled (yarn)"),
+        (configured(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor of its rotary embedding is None"),
+        (
+            configured(rope_scaling={**LLAMA_3_1, "high_freq_factor": 2}),
+            "high_freq_factor of its rotary embedding is 2; only",
+        ),
+        (configured(rope_scaling={**LLAMA_3_1, "factor": 0.5}), "factor of its rotary embedding is 0.5; it must be at least 1"),
+        (configured(rope_scaling={**LLAMA_3_1, "factor": None}), "factor is None; it must be a positive number"),
+        (configured(rope_parameters={"rope_type": "yarn"}), "rotary embedding is scaled (yarn); only that of Llama 3"),
         (configured(hidden_size=None), "hidden_size is None"),
         (configured(num_attention_heads="many"), "num_attention_heads is 'many'"),
         (configured(rope_scaling="linear"), "rope_scaling is 'linear'; it must be an object"),
@@ -99,7 +112,7 @@ NORM = "model.layers.0.input_layernorm.weight"
         (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "is not a JSON object"),
         (lambda folder: (folder / "config.json").unlink(), "is neither a folder of Hugging Face transformers"),
-        (lambda folder: (folder / "tokenizer.model").unlink(), "has no tokenizer.model"),
+        (lambda folder: (folder / "tokenizer.model").unlink(), "has no tokenizer.model and no tokenizer.json"),
         (configured(vocab_size=200), "has 290 tokens, but the model's vocab_size is 200"),
         (lambda folder: (folder / "model.safetensors").unlink(), "save_pretrained"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "cannot be read as safetensors"),
@@ -159,6 +172,9 @@ def test_defaults_of_config_json_are_those_of_transformers():
     model = model_config({**few, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "")
     assert isinstance(model, ModelConfig)
     assert (model.num_query_groups, model.head_dim, model.rotary_base, model.tie_embeddings) == (4, 3, 5e5, False)
+    assert model.rotary_scaling == 1.0
+    scaled = {**few, "rope_theta": 5e5, "rope_scaling": LLAMA_3_1}
+    assert (model_config(scaled, "").rotary_scaling, model_config(scaled, "").rotary_base) == (8.0, 5e5)
     assert (model.segment_length, model_config({**few, "max_position_embeddings": 8192}, "").segment_length) == (32, 2048)
 
 
@@ -177,9 +193,10 @@ def test_transformers_finds_the_begin_and_end_tokens_under_their_own_names(tmp_p
         eos_piece="<|endoftext|>",
         minloglevel=2,
     )
-    tokenizer = Tokenizer(path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(tokenizer)))
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = SentencePieceTokenizer(path)
+    (tmp_path / "theirs").mkdir()
+    tokenizer.write_for_transformers(tmp_path / "theirs")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "theirs")
     assert theirs("fox").input_ids == [tokenizer.bos_id, *tokenizer.encode("fox")]
     assert theirs.eos_token_id == tokenizer.eos_id and len(theirs) == tokenizer.vocab_size
 

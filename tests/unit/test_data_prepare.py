@@ -12,8 +12,8 @@ from infini_train.config import DataConfig, ModelConfig, RunConfig
 from infini_train.data import prepare as prepare_module
 from infini_train.data.dataset import TokenDataset, check_dataset
 from infini_train.data.prepare import prepare
+from infini_train.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from infini_train.data.streams import StreamReader
-from infini_train.data.tokenizer import Tokenizer
 from infini_train.errors import UserError
 
 
@@ -41,7 +41,7 @@ def test_prepare_makes_what_the_rest_reads(config: RunConfig, capsys: pytest.Cap
     assert (summary.documents, summary.characters) == (30, sum(map(len, texts)))
     assert (summary.skipped_empty, summary.skipped_not_utf8) == (1, 1)
     assert summary.characters_per_token == summary.characters / summary.tokens > 1.5
-    tokenizer, found = Tokenizer(folder / "tokenizer.model"), []
+    tokenizer, found = SentencePieceTokenizer(folder / "tokenizer.model"), []
     for split, facts in summary.splits.items():
         dataset = TokenDataset(folder, split)
         assert dataset.tokenizer_fingerprint == tokenizer.fingerprint

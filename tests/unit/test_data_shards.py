@@ -17,8 +17,8 @@ from infini_train.data.atomic import atomic_folder
 from infini_train.data.dataset import TokenDataset, check_dataset
 from infini_train.data.documents import Document
 from infini_train.data.manifest import load_manifest, token_format
+from infini_train.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from infini_train.data.shards import text_fraction, write_shards
-from infini_train.data.tokenizer import Tokenizer, train_tokenizer
 from infini_train.errors import UserError
 
 DOCUMENTS = [Document(f"document {i}: " + f"word{i} and more \u2581\n" * (i * 7 % 40), f"d{i}.txt") for i in range(40)]
@@ -26,14 +26,14 @@ SHARD_MB = 0.04
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_tokenizer([d.text for d in DOCUMENTS], path, 310)
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 @pytest.fixture(scope="module")
-def written(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(tokenizer: SentencePieceTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
     write(folder, tokenizer)
@@ -46,7 +46,9 @@ def folder(written: Path, tmp_path: Path) -> Path:
     return shutil.copytree(written, tmp_path / "data")
 
 
-def write(folder: Path, tokenizer: Tokenizer, documents: list[Document] = DOCUMENTS, fraction: float = 0.3) -> None:
+def write(
+    folder: Path, tokenizer: SentencePieceTokenizer, documents: list[Document] = DOCUMENTS, fraction: float = 0.3
+) -> None:
     write_shards(documents, tokenizer, folder, source="test", held_out_fraction=fraction, shard_size_mb=SHARD_MB)
 
 
@@ -59,7 +61,7 @@ def configuration(folder: Path, vocab_size: int = 310) -> RunConfig:
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_documents_come_back(written: Path, tokenizer: Tokenizer, split: str) -> None:
+def test_documents_come_back(written: Path, tokenizer: SentencePieceTokenizer, split: str) -> None:
     dataset = TokenDataset(written, split)
     assert dataset.num_documents == len(expected(split)) > 5
     assert dataset.document_lengths.dtype == np.int64
@@ -74,7 +76,7 @@ def test_documents_come_back(written: Path, tokenizer: Tokenizer, split: str) ->
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_plain_webdataset_reads_the_shards(written: Path, tokenizer: Tokenizer, split: str) -> None:
+def test_plain_webdataset_reads_the_shards(written: Path, tokenizer: SentencePieceTokenizer, split: str) -> None:
     manifest = load_manifest(written)
     urls = [str(written / shard.file) for shard in manifest.splits[split].shards]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
@@ -99,7 +101,7 @@ def test_shards_respect_their_bound_and_the_manifest_adds_up(written: Path) -> N
     assert (record["format_version"], record["source"], record["token_type"]) == (2, "test", "<u2")
 
 
-def test_a_document_larger_than_a_shard_stays_whole(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_document_larger_than_a_shard_stays_whole(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
     book = Document("".join(chr(0x4E00 + i % 5000) for i in range(20_000)), "book")
     write(tmp_path, tokenizer, [*DOCUMENTS, book])
     dataset = TokenDataset(tmp_path, "held_out" if text_fraction(book.text) < 0.3 else "train")
@@ -109,13 +111,13 @@ def test_a_document_larger_than_a_shard_stays_whole(tokenizer: Tokenizer, tmp_pa
     assert tokenizer.decode(dataset.read(number, 0, length).tolist()) == book.text
 
 
-def test_the_same_corpus_gives_the_same_bytes(written: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_same_corpus_gives_the_same_bytes(written: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
     write(tmp_path, tokenizer)
     for path in sorted(tmp_path.glob("*.tar")):
         assert path.read_bytes() == (written / path.name).read_bytes()
 
 
-def test_the_split_depends_on_the_text_alone(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_split_depends_on_the_text_alone(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
     doubled = [*reversed(DOCUMENTS), *DOCUMENTS]
     write(tmp_path, tokenizer, doubled)
     splits = {split: {d.text for d in expected(split)} for split in ("train", "held_out")}
@@ -128,7 +130,7 @@ def test_the_split_depends_on_the_text_alone(tokenizer: Tokenizer, tmp_path: Pat
     assert abs(share - 0.3) < 0.04
 
 
-def test_an_empty_split_is_refused_with_a_fraction_that_works(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_empty_split_is_refused_with_a_fraction_that_works(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
     fractions = sorted(text_fraction(d.text) for d in DOCUMENTS)
     for name, bad in (("held_out", fractions[0] / 2), ("train", (fractions[-1] + 1) / 2)):
         with pytest.raises(UserError, match=rf"data\.held_out_fraction.* {name} split") as caught:
@@ -188,7 +190,7 @@ def test_open_shards_are_bounded(written: Path, monkeypatch: pytest.MonkeyPatch)
     assert dataset.read(0, 0, 2).tolist() == first[0]
 
 
-def test_an_open_dataset_never_reads_what_replaced_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_open_dataset_never_reads_what_replaced_it(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     for number in range(2):
         with atomic_folder(folder, overwrite=True) as partial:

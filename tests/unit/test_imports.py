@@ -29,7 +29,7 @@ ALLOWED = {
     "training": {"checkpoint", "infini_kernels", "attention", "model", "parallel", "data", "evaluation", "stop_signals", *SIDE},
     "evaluation": {"checkpoint", "attention", "model", "parallel", "data", "overrides", "tasks", "training", *SIDE},
     "planning": {"infini_kernels", "model", "parallel", "data", "training", "validation", *SIDE},
-    "convert": {"checkpoint", "config", "data", "errors", "results"},
+    "convert": {"attention", "checkpoint", "config", "data", "errors", "results"},
     "cluster": {"checkpoint", "config", "errors", "overrides", "parser_errors", "planning", "validation"},
     "parser_errors": {"config"},
     "overrides": {"config", "errors", "parser_errors"},

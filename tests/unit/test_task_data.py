@@ -16,9 +16,9 @@ from infini_train.config import DataConfig, RunConfig, TaskConfig
 from infini_train.data.dataset import TokenDataset, check_dataset
 from infini_train.data.manifest import load_manifest
 from infini_train.data.prepare import prepare
+from infini_train.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from infini_train.data.streams import StreamReader
 from infini_train.data.task_data import task_length
-from infini_train.data.tokenizer import Tokenizer
 from infini_train.errors import UserError
 from infini_train.evaluation.perplexity import unigram_entropy
 from infini_train.parser import spelled_out
@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 def test_documents_are_samples_with_weights(run: RunConfig) -> None:
     check_dataset(run)
     folder = Path(run.data.path)
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
     texts: dict[str, set[str]] = {}
     for split, count in (("train", 40), ("held_out", 6)):
         dataset = TokenDataset(folder, split)
@@ -81,7 +81,7 @@ def test_texts_have_from_the_fewest_to_all_facts(tmp_path: Path) -> None:
     run = task_run(tmp_path, kind="multi_key", keys=3, min_keys=1, questions=3, samples=90, min_tokens=200, max_tokens=600)
     prepare(run)
     dataset = TokenDataset(Path(run.data.path), "train")
-    tokenizer = Tokenizer(Path(run.data.path) / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(Path(run.data.path) / "tokenizer.model")
     long, short = [], []
     for number in range(90):
         size = int(dataset.document_lengths[number])
@@ -145,7 +145,7 @@ def test_text_filler_never_crosses_the_splits(tmp_path: Path) -> None:
     run = task_run(tmp_path, kind="babi", keys=4, filler="text")
     run = replace(run, data=replace(run.data, source=str(source), vocab_size=600, held_out_fraction=0.3))
     prepare(run)
-    tokenizer = Tokenizer(Path(run.data.path) / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(Path(run.data.path) / "tokenizer.model")
     lines: dict[str, set[str]] = {}
     for split in ("train", "held_out"):
         dataset = TokenDataset(Path(run.data.path), split)

@@ -1,4 +1,4 @@
-"""Retrieval samples: exact lengths and places, one token a digit, seeds that are never shared, any length in little memory."""
+"""Retrieval samples: exact lengths and places, numbers alike everywhere, seeds never shared, any length in little memory."""
 
 import re
 import tracemalloc
@@ -12,8 +12,9 @@ import pytest
 import sentencepiece
 
 from infini_train.config import TASK_KINDS, RunConfig, TaskConfig
+from infini_train.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from infini_train.data.task_data import task_texts
-from infini_train.data.tokenizer import Tokenizer, train_tokenizer
+from infini_train.data.tokenizer_file import read_tokenizer
 from infini_train.errors import UserError
 from infini_train.tasks import STORIES, Purpose, RepeatedFiller, Sample, Task, TextFiller, at_depth, training_placement
 from infini_train.tasks.draws import Draws, sample_seed
@@ -22,21 +23,22 @@ from infini_train.tasks.placement import Placement, Room
 from infini_train.tasks.task import tell
 from infini_train.tasks.words import OBJECTS
 from infini_train.validation import MOST_WORDS, WORDS_OF_A_FACT, validate_task
+from tests.llama3 import write_llama_3_tokenizer
 
 KEYS = {"passkey": 1, "multi_key": 4, "multi_value": 3, "associative_recall": 5, "babi": 6}
 Make = Callable[..., Sample]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     texts = [text for kind in TASK_KINDS for text in list(task_texts(TaskConfig(kind=kind, keys=KEYS[kind])))[:100]]
     train_tokenizer(texts, path, 512)
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 @pytest.fixture(scope="module")
-def make(tokenizer: Tokenizer) -> Make:
+def make(tokenizer: SentencePieceTokenizer) -> Make:
     def sample(kind: str, number: int = 0, length: int = 700, place: Placement | float = 0.5, filler: object = None) -> Sample:
         config = TaskConfig(kind=kind, keys=KEYS[kind])
         task = Task(config, tokenizer, filler or RepeatedFiller(tokenizer))
@@ -45,13 +47,15 @@ def make(tokenizer: Tokenizer) -> Make:
     return sample
 
 
-def text_of(tokenizer: Tokenizer, sample: Sample) -> str:
+def text_of(tokenizer: SentencePieceTokenizer, sample: Sample) -> str:
     return tokenizer.decode(sample.tokens.tolist())
 
 
 @pytest.mark.parametrize("kind,depth", product(TASK_KINDS, [0.0, 0.37, 1.0]))
 @pytest.mark.parametrize("length", [400, 401, 4097])
-def test_length_place_and_answer_are_exact(make: Make, tokenizer: Tokenizer, kind: str, depth: float, length: int) -> None:
+def test_length_place_and_answer_are_exact(
+    make: Make, tokenizer: SentencePieceTokenizer, kind: str, depth: float, length: int
+) -> None:
     for number in range(5):
         sample = make(kind, number, length, depth)
         tokens = sample.tokens
@@ -69,7 +73,7 @@ def test_depth_is_the_share_of_filler_before_the_needle(make: Make, depth: float
     assert between == first + round(depth * (last - first)) and last - first > 500
 
 
-def test_the_passkey_is_the_papers(make: Make, tokenizer: Tokenizer) -> None:
+def test_the_passkey_is_the_papers(make: Make, tokenizer: SentencePieceTokenizer) -> None:
     sample = make("passkey", length=700, place=1.0)
     key = sample.facts["answer"]
     text = text_of(tokenizer, sample)
@@ -82,7 +86,7 @@ def test_the_passkey_is_the_papers(make: Make, tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["multi_key", "associative_recall"])
-def test_several_facts_are_asked_one_after_the_other(tokenizer: Tokenizer, kind: str) -> None:
+def test_several_facts_are_asked_one_after_the_other(tokenizer: SentencePieceTokenizer, kind: str) -> None:
     task = Task(TaskConfig(kind=kind, keys=5), tokenizer, RepeatedFiller(tokenizer))
     one, three = (task.sample(3, Purpose.TRAIN, (0,), 700, at_depth(0.5), questions) for questions in (1, 3))
     assert three.length == 700 and three.facts["question"] == one.facts["question"]
@@ -100,7 +104,7 @@ def test_several_facts_are_asked_one_after_the_other(tokenizer: Tokenizer, kind:
             assert f"The word {question.split(' goes with ')[1].split('?')[0]} goes with the word {answer}." in before
 
 
-def test_digits_are_single_tokens(make: Make, tokenizer: Tokenizer) -> None:
+def test_digits_are_single_tokens(make: Make, tokenizer: SentencePieceTokenizer) -> None:
     digits = {tokenizer.encode(digit)[0] for digit in "0123456789"}
     assert len(digits) == 10
     assert set(make("passkey").answer.tolist()) <= digits
@@ -109,7 +113,19 @@ def test_digits_are_single_tokens(make: Make, tokenizer: Tokenizer) -> None:
     assert set(sample.answer[sample.scored].tolist()) <= digits and not set(sample.answer[~sample.scored].tolist()) & digits
 
 
-def test_a_tokenizer_that_joins_digits_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_of_several_digits_a_token_has_the_answer_in_the_text(tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(write_llama_3_tokenizer(tmp_path, [f"{SENTENCES} {n}" for n in range(100, 999, 7)], 480))
+    task = Task(TaskConfig(kind="multi_value", keys=3), tokenizer, RepeatedFiller(tokenizer))
+    sample = task.sample(0, Purpose.EVALUATION, (0,), 500, at_depth(0.5))
+    tokens, found = sample.tokens.tolist(), tokenizer.decode(sample.answer).split(" ")
+    assert sample.scored.sum() == len(sample.answer) - 2 < 15
+    for number, starts in zip(found, sample.facts["needle_starts"], strict=True):
+        alone = tokenizer.encode(number)
+        needle = tokens[starts : starts + 40]
+        assert sum(needle[at : at + len(alone)] == alone for at in range(40)) == 2, "both times that it is told"
+
+
+def test_a_tokenizer_that_joins_numbers_with_spaces_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "joined.model"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([f"{SENTENCES} is {n}" for n in range(1000, 9999, 7)]),
@@ -123,12 +139,12 @@ def test_a_tokenizer_that_joins_digits_is_refused(tmp_path: Path) -> None:
         user_defined_symbols=["\n", "\n\n", "\t"],
         minloglevel=2,
     )
-    joined = Tokenizer(path)
-    with pytest.raises(UserError, match=r"joined\.model does not encode a number digit by digit.*split_digits"):
+    joined = SentencePieceTokenizer(path)
+    with pytest.raises(UserError, match=r"joined\.model joins a number with what stands before.*split_digits"):
         Task(TaskConfig(kind="passkey"), joined, RepeatedFiller(joined))
 
 
-def test_stories_can_be_answered_from_their_text(make: Make, tokenizer: Tokenizer) -> None:
+def test_stories_can_be_answered_from_their_text(make: Make, tokenizer: SentencePieceTokenizer) -> None:
     """An independent reader of the text finds the answer by the rules of the task."""
     for number in range(20):
         place = training_placement(0.2, 0.2, 0.1, 64)
@@ -254,13 +270,13 @@ def test_too_short_texts_are_refused(make: Make) -> None:
         make("multi_key", length=60)
 
 
-def test_too_short_texts_for_the_fewest_keys_name_that_option(tokenizer: Tokenizer) -> None:
+def test_too_short_texts_for_the_fewest_keys_name_that_option(tokenizer: SentencePieceTokenizer) -> None:
     task = Task(TaskConfig(kind="multi_key", keys=5, min_keys=2), tokenizer, RepeatedFiller(tokenizer))
     with pytest.raises(UserError, match=r"a text of 60 tokens .* or a smaller task\.min_keys$"):
         task.sample(3, Purpose.TRAIN, (0,), 60, at_depth(0.5), 1, range(5, 1, -1))
 
 
-def test_a_text_has_as_many_facts_as_fit(tokenizer: Tokenizer) -> None:
+def test_a_text_has_as_many_facts_as_fit(tokenizer: SentencePieceTokenizer) -> None:
     task = Task(TaskConfig(kind="multi_key", keys=8), tokenizer, RepeatedFiller(tokenizer))
 
     def sample(length: int, keys: Sequence[int]) -> Sample:

@@ -11,8 +11,8 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from infini_train.data import tokenizer as tokenizer_module
-from infini_train.data.tokenizer import Tokenizer, train_tokenizer
+from infini_train.data import sentencepiece_tokenizer as tokenizer_module
+from infini_train.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from infini_train.errors import UserError
 
 CODE = Path(json.decoder.__file__).read_text(encoding="utf-8")
@@ -49,23 +49,23 @@ def foreign_model(**options: object) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def ours(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train_tokenizer([CODE, PROSE], path, 800)
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 @pytest.fixture(scope="module")
-def llama_like(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def llama_like(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
     """A model that puts a space before each text, as Llama's does."""
     path = tmp_path_factory.mktemp("llama") / "tokenizer.model"
     path.write_bytes(foreign_model(normalization_rule_name="identity", remove_extra_whitespaces=False))
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 @pytest.mark.parametrize("name", ["ours", "llama_like"])
 def test_round_trip(name: str, request: pytest.FixtureRequest) -> None:
-    tokenizer: Tokenizer = request.getfixturevalue(name)
+    tokenizer: SentencePieceTokenizer = request.getfixturevalue(name)
 
     @settings(deadline=None, max_examples=300)
     @given(any_text)
@@ -79,40 +79,40 @@ def test_round_trip(name: str, request: pytest.FixtureRequest) -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(any_text))
-def test_batch_equals_one_by_one(ours: Tokenizer, texts: list[str]) -> None:
+def test_batch_equals_one_by_one(ours: SentencePieceTokenizer, texts: list[str]) -> None:
     assert ours.encode_batch(texts, num_threads=2) == [ours.encode(text) for text in texts]
 
 
-def test_begin_and_end_tokens_decode_to_nothing(ours: Tokenizer) -> None:
+def test_begin_and_end_tokens_decode_to_nothing(ours: SentencePieceTokenizer) -> None:
     assert ours.decode([ours.bos_id, *ours.encode(" x"), ours.eos_id]) == " x"
     assert len({ours.bos_id, ours.eos_id}) == 2 and max(ours.bos_id, ours.eos_id) < ours.vocab_size == 800
     # Literal spellings are text, never the control tokens.
     assert not {ours.bos_id, ours.eos_id} & set(ours.encode("<s></s>"))
 
 
-def test_bytes_that_are_no_text_decode_to_replacement(ours: Tokenizer) -> None:
+def test_bytes_that_are_no_text_decode_to_replacement(ours: SentencePieceTokenizer) -> None:
     assert ours.decode(ours.encode("\u2581")[:2] + ours.encode("a")) == "\ufffda"
 
 
-def test_code_is_cheap(ours: Tokenizer) -> None:
+def test_code_is_cheap(ours: SentencePieceTokenizer) -> None:
     assert len(ours.encode("\n")) == len(ours.encode("\n\n")) == len(ours.encode("\t")) == 1
     assert len(ours.encode(" " * 8)) == 1
     assert len(ours.encode("2024")) == 4, "digits stay apart"
     assert len(ours.encode(CODE)) < len(CODE) / 2
 
 
-def test_training_is_deterministic_and_fingerprinted(ours: Tokenizer, tmp_path: Path) -> None:
+def test_training_is_deterministic_and_fingerprinted(ours: SentencePieceTokenizer, tmp_path: Path) -> None:
     train_tokenizer(iter([CODE, PROSE]), tmp_path / "again.model", 800)
     assert (tmp_path / "again.model").read_bytes() == ours.path.read_bytes()
     assert ours.fingerprint == hashlib.sha256(ours.path.read_bytes()).hexdigest()
     train_tokenizer(iter([PROSE]), tmp_path / "other.model", 320)
-    assert Tokenizer(tmp_path / "other.model").fingerprint != ours.fingerprint
+    assert SentencePieceTokenizer(tmp_path / "other.model").fingerprint != ours.fingerprint
 
 
 def test_training_survives_awkward_text(tmp_path: Path) -> None:
     awkward = ["\0\0<s></s>\t\u2585\u2581 <unk><0x0A>" * 50, "x" * 50_000, *TRICKY, CODE]
     train_tokenizer(awkward, tmp_path / "t.model", 400)
-    tokenizer = Tokenizer(tmp_path / "t.model")
+    tokenizer = SentencePieceTokenizer(tmp_path / "t.model")
     for text in awkward:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -135,7 +135,7 @@ def test_vocabulary_too_big_names_key_and_maximum(tmp_path: Path) -> None:
     assert not (tmp_path / "t.model").exists()
     maximum = int(str(caught.value).split("maximum for it is ")[1].split(":")[0])
     train_tokenizer([PROSE], tmp_path / "t.model", maximum)
-    assert Tokenizer(tmp_path / "t.model").vocab_size == maximum
+    assert SentencePieceTokenizer(tmp_path / "t.model").vocab_size == maximum
 
 
 def test_vocabulary_too_small_names_key_and_bound(tmp_path: Path) -> None:
@@ -148,17 +148,17 @@ def test_vocabulary_too_small_names_key_and_bound(tmp_path: Path) -> None:
 def test_unusable_models_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.model"
     with pytest.raises(UserError, match=r"t\.model cannot be read.*data\.tokenizer"):
-        Tokenizer(path)
+        SentencePieceTokenizer(path)
     for content in (b"", b"no model", foreign_model()[:2000]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"t\.model cannot be read.*data\.tokenizer"):
-            Tokenizer(path)
+            SentencePieceTokenizer(path)
     path.write_bytes(foreign_model(byte_fallback=False))
     with pytest.raises(UserError, match=r"t\.model.*byte_fallback"):
-        Tokenizer(path)
+        SentencePieceTokenizer(path)
     path.write_bytes(foreign_model(bos_id=-1))
     with pytest.raises(UserError, match=r"t\.model lacks a begin token"):
-        Tokenizer(path)
+        SentencePieceTokenizer(path)
     path.write_bytes(foreign_model(normalization_rule_name="nfkc", remove_extra_whitespaces=False))
     with pytest.raises(UserError, match=r"t\.model changes the text"):
-        Tokenizer(path)
+        SentencePieceTokenizer(path)

@@ -1,0 +1,42 @@
+"""A small tokenizer as Llama 3 publishes one: tokenizer.json and tokenizer_config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
+SPECIAL = [BEGIN, END, "<|reserved_special_token_0|>", "<|eot_id|>"]
+"""The last ids, behind those of the text."""
+
+
+def write_llama_3_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> Path:
+    """Bytes, merges learned of the texts, and special tokens: `vocab_size` ids together; the .json file."""
+    tokenizer = Tokenizer(BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(each, special=True, normalized=False) for each in SPECIAL])
+    begin = (BEGIN, tokenizer.token_to_id(BEGIN))
+    template = processors.TemplateProcessing(single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN}:1 $B:1", special_tokens=[begin])
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    assert tokenizer.get_vocab_size() == vocab_size, "too little text for so many tokens"
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder / "tokenizer.json"
