@@ -187,8 +187,11 @@ class Watchdog:
         try:
             beat = json.loads((self._folder / f"rank_{rank}.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            # It has left, alone if the run is not over: the others may wait for it for ever, and its last beat grows old.
-            beat = self._seen[rank].beat if rank in self._seen else self._left(rank)
+            # It has left, alone if the run is not over: the others may wait for it for ever, and its last beat grows old. Their
+            # own time limits hold on; that of what it did then, perhaps the first step's, does not.
+            last = self._seen.get(rank) or Seen(self._left(rank), time.monotonic())
+            self._seen[rank] = Seen({**last.beat, "limit": self._limits["step"]}, last.at)
+            return
         if rank not in self._seen or self._seen[rank].beat["beats"] != beat["beats"]:
             self._seen[rank] = Seen(beat, time.monotonic())
 
@@ -202,7 +205,6 @@ class Watchdog:
             "operation": "a run that it has left",
             "waits": False,
             "seconds": 0.0,
-            "limit": self._limits["first_step"],
         }
 
     def _pass_verdict(self) -> None:
