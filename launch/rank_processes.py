@@ -149,7 +149,10 @@ class RankProcesses:
         hung = [(value, number) for value, number in failed if value == HANG_EXIT_CODE]
         if (not failed or code) and not (hung and code != HANG_EXIT_CODE):
             return code, words
-        value, number = (hung or failed)[0]
+        # Between two looks several may fail. Who was killed is no consequence of the rest, other than by abort(), with which
+        # communication that breaks may end a process too.
+        killed = [(value, number) for value, number in failed if value < 0 and value != -signal.SIGABRT]
+        value, number = (hung or killed or failed)[0]
         if value == -signal.SIGTERM and self.stopped_by:
             return stopped_exit_code(self.stopped_by), f"rank {number} was asked to stop before a step was done"
         # As a shell counts signals.
