@@ -24,5 +24,6 @@ def learning_rate_factor(optimizer: OptimizerConfig, total_steps: int, step: int
         if remaining >= optimizer.decay_steps:
             return 1.0
         return final + (1.0 - final) * remaining / optimizer.decay_steps
-    progress = (step - optimizer.warmup_steps) / max(1, total_steps - 1 - optimizer.warmup_steps)
-    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    decay = total_steps - 1 - optimizer.warmup_steps
+    progress = min(1.0, (step - optimizer.warmup_steps) / decay) if decay else 1.0
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))

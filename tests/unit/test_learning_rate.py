@@ -38,3 +38,9 @@ def test_wsd_ends_at_the_final_rate(decay_steps):
 
 def test_no_warm_up():
     assert learning_rate_factor(OptimizerConfig(warmup_steps=0), 10, 0) == 1.0
+
+
+@pytest.mark.parametrize("total,warmup", [(100, 99), (100, 98), (1, 0)])
+def test_the_last_step_has_the_final_rate_however_late_the_decay_begins(total, warmup):
+    optimizer = OptimizerConfig(warmup_steps=warmup, final_learning_rate_fraction=0.1)
+    assert learning_rate_factor(optimizer, total, total - 1) == pytest.approx(0.1)
