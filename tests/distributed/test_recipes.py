@@ -19,7 +19,7 @@ def test_committed_weights_find_the_fact(folder: Path, tmp_path: Path) -> None:
     call(
         *("evaluate", "passkey", "--config", str(REPOSITORY / "configs" / f"{folder.name}.yaml")),
         *("--from_checkpoint", str(weights), "--data.path", str(folder), "--run_dir", str(tmp_path)),
-        *("--task.lengths", "[512, 16384]", "--task.depths", "[0, 0.5, 1]", "--task.samples_per_cell", "6", "--task.rows", "6"),
+        *("--task.lengths", "[512, 8192]", "--task.depths", "[0, 0.5, 1]", "--task.samples_per_cell", "6", "--task.rows", "6"),
         *("--task.seed", "99"),
     )
     cells = json.loads((tmp_path / "passkey.json").read_text(encoding="utf-8"))["cells"]
