@@ -59,11 +59,11 @@ recheck: setup
 		--no-deps --no-build-isolation --upgrade --target $(@D) flash-attn==2.8.3
 	@touch $@
 
-# Two at a time, whatever the cores: a test may have eight processes. Jobs on SLURM run alone: beside other tests they ran out of
-# their time limits on two cores.
+# Two files at a time, whatever the cores: a test may have eight processes, and those of a file share runs. Jobs on SLURM run alone:
+# beside other tests they ran out of their time limits on two cores.
 test: check .venv/flash-attn/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal tests/kernels
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal --durations=15 tests/distributed
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --durations=15 tests/distributed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --durations=15 tests/slurm
 
 test-slurm: setup
