@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.rank_processes import HANG_EXIT_CODE
+from launch.rank_processes import weight
 
 LOST_EXIT_CODE = 1
 """Exit code of a run that lost a host without being told why."""
@@ -66,16 +66,6 @@ class Line:
     def close(self) -> None:
         self.open = False
         self.connection.close()
-
-
-def weight(code: int) -> int:
-    """How far a failure explains others, which may be heard of first: ranks crash when they lose one that was killed.
-
-    Deaths by the launchers' own signals are not reported.
-    """
-    if code == HANG_EXIT_CODE:
-        return 3
-    return 2 if code > 128 else 1 if code else 0
 
 
 @dataclass

@@ -146,18 +146,16 @@ class RankProcesses:
     def _failure(self, codes: list[int | None], code: int, words: str) -> tuple[int, str]:
         """The first failure of a rank; a hang, which the watchdog finds with others' help, outweighs the rest."""
         failed = [(value, number) for value, number in zip(codes, self.numbers, strict=True) if value]
-        hung = [(value, number) for value, number in failed if value == HANG_EXIT_CODE]
-        if (not failed or code) and not (hung and code != HANG_EXIT_CODE):
+        if not failed:
             return code, words
-        # Between two looks several may fail. Who was killed is no consequence of the rest, other than by abort(), with which
-        # communication that breaks may end a process too.
-        killed = [(value, number) for value, number in failed if value < 0 and value != -signal.SIGABRT]
-        value, number = (hung or killed or failed)[0]
+        # Between two looks several may fail.
+        value, number = max(failed, key=lambda each: weight(shell_code(each[0])))
+        if code and (value != HANG_EXIT_CODE or code == HANG_EXIT_CODE):
+            return code, words
         if value == -signal.SIGTERM and self.stopped_by:
             return stopped_exit_code(self.stopped_by), f"rank {number} was asked to stop before a step was done"
-        # As a shell counts signals.
         how = f"was killed by signal {-value}" if value < 0 else f"ended with exit code {value}"
-        return (value if value > 0 else 128 - value), f"rank {number} {how}"
+        return shell_code(value), f"rank {number} {how}"
 
     def _send(self, number: int) -> None:
         for rank in self.ranks:
@@ -172,6 +170,21 @@ class RankProcesses:
         say_stopping(self.command)
         # Whichever signal came: Ctrl-C would show a traceback of each rank that is still importing.
         self._send(signal.SIGTERM)
+
+
+def shell_code(value: int) -> int:
+    """The exit code of a process as a shell counts signals; of `Popen`, which has them negative."""
+    return value if value >= 0 else 128 - value
+
+
+def weight(code: int) -> int:
+    """How far a failure explains others, which may be heard of first: ranks crash when they lose one that was killed.
+
+    But abort() may be how a rank ends whose communication broke. Deaths by the launchers' own signals are not reported.
+    """
+    if code == HANG_EXIT_CODE:
+        return 3
+    return 2 if code > 128 and code != 128 + signal.SIGABRT else 1 if code else 0
 
 
 def grace_seconds(code: int) -> float:
