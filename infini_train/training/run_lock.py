@@ -34,9 +34,10 @@ SILENT_SECONDS = 20.0
 
 
 def process_start(pid: int) -> str:
-    """When a process of this machine started, in the kernel's ticks; empty if there is none."""
+    """When a process of this machine started, in the kernel's ticks; empty if there is none, or it is dead (a zombie)."""
     with suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[18] if state not in "ZX" else ""
     return ""
 
 

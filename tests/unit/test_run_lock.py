@@ -61,6 +61,14 @@ def test_a_second_job_is_refused_until_the_first_is_dead(holder, tmp_path):
     assert time.monotonic() - started < run_lock.SILENT_SECONDS / 2, "a dead process of this machine needs no watching"
 
 
+def test_a_dead_process_that_nobody_waits_for_is_dead(holder, tmp_path):
+    """In a container whose first process is no init, the ranks of a launcher that was killed stay zombies."""
+    holder.kill()
+    while Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    acquire(tmp_path).require()
+
+
 def test_a_requeued_slurm_job_takes_over_and_the_one_before_it_stops(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     first = acquire(tmp_path)
