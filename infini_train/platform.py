@@ -11,7 +11,9 @@ import importlib
 import logging
 import os
 import resource
+import stat
 import sys
+import tempfile
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -66,6 +68,8 @@ def install() -> None:
                 f"most {gpus}, or set CUDA_VISIBLE_DEVICES to nothing to run on the CPU"
             )
         torch.cuda.set_device(rank)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            cache_kernels_on_this_machine()
         # What is compiled here are a few small kernels: less work than to start a process for each core, in every rank.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         # For a convolution that PyTorch gives to cuDNN: by default float32 is rounded to 10 bits, and its gradient need not
@@ -95,6 +99,25 @@ def install() -> None:
     deepspeed_torch = importlib.import_module("deepspeed.comm.torch")
     # Two minutes of compilation at the first start, and a lock that hangs every later start if it is interrupted.
     deepspeed_torch.build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def cache_kernels_on_this_machine() -> None:
+    """Let Triton keep compiled kernels in the folder for temporary files instead of the home folder.
+
+    All ranks compile the same kernels in the same moment. Homes of clusters are on network file systems, where that can end
+    in an OSError of one rank (https://github.com/triton-lang/triton/issues/11512).
+    """
+    folder = Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"
+    if "TRITON_CACHE_DIR" in os.environ:
+        return
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return
+    # What lies there is executed, and everybody can make a folder of this name.
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        os.environ["TRITON_CACHE_DIR"] = str(folder)
 
 
 def set_deterministic(wanted: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -50,3 +51,55 @@ def test_equal_bits_are_asked_for_on_cuda_alone(cuda, monkeypatch):
         assert not torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # given back at the end
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    return tmp_path / f"triton-{os.getuid()}"
+
+
+def test_compiled_kernels_stay_on_this_machine(temporary, monkeypatch):
+    for _ in range(2):  # the second time it is there
+        platform.cache_kernels_on_this_machine()
+        assert os.environ.pop("TRITON_CACHE_DIR") == str(temporary)
+    assert temporary.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    platform.cache_kernels_on_this_machine()
+    assert os.environ["TRITON_CACHE_DIR"] == "/mine"
+
+
+def make_others_can_write(folder):
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda folder: folder.symlink_to("/tmp"), lambda folder: folder.touch(), make_others_can_write]
+)
+def test_kernels_that_others_may_have_put_there_are_not_run(make, temporary):
+    make(temporary)
+    platform.cache_kernels_on_this_machine()
+    assert "TRITON_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_kernels_of_another_user_are_not_run(temporary):
+    temporary.mkdir(mode=0o700)
+    os.chown(temporary, 65534, 65534)
+    platform.cache_kernels_on_this_machine()
+    assert "TRITON_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.parametrize("processes,kept", [("1", False), ("2", True)])
+def test_one_process_leaves_the_cache_where_it_is(processes, kept, temporary, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for setting in ("allow_tf32", "deterministic"):  # given back at the end
+        monkeypatch.setattr(torch.backends.cudnn, setting, getattr(torch.backends.cudnn, setting))
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    platform.install()
+    assert ("TRITON_CACHE_DIR" in os.environ) == kept
