@@ -19,3 +19,8 @@ class UnhealthyRun(AgreedError):
     """A run that stopped itself, because going on would waste time or harm the weights: a person must look at it."""
 
     exit_code = 87
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, without its line ends."""
+    return " ".join(str(error).split()) or type(error).__name__

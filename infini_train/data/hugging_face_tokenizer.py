@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from infini_train.data.manifest import HUGGING_FACE_FILE
-from infini_train.data.tokenizer import LOSSLESS_PROBE, Tokenizer, one_line
-from infini_train.errors import UserError
+from infini_train.data.tokenizer import LOSSLESS_PROBE, Tokenizer
+from infini_train.errors import UserError, one_line
 
 CONFIG_FILE = "tokenizer_config.json"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import sentencepiece
 
 from infini_train.data.manifest import SENTENCEPIECE_FILE
-from infini_train.data.tokenizer import LOSSLESS_PROBE, Tokenizer, one_line
-from infini_train.errors import UserError
+from infini_train.data.tokenizer import LOSSLESS_PROBE, Tokenizer
+from infini_train.errors import UserError, one_line
 
 SPACE_MARK = "\u2581"
 """SentencePiece writes a space as this character, so the character itself must never reach it."""

@@ -53,11 +53,6 @@ class Tokenizer(ABC):
         """Write what transformers' AutoTokenizer reads: the same ids, and the begin token before a text."""
 
 
-def one_line(error: Exception) -> str:
-    """What an exception says, without its line ends."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def usable_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

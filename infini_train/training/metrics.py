@@ -7,14 +7,19 @@ import os
 import re
 import sys
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
 from infini_train.config import RunConfig
-from infini_train.errors import UserError
+from infini_train.errors import UserError, one_line
 from infini_train.results import without_nan
+
+FINISH_SECONDS = 60.0
+"""How long the end of a run waits for what Weights & Biases still has to send: a job near its time limit must end before it."""
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
@@ -69,7 +74,7 @@ def _open_wandb(run: RunConfig, mode: Literal["online", "offline"]) -> Any:
         # One run there for one run directory, also when it is stopped and started again.
         id=_wandb_id(Path(run.run_dir)),
         resume="allow",
-        settings=wandb.Settings(silent=True),
+        settings=wandb.Settings(silent=True, finish_timeout=FINISH_SECONDS),
     )
     opened.define_metric("*", step_metric="step")
     return opened
@@ -109,6 +114,8 @@ class MetricsWriter:
                     "them later",
                     file=sys.stderr,
                 )
+                # Its own process holds on to the run that it could not open.
+                wandb.teardown()
                 self._wandb = _open_wandb(run, "offline")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -119,9 +126,25 @@ class MetricsWriter:
             error = self._append()
             if error is not None and had_room:
                 print(f"\n{self._path} cannot be written: {error.strerror}; training goes on, and tries again", file=sys.stderr)
-        if self._wandb is not None:
-            # Not as its own step, which must never fall: after a rollback ours does.
-            self._wandb.log(_for_wandb(record))
+        # Not as its own step, which must never fall: after a rollback ours does.
+        self._with_wandb(lambda opened: opened.log(_for_wandb(record)))
+
+    def _with_wandb(self, use: Callable[[Any], None]) -> None:
+        """Do without Weights & Biases from now on if it fails: its own process may be gone, which is no reason not to train."""
+        if self._wandb is None:
+            return
+        try:
+            use(self._wandb)
+        except Exception as error:  # whatever its connection raises
+            import wandb
+
+            self._wandb = None
+            with suppress(Exception):  # else it would raise once more when Python ends
+                wandb.teardown()
+            print(
+                f"\nWeights & Biases is lost ({one_line(error)}); training goes on, and {self._path} has every record",
+                file=sys.stderr,
+            )
 
     def _append(self) -> OSError | None:
         """Write as much as there is room for; the reason if that is not all."""
@@ -137,8 +160,7 @@ class MetricsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._with_wandb(lambda opened: opened.finish())
         if self._file is not None:
             error = self._append()
             self._file.close()

@@ -1,0 +1,57 @@
+"""A run goes on where Weights & Biases cannot be reached, and where its process is lost. In processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+RUN = """
+import os, signal, sys
+from infini_train.config import RunConfig
+from infini_train.training.metrics import FINISH_SECONDS, MetricsWriter
+
+run = RunConfig(run_dir=sys.argv[1])
+run.logging.wandb = sys.argv[2]
+with MetricsWriter(run, 0, enabled=True) as metrics:
+    metrics.write({"step": 1, "gates": [[0.5, 0.25]]})
+    assert metrics._wandb.settings.finish_timeout == FINISH_SECONDS
+    if sys.argv[3:] == ["kill"]:
+        children = open(f"/proc/self/task/{os.getpid()}/children").read().split()
+        assert children, "Weights & Biases has no process"
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+            os.waitpid(int(child), 0)
+        metrics.write({"step": 2})
+        metrics.write({"step": 3})
+"""
+
+
+def train(folder: Path, *arguments: str, **environment: str) -> str:
+    """What a process printed that writes records; it must end well."""
+    result = subprocess.run(
+        [sys.executable, "-c", RUN, str(folder), *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+def test_no_network_is_no_reason_not_to_train(tmp_path):
+    nobody = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "2"}
+    printed = train(tmp_path, "online", **nobody)
+    assert "Weights & Biases cannot be reached" in printed and "wandb sync" in printed and "Traceback" not in printed
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_its_process_may_die(tmp_path):
+    printed = train(tmp_path, "offline", "kill")
+    assert printed.count("Weights & Biases is lost") == 1 and "Traceback" not in printed
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
