@@ -18,6 +18,7 @@ from infini_train.config import RunConfig
 from infini_train.errors import AgreedError, UserError
 from infini_train.parser import WITHOUT_CONFIG, parse, read_config, run_config
 from infini_train.planning import command as planning
+from infini_train.standard_streams import leave_streams, let_words_be_lost, replace_characters
 from infini_train.validation import validate, validate_compare
 
 
@@ -49,8 +50,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_and_exit() -> NoReturn:
     """`main` as a process of its own."""
+    replace_characters()
     try:
         code = main()
+    except BrokenPipeError:
+        if _others_wait():
+            _leave(1)
+        code = 128 + signal.SIGPIPE  # who reads has read enough
     except Exception:
         if not _others_wait():
             raise
@@ -58,6 +64,7 @@ def run_and_exit() -> NoReturn:
         _leave(1)
     # What is done is done: a launcher counts a rank that SIGTERM ended as one that had not begun.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    leave_streams()
     sys.exit(code)
 
 
@@ -142,6 +149,7 @@ def _prepare(run: RunConfig, arguments: Namespace) -> int:
 
 
 def _pretrain(run: RunConfig, arguments: Namespace) -> int:
+    let_words_be_lost()
     _check(run)
     _check_initial_weights(run)
     if run.checkpoint.copy_to is not None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from infini_train.standard_streams import leave_streams, let_words_be_lost
 from launch.rank_processes import (
     ON_SEVERAL_PROCESSES,
     RankProcesses,
@@ -45,6 +46,7 @@ def main() -> int:
     if len(arguments) < 2 or not arguments[0].isdecimal() or int(arguments[0]) < 1:
         print(f"{USAGE}; --help says more", file=sys.stderr)
         return 2
+    let_words_be_lost()
     stop = StopSignals()
     world_size, command = int(arguments[0]), arguments[1:]
     try:
@@ -60,4 +62,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    leave_streams()
+    sys.exit(exit_code)

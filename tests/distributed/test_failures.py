@@ -15,7 +15,7 @@ from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import CheckpointConfig, LayoutConfig, RunConfig, save_config
 from tests.distributed.command import REPOSITORY
 from tests.distributed.test_checkpoint import elsewhere, metrics
-from tests.warm.interpreter import python
+from tests.warm.interpreter import launcher, python
 
 RUN_WITH_A_FAULT = """
 import os, sys
@@ -221,3 +221,28 @@ def test_waiting_and_writing_beside_the_training_give_the_same_bytes(pair, undis
     assert len(shards) == 2 and shards == sorted(path.name for path in other.glob("*.distcp"))
     for name in shards:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("reader", ["full disk", "closed pipe"])
+def test_a_log_that_cannot_be_written_does_not_end_a_run(reader, pair, undisturbed_pair):
+    run = elsewhere(pair, reader.replace(" ", "_"))
+    save_config(run, Path(run.run_dir).with_suffix(".yaml"))
+    if reader == "full disk":
+        log = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, log = os.pipe()
+        os.close(reading)
+    try:
+        command = [*launcher(REPOSITORY / "launch" / "local.py"), "2", "pretrain"]
+        result = subprocess.run(
+            [*command, "--config", str(Path(run.run_dir).with_suffix(".yaml"))],
+            stdout=log,
+            stderr=log,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+    finally:
+        os.close(log)
+    assert result.returncode == 0
+    assert metrics(run) == undisturbed_pair
