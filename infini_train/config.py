@@ -366,7 +366,7 @@ class LoggingConfig:
     every: int = 1
     """Steps between lines in metrics.jsonl."""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """Weights & Biases: auto is online where WANDB_API_KEY is set and off otherwise."""
+    """Weights & Biases: auto is what WANDB_MODE says, and without it online where WANDB_API_KEY is set and off otherwise."""
     wandb_project: str = "infini-train"
     """Weights & Biases project."""
 

@@ -62,6 +62,17 @@ def _for_wandb(record: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def _wandb_mode(run: RunConfig) -> Literal["online", "offline", "off"]:
+    if run.logging.wandb != "auto":
+        return run.logging.wandb
+    asked = os.environ.get("WANDB_MODE", "").lower()
+    if asked in ("offline", "dryrun"):
+        return "offline"
+    if asked == "disabled":
+        return "off"
+    return "online" if asked == "online" or os.environ.get("WANDB_API_KEY") else "off"
+
+
 def _open_wandb(run: RunConfig, mode: Literal["online", "offline"]) -> Any:
     import wandb
 
@@ -98,15 +109,13 @@ class MetricsWriter:
             raise UserError(
                 f"{self._path} cannot be written: {error.strerror or error}; make room, or name another run_dir"
             ) from error
-        mode = run.logging.wandb
-        if mode == "auto":
-            mode = "online" if os.environ.get("WANDB_API_KEY") else "off"
+        mode = _wandb_mode(run)
         if mode != "off":
             # Imported here: it takes a second, and most runs on a laptop do without.
             import wandb
 
             try:
-                self._wandb = _open_wandb(run, "online" if mode == "online" else "offline")
+                self._wandb = _open_wandb(run, mode)
             except wandb.errors.Error as error:  # no network, a wrong key: no reason not to train
                 reason = str(error).splitlines()[0]
                 print(

@@ -8,6 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from infini_train.config import LoggingConfig, RunConfig
+from infini_train.training.metrics import _wandb_mode
+
 RUN = """
 import os, signal, sys
 from infini_train.config import RunConfig
@@ -41,6 +46,25 @@ def train(folder: Path, *arguments: str, **environment: str) -> str:
     )
     assert result.returncode == 0, result.stderr
     return result.stderr
+
+
+@pytest.mark.parametrize(
+    "environment,mode",
+    [
+        ({}, "off"),
+        ({"WANDB_API_KEY": "0"}, "online"),
+        ({"WANDB_API_KEY": "0", "WANDB_MODE": "offline"}, "offline"),
+        ({"WANDB_API_KEY": "0", "WANDB_MODE": "disabled"}, "off"),
+        ({"WANDB_MODE": "online"}, "online"),  # of someone who has logged in
+    ],
+)
+def test_auto_is_what_the_environment_says(environment, mode, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert _wandb_mode(RunConfig()) == mode
+    assert _wandb_mode(RunConfig(logging=LoggingConfig(wandb="offline"))) == "offline"
 
 
 def test_no_network_is_no_reason_not_to_train(tmp_path):
