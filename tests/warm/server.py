@@ -70,13 +70,18 @@ class Server:
         self.wakeup.setblocking(False)
         self.woken.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.asked_to_end = False
+        signal.signal(signal.SIGTERM, self.ask_to_end)
         signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
         self.selector.register(self.woken, selectors.EVENT_READ)
 
+    def ask_to_end(self, *_: object) -> None:
+        self.asked_to_end = True
+
     def serve(self) -> dict[str, Any] | None:
-        """Returns in each forked process, with what it is asked to run; None when the parent of the server is gone."""
+        """Returns in each forked process, with what it is asked to run; None when it is to end."""
         parent = os.getppid()
-        while os.getppid() == parent:
+        while os.getppid() == parent and not self.asked_to_end:
             for key, _ in self.selector.select(timeout=1.0):
                 if key.fileobj is self.listener:
                     request = self.accept()
@@ -87,8 +92,10 @@ class Server:
                 else:
                     self.client_is_gone(key.fileobj)
             self.reap()
+        # Also those whose clients are gone and were not heard of yet.
         for pid in self.clients:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         return None
 
     def accept(self) -> dict[str, Any] | None:
@@ -114,6 +121,7 @@ class Server:
         os.setsid()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.selector.close()
         for each in (self.listener, self.wakeup, self.woken, *self.clients.values()):
