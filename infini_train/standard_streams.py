@@ -46,6 +46,8 @@ def let_words_be_lost() -> None:
 def leave_streams() -> None:
     """At a process's end: Python would turn an exit code into 120 for what it cannot write any more."""
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        if stream is None:  # closed by whoever started this process
+            continue
         try:
             getattr(stream, "_stream", stream).flush()
         except OSError:

@@ -37,6 +37,12 @@ def test_a_reader_that_is_gone_leaves_the_exit_code_alone():
         os.close(writing)
 
 
+def test_closed_streams_leave_the_exit_code_alone():
+    command = f'exec "{sys.executable}" -c "$0" >&- 2>&-'
+    code = "from infini_train.standard_streams import *; let_words_be_lost(); print(1); leave_streams(); raise SystemExit(85)"
+    assert subprocess.run(["sh", "-c", command, code], check=False).returncode == 85
+
+
 def test_what_can_be_written_is():
     result = subprocess.run([sys.executable, "-c", TALKS], capture_output=True, text=True, check=False)
     assert result.stdout == result.stderr == "".join(f"a line of a log {line}\n" for line in range(5000))
