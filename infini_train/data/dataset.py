@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import sys
+import time
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,14 @@ from infini_train.errors import UserError
 
 MAX_OPEN_SHARDS = 64
 """A large corpus has more shards than a process may have open files."""
+RETRY_SECONDS = (1, 4, 15, 40)
+"""How long a read that failed is put off, time after time."""
+PASSING = {
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "ETIMEDOUT", "ESHUTDOWN", "ENOTCONN", "ECONNRESET", "EREMOTEIO")
+    if hasattr(errno, name)
+}
+"""What NFS and Lustre answer while a server fails over or has forgotten this client."""
 
 
 class TokenDataset:
@@ -102,13 +114,31 @@ class TokenDataset:
             raise IndexError(f"tokens {start} to {start + count} of document {document}, which has {length}")
         shard, width = int(self._shard[document]), kind.itemsize
         try:
-            data = _read_fully(self._descriptor(shard), count * width, int(offset[document]) + start * width)
+            data = self._bytes(shard, count * width, int(offset[document]) + start * width)
         except OSError as error:
             raise UserError(f"{self._files[shard]} cannot be read ({error.strerror}); {REMEDY}") from error
         numbers = np.frombuffer(data, dtype=kind)
         if len(numbers) != count or (count and numbers.max() >= limit):
             raise UserError(f"{self._files[shard]} is damaged in document {document}; {REMEDY}")
         return numbers
+
+    def _bytes(self, shard: int, size: int, offset: int) -> bytes:
+        """Bytes of a shard; where the file system is away for a while, they are waited for."""
+        for seconds in RETRY_SECONDS:
+            try:
+                return _read_fully(self._descriptor(shard), size, offset)
+            except OSError as error:
+                if error.errno not in PASSING:
+                    raise
+                print(
+                    f"warning: {self._files[shard]} cannot be read ({error.strerror}); trying again in {seconds} s",
+                    file=sys.stderr,
+                )
+            if shard in self._open:  # what it was opened as may be gone for good
+                with suppress(OSError):
+                    os.close(self._open.pop(shard))
+            time.sleep(seconds)
+        return _read_fully(self._descriptor(shard), size, offset)
 
     def close(self) -> None:
         """Close the shards; a later read opens them again."""
@@ -130,6 +160,8 @@ class TokenDataset:
         try:
             self._open[shard] = os.open(self._files[shard].name, os.O_RDONLY, dir_fd=self._folder)
         except OSError as error:
+            if error.errno in PASSING:
+                raise
             if not self._folder_is_there():
                 raise UserError(
                     f"data.path {self.path} was replaced or moved away while it was read; put back what was there, or begin "

@@ -1,9 +1,12 @@
 """Shards, index and manifest: what is written is read back, by us and by plain webdataset, and damage is named."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import webdataset
 from infini_train.config import DataConfig, RunConfig
 from infini_train.data import dataset as dataset_module
 from infini_train.data.atomic import atomic_folder
-from infini_train.data.dataset import TokenDataset, check_dataset
+from infini_train.data.dataset import RETRY_SECONDS, TokenDataset, check_dataset
 from infini_train.data.documents import Document
 from infini_train.data.manifest import load_manifest, token_format
 from infini_train.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
@@ -188,6 +191,39 @@ def test_open_shards_are_bounded(written: Path, monkeypatch: pytest.MonkeyPatch)
     assert set(dataset._open) == {0, 2}, "the least recently used shard is closed"
     dataset.close()
     assert dataset.read(0, 0, 2).tolist() == first[0]
+
+
+@pytest.mark.parametrize("call", ["pread", "open"])
+@pytest.mark.parametrize("failures", [1, len(RETRY_SECONDS), len(RETRY_SECONDS) + 1])
+def test_a_file_system_that_is_away_for_a_while_is_waited_for(written, call, failures, monkeypatch, capsys) -> None:
+    dataset, left, waited = TokenDataset(written, "train"), [failures], []
+    expected, real = TokenDataset(written, "train").read(0, 1, 5), getattr(os, call)
+
+    def away(*arguments: object, **options: object) -> object:
+        if left[0] and (call == "pread" or str(arguments[0]).endswith(".tar")):
+            left[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(os, call, away)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    if failures > len(RETRY_SECONDS):
+        with pytest.raises(UserError, match=r"\.tar cannot be read \(Stale file handle\)"):
+            dataset.read(0, 1, 5)
+    else:
+        assert dataset.read(0, 1, 5).tolist() == expected.tolist()
+    assert waited == list(RETRY_SECONDS[:failures])
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(waited) and all(".tar cannot be read (Stale file handle); trying again in" in line for line in said)
+
+
+def test_a_shard_that_is_missing_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = TokenDataset(folder, "train")
+    for shard in folder.glob("train-*.tar"):
+        shard.unlink()
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waited"))
+    with pytest.raises(UserError, match="cannot be opened"):
+        dataset.read(0, 1, 5)
 
 
 def test_an_open_dataset_never_reads_what_replaced_it(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
