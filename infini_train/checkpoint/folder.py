@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from infini_train.errors import UserError
+from infini_train.storage import patiently
 
 FORMAT_VERSION = 2
 STATE_FILE = "state.json"
@@ -49,17 +50,28 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def is_committed(path: Path) -> bool:
-    """Whether the commit marker stands and fits the manifest."""
-    try:
+    """Whether the commit marker stands and fits the manifest; also where that cannot be read, which is for `damage` to say:
+    what is not committed is deleted."""
+
+    def fits() -> bool:
         return (path / COMMIT_FILE).read_text(encoding="ascii").strip() == file_digest(path / MANIFEST_FILE)
-    except (OSError, ValueError):
+
+    try:
+        return patiently(fits, path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
+    except OSError:
+        return True
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _text(path: Path) -> str:
+    return patiently(lambda: path.read_text(encoding="utf-8"), path)
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -74,7 +86,7 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         UserError: it cannot be read, or is of another format.
     """
     try:
-        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = json.loads(_text(path / MANIFEST_FILE))
         version, files = manifest["format_version"], manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path}: {MANIFEST_FILE} cannot be read ({error}); use an older checkpoint") from error
@@ -86,15 +98,19 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
 def damaged_file(path: Path, name: str, entry: dict[str, Any]) -> str | None:
     """What is wrong with one file of a checkpoint; None if it is whole."""
     file = path / name
-    try:
+
+    def read() -> str | None:
         size = file.stat().st_size
         if size != entry["bytes"]:
             return f"{name} has {size} bytes instead of {entry['bytes']}"
         if file_digest(file) != entry["sha256"]:
             return f"{name} does not have the checksum in {MANIFEST_FILE}"
+        return None
+
+    try:
+        return patiently(read, file)
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
-    return None
 
 
 def damage(path: Path) -> list[str]:
@@ -119,7 +135,7 @@ def read_state_file(path: Path) -> dict[str, Any]:
         UserError: the file is missing or damaged.
     """
     try:
-        return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        return json.loads(_text(path / STATE_FILE))
     except (OSError, ValueError) as error:
         raise UserError(
             f"checkpoint {path}: {STATE_FILE} cannot be read ({error}); delete the folder to use an older one"

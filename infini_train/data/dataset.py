@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import sys
-import time
 import zipfile
 from collections import OrderedDict
 from contextlib import suppress
@@ -17,17 +14,10 @@ import numpy as np
 from infini_train.config import RunConfig
 from infini_train.data.manifest import REMEDY, SPLITS, Shard, SplitFacts, file_digest, index_file, load_manifest, tokenizer_file
 from infini_train.errors import UserError
+from infini_train.storage import PASSING, patiently
 
 MAX_OPEN_SHARDS = 64
 """A large corpus has more shards than a process may have open files."""
-RETRY_SECONDS = (1, 4, 15, 40)
-"""How long a read that failed is put off, time after time."""
-PASSING = {
-    getattr(errno, name)
-    for name in ("EIO", "ESTALE", "ETIMEDOUT", "ESHUTDOWN", "ENOTCONN", "ECONNRESET", "EREMOTEIO")
-    if hasattr(errno, name)
-}
-"""What NFS and Lustre answer while a server fails over or has forgotten this client."""
 
 
 class TokenDataset:
@@ -114,7 +104,8 @@ class TokenDataset:
             raise IndexError(f"tokens {start} to {start + count} of document {document}, which has {length}")
         shard, width = int(self._shard[document]), kind.itemsize
         try:
-            data = self._bytes(shard, count * width, int(offset[document]) + start * width)
+            place = int(offset[document]) + start * width
+            data = patiently(lambda: self._bytes(shard, count * width, place), self._files[shard])
         except OSError as error:
             raise UserError(f"{self._files[shard]} cannot be read ({error.strerror}); {REMEDY}") from error
         numbers = np.frombuffer(data, dtype=kind)
@@ -123,22 +114,13 @@ class TokenDataset:
         return numbers
 
     def _bytes(self, shard: int, size: int, offset: int) -> bytes:
-        """Bytes of a shard; where the file system is away for a while, they are waited for."""
-        for seconds in RETRY_SECONDS:
-            try:
-                return _read_fully(self._descriptor(shard), size, offset)
-            except OSError as error:
-                if error.errno not in PASSING:
-                    raise
-                print(
-                    f"warning: {self._files[shard]} cannot be read ({error.strerror}); trying again in {seconds} s",
-                    file=sys.stderr,
-                )
-            if shard in self._open:  # what it was opened as may be gone for good
+        try:
+            return _read_fully(self._descriptor(shard), size, offset)
+        except OSError:
+            if shard in self._open:
                 with suppress(OSError):
                     os.close(self._open.pop(shard))
-            time.sleep(seconds)
-        return _read_fully(self._descriptor(shard), size, offset)
+            raise
 
     def close(self) -> None:
         """Close the shards; a later read opens them again."""

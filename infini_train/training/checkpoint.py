@@ -209,9 +209,12 @@ def newest_checkpoint(run_dir: Path, on_damage: Callable[[str], None]) -> Path |
 
 def damage_in_shares(path: Path) -> list[str]:
     """What is wrong with the files of a committed checkpoint; a collective over all processes, which divide the reading."""
-    files = sorted(folder.read_manifest(path).items())
-    mine = files[dist.get_rank() :: dist.get_world_size()]
-    wrong = [found for name, entry in mine if (found := folder.damaged_file(path, name, entry)) is not None]
+    try:
+        files = sorted(folder.read_manifest(path).items())
+        mine = files[dist.get_rank() :: dist.get_world_size()]
+        wrong = [found for name, entry in mine if (found := folder.damaged_file(path, name, entry)) is not None]
+    except UserError as error:
+        wrong = [str(error)]
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, wrong)
     return [line for part in everywhere for line in part]

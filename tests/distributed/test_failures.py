@@ -99,12 +99,16 @@ def test_a_rank_killed_while_a_checkpoint_is_written(fault, goes_on_from, run, u
     assert left == ["step_00000008", "step_00000012"], "what the interrupted save left is cleaned up"
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "delete"])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "unreadable manifest"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(harm, pair, undisturbed_pair):
     hit = elsewhere(pair, harm)
     shutil.copytree(pair.run_dir, hit.run_dir)
     shard = Path(hit.run_dir) / "checkpoints" / "step_00000012" / "__1_0.distcp"
-    if harm == "delete":
+    if harm == "unreadable manifest":
+        manifest = shard.with_name("manifest.json")
+        manifest.unlink()
+        manifest.mkdir()
+    elif harm == "delete":
         shard.unlink()
     elif harm == "truncate":
         os.truncate(shard, 100)
@@ -115,7 +119,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(harm, pair
     result = pretrain(hit, 2)
     assert result.returncode == 0, result.stdout
     flat = " ".join(result.stdout.split())
-    assert "step_00000012 is damaged: __1_0.distcp" in flat and "resuming from" in flat and "step_00000008" in flat
+    named = "manifest.json cannot be read" if harm == "unreadable manifest" else "is damaged: __1_0.distcp"
+    assert named in flat and "step_00000012 is damaged" in flat and "resuming from" in flat and "step_00000008" in flat
     assert metrics(hit) == undisturbed_pair
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,24 @@ def test_checkpoints_that_a_resume_passed_over_count_for_nothing_and_are_set_asi
         assert names == ["00000010", "00000020", "00000025", "00000030.damaged", "00000040.damaged"]
         assert [path.name for path in folder.list_checkpoints(tmp_path)][-1] == "step_00000025"
         write(tmp_path, 40)
+
+
+@pytest.mark.parametrize("seconds", [1, 1000])
+def test_a_checkpoint_whose_marker_cannot_be_read_now_is_not_deleted(seconds, tmp_path, monkeypatch):
+    """The storage is away for so many seconds, while an older checkpoint is to be deleted."""
+    paths, now, real = [write(tmp_path, step) for step in (10, 20, 30)], [0], Path.read_text
+
+    def away(path: Path, *arguments, **options) -> str:
+        if path == paths[1] / "COMMITTED" and now[0] < seconds:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", away)
+    monkeypatch.setattr(time, "sleep", lambda waited: now.__setitem__(0, now[0] + waited))
+    folder.retain(tmp_path, newest=30, keep=2, keep_every=0)
+    assert folder.list_checkpoints(tmp_path) == paths[1:]
+    monkeypatch.undo()
+    assert folder.damage(paths[1]) == []
 
 
 def test_what_was_set_aside_is_listed_as_that(tmp_path, capsys):

@@ -17,12 +17,13 @@ import webdataset
 from infini_train.config import DataConfig, RunConfig
 from infini_train.data import dataset as dataset_module
 from infini_train.data.atomic import atomic_folder
-from infini_train.data.dataset import RETRY_SECONDS, TokenDataset, check_dataset
+from infini_train.data.dataset import TokenDataset, check_dataset
 from infini_train.data.documents import Document
 from infini_train.data.manifest import load_manifest, token_format
 from infini_train.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from infini_train.data.shards import text_fraction, write_shards
 from infini_train.errors import UserError
+from infini_train.storage import RETRY_SECONDS
 
 DOCUMENTS = [Document(f"document {i}: " + f"word{i} and more \u2581\n" * (i * 7 % 40), f"d{i}.txt") for i in range(40)]
 SHARD_MB = 0.04
