@@ -196,17 +196,21 @@ def shard_damage(folder: Path, shard: Shard, *, checksum: bool) -> str | None:
         checksum: read the whole file and compare its SHA-256 too.
     """
     path = folder / shard.file
-    try:
+
+    def read() -> str | None:
         size = path.stat().st_size
         if size != shard.bytes:
             return f"{path} has {size} bytes where dataset.json says {shard.bytes}"
         if checksum and file_digest(path) != shard.sha256:
             return f"{path} has another checksum (SHA-256) than dataset.json says"
+        return None
+
+    try:
+        return patiently(read, path)
     except FileNotFoundError as error:
         return f"{path} is missing ({error.strerror})"
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
-    return None
 
 
 def check_dataset(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> None:

@@ -17,7 +17,7 @@ import webdataset
 from infini_train.config import DataConfig, RunConfig
 from infini_train.data import dataset as dataset_module
 from infini_train.data.atomic import atomic_folder
-from infini_train.data.dataset import TokenDataset, check_dataset
+from infini_train.data.dataset import TokenDataset, check_dataset, shard_damage
 from infini_train.data.documents import Document
 from infini_train.data.manifest import load_manifest, token_format
 from infini_train.data.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
@@ -216,6 +216,22 @@ def test_a_file_system_that_is_away_for_a_while_is_waited_for(written, call, fai
     assert waited == list(RETRY_SECONDS[:failures])
     said = capsys.readouterr().err.splitlines()
     assert len(said) == len(waited) and all(".tar cannot be read (Stale file handle); trying again in" in line for line in said)
+
+
+def test_a_shard_is_not_left_out_for_a_moment_in_which_it_cannot_be_read(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard, left, real = load_manifest(written).splits["train"].shards[0], [2], Path.open
+
+    def away(path: Path, *arguments: object, **options: object) -> object:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", away)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    assert shard_damage(written, shard, checksum=True) is None and left == [0]
 
 
 def test_a_shard_that_is_missing_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
