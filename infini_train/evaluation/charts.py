@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from infini_train.evaluation import plotting as p
-from infini_train.evaluation.records import ENDLESS, HeldOut, Records
+from infini_train.evaluation.records import ENDLESS, LAST_STEPS, HeldOut, Records
 
 WIDE, HALF = 10.4, 5.2
 """Widths of a chart over the whole page and over one of two columns, in inches."""
@@ -64,7 +64,7 @@ def loss_chart(records: Records, held: HeldOut) -> Chart | None:
         p.legend_above(axes, columns=5)
         svg = p.svg_of(figure, "loss", "Training and held-out loss over training steps")
     finite = losses[np.isfinite(losses)]
-    ends = max(1, min(10, len(finite) // 4))
+    ends = max(1, min(LAST_STEPS, len(finite) // 4))
     if len(finite) > 1:
         caption = (
             f"The training loss went from {finite[:ends].mean():.3f} to {finite[-ends:].mean():.3f} nats per token "

@@ -14,6 +14,8 @@ from infini_train.errors import UserError
 
 ENDLESS = 1e9
 """A perplexity from which on its digits say nothing: as many as the loss has nats, of a run that diverged."""
+LAST_STEPS = 10
+"""Steps whose mean stands for the end of training, everywhere that it is told."""
 
 
 def perplexity(loss: float) -> float:

@@ -12,7 +12,16 @@ import numpy as np
 from infini_train.evaluation import charts, memory_charts, plotting
 from infini_train.evaluation.charts import Chart, number
 from infini_train.evaluation.page import page
-from infini_train.evaluation.records import HeldOut, Records, held_out, perplexity, positions, read_json, read_metrics
+from infini_train.evaluation.records import (
+    LAST_STEPS,
+    HeldOut,
+    Records,
+    held_out,
+    perplexity,
+    positions,
+    read_json,
+    read_metrics,
+)
 from infini_train.evaluation.retrieval_chart import retrieval_chart
 from infini_train.evaluation.time_table import time_sections
 from infini_train.results import COPIED_RUN_DIR, write_result
@@ -110,7 +119,7 @@ def _cards(records: Records, held: HeldOut) -> str:
     finite = records.finite("loss")
     cards = []
     if len(finite):
-        last = finite[-20:]
+        last = finite[-LAST_STEPS:]
         detail = "nats per token"
         if len(last) > 1:
             detail += f", mean of the last {len(last)} {records.one_each}; the last one {finite[-1]:.3f}"

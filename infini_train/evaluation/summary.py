@@ -6,9 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from infini_train.evaluation.records import held_out, read_json, read_metrics, shown_perplexity
-
-LAST_STEPS = 10
+from infini_train.evaluation.records import LAST_STEPS, held_out, read_json, read_metrics, shown_perplexity
 
 
 def summary_lines(run_dir: Path) -> list[str]:
