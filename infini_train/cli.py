@@ -18,7 +18,7 @@ from infini_train.config import RunConfig
 from infini_train.errors import AgreedError, UserError
 from infini_train.parser import WITHOUT_CONFIG, parse, read_config, run_config
 from infini_train.planning import command as planning
-from infini_train.standard_streams import leave_streams, let_words_be_lost, replace_characters
+from infini_train.standard_streams import let_words_be_lost, replace_characters
 from infini_train.validation import validate, validate_compare
 
 
@@ -64,7 +64,6 @@ def run_and_exit() -> NoReturn:
         _leave(1)
     # What is done is done: a launcher counts a rank that SIGTERM ended as one that had not begun.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    leave_streams()
     sys.exit(code)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from contextlib import suppress
 from typing import Any
@@ -41,16 +40,3 @@ def let_words_be_lost() -> None:
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, _Unfailing):
             setattr(sys, name, _Unfailing(stream))
-
-
-def leave_streams() -> None:
-    """At a process's end: Python would turn an exit code into 120 for what it cannot write any more."""
-    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-        if stream is None:  # closed by whoever started this process
-            continue
-        try:
-            getattr(stream, "_stream", stream).flush()
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, number)
-            os.close(nowhere)

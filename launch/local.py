@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from infini_train.standard_streams import leave_streams, let_words_be_lost
+from infini_train.standard_streams import let_words_be_lost
 from launch.rank_processes import (
     ON_SEVERAL_PROCESSES,
     RankProcesses,
@@ -62,6 +62,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    leave_streams()
-    sys.exit(exit_code)
+    sys.exit(main())

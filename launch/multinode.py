@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from infini_train.cluster.environment import read_environment
 from infini_train.errors import UserError
-from infini_train.standard_streams import leave_streams, let_words_be_lost
+from infini_train.standard_streams import let_words_be_lost
 from launch.host_link import CannotMeet, Follower, Leader, gather, join
 from launch.hosts import own_rank, parse_hosts
 from launch.rank_processes import RankProcesses, check_configuration, free_port, rank_environments, rank_program
@@ -114,6 +114,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    leave_streams()
-    sys.exit(exit_code)
+    sys.exit(main())

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from io import FileIO
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +59,9 @@ def _for_wandb(record: dict[str, Any]) -> dict[str, Any]:
             flat[key] = value
             continue
         for layer, part in enumerate(value, start=1):
-            flat[f"{key}/layer_{layer}"] = wandb.Histogram(part, num_bins=20) if isinstance(part, list) else part
+            if isinstance(part, list):  # it refuses what is not finite
+                part = wandb.Histogram([number for number in part if isfinite(number)], num_bins=20)
+            flat[f"{key}/layer_{layer}"] = part
     return flat
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from infini_train.config import LoggingConfig, RunConfig
-from infini_train.training.metrics import _wandb_mode
+from infini_train.training.metrics import _for_wandb, _wandb_mode
 
 RUN = """
 import os, signal, sys
@@ -65,6 +65,11 @@ def test_auto_is_what_the_environment_says(environment, mode, monkeypatch):
         monkeypatch.setenv(name, value)
     assert _wandb_mode(RunConfig()) == mode
     assert _wandb_mode(RunConfig(logging=LoggingConfig(wandb="offline"))) == "offline"
+
+
+def test_gates_that_are_not_finite_end_nothing():
+    flat = _for_wandb({"step": 1, "gates": [[0.5, float("nan")], [float("inf")]]})
+    assert [sum(flat[f"gates/layer_{layer}"].histogram) for layer in (1, 2)] == [1, 0]
 
 
 def test_no_network_is_no_reason_not_to_train(tmp_path):

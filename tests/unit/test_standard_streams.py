@@ -10,7 +10,7 @@ import pytest
 
 TALKS = """
 import os, sys
-from infini_train.standard_streams import leave_streams, let_words_be_lost
+from infini_train.standard_streams import let_words_be_lost
 
 let_words_be_lost()
 let_words_be_lost()
@@ -18,7 +18,6 @@ for line in range(5000):
     print("a line of a log", line)
     print("a line of a log", line, file=sys.stderr, flush=True)
 assert sys.stdout.fileno() == 1 and not sys.stdout.isatty() and sys.stdout.encoding
-leave_streams()
 sys.exit(85)
 """
 
@@ -39,7 +38,7 @@ def test_a_reader_that_is_gone_leaves_the_exit_code_alone():
 
 def test_closed_streams_leave_the_exit_code_alone():
     command = f'exec "{sys.executable}" -c "$0" >&- 2>&-'
-    code = "from infini_train.standard_streams import *; let_words_be_lost(); print(1); leave_streams(); raise SystemExit(85)"
+    code = "from infini_train.standard_streams import let_words_be_lost; let_words_be_lost(); print(1); raise SystemExit(85)"
     assert subprocess.run(["sh", "-c", command, code], check=False).returncode == 85
 
 
