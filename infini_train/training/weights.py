@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from infini_train import platform
 from infini_train.checkpoint import folder
-from infini_train.checkpoint.compatibility import DRAWN, check_same_model, initial_weights_facts, own_shapes
+from infini_train.checkpoint.compatibility import DRAWN, check_same_model, initial_weights_facts, usable_shapes
 from infini_train.checkpoint.reader import read_tensors
 from infini_train.checkpoint.weights_file import SUFFIX, read_weights, read_weights_facts
 from infini_train.config import RunConfig
@@ -61,7 +61,7 @@ def load_initial_weights(parts: Parts) -> str:
     facts = initial_weights_facts(path)
     if path.suffix != SUFFIX and (wrong := damage_in_shares(path)):
         raise UserError(f"training.initial_weights {path} is damaged: {'; '.join(wrong)}; name another checkpoint")
-    stored = own_shapes(path, facts, run)
+    stored = usable_shapes(path, facts, run)
     known = {name: placement for name, placement in placements.items() if placement.name in stored}
     weights = _read(path, parts.engine.module, known)
     drawn = {name: placement for name, placement in placements.items() if name not in known}

@@ -10,10 +10,10 @@ import pytest
 
 TALKS = """
 import os, sys
-from infini_train.standard_streams import let_words_be_lost
+from infini_train.standard_streams import ignore_stream_errors
 
-let_words_be_lost()
-let_words_be_lost()
+ignore_stream_errors()
+ignore_stream_errors()
 for line in range(5000):
     print("a line of a log", line)
     print("a line of a log", line, file=sys.stderr, flush=True)
@@ -38,7 +38,9 @@ def test_a_reader_that_is_gone_leaves_the_exit_code_alone():
 
 def test_closed_streams_leave_the_exit_code_alone():
     command = f'exec "{sys.executable}" -c "$0" >&- 2>&-'
-    code = "from infini_train.standard_streams import let_words_be_lost; let_words_be_lost(); print(1); raise SystemExit(85)"
+    code = (
+        "from infini_train.standard_streams import ignore_stream_errors; ignore_stream_errors(); print(1); raise SystemExit(85)"
+    )
     assert subprocess.run(["sh", "-c", command, code], check=False).returncode == 85
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from infini_train.stop_signals import STOP_SIGNALS, _leave_lost, catch_stop_signals
+from infini_train.stop_signals import STOP_SIGNALS, _redirect_closed_terminals, catch_stop_signals
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +36,12 @@ def test_under_nohup_the_end_of_a_terminal_is_none_of_a_run() -> None:
 def test_a_stream_of_a_terminal_that_is_gone_takes_words_and_drops_them() -> None:
     master, terminal = os.openpty()
     try:
-        _leave_lost([terminal])
+        _redirect_closed_terminals([terminal])
         assert os.isatty(terminal), "a terminal that is there stays"
         os.close(master)
         with pytest.raises(OSError):
             os.write(terminal, b"lost")
-        _leave_lost([terminal])
+        _redirect_closed_terminals([terminal])
         os.write(terminal, b"dropped")
     finally:
         os.close(terminal)
