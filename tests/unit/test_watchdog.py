@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from infini_train.config import HealthConfig, RunConfig
-from infini_train.training.watchdog import STACK_SIGNAL, Watchdog, _describe, _process_state, _stacks_of_silent_process
+from infini_train.training.watchdog import STACK_SIGNAL, Watchdog, _describe, _dump_silent_process, _process_state
 
 PROGRAM = """
 import faulthandler, sys, time
@@ -29,7 +29,7 @@ def test_a_stopped_process_writes_its_stacks_and_is_stopped_again(tmp_path):
             assert process.stdout.readline() == "ready\n"
             process.send_signal(signal.SIGSTOP)
             os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-            _stacks_of_silent_process(process.pid, path)
+            _dump_silent_process(process.pid, path)
             os.waitid(os.P_PID, process.pid, os.WSTOPPED)
             assert "in sleeper" in path.read_text(encoding="utf-8")
             assert _process_state(process.pid) == "T"
@@ -40,10 +40,10 @@ def test_a_stopped_process_writes_its_stacks_and_is_stopped_again(tmp_path):
 def test_a_process_that_left_before_it_was_seen_grows_overdue_and_is_named(tmp_path):
     watchdog = Watchdog(RunConfig(health=HealthConfig(first_step_seconds=1800.0)))
     watchdog._rank, watchdog._folder = 0, tmp_path
-    watchdog._look_at(1)
+    watchdog._read_heartbeat(1)
     seen = watchdog._seen[1]
     assert not seen.overdue
     seen.at -= 1801.0
-    watchdog._look_at(1)
+    watchdog._read_heartbeat(1)
     assert watchdog._seen[1].overdue
     assert "rank 1 (host unknown" in _describe({**seen.beat, "silent": True, "seconds": seen.seconds})
