@@ -73,7 +73,7 @@ def pretrain(run: RunConfig) -> int:
             while state.step < run.training.steps:
                 record, stopped = train_step(parts, stop)
                 profiler.after_step(record, last=stopped)
-                lock.require()
+                lock.check_held()
                 spiked = loss_spiked(parts, record)
                 _evaluate_when_due(parts, record, progress)
                 record["spike"] = int(spiked)

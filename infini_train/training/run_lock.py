@@ -93,7 +93,7 @@ class RunDirectoryLock:
         if self.held and self._read().get("token") == self.content["token"]:
             self.path.unlink(missing_ok=True)
 
-    def require(self) -> None:
+    def check_held(self) -> None:
         """Check on rank 0 that it still holds the lock; do nothing on other ranks.
 
         Raises:

@@ -34,8 +34,8 @@ def memory_statistics(
         - gates: sigmoid(β) by layer and query head.
         - memory_norm, memory_z_norm: Frobenius norm of M and L2 norm of z by layer, mean over rows and key/value heads.
         - memory_grad_norm: by layer, L2 norm over the step of the loss's gradient with respect to M and z at the borders
-          between the micro-batches of a window. Only if a window has several micro-batches, and without context parallelism, where
-          each rank holds only a share of this gradient.
+          between the micro-batches of a window. Only if a window has several micro-batches, and without context
+          parallelism, where each rank holds only a share of this gradient.
     """
     model = run.model
     if model.attention != "infini":

@@ -57,7 +57,7 @@ def test_a_second_job_is_refused_until_the_first_is_dead(holder, tmp_path):
     holder.kill()
     holder.wait()
     started = time.monotonic()
-    acquire(tmp_path).require()
+    acquire(tmp_path).check_held()
     assert time.monotonic() - started < run_lock.SILENT_SECONDS / 2, "a dead process of this machine needs no watching"
 
 
@@ -66,7 +66,7 @@ def test_a_dead_process_that_nobody_waits_for_is_dead(holder, tmp_path):
     holder.kill()
     while Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
-    acquire(tmp_path).require()
+    acquire(tmp_path).check_held()
 
 
 def test_a_requeued_slurm_job_takes_over_and_the_one_before_it_stops(tmp_path, monkeypatch):
@@ -76,9 +76,9 @@ def test_a_requeued_slurm_job_takes_over_and_the_one_before_it_stops(tmp_path, m
         acquire(tmp_path)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     second = acquire(tmp_path)
-    second.require()
+    second.check_held()
     with pytest.raises(UserError, match="has taken over"):
-        first.require()
+        first.check_held()
     first.__exit__()
     assert json.loads((tmp_path / "lock.json").read_text())["token"] == second.content["token"], "only its own lock is released"
     monkeypatch.setenv("SLURM_JOB_ID", "8")
@@ -103,7 +103,7 @@ def test_a_job_on_another_machine_is_alive_while_its_beat_moves(tmp_path, monkey
         acquire(tmp_path)
     other.join()
     started = time.monotonic()
-    acquire(tmp_path).require()
+    acquire(tmp_path).check_held()
     assert time.monotonic() - started > 1.4, "its beat was watched for long enough"
 
 
@@ -114,11 +114,11 @@ def test_the_lock_beats_and_is_released(tmp_path, monkeypatch):
         while json.loads((tmp_path / "lock.json").read_text())["beat"] < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
         assert json.loads((tmp_path / "lock.json").read_text())["beat"] >= 2
-        lock.require()
+        lock.check_held()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_that_someone_deleted_is_no_reason_to_stop(tmp_path):
     lock = acquire(tmp_path)
     (tmp_path / "lock.json").unlink()
-    lock.require()
+    lock.check_held()
