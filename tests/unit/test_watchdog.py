@@ -1,4 +1,4 @@
-"""What the watchdog does to one process, without a job around it."""
+"""Watchdog functions on a single process, without a job."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ sleeper()
 """
 
 
-def test_a_stopped_process_writes_its_stacks_and_is_stopped_again(tmp_path):
+def test_stopped_process_dumps_its_stacks_and_is_stopped_again(tmp_path):
     path = tmp_path / "rank_0.txt"
     command = [sys.executable, "-c", PROGRAM, str(path), str(int(STACK_SIGNAL))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -37,7 +37,7 @@ def test_a_stopped_process_writes_its_stacks_and_is_stopped_again(tmp_path):
             process.kill()
 
 
-def test_a_process_that_left_before_it_was_seen_grows_overdue_and_is_named(tmp_path):
+def test_rank_that_left_unseen_becomes_overdue_and_is_named(tmp_path):
     watchdog = Watchdog(RunConfig(health=HealthConfig(first_step_seconds=1800.0)))
     watchdog._rank, watchdog._folder = 0, tmp_path
     watchdog._read_heartbeat(1)
