@@ -124,7 +124,10 @@ def test_retention(tmp_path):
 
 
 def test_retention_sets_aside_checkpoints_newer_than_the_resumed_one(tmp_path):
-    """The run resumed from step 20, because 30 and 40 could not be read, and saved step 25. Files are kept: storage may recover."""
+    """The run resumed from step 20, because 30 and 40 could not be read, and saved step 25.
+
+    The files of 30 and 40 are kept, because the storage may have failed.
+    """
     for step in (10, 20, 25, 30, 40):
         write(tmp_path, step)
     for _ in range(2):  # the second time, a folder of that name was set aside before

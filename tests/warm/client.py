@@ -1,4 +1,4 @@
-"""Proxy of a forked process: forwards signals to it, and exits with its exit code or signal. Imports little: it starts often."""
+"""Proxy of a forked process: forwards signals to it, and ends with its exit code or signal. Starts often, so imports little."""
 
 import json
 import os
