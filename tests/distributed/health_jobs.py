@@ -106,7 +106,7 @@ def skip_a_step(run: RunConfig, rank: int, parameter: str | None, value: float) 
     """Train two good steps, one with the fault, and one good step.
 
     Args:
-        parameter: parameter whose gradient gets one entry `value`; None sets the rank's first row to NaN in the forward instead.
+        parameter: its gradient gets one entry `value`; None sets the rank's first row to NaN in the forward instead.
     """
     fault = Fault(rank)
     parts = _build(run, fault.in_forward(0) if parameter is None else fault.in_gradient(parameter, value))

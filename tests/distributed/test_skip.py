@@ -73,7 +73,7 @@ def test_all_ranks_skip_a_step_with_one_bad_gradient(case, options, pool, run_co
         assert (after["skipped_steps"], after["consecutive_skips"]) == (1, 0)
         for states in result["memory"].values():
             assert all(torch.isfinite(state).all() and state.any(dim=-1).all() for state in states), (
-                "the text was not remembered"
+                "the memory lacks the text of the step"
             )
 
 
