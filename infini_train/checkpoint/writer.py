@@ -124,8 +124,8 @@ class CheckpointWriter:
         self.failures_in_a_row += 1
         if must_succeed or self.failures_in_a_row > 1:
             raise AgreedError(
-                f"the checkpoint of step {current.step} could not be written: {current.error}; the newest whole one remains: "
-                "mend the cause and start the same command again"
+                f"the checkpoint of step {current.step} could not be written: {current.error}; the newest intact one "
+                "is kept: fix the cause and start the same command again"
             )
         return None
 

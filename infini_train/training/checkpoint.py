@@ -211,8 +211,8 @@ def newest_checkpoint(run_dir: Path, on_damage: Callable[[str], None]) -> Path |
         on_damage(f"checkpoint {path} is damaged: {'; '.join(wrong)}; taking the one before it")
     if newest_wrong is not None:
         raise AgreedError(
-            f"run_dir {run_dir}: of its {len(chosen[0])} checkpoint(s) none can be read ({newest_wrong}); mend the storage, or "
-            f"move {folder.checkpoint_root(run_dir)} away to begin anew"
+            f"run_dir {run_dir}: of its {len(chosen[0])} checkpoint(s) none can be read ({newest_wrong}); repair the storage, "
+            f"or move {folder.checkpoint_root(run_dir)} away to start from scratch"
         )
     return None
 
