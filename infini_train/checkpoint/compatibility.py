@@ -27,7 +27,7 @@ FIXED_MODEL_KEYS = (
     "tie_embeddings",
 )
 """Keys of `model` that must be equal for weights to be reused. Attention, memory and segment length may change."""
-DRAWN = ("attention.gate", "attention.write_gate", "memory_tokens")
+ATTENTION_SUFFIXES = ("attention.gate", "attention.write_gate", "memory_tokens")
 """Name endings of parameters of one kind of attention. Initial weights may lack them; they then start as in a new model."""
 
 
@@ -69,7 +69,7 @@ def check_initial_weights(run: RunConfig, tokenizer_fingerprint: str, shapes: Ma
             f"{named} holds {unknown[0]}, which a model with this configuration does not have (it was written with "
             f"model.attention {saved_model['attention']}); set the keys of model that it was trained with"
         )
-    if lacking := sorted(name for name in shapes.keys() - stored.keys() if not name.endswith(DRAWN)):
+    if lacking := sorted(name for name in shapes.keys() - stored.keys() if not name.endswith(ATTENTION_SUFFIXES)):
         raise UserError(
             f"{named} lacks {lacking[0]}, which a model with this configuration has; set the keys of model that the weights "
             "were trained with"
@@ -87,7 +87,7 @@ def usable_shapes(path: Path, facts: Mapping[str, Any], run: RunConfig) -> dict[
     stored = stored_shapes(path)
     if _saved_model(facts)["attention"] == run.model.attention:
         return stored
-    return {name: shape for name, shape in stored.items() if not name.endswith(DRAWN)}
+    return {name: shape for name, shape in stored.items() if not name.endswith(ATTENTION_SUFFIXES)}
 
 
 def initial_weights_facts(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from infini_train import platform
 from infini_train.checkpoint import folder
-from infini_train.checkpoint.compatibility import DRAWN, check_same_model, initial_weights_facts, usable_shapes
+from infini_train.checkpoint.compatibility import ATTENTION_SUFFIXES, check_same_model, initial_weights_facts, usable_shapes
 from infini_train.checkpoint.reader import read_tensors
 from infini_train.checkpoint.weights_file import SUFFIX, read_weights, read_weights_facts
 from infini_train.config import RunConfig
@@ -69,7 +69,7 @@ def load_initial_weights(parts: Parts) -> str:
     weights = _read(path, parts.engine.module, known)
     drawn = {name: placement for name, placement in placements.items() if name not in known}
     for name, placement in drawn.items():
-        assert placement.name.endswith(DRAWN), placement.name
+        assert placement.name.endswith(ATTENTION_SUFFIXES), placement.name
         weights[name] = placement.slice(initial_value(placement, run.model, run.training.seed)).to(platform.device())
     write_optimizer_state(parts.engine, {"model": weights}, steps_taken=0)
     new = Counter(re.sub(r".*\.", "", placement.name) for placement in drawn.values())
