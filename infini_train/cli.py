@@ -18,7 +18,7 @@ from infini_train.config import RunConfig
 from infini_train.errors import AgreedError, UserError
 from infini_train.parser import WITHOUT_CONFIG, parse, read_config, run_config
 from infini_train.planning import command as planning
-from infini_train.standard_streams import let_words_be_lost, replace_characters
+from infini_train.standard_streams import ignore_stream_errors, replace_unencodable_characters
 from infini_train.validation import validate, validate_compare
 
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_and_exit() -> NoReturn:
     """`main` as a process of its own."""
-    replace_characters()
+    replace_unencodable_characters()
     try:
         code = main()
     except BrokenPipeError:
@@ -148,7 +148,7 @@ def _prepare(run: RunConfig, arguments: Namespace) -> int:
 
 
 def _pretrain(run: RunConfig, arguments: Namespace) -> int:
-    let_words_be_lost()
+    ignore_stream_errors()
     _check(run)
     _check_initial_weights(run)
     if run.checkpoint.copy_to is not None:

@@ -1,4 +1,4 @@
-"""The commands of infini-train. Launchers read this too, so it imports nothing."""
+"""The commands of infini-train with their help texts. Launchers read this module too, so it imports nothing."""
 
 COMMANDS = {
     "prepare": "turn text into a tokenizer and shards",

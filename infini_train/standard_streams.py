@@ -1,4 +1,7 @@
-"""What a run says must not end it: its log may be on a disk that is full, and what reads it through a pipe may be gone."""
+"""Ignore write errors on stdout and stderr.
+
+A failed print must not end a run: the disk of its log may be full, or the reader of its pipe may have exited.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from contextlib import suppress
 from typing import Any
 
 
-class _Unfailing:
-    """A text stream of which what cannot be written is lost, and no more."""
+class _ErrorIgnoringStream:
+    """A proxy of a text stream that drops text which cannot be written, instead of raising OSError."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -27,16 +30,16 @@ class _Unfailing:
         return getattr(self._stream, name)
 
 
-def replace_characters() -> None:
-    """Print ? for what the terminal's encoding does not have: a locale may be older than UTF-8."""
+def replace_unencodable_characters() -> None:
+    """Print ? for each character that the encoding of stdout lacks: the locale may not be UTF-8."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        with suppress(OSError):  # of what stands in it, which is written first
+        with suppress(OSError):  # `reconfigure` flushes the buffered text first
             sys.stdout.reconfigure(errors="replace")
 
 
-def let_words_be_lost() -> None:
-    """From here on no line that is printed raises for want of room or of a reader."""
+def ignore_stream_errors() -> None:
+    """Ignore OSError in every later write to stdout and stderr; safe to call more than once."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, _Unfailing):
-            setattr(sys, name, _Unfailing(stream))
+        if stream is not None and not isinstance(stream, _ErrorIgnoringStream):
+            setattr(sys, name, _ErrorIgnoringStream(stream))

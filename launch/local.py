@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from infini_train.standard_streams import let_words_be_lost
+from infini_train.standard_streams import ignore_stream_errors
 from launch.rank_processes import (
     ON_SEVERAL_PROCESSES,
     RankProcesses,
@@ -46,7 +46,7 @@ def main() -> int:
     if len(arguments) < 2 or not arguments[0].isdecimal() or int(arguments[0]) < 1:
         print(f"{USAGE}; --help says more", file=sys.stderr)
         return 2
-    let_words_be_lost()
+    ignore_stream_errors()
     stop = StopSignals()
     world_size, command = int(arguments[0]), arguments[1:]
     try:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from infini_train.cluster.environment import read_environment
 from infini_train.errors import UserError
-from infini_train.standard_streams import let_words_be_lost
+from infini_train.standard_streams import ignore_stream_errors
 from launch.host_link import CannotMeet, Follower, Leader, gather, join
 from launch.hosts import own_rank, parse_hosts
 from launch.rank_processes import RankProcesses, check_configuration, free_port, rank_environments, rank_program
@@ -91,7 +91,7 @@ def start(hosts: list[str], host: int, base: dict[str, str], arguments: argparse
 
 def main() -> int:
     arguments = parse()
-    let_words_be_lost()
+    ignore_stream_errors()
     stop = StopSignals()
     try:
         hosts = parse_hosts(arguments.hosts)

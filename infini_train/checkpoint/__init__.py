@@ -1,1 +1,1 @@
-"""Checkpoint folders: how they are written, committed, verified and read. Knows tensors by name, and nothing of the model."""
+"""Write, commit, verify and read checkpoint folders. This package knows tensors by name and does not depend on the model."""

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from infini_train.checkpoint import folder
-from infini_train.checkpoint.compatibility import block_of
+from infini_train.checkpoint.compatibility import split_block_name
 from infini_train.checkpoint.reader import describe_tensors, read_whole
 from infini_train.checkpoint.weights_file import SUFFIX, write_weights_file
 from infini_train.errors import UserError
@@ -25,14 +25,14 @@ DAMAGED_EXIT_CODE = 1
 
 
 def list_all(run_dir: Path) -> int:
-    """A table of every checkpoint folder of a run, finished or not."""
+    """Print a table of all checkpoint folders of a run, including uncommitted ones."""
     root = folder.checkpoint_root(run_dir)
     folders = sorted(path for path in root.glob("step_*") if path.is_dir())
     if not folders:
         raise UserError(f"{root} holds no checkpoint; name a run directory with --run_dir, or train first")
     table = Table("checkpoint", "step", "tokens", "MB", "written", "state")
     for path in folders:
-        facts, state = _state_in_words(path)
+        facts, state = _describe_state(path)
         size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         written = datetime.fromtimestamp(path.stat().st_mtime).isoformat(sep=" ", timespec="seconds")
         table.add_row(path.name, f"{facts.get('step', '')}", f"{facts.get('tokens', '')}", f"{size:,.1f}", written, state)
@@ -40,22 +40,26 @@ def list_all(run_dir: Path) -> int:
     return 0
 
 
-def _state_in_words(path: Path) -> tuple[dict[str, Any], str]:
+def _describe_state(path: Path) -> tuple[dict[str, Any], str]:
+    """Return the content of state.json (empty if it cannot be used), and the folder's state for the table."""
     if path.suffix == folder.ASIDE:
-        return {}, "set aside, for it could not be read: delete it, or give it its name back"
+        return {}, "set aside because it could not be read: delete it, or rename it back"
     if not folder.is_committed(path):
         return {}, "not committed: it will not be used"
     try:
         facts = folder.read_state_file(path)
     except UserError:
         return {}, f"damaged: {folder.STATE_FILE}; it will not be used"
-    if wrong := _misfits(path):
+    if wrong := _size_mismatches(path):
         return facts, f"damaged: {'; '.join(wrong)}; it will not be used"
     return facts, "committed"
 
 
-def _misfits(path: Path) -> list[str]:
-    """Files that are missing or of another size than in the manifest; `verify` reads them all, which takes long."""
+def _size_mismatches(path: Path) -> list[str]:
+    """Return one line for each file that is missing or whose size differs from the manifest.
+
+    Only `verify` computes checksums, because reading all files takes long.
+    """
     try:
         entries = folder.read_manifest(path)
     except UserError as error:
@@ -73,7 +77,7 @@ def _misfits(path: Path) -> list[str]:
 
 
 def verify(paths: list[Path]) -> int:
-    """Read every byte and compare with the manifest; DAMAGED_EXIT_CODE if anything is wrong."""
+    """Compare the checksums of all files with the manifest; return DAMAGED_EXIT_CODE if any checkpoint is damaged."""
     worst = 0
     for path in paths:
         wrong = folder.damage(path)
@@ -83,8 +87,8 @@ def verify(paths: list[Path]) -> int:
 
 
 def inspect(path: Path) -> int:
-    """What a checkpoint holds: where the run stood, its configuration, and every tensor."""
-    _must_be_whole(path, by="inspect")
+    """Print a checkpoint's step, tokens, versions, configuration and tensors."""
+    _refuse_damaged(path, by="inspect")
     facts = folder.read_state_file(path)
     print(f"{path}: step {facts['step']}, {facts['tokens']:,} tokens")
     print("written with", ", ".join(f"{name} {number}" for name, number in facts["versions"].items()))
@@ -100,7 +104,7 @@ def inspect(path: Path) -> int:
 
 
 def consolidate(path: Path, output: Path) -> int:
-    """Write the model's weights, whole and in float32, as one safetensors file."""
+    """Write the model's full float32 weights to one safetensors file."""
     if output.suffix != SUFFIX:
         raise UserError(f"--output is {output}; give it a name that ends in {SUFFIX}, by which other commands know such files")
     if output.exists():
@@ -118,32 +122,32 @@ def consolidate(path: Path, output: Path) -> int:
 
 
 def read_model(path: Path, by: str) -> dict[str, Tensor]:
-    """The model's weights, whole, by global name.
+    """Read the model's full weights, by global name.
 
     Args:
-        by: the command that needs them.
+        by: name of the command that needs the weights, for the error message.
 
     Raises:
         UserError: the checkpoint is damaged.
     """
-    _must_be_whole(path, by)
+    _refuse_damaged(path, by)
     names = [name for name in describe_tensors(path) if name.startswith("model.")]
     return join_blocks({name.removeprefix("model."): tensor for name, tensor in read_whole(path, names).items()})
 
 
 def join_blocks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fused matrices (SwiGLU's gate and up) lie in a checkpoint block by block, NAME.0 and NAME.1; here they are whole."""
+    """Join fused matrices (SwiGLU's gate and up), which a checkpoint stores as blocks NAME.0 and NAME.1."""
     joined: dict[str, list[tuple[int, Tensor]]] = {}
     for name, tensor in tensors.items():
-        whole, number = block_of(name)
-        joined.setdefault(whole, []).append((number, tensor))
+        fused_name, number = split_block_name(name)
+        joined.setdefault(fused_name, []).append((number, tensor))
     return {
-        name: parts[0][1] if len(parts) == 1 else torch.cat([tensor for _, tensor in sorted(parts, key=lambda part: part[0])])
-        for name, parts in joined.items()
+        name: blocks[0][1] if len(blocks) == 1 else torch.cat([block for _, block in sorted(blocks, key=lambda pair: pair[0])])
+        for name, blocks in joined.items()
     }
 
 
-def _must_be_whole(path: Path, by: str) -> None:
+def _refuse_damaged(path: Path, by: str) -> None:
     wrong = folder.damage(path)
     if wrong:
         raise UserError(f"checkpoint {path}: {'; '.join(wrong)}; {by} another checkpoint")

@@ -1,4 +1,4 @@
-"""Whether saved weights fit a run, told from what was written beside them; without process groups."""
+"""Check whether saved weights fit a run's configuration, from the metadata saved with them. Needs no process group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from infini_train.checkpoint.weights_file import SUFFIX, read_weights_facts, rea
 from infini_train.config import ModelConfig, RunConfig
 from infini_train.errors import UserError
 
-SAME_FUNCTION = (
+FIXED_MODEL_KEYS = (
     "num_layers",
     "hidden_size",
     "num_attention_heads",
@@ -26,16 +26,16 @@ SAME_FUNCTION = (
     "norm_eps",
     "tie_embeddings",
 )
-"""Keys of `model` without which weights mean something else. Attention, memory and segment length are learned anew."""
-DRAWN = ("attention.gate", "attention.write_gate", "memory_tokens")
-"""Parameters of an attention that weights of another do not have, and that may begin as in a new model."""
+"""Keys of `model` that must be equal for weights to be reused. Attention, memory and segment length may change."""
+ATTENTION_SUFFIXES = ("attention.gate", "attention.write_gate", "memory_tokens")
+"""Name endings of parameters of one kind of attention. Initial weights may lack them; they then start as in a new model."""
 
 
 def check_same_model(facts: Mapping[str, Any], path: Path, run: RunConfig, tokenizer_fingerprint: str) -> None:
-    """Refuse a checkpoint of another tokenizer or another `model` section.
+    """Check that a checkpoint has the run's tokenizer and `model` section.
 
     Raises:
-        UserError: naming what differs.
+        UserError: the tokenizer or a key of `model` differs.
     """
     _check_tokenizer(f"checkpoint {path}", facts, run, tokenizer_fingerprint)
     for key, saved in _saved_model(facts).items():
@@ -46,30 +46,30 @@ def check_same_model(facts: Mapping[str, Any], path: Path, run: RunConfig, token
 
 
 def check_initial_weights(run: RunConfig, tokenizer_fingerprint: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse `training.initial_weights` that are not there or do not fit, before a run begins.
+    """Check before a run begins that `training.initial_weights` exist and fit the model.
 
     Args:
-        shapes: of every parameter of the run's whole model, by global name.
+        shapes: full shape of every parameter of the run's model, by global name.
 
     Raises:
-        UserError: naming what is wrong.
+        UserError: the weights are missing, or the tokenizer, a key of `model`, a parameter or a shape differs.
     """
     path = Path(str(run.training.initial_weights))
     named = f"training.initial_weights {path}"
     facts = initial_weights_facts(path)
     _check_tokenizer(named, facts, run, tokenizer_fingerprint)
     saved_model = _saved_model(facts)
-    for key in SAME_FUNCTION:
+    for key in FIXED_MODEL_KEYS:
         ours, saved = getattr(run.model, key), saved_model[key]
         if ours != saved:
             raise UserError(f"model.{key} is {ours}, but {named} has {saved}; set model.{key} to {saved}")
-    stored = own_shapes(path, facts, run)
+    stored = usable_shapes(path, facts, run)
     if unknown := sorted(stored.keys() - shapes.keys()):
         raise UserError(
             f"{named} holds {unknown[0]}, which a model with this configuration does not have (it was written with "
             f"model.attention {saved_model['attention']}); set the keys of model that it was trained with"
         )
-    if lacking := sorted(name for name in shapes.keys() - stored.keys() if not name.endswith(DRAWN)):
+    if lacking := sorted(name for name in shapes.keys() - stored.keys() if not name.endswith(ATTENTION_SUFFIXES)):
         raise UserError(
             f"{named} lacks {lacking[0]}, which a model with this configuration has; set the keys of model that the weights "
             "were trained with"
@@ -79,20 +79,22 @@ def check_initial_weights(run: RunConfig, tokenizer_fingerprint: str, shapes: Ma
             raise UserError(f"{named}: {name} is {list(shape)} there, but {list(shapes[name])} in this model")
 
 
-def own_shapes(path: Path, facts: Mapping[str, Any], run: RunConfig) -> dict[str, tuple[int, ...]]:
-    """`stored_shapes` of what means the same in this run: gates and memory tokens of another attention do not, by whatever
-    name."""
+def usable_shapes(path: Path, facts: Mapping[str, Any], run: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Return the `stored_shapes` of the parameters that this run can use.
+
+    If the weights were trained with another attention, their gates and memory tokens are left out, even if the names match.
+    """
     stored = stored_shapes(path)
     if _saved_model(facts)["attention"] == run.model.attention:
         return stored
-    return {name: shape for name, shape in stored.items() if not name.endswith(DRAWN)}
+    return {name: shape for name, shape in stored.items() if not name.endswith(ATTENTION_SUFFIXES)}
 
 
 def initial_weights_facts(path: Path) -> dict[str, Any]:
-    """What stands beside the weights at `training.initial_weights`: a weights file, or a checkpoint's folder.
+    """Read the metadata of the weights at `training.initial_weights`, a weights file or a checkpoint folder.
 
     Raises:
-        UserError: there are none.
+        UserError: the path is neither a weights file nor a committed checkpoint.
     """
     if path.suffix == SUFFIX:
         return read_weights_facts(path, "training.initial_weights")
@@ -105,7 +107,7 @@ def initial_weights_facts(path: Path) -> dict[str, Any]:
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight of a weights file or a checkpoint's folder, by global name."""
+    """Return the full shape of every weight of a weights file or a checkpoint folder, by global name."""
     if path.suffix == SUFFIX:
         return read_weights_shapes(path)
     prefix = "model."
@@ -115,23 +117,26 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def join_block_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Shapes of whole matrices, of which a checkpoint holds the fused ones block by block along the first dimension."""
+    """Join the shapes of fused matrices, which a checkpoint stores as blocks along the first dimension."""
     joined: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        whole = block_of(name)[0]
-        before = joined.get(whole, (0, *shape[1:]))
-        joined[whole] = (before[0] + shape[0], *shape[1:]) if whole != name else shape
+        fused_name = split_block_name(name)[0]
+        before = joined.get(fused_name, (0, *shape[1:]))
+        joined[fused_name] = (before[0] + shape[0], *shape[1:]) if fused_name != name else shape
     return joined
 
 
-def block_of(name: str) -> tuple[str, int]:
-    """A fused matrix (SwiGLU's gate and up) lies in a checkpoint as NAME.0 and NAME.1: its name, and the block's number."""
+def split_block_name(name: str) -> tuple[str, int]:
+    """Split the checkpoint name of a fused matrix's block into the matrix's name and the block's number.
+
+    A fused matrix (SwiGLU's gate and up) is stored as NAME.0 and NAME.1. Any other name is returned with number 0.
+    """
     block = re.fullmatch(r"(.*\.weight)\.(\d+)", name)
     return (block[1], int(block[2])) if block else (name, 0)
 
 
 def _saved_model(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """`model` of the run that wrote the facts; a key that is newer than they had its default."""
+    """Return the `model` section of the run that wrote the facts; keys added since then have their defaults."""
     return {**asdict(ModelConfig()), **facts["config"]["model"]}
 
 

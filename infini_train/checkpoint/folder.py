@@ -1,15 +1,15 @@
-"""A checkpoint's folder and its commit protocol; without torch, so that any machine can list and verify checkpoints.
+"""Checkpoint folders and their commit protocol. Needs no torch, so that any machine can list and verify checkpoints.
 
     step_00000200.partial/      while its files are written
-    step_00000200.damaged/      it could not be read, and the run went on without it
+    step_00000200.damaged/      could not be read; the run continued from an older checkpoint
     step_00000200/
         *.distcp .metadata      tensors (torch.distributed.checkpoint)
         state.json              step, tokens, configuration, versions
         manifest.json           size and SHA-256 of each of the above
         COMMITTED               SHA-256 of manifest.json; written last
 
-Every file is flushed to the disk before the next is begun. A folder without a COMMITTED that fits its manifest is not a
-checkpoint, whatever it holds; one whose files do not fit the manifest is damaged.
+Each file is synced to the disk before the next one is written. A folder is a checkpoint only if COMMITTED matches its manifest.
+A checkpoint whose files do not match the manifest is damaged.
 """
 
 from __future__ import annotations
@@ -39,25 +39,28 @@ def folder_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """The step of a folder `step_XXXXXXXX`."""
+    """Parse the step from a folder's name `step_XXXXXXXX`."""
     return int(path.name.removeprefix("step_"))
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Committed checkpoints of a run, oldest first; whether their files are whole is for `damage` to say."""
+    """List the committed checkpoints of a run, oldest first. Does not check their files; see `damage`."""
     found = [path for path in checkpoint_root(run_dir).glob("step_*") if path.name[5:].isdigit() and is_committed(path)]
     return sorted(found, key=step_of)
 
 
 def is_committed(path: Path) -> bool:
-    """Whether the commit marker stands and fits the manifest; also where that cannot be read, which is for `damage` to say:
-    what is not committed is deleted."""
+    """Return whether the commit marker exists and matches the manifest.
 
-    def fits() -> bool:
+    Also True if either cannot be read because of a storage error: uncommitted folders are deleted, and `damage` reports the
+    error.
+    """
+
+    def marker_matches() -> bool:
         return (path / COMMIT_FILE).read_text(encoding="ascii").strip() == file_digest(path / MANIFEST_FILE)
 
     try:
-        return patiently(fits, path)
+        return patiently(marker_matches, path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
     except OSError:
@@ -65,28 +68,28 @@ def is_committed(path: Path) -> bool:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     return patiently(lambda: path.read_text(encoding="utf-8"), path)
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """A file's entry in the manifest."""
+    """Return a file's manifest entry: its size in bytes and its SHA-256."""
     return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Entries of the manifest by file name.
+    """Read the entries of the manifest, by file name.
 
     Raises:
-        UserError: it cannot be read, or is of another format.
+        UserError: the manifest cannot be read, or has another format version.
     """
     try:
-        manifest = json.loads(_text(path / MANIFEST_FILE))
+        manifest = json.loads(_read_text(path / MANIFEST_FILE))
         version, files = manifest["format_version"], manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path}: {MANIFEST_FILE} cannot be read ({error}); use an older checkpoint") from error
@@ -96,7 +99,7 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def damaged_file(path: Path, name: str, entry: dict[str, Any]) -> str | None:
-    """What is wrong with one file of a checkpoint; None if it is whole."""
+    """Return a description of one file's damage; None if the file matches its manifest entry."""
     file = path / name
 
     def read() -> str | None:
@@ -114,7 +117,7 @@ def damaged_file(path: Path, name: str, entry: dict[str, Any]) -> str | None:
 
 
 def damage(path: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint; empty if it can be trusted. Reads all of it."""
+    """Return one line for each defect of a checkpoint; empty if it is intact. Reads all files."""
     if not path.is_dir():
         return [f"{path} is not a folder"]
     if not is_committed(path):
@@ -129,13 +132,13 @@ def damage(path: Path) -> list[str]:
 
 
 def read_state_file(path: Path) -> dict[str, Any]:
-    """Step, tokens, configuration, versions and counters of a checkpoint.
+    """Read the step, tokens, configuration, versions and health counters of a checkpoint.
 
     Raises:
         UserError: the file is missing or damaged.
     """
     try:
-        return json.loads(_text(path / STATE_FILE))
+        return json.loads(_read_text(path / STATE_FILE))
     except (OSError, ValueError) as error:
         raise UserError(
             f"checkpoint {path}: {STATE_FILE} cannot be read ({error}); delete the folder to use an older one"
@@ -143,7 +146,7 @@ def read_state_file(path: Path) -> dict[str, Any]:
 
 
 def start_folder(run_dir: Path, step: int) -> Path:
-    """An empty folder under a temporary name; what an earlier try left there is deleted."""
+    """Create an empty folder under a temporary name; delete the remains of an earlier attempt."""
     partial = checkpoint_root(run_dir) / f"{folder_name(step)}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -151,7 +154,7 @@ def start_folder(run_dir: Path, step: int) -> Path:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it is there, whole, after a power cut."""
+    """Write a small file and sync it, so that its content survives a power failure."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -159,7 +162,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
+    """Sync a folder, so that its file names survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -168,15 +171,15 @@ def sync_folder(path: Path) -> None:
 
 
 def commit(partial: Path, files: dict[str, dict[str, Any]]) -> Path:
-    """Turn a folder whose files are all written and synced into a checkpoint.
+    """Turn a folder whose files are all written and synced into a committed checkpoint.
 
     Args:
-        files: manifest entries of everything in it.
+        files: manifest entries of all files in it.
     """
     write_durably(partial / MANIFEST_FILE, json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
     sync_folder(partial)
     final = partial.with_suffix("")
-    delete(final)  # an uncommitted or damaged one of the same step
+    delete(final)  # an uncommitted or damaged checkpoint of the same step
     os.rename(partial, final)
     sync_folder(final.parent)
     write_marker(final)
@@ -184,13 +187,13 @@ def commit(partial: Path, files: dict[str, dict[str, Any]]) -> Path:
 
 
 def write_marker(path: Path) -> None:
-    """The one file that makes a folder a checkpoint."""
+    """Write COMMITTED, the file that makes a folder a checkpoint."""
     write_durably(path / COMMIT_FILE, file_digest(path / MANIFEST_FILE))
     sync_folder(path)
 
 
 def delete(path: Path) -> None:
-    """Remove a checkpoint; its marker first, so that what an interrupted deletion leaves is not trusted."""
+    """Delete a checkpoint, its marker first: an interrupted deletion then leaves an uncommitted folder."""
     (path / COMMIT_FILE).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
@@ -199,27 +202,29 @@ ASIDE = ".damaged"
 
 
 def set_aside(path: Path) -> None:
-    """Take a checkpoint out of those of its run, under a name of its own; one that was set aside before makes room."""
+    """Rename a checkpoint to `.damaged`, so that it is no longer listed; replaces one of the same step set aside before."""
     aside = path.with_suffix(ASIDE)
     delete(aside)
     path.rename(aside)
 
 
 def retain(run_dir: Path, newest: int, keep: int, keep_every: int) -> None:
-    """Delete what is older than the newest `keep` checkpoints, except steps that `keep_every` divides (0: none is kept so),
-    and what is left of interrupted saves.
+    """Delete all but the newest `keep` checkpoints, and the remains of interrupted saves.
+
+    Checkpoints of later steps than `newest` are set aside: the run would have resumed from them if they could have been read.
+    They are not deleted, because the storage may have failed and not the checkpoint.
 
     Args:
-        newest: step of the checkpoint that was committed just now. One of a later step could not be read, or the run would have
-            gone on from it: it counts for nothing from now on. It is set aside and not deleted, for it may have been the
-            storage that failed.
+        newest: step of the checkpoint that was just committed.
+        keep: number of newest checkpoints to keep.
+        keep_every: also keep checkpoints whose step is a multiple of this; 0 keeps no others.
     """
     committed = {step_of(path): path for path in list_checkpoints(run_dir)}
     for step, path in committed.items():
         if step > newest:
             set_aside(path)
-    whole = [step for step in committed if step <= newest]
-    for step in whole[:-keep]:
+    readable = [step for step in committed if step <= newest]
+    for step in readable[:-keep]:
         if not keep_every or step % keep_every:
             delete(committed[step])
     for path in checkpoint_root(run_dir).glob("step_*"):

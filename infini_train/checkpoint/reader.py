@@ -1,8 +1,8 @@
-"""Reads tensors of a checkpoint without ever running code from it.
+"""Read tensors of a checkpoint without executing code from it.
 
-torch.distributed.checkpoint describes the tensors in a pickle, `.metadata`. Here that may only make the few classes which such
-a description consists of, and name files of the manifest. The class of entries of arbitrary bytes is not among them: torch
-would unpickle those.
+torch.distributed.checkpoint describes the tensors in a pickle, `.metadata`. The reader here unpickles only the classes that a
+description of tensors needs, and accepts only files listed in the manifest. It refuses BytesStorageMetadata, the class for
+entries of arbitrary bytes, because torch would unpickle those bytes.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class TensorReader(dcp.FileSystemReader):
-    """torch.distributed.checkpoint's reader of one folder, for descriptions of tensors alone."""
+    """A `FileSystemReader` of one folder that accepts only descriptions of tensors."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """The description of all tensors.
+        """Read the description of all tensors.
 
         Raises:
-            UserError: it is not one, or it refers to anything else.
+            UserError: `.metadata` cannot be unpickled, or refers to another class or to a file outside the manifest.
         """
         folder = Path(self.path)
         try:
@@ -67,7 +67,7 @@ class TensorReader(dcp.FileSystemReader):
                 metadata = _MetadataUnpickler(file).load()
             if not isinstance(metadata, Metadata):
                 raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
-        except Exception as error:  # what a damaged pickle raises has no bounds
+        except Exception as error:  # a damaged pickle can raise any exception
             raise UserError(f"checkpoint {folder}: .metadata is refused: {error}; use another checkpoint") from error
         files = read_manifest(folder)
         for info in (metadata.storage_data or {}).values():
@@ -82,16 +82,16 @@ class TensorReader(dcp.FileSystemReader):
 
 
 def read_tensors(path: Path, entries: dict[str, Tensor], *, no_dist: bool = False) -> None:
-    """Fill tensors, by their names in the checkpoint; with process groups a collective over all processes.
+    """Fill the given tensors, by their names in the checkpoint. A collective over all ranks unless `no_dist`.
 
     Raises:
-        UserError: the checkpoint lacks one of them, or cannot be read.
+        UserError: the checkpoint lacks one of the tensors, or cannot be read.
     """
     try:
         dcp.load(entries, storage_reader=TensorReader(path), no_dist=no_dist)
     except UserError:
         raise
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
+    except (Exception, CheckpointException) as error:  # CheckpointException is not a subclass of Exception
         cause = next(iter(failed_ranks(error).values()), error)
         if isinstance(cause, UserError):
             raise cause from error
@@ -101,22 +101,22 @@ def read_tensors(path: Path, entries: dict[str, Tensor], *, no_dist: bool = Fals
 
 
 def failed_ranks(error: BaseException) -> dict[int, BaseException]:
-    """What went wrong on which rank, inside the exception that torch.distributed.checkpoint raises on all."""
+    """Return the original exception of each failed rank, from the one that torch.distributed.checkpoint raises on all ranks."""
     if not isinstance(error, CheckpointException):
         return {}
     return {rank: failure[0] if isinstance(failure, tuple) else failure for rank, failure in sorted(error.failures.items())}
 
 
 def describe_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
-    """Shape, type and chunks of every tensor of a checkpoint, by name."""
+    """Return the shape, dtype and chunks of every tensor of a checkpoint, by name."""
     return dict(TensorReader(os.fspath(path)).read_metadata().state_dict_metadata)  # type: ignore[arg-type]
 
 
 def read_whole(path: Path, names: list[str]) -> dict[str, Tensor]:
-    """Some tensors of a checkpoint as they are without any layout, in this process alone."""
+    """Read some tensors of a checkpoint in full, in this process alone."""
     described = describe_tensors(path)
     entries = {name: torch.empty(described[name].size, dtype=described[name].properties.dtype) for name in names}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that one process reads is the intent
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads on purpose
         read_tensors(path, entries, no_dist=True)
     return entries

@@ -1,4 +1,4 @@
-"""A copy of a committed checkpoint under any URL that fsspec knows."""
+"""Copy committed checkpoints to any URL that fsspec supports."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from infini_train.errors import UserError
 
 
 def check_url(url: str) -> None:
-    """Refuse a URL for which no backend is there; nothing is read or written.
+    """Check that fsspec has a backend for a URL; reads and writes nothing.
 
     Raises:
-        UserError: naming what is missing.
+        UserError: the backend is unknown or not installed.
     """
     try:
         fsspec.core.url_to_fs(url)
@@ -26,7 +26,7 @@ def check_url(url: str) -> None:
 
 
 def copy_to_url(path: Path, url: str) -> None:
-    """Copy a checkpoint to URL/step_XXXXXXXX, its commit marker last: an unfinished copy is no checkpoint there either."""
+    """Copy a checkpoint to URL/step_XXXXXXXX, its commit marker last, so that an unfinished copy counts as uncommitted."""
     filesystem, root = fsspec.core.url_to_fs(url)
     target = f"{root.rstrip('/')}/{path.name}"
     filesystem.makedirs(target, exist_ok=True)

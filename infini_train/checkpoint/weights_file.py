@@ -1,4 +1,4 @@
-"""The weights of a model, whole, as one safetensors file: what `checkpoint consolidate` and `convert` write."""
+"""Full model weights as one safetensors file, as `checkpoint consolidate` and `convert` write it."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ SUFFIX = ".safetensors"
 
 
 def write_weights_file(path: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Replaces the file at once.
+    """Write a weights file; it replaces an existing one atomically.
 
     Args:
-        weights: by global name.
-        facts: of the checkpoint that they come from: step, config, tokenizer_fingerprint.
+        weights: full tensors, by global name.
+        facts: metadata of the source checkpoint: step, config, tokenizer_fingerprint.
     """
     metadata = {key: json.dumps(facts[key]) for key in ("step", "config", "tokenizer_fingerprint")}
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(weights, partial, metadata=metadata)
-        partial.chmod(0o644)  # safetensors leaves it to its owner alone
+        partial.chmod(0o644)  # safetensors lets only the owner read it
         partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)  # on a full disk half of it would stay
+        partial.unlink(missing_ok=True)  # do not leave an incomplete file on a full disk
         raise
 
 
 def read_weights_facts(path: Path, key: str = "--from_checkpoint") -> dict[str, Any]:
-    """The facts alone, without reading the weights.
+    """Read the metadata (step, config, tokenizer_fingerprint) without the weights.
 
     Args:
-        key: what the user named the file with.
+        key: option or config key with which the user named the file, for the error message.
 
     Raises:
         UserError: there is no such file, or `checkpoint consolidate` did not write it.
@@ -59,13 +59,13 @@ def read_weights_facts(path: Path, key: str = "--from_checkpoint") -> dict[str, 
 
 
 def read_weights_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a weights file, by global name."""
+    """Return the shape of every tensor of a weights file, by global name."""
     with safe_open(path, framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
 
 
 def read_weights(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a weights file one after another, so that a process needs the memory of one."""
+    """Yield tensors of a weights file one by one, so that a process holds only one at a time."""
     with safe_open(path, framework="pt") as file:
         for name in names:
             yield name, file.get_tensor(name)

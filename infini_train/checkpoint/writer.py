@@ -1,8 +1,8 @@
-"""Writes checkpoints beside the training: every process its share, one commit at the end.
+"""Write checkpoints in the background: each rank writes its share, and rank 0 commits.
 
-Training pauses while the state is copied to host memory. From there a thread of each process writes, over a process group of
-its own, so that its messages never mix with training's. All processes learn of a failure on one of them: nothing is committed,
-and what was written is deleted.
+Training pauses while the state is copied to host memory. A thread of each rank then writes the copy. The threads use a process
+group of their own, so that their messages never mix with those of training. If one rank fails, all ranks learn of it: nothing
+is committed, and the written files are deleted.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from infini_train.errors import AgreedError
 
 
 class SaveError(Exception):
-    """A checkpoint was not written; the same on all processes."""
+    """A checkpoint could not be written; raised on all ranks."""
 
 
 @dataclass
 class Save:
-    """One checkpoint on its way to the disk."""
+    """One checkpoint that is being written."""
 
     step: int
     started: float
     pause_seconds: float = 0.0
-    """How long training stood still for it."""
+    """Time for which training paused."""
     durable_seconds: float = 0.0
-    """From the beginning to the commit."""
+    """Time from the start of the save to the commit."""
     own_files_written: bool = False
     path: Path | None = None
-    """Where it is, once committed."""
+    """The committed folder; None before."""
     error: str | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
 
 class _Files(dcp.FileSystemWriter):
-    """torch.distributed.checkpoint's writer, which says when this process's files are written."""
+    """A `FileSystemWriter` that records when this rank's files are written."""
 
     def __init__(self, path: Path, save: Save) -> None:
-        # What is written is in host memory. With a copy ahead torch would synchronize a stream of the first GPU, which is this
-        # thread's current one in every process, and each would take memory there.
+        # The tensors are in host memory already. With copy-ahead, torch would synchronize a stream of this thread's current
+        # GPU. That is GPU 0 in every process, and each process would allocate GPU memory there.
         super().__init__(path, sync_files=True, per_thread_copy_ahead=0)
         self._save = save
 
@@ -67,10 +67,10 @@ class _Files(dcp.FileSystemWriter):
 
 
 class CheckpointWriter:
-    """At most one checkpoint at a time is on its way; a second waits for the first.
+    """Saves checkpoints, at most one at a time; a second save waits for the first.
 
     Args:
-        is_main: whether this process makes folders, commits and deletes.
+        is_main: whether this process creates folders, commits and deletes old checkpoints.
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, is_main: bool) -> None:
@@ -81,15 +81,15 @@ class CheckpointWriter:
         self._unreported: Save | None = None
 
     def save(self, step: int, stage: Callable[[], dict[str, Tensor]], facts: dict[str, Any]) -> None:
-        """Begin to write a checkpoint; a collective over all processes.
+        """Start to write a checkpoint. A collective over all ranks.
 
         Args:
-            stage: makes copies of this process's share in host memory, by global name. Called when an earlier save is done, so
-                that two copies never exist.
-            facts: what state.json holds.
+            stage: copies this rank's share to host memory and returns it by global name. Called after an earlier save has
+                ended, so that two copies never exist.
+            facts: content of state.json.
 
         Raises:
-            AgreedError: the save before this one failed for the second time in a row, or does not end.
+            AgreedError: the previous save was the second failure in a row, or it did not end in time.
         """
         started = time.monotonic()
         self.finish()
@@ -102,13 +102,13 @@ class CheckpointWriter:
             current.pause_seconds = time.monotonic() - started
 
     def finish(self, *, must_succeed: bool = False) -> Path | None:
-        """Wait for the save that is on its way; a collective over all processes.
+        """Wait for the save in progress. A collective over all ranks.
 
         Args:
-            must_succeed: whether the first failure stops the run, and not only the second in a row.
+            must_succeed: raise on the first failure already, not only on the second in a row.
 
         Returns:
-            The committed folder; None if nothing was on its way or it failed.
+            The committed folder; None if no save was in progress or it failed.
 
         Raises:
             AgreedError: see `save`.
@@ -124,15 +124,15 @@ class CheckpointWriter:
         self.failures_in_a_row += 1
         if must_succeed or self.failures_in_a_row > 1:
             raise AgreedError(
-                f"the checkpoint of step {current.step} could not be written: {current.error}; the newest whole one remains: "
-                "mend the cause and start the same command again"
+                f"the checkpoint of step {current.step} could not be written: {current.error}; the newest intact one "
+                "is kept: fix the cause and start the same command again"
             )
         return None
 
     def wait(self) -> None:
-        """Wait until the save that is on its way has ended, well or not: for a process that ends, however it does.
+        """Wait until the save in progress has ended, successfully or not. For a process that is about to exit.
 
-        No collective: the others may have failed.
+        Not a collective, because other ranks may have failed.
         """
         if self._current is not None:
             self._current.done.wait(timeout=self._remaining(self._current))
@@ -141,7 +141,7 @@ class CheckpointWriter:
         return max(0.0, current.started + self.config.timeout_seconds - time.monotonic())
 
     def report(self) -> dict[str, float]:
-        """Times of a checkpoint that became durable since the last call, for the metrics."""
+        """Return the times of the checkpoint committed since the last call, for the metrics; empty if there is none."""
         save = self._unreported
         if save is None:
             return {}
@@ -153,7 +153,7 @@ class CheckpointWriter:
         }
 
     def _stop_if_stalled(self, current: Save, ended: bool) -> None:
-        """All processes together, over training's own groups: the writers' group may be what hangs."""
+        """Raise on all ranks if the save has not ended on one. Uses training's process group: the writers' group may hang."""
         states: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(states, (ended, current.own_files_written))
         if all(done for done, _ in states):
@@ -173,7 +173,7 @@ class CheckpointWriter:
             current.path = self._commit(partial, current.step, facts)
             current.durable_seconds = time.monotonic() - current.started
             self._unreported = current
-        except BaseException as error:  # a thread's exception would be lost
+        except BaseException as error:  # an exception that leaves a thread would be lost
             current.error = _first_cause(error)
             if self.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -186,7 +186,7 @@ class CheckpointWriter:
         mine: Any
         try:
             mine = {path.name: folder.describe_file(path) for path in partial.glob(f"__{rank}_*")}
-        except OSError as error:  # the others wait for an answer
+        except OSError as error:  # the other ranks wait for this rank's answer
             mine = f"rank {rank}: {error}"
         described: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(described, mine, group=self.group)
@@ -196,7 +196,7 @@ class CheckpointWriter:
 
         def commit() -> None:
             folder.write_durably(partial / folder.STATE_FILE, json.dumps(facts, indent=1))
-            files = {name: entry for part in described for name, entry in part.items()}
+            files = {name: entry for of_rank in described for name, entry in of_rank.items()}
             for name in (".metadata", folder.STATE_FILE):
                 files[name] = folder.describe_file(partial / name)
             final = folder.commit(partial, files)
@@ -208,7 +208,7 @@ class CheckpointWriter:
         return partial.with_suffix("")
 
     def _on_main(self, action: Callable[[], Any]) -> None:
-        """Do something on the main process; all others wait, and learn of its failure."""
+        """Run an action on the main process while the others wait; raise SaveError on all ranks if it fails."""
         error: list[Any] = [None]
         if self.is_main:
             try:
@@ -221,33 +221,33 @@ class CheckpointWriter:
 
 
 def _try_to_copy(path: Path, url: str) -> None:
-    """A store out of reach costs the copy, not the run: the checkpoint itself is whole."""
+    """Copy a checkpoint; on failure only warn, because the local checkpoint is intact."""
     try:
         copy_to_url(path, url)
-    except Exception as error:  # each of fsspec's backends has exceptions of its own
+    except Exception as error:  # every fsspec backend has its own exceptions
         print(f"\n{path} was not copied to {url}: {_one_line(error)}; training goes on", file=sys.stderr)
 
 
 @cache
 def _writers_group(timeout_seconds: float) -> Any:
-    """All processes, for the writing threads; made once."""
-    # Longer than training waits, which can say more about a stalled process than a time-out.
+    """Return the process group of all ranks for the writing threads; created once."""
+    # Longer than training waits: its error message names the stalled rank, which a time-out of the group does not.
     return dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * timeout_seconds))
 
 
 def _first_cause(error: BaseException) -> str:
-    """One line: which rank, and what happened there."""
+    """Return one line that names the failed rank and its error."""
     for rank, cause in failed_ranks(error).items():
         return f"rank {rank}: {_one_line(cause)}"
     return _one_line(error)
 
 
 def _one_line(error: BaseException) -> str:
-    """The operating system's reason if there is one behind the error, which torch may have covered with its own."""
+    """Return an error as one line. Prefers the OSError behind it, which torch may have replaced with an error of its own."""
     while not isinstance(error, OSError):
-        behind = error.__cause__ or error.__context__
-        if behind is None or not (isinstance(error, RuntimeError) or isinstance(behind, OSError)):
+        cause = error.__cause__ or error.__context__
+        if cause is None or not (isinstance(error, RuntimeError) or isinstance(cause, OSError)):
             break
-        error = behind
+        error = cause
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__

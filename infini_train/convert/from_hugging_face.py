@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from infini_train.checkpoint.compatibility import SAME_FUNCTION
+from infini_train.checkpoint.compatibility import FIXED_MODEL_KEYS
 from infini_train.checkpoint.weights_file import write_weights_file
 from infini_train.config import DataConfig, ModelConfig, RunConfig, dump_keys
 from infini_train.convert.llama import IN_A_LAYER, WHOLE_MODEL, join, model_config, their_shapes, whole_number
@@ -148,7 +148,9 @@ def _configuration(source: Path, final: Path, model: ModelConfig, tokenizer: str
     keys = {
         "run_dir": str(run_dir),
         # All of them, defaults too: it may lie over another configuration.
-        "model": {name: getattr(model, name) for name in (*SAME_FUNCTION, "segment_length", "first_segment", "initial_gate")},
+        "model": {
+            name: getattr(model, name) for name in (*FIXED_MODEL_KEYS, "segment_length", "first_segment", "initial_gate")
+        },
         "data": {
             "path": str(run_dir / "data"),
             "tokenizer": str(final.absolute() / tokenizer),

@@ -36,7 +36,7 @@ from infini_train.parallel.engine import InferenceEngine
 from infini_train.parallel.layout import Layout, initialize_layout, initialize_process_group
 from infini_train.parallel.pipeline import SegmentPipeline
 from infini_train.results import write_json
-from infini_train.training.checkpoint import damage_in_shares, newest_checkpoint
+from infini_train.training.checkpoint import find_damage, newest_checkpoint
 from infini_train.training.weights import load_weights
 
 MEASURED_SHARE = 0.9
@@ -73,7 +73,7 @@ def find_checkpoint(run: RunConfig, checkpoint: str | None) -> Path:
     initialize_process_group()
     if checkpoint is not None:
         path = Path(checkpoint)
-        if wrong := damage_in_shares(path) if is_committed(path) else damage(path):
+        if wrong := find_damage(path) if is_committed(path) else damage(path):
             raise UserError(
                 f"--from_checkpoint {checkpoint}: {'; '.join(wrong)}; name a folder step_XXXXXXXX of a run's checkpoints, "
                 f"or a {SUFFIX} file of `infini-train checkpoint consolidate`"

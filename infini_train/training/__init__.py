@@ -1,1 +1,1 @@
-"""The training loop and what it carries: state, checkpoints, metrics, signals."""
+"""The training loop with its state, checkpoints, metrics and signals."""

@@ -1,8 +1,8 @@
-"""What a checkpoint holds, and how it gets in and out of a run.
+"""Save a run's state to a checkpoint and load it.
 
-Every tensor stands under its global name with its slice of tensor parallelism and rows, so nothing in a checkpoint depends on
-the layout that wrote it: float32 master weights, both Adam moments, the memory of every stream, and stream positions.
-`infini_train.checkpoint` brings them to the disk and back.
+A checkpoint holds float32 master weights, both Adam moments, the memory of every stream, and the stream positions. Each
+tensor is stored under its global name, with its slice of the tensor-parallel dimension and of the rows. So a checkpoint does
+not depend on the layout that wrote it. `infini_train.checkpoint` writes and reads the files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from infini_train.parallel.optimizer_state import MOMENTS, read_optimizer_state,
 from infini_train.training.checkpoint_entries import (
     collect_blocks,
     empty_like_parameter,
-    local_part,
+    local_slice,
     optimizer_entries,
     shard,
 )
@@ -45,8 +45,8 @@ class Checkpointer:
     """Saves and loads one run.
 
     Args:
-        placements: of the engine's parameters, by module name.
-        tokenizer_fingerprint: written beside the weights, and compared when they are loaded.
+        placements: placements of the engine's parameters, by name in the module.
+        tokenizer_fingerprint: saved with the weights, and compared when they are loaded.
     """
 
     def __init__(
@@ -61,25 +61,28 @@ class Checkpointer:
         self.writer = CheckpointWriter(Path(run.run_dir), run.checkpoint, layout.is_main)
 
     def save(self, engine: Engine, state: TrainingState) -> None:
-        """Begin to save the state after `state.step` steps; a collective over all processes. See `CheckpointWriter.save`."""
-        self.writer.save(state.step, lambda: self._staged(engine, state), self._facts(state))
+        """Start to save the state after `state.step` steps. A collective over all ranks; see `CheckpointWriter.save`."""
+        self.writer.save(state.step, lambda: self._stage(engine, state), self._facts(state))
 
     def finish(self, *, must_succeed: bool = False) -> Path | None:
-        """Wait until what was begun is on the disk. See `CheckpointWriter.finish`."""
+        """Wait for the save in progress. See `CheckpointWriter.finish`."""
         return self.writer.finish(must_succeed=must_succeed)
 
-    def _staged(self, engine: Engine, state: TrainingState) -> dict[str, Tensor]:
-        """What this process writes, copied to host memory.
+    def _stage(self, engine: Engine, state: TrainingState) -> dict[str, Tensor]:
+        """Copy this rank's share of the state to host memory.
 
-        Processes that hold the same weights (data and context parallel) divide them, so that no process's copy is larger than
-        its share: 12 bytes a parameter of its tensor and pipeline slice, divided by those processes, and its streams' memory.
+        Ranks that hold the same weights (data and context parallel) divide them among themselves. So a rank copies 12 bytes per
+        parameter of its tensor and pipeline slice, divided by the number of those ranks, and the memory of its streams.
         """
         weights = read_optimizer_state(engine, keep=self._own_parameters(engine))
         memory = {layer: map_parts(_copy, each) for layer, each in state.memory.items()}
         return {**optimizer_entries(self.placements, weights), **self._stream_entries(state.reader.state(), memory)}
 
     def _own_parameters(self, engine: Engine) -> set[str]:
-        """Names of the parameters that this process writes: about equal parts, the largest first."""
+        """Return the names of the parameters that this rank writes.
+
+        Parameters are assigned greedily, largest first, so that all replicas write about the same number of values.
+        """
         replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
         load = [0] * dist.get_world_size(replicas)
         mine = set()
@@ -102,7 +105,7 @@ class Checkpointer:
             "dataset_fingerprint": state.reader.dataset.fingerprint,
             "config": asdict(self.run),
             "versions": {
-                # Not from the installed packages: a source tree on PYTHONPATH is none.
+                # Not from package metadata, which a source tree on PYTHONPATH does not have.
                 "infini-train": __version__,
                 **{name: version(name) for name in ("torch", "megatron-core", "deepspeed")},
             },
@@ -112,7 +115,7 @@ class Checkpointer:
         """Restore weights, optimizer, memory and stream positions into a fresh engine and state.
 
         Raises:
-            UserError: the checkpoint belongs to another model or tokenizer, or its stream positions mean nothing here.
+            UserError: the checkpoint belongs to another model, tokenizer, data set or order of the data.
         """
         facts = folder.read_state_file(path)
         check_same_model(facts, path, self.run, self.tokenizer_fingerprint)
@@ -124,15 +127,18 @@ class Checkpointer:
         entries = self._stream_entries(state.reader.state(), memory)
         read_tensors(path, entries)
         state.memory = {
-            layer: type(each)(*(local_part(entries[f"memory.{field}.{layer}"]) for field in self._carried(layer)))
+            layer: type(each)(*(local_slice(entries[f"memory.{field}.{layer}"]) for field in self._carried(layer)))
             for layer, each in memory.items()
         }
-        state.reader.load_state(local_part(entries["streams"]))
+        state.reader.load_state(local_slice(entries["streams"]))
         torch.set_rng_state(entries["random.torch"])
         state.step, state.tokens = facts["step"], facts["tokens"]
 
     def _load_kind(self, kind: str, path: Path, engine: Engine, steps_taken: int) -> None:
-        """Weights, or one of the moments: one alone takes 4 bytes a parameter of this process's slice beside the engine."""
+        """Load the weights or one of the moments.
+
+        Loading one kind at a time needs only 4 bytes per parameter of this rank's slice beside the engine.
+        """
         tensors = {kind: {name: empty_like_parameter(each) for name, each in engine.module.named_parameters()}}
         entries = optimizer_entries(self.placements, tensors)
         read_tensors(path, entries)
@@ -140,8 +146,12 @@ class Checkpointer:
         write_optimizer_state(engine, tensors, steps_taken)
 
     def _check_streams(self, facts: dict[str, Any], path: Path, state: TrainingState) -> None:
-        """Positions in streams and the memories beside them belong to one order of one set of documents."""
-        # A key that is newer than the checkpoint had its default.
+        """Refuse a checkpoint of other documents or another order: its stream positions and memories do not apply to this run.
+
+        Raises:
+            UserError: a key of `training` or the data set differs.
+        """
+        # The checkpoint may be older than a key; the run then had the key's default.
         before = {**asdict(TrainingConfig()), **facts["config"]["training"]}
         for key in ("rows", "seed", "length_curriculum", "initial_weights"):
             ours, saved = getattr(self.run.training, key), before[key]
@@ -161,9 +171,9 @@ class Checkpointer:
         heads = parallel_state.get_tensor_model_parallel_group()
         entries = {"streams": shard(positions, {0: rows}), "random.torch": torch.get_rng_state()}
         for layer, each in sorted(memory.items()):
-            for (field, carried), part in zip(self._carried(layer).items(), each, strict=True):
+            for (field, carried), tensor in zip(self._carried(layer).items(), each, strict=True):
                 groups = {0: rows, 1: heads} if carried.by_head else {0: rows}
-                entries[f"memory.{field}.{layer}"] = shard(part.contiguous(), groups)
+                entries[f"memory.{field}.{layer}"] = shard(tensor.contiguous(), groups)
         return entries
 
     def _carried(self, layer: int) -> dict[str, CarriedTensor]:
@@ -180,35 +190,38 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def newest_checkpoint(run_dir: Path, on_damage: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are whole; a collective over all processes, which divide the reading.
+    """Find the newest intact checkpoint. A collective over all ranks, which divide the files among themselves.
 
     Args:
-        on_damage: called with one line for each newer one that is not.
+        on_damage: called with one line for each newer checkpoint that is damaged.
 
     Returns:
-        None if there is no checkpoint.
+        The checkpoint's folder; None if the run has no checkpoint.
 
     Raises:
-        AgreedError: there are some, and none is whole: to begin anew is for a person to decide.
+        AgreedError: the run has checkpoints, but none is intact. A user must decide whether to start from scratch.
     """
     chosen: list[Any] = [[str(path) for path in reversed(folder.list_checkpoints(run_dir))]]
-    dist.broadcast_object_list(chosen, src=0)  # one view of a shared folder, which may be cached differently elsewhere
+    dist.broadcast_object_list(chosen, src=0)  # other nodes may see a cached, older listing
     newest_wrong: str | None = None
     for path in map(Path, chosen[0]):
-        if not (wrong := damage_in_shares(path)):
+        if not (wrong := find_damage(path)):
             return path
         newest_wrong = newest_wrong or f"{path.name}: {'; '.join(wrong)}"
         on_damage(f"checkpoint {path} is damaged: {'; '.join(wrong)}; taking the one before it")
     if newest_wrong is not None:
         raise AgreedError(
-            f"run_dir {run_dir}: of its {len(chosen[0])} checkpoint(s) none can be read ({newest_wrong}); mend the storage, or "
-            f"move {folder.checkpoint_root(run_dir)} away to begin anew"
+            f"run_dir {run_dir}: of its {len(chosen[0])} checkpoint(s) none can be read ({newest_wrong}); repair the storage, "
+            f"or move {folder.checkpoint_root(run_dir)} away to start from scratch"
         )
     return None
 
 
-def damage_in_shares(path: Path) -> list[str]:
-    """What is wrong with the files of a committed checkpoint; a collective over all processes, which divide the reading."""
+def find_damage(path: Path) -> list[str]:
+    """Return one line for each damaged file of a committed checkpoint.
+
+    A collective over all ranks, which divide the files among themselves.
+    """
     try:
         files = sorted(folder.read_manifest(path).items())
         mine = files[dist.get_rank() :: dist.get_world_size()]
@@ -217,4 +230,4 @@ def damage_in_shares(path: Path) -> list[str]:
         wrong = [str(error)]
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, wrong)
-    return [line for part in everywhere for line in part]
+    return [line for of_rank in everywhere for line in of_rank]

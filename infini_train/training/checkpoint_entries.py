@@ -1,6 +1,7 @@
-"""The tensors of a checkpoint by their global names, as torch.distributed.checkpoint understands them.
+"""Build the state dict for torch.distributed.checkpoint: checkpoint entries by global name.
 
-Every tensor stands there with its slice of tensor parallelism and rows, so nothing depends on the layout that wrote it.
+Each entry records which slice of the tensor-parallel dimension and of the rows a rank holds. So a checkpoint does not depend
+on the layout that wrote it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from infini_train.model.parameters import ParameterPlacement
 
 
 def shard(local: Tensor, groups: dict[int, Any]) -> Tensor:
-    """A tensor split along some dimensions over process groups, as torch.distributed.checkpoint understands it.
+    """Wrap this rank's slice of a tensor in a DTensor.
 
     Args:
-        groups: dimension -> group over which it is split in equal parts.
+        local: this rank's slice.
+        groups: dimension -> process group over which that dimension is split evenly.
+
+    Returns:
+        A DTensor; `local` itself if no group has more than one rank.
     """
     split = {dim: group for dim, group in groups.items() if dist.get_world_size(group) > 1}
     if not split:
@@ -37,28 +42,28 @@ def shard(local: Tensor, groups: dict[int, Any]) -> Tensor:
 
 
 def _grid(outer: Any, inner: Any) -> Tensor:
-    """Ranks of the processes that hold the parts of one tensor: [outer, inner]."""
+    """Return the ranks that hold the slices of one tensor: [outer, inner]."""
     mine: list[Any] = [None] * dist.get_world_size(outer)
     dist.all_gather_object(mine, dist.get_process_group_ranks(inner), group=outer)
     return torch.tensor(mine, dtype=torch.int)
 
 
 def _parameter_entries(placement: ParameterPlacement, kind: str, local: Tensor) -> dict[str, Tensor]:
-    """Checkpoint entries of one parameter; a fused matrix (SwiGLU's gate and up) is one entry a block."""
+    """Return the checkpoint entries of one parameter; a fused matrix (SwiGLU's gate and up) has one entry per block."""
     groups = {} if placement.dim is None else {placement.dim: parallel_state.get_tensor_model_parallel_group()}
     if placement.blocks == 1:
         return {f"{kind}.{placement.name}": shard(local, groups)}
-    parts = local.chunk(placement.blocks, dim=placement.dim or 0)
-    return {f"{kind}.{placement.name}.{index}": shard(part.contiguous(), groups) for index, part in enumerate(parts)}
+    blocks = local.chunk(placement.blocks, dim=placement.dim or 0)
+    return {f"{kind}.{placement.name}.{index}": shard(block.contiguous(), groups) for index, block in enumerate(blocks)}
 
 
-def local_part(entry: Tensor) -> Tensor:
-    """This process's part of an entry."""
+def local_slice(entry: Tensor) -> Tensor:
+    """Return this rank's slice of a checkpoint entry."""
     return entry.to_local() if isinstance(entry, DTensor) else entry
 
 
 def empty_like_parameter(parameter: torch.nn.Parameter) -> Tensor:
-    """An uninitialised float32 tensor with this process's slice of a parameter, whole under ZeRO-3 too."""
+    """Create an uninitialised float32 tensor for this rank's slice of a parameter; not partitioned under ZeRO-3 either."""
     shape = getattr(parameter, "ds_shape", parameter.shape)
     return torch.empty(shape, dtype=torch.float32, device=platform.device())
 
@@ -66,7 +71,11 @@ def empty_like_parameter(parameter: torch.nn.Parameter) -> Tensor:
 def optimizer_entries(
     placements: Mapping[str, ParameterPlacement], state: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Checkpoint entries of tensors that are given by kind ("model" or a moment) and by a parameter's name in its module."""
+    """Return the checkpoint entries of weights and moments.
+
+    Args:
+        state: tensors by kind ("model" or a moment) and by the parameter's name in its module.
+    """
     entries: dict[str, Tensor] = {}
     for kind, tensors in state.items():
         for name, tensor in tensors.items():
@@ -77,10 +86,10 @@ def optimizer_entries(
 def collect_blocks(
     placements: Mapping[str, ParameterPlacement], entries: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Copy fused matrices back from their blocks; other entries share their storage with `state` already."""
+    """Copy fused matrices from the entries of their blocks into `state`. Other entries share storage with `state` already."""
     for kind, tensors in state.items():
         for name, tensor in tensors.items():
             placement = placements[name]
             if placement.blocks > 1:
-                parts = [local_part(entries[f"{kind}.{placement.name}.{i}"]) for i in range(placement.blocks)]
-                tensor.copy_(torch.cat(parts, dim=placement.dim or 0))
+                blocks = [local_slice(entries[f"{kind}.{placement.name}.{i}"]) for i in range(placement.blocks)]
+                tensor.copy_(torch.cat(blocks, dim=placement.dim or 0))

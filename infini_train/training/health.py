@@ -1,4 +1,4 @@
-"""What a run does about its own health: steps that are skipped, losses that stand out, and when to stop."""
+"""Health checks of a run: skipped steps, loss spikes and rollbacks, and when to stop the run."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from infini_train.training.setup import Parts
 
 @torch.no_grad()
 def memory_after_skip(layout: Layout, memory: Memory, total_rows: int) -> Memory:
-    """The memory that streams carry on after a skipped step; a collective over all processes.
+    """Return the memory with which streams continue after a skipped step. A collective over all ranks.
 
-    A row whose memory is finite in every layer and head keeps it: it is what the unchanged weights make of the text that was
-    read. Any other row starts anew with an empty memory, in all layers. The memory from before the step is no choice for it: a
-    document may have begun meanwhile, and would go on with another one's memory.
+    A row whose memory is finite in every layer and head keeps it, because the unchanged weights computed it from the text of
+    the step. Any other row continues with an empty memory in all layers. Its memory from before the step cannot be restored: a
+    new document may have started in the step, and must not see the memory of the previous one.
     """
     rows = layout.rows(total_rows)
     poisoned = torch.zeros(total_rows, device=platform.device())
     for state in memory.values():
-        for part in state:
-            poisoned[rows.start : rows.stop] += (~torch.isfinite(part)).reshape(len(part), -1).any(dim=1)
+        for tensor in state:
+            poisoned[rows.start : rows.stop] += (~torch.isfinite(tensor)).reshape(len(tensor), -1).any(dim=1)
     dist.all_reduce(poisoned)
     clean = poisoned[rows.start : rows.stop] == 0
     return {
-        # Not a product: NaN times 0 is NaN.
-        layer: map_parts(lambda part: torch.where(clean.view(-1, *[1] * (part.dim() - 1)), part, 0), state)
+        # Not multiplication by a mask: NaN times 0 is NaN.
+        layer: map_parts(lambda tensor: torch.where(clean.view(-1, *[1] * (tensor.dim() - 1)), tensor, 0), state)
         for layer, state in memory.items()
     }
 
 
 def stop_after_skips(parts: Parts) -> None:
-    """End a run whose steps are all skipped.
+    """Stop a run that keeps skipping steps.
 
     Raises:
-        UnhealthyRun: health.max_consecutive_skips is reached.
+        UnhealthyRun: the last health.max_consecutive_skips steps were all skipped.
     """
     run, state = parts.run, parts.state
     count = state.health.consecutive_skips
@@ -55,7 +55,7 @@ def stop_after_skips(parts: Parts) -> None:
         return
     parts.checkpointer.finish()
     saved = list_checkpoints(Path(run.run_dir))
-    # A run that was stopped among them, or ended with one, saved what they left as it was.
+    # This holds even if the checkpoint was saved between skipped steps: they do not change the weights.
     newest = f"the newest checkpoint, {saved[-1]}, has the weights from before them" if saved else "no checkpoint was saved yet"
     raise UnhealthyRun(
         f"{count} steps in a row had a gradient that is not finite and were skipped (health.max_consecutive_skips), the last "
@@ -64,9 +64,10 @@ def stop_after_skips(parts: Parts) -> None:
 
 
 def robust_zscore(value: float, window: list[float]) -> float:
-    """Distance from the window's median in robust standard deviations, which a few outliers in the window do not move.
+    """Return a value's distance from the window's median, in robust standard deviations.
 
-    A deviation is at least 1% of the median: in a very even window everything else would stand out.
+    The robust standard deviation is 1.4826 times the median absolute deviation, so a few outliers do not change it. It is at
+    least 1% of the median; otherwise any change would be a spike after a nearly constant loss.
     """
     middle = median(window)
     deviation = 1.4826 * median(abs(each - middle) for each in window)
@@ -74,10 +75,10 @@ def robust_zscore(value: float, window: list[float]) -> float:
 
 
 def loss_spiked(parts: Parts, record: dict[str, Any]) -> bool:
-    """Whether the step's loss stands out above those before it, the same on all processes; the loss joins the window.
+    """Return whether the step's loss is a spike above the losses in the window, and add it to the window.
 
-    Adds `loss_zscore` to the record once the window is full. A spike joins it too, so that a loss that stays high (a new kind
-    of text) is news for half a window at most.
+    The result is the same on all ranks. Once the window is full, `loss_zscore` is added to the record. Spikes are added to the
+    window too. So if the loss stays high, as on a new kind of text, it is reported for half a window at most.
     """
     config, health, loss = parts.run.health, parts.state.health, record["loss"]
     if config.spike_zscore == 0 or record["skipped"] or not isfinite(loss):
@@ -87,7 +88,7 @@ def loss_spiked(parts: Parts, record: dict[str, Any]) -> bool:
         record["loss_zscore"] = robust_zscore(loss, health.recent_losses)
         spiked = record["loss_zscore"] > config.spike_zscore
     if config.on_spike == "rollback":
-        # Processes have reduced the same loss to the same bits; a rollback by some of them would be fatal all the same.
+        # All ranks should have the same loss bit for bit. Agree anyway: a rollback on only some ranks would be fatal.
         spiked = all_reduce_sum([float(spiked)])[0] > 0
     health.recent_losses = [*health.recent_losses, loss][-config.spike_window :]
     health.spikes += spiked
@@ -95,25 +96,25 @@ def loss_spiked(parts: Parts, record: dict[str, Any]) -> bool:
 
 
 def roll_back(parts: Parts, on_damage: Callable[[str], None]) -> Path | None:
-    """Go back to the newest checkpoint and read on behind the newest step; a collective over all processes.
+    """Load the newest checkpoint, but continue reading the streams after the newest step. A collective over all ranks.
 
     Args:
         on_damage: see `newest_checkpoint`.
 
     Returns:
-        The checkpoint; None if there is none yet, and nothing was changed.
+        The checkpoint; None if there is none yet, and then nothing has changed.
 
     Raises:
-        UnhealthyRun: health.max_rollbacks is reached.
-        AgreedError: no checkpoint can be read.
+        UnhealthyRun: the run has already rolled back health.max_rollbacks times.
+        AgreedError: no checkpoint is intact.
     """
     state, limit = parts.state, parts.run.health.max_rollbacks
     if state.health.rollbacks >= limit:
         raise UnhealthyRun(
             f"the loss of step {state.step} is a spike after {limit} rollbacks (health.max_rollbacks): start again with a "
-            "lower optimizer.learning_rate, or raise health.spike_zscore if the loss is as it should be"
+            "lower optimizer.learning_rate, or raise health.spike_zscore if the loss is normal"
         )
-    with parts.pipeline.activity.during("search for a whole checkpoint", limit="save"):
+    with parts.pipeline.activity.during("search for an intact checkpoint", limit="save"):
         parts.checkpointer.finish()
         checkpoint = newest_checkpoint(Path(parts.run.run_dir), on_damage)
     if checkpoint is None:
@@ -122,7 +123,7 @@ def roll_back(parts: Parts, on_damage: Callable[[str], None]) -> Path | None:
     with parts.pipeline.activity.during("load of a checkpoint", limit="save"):
         parts.checkpointer.load(checkpoint, parts.engine, state)
     state.reader.load_state(positions)
-    # The checkpoint's memory belongs to text before these positions, and the memory of now was written by weights given up.
+    # The checkpoint's memory belongs to text before these positions; the current memory was written by the discarded weights.
     state.memory = {layer: map_parts(torch.zeros_like, each) for layer, each in state.memory.items()}
     state.health.spikes, state.health.rollbacks = spikes, rollbacks + 1
     return checkpoint

@@ -36,10 +36,10 @@ from infini_train.training.weights import load_initial_weights
 
 
 def pretrain(run: RunConfig) -> int:
-    """Train until `training.steps`, from the newest checkpoint of the run directory if it has one.
+    """Train until `training.steps`, resuming from the newest checkpoint of the run directory if there is one.
 
     Returns:
-        The exit code: 0 when all steps are done, RESUMABLE_EXIT_CODE when a signal stopped the run after a checkpoint.
+        The exit code: 0 after the last step, RESUMABLE_EXIT_CODE if a signal stopped the run (a checkpoint is saved first).
     """
     with StopRequest() as stop, RunDirectoryLock(run) as lock, Watchdog(run) as watchdog:
         if run.training.self_test:
@@ -48,7 +48,7 @@ def pretrain(run: RunConfig) -> int:
         watchdog.activity.begin("verification of the shards")
         dataset = open_training_data(run, warnings.append)
         held_out = TokenDataset(Path(run.data.path), "held_out")
-        watchdog.activity.begin("building of the model")
+        watchdog.activity.begin("building the model")
         parts = build_parts(run, dataset)
         parts.held_out = held_out
         activity = parts.pipeline.activity = watchdog.activity
@@ -57,7 +57,7 @@ def pretrain(run: RunConfig) -> int:
         started_from = load_initial_weights(parts) if resumed_from is None and run.training.initial_weights else None
         _open_run_directory(parts)
         with (
-            _ending_saves(parts),
+            _wait_for_pending_save(parts),
             MetricsWriter(run, state.step, enabled=main) as metrics,
             TrainingProgress(run.training.steps, state.step, enabled=main) as progress,
         ):
@@ -73,7 +73,7 @@ def pretrain(run: RunConfig) -> int:
             while state.step < run.training.steps:
                 record, stopped = train_step(parts, stop)
                 profiler.after_step(record, last=stopped)
-                lock.require()
+                lock.check_held()
                 spiked = loss_spiked(parts, record)
                 _evaluate_when_due(parts, record, progress)
                 record["spike"] = int(spiked)
@@ -84,25 +84,25 @@ def pretrain(run: RunConfig) -> int:
                 if rolled_back_to is not None:
                     save_due = False
                 else:
-                    save_due |= _due(run, run.checkpoint.every, state.step)
-                    # While steps are skipped, what is saved stays from before them.
+                    save_due |= _is_due(run, run.checkpoint.every, state.step)
+                    # A checkpoint that is due at a skipped step is postponed to the next step that is not skipped.
                     if stopped or state.step == run.training.steps or (save_due and not record["skipped"]):
                         with activity.during("save", limit="save"):
                             parts.checkpointer.save(parts.engine, state)
                         save_due = False
                 if stopped and state.step < run.training.steps:
-                    saved = rolled_back_to or _end_of_save(parts)
+                    saved = rolled_back_to or _finish_save(parts)
                     progress.say(f"stopped: {saved} is saved, and the same command goes on from there")
                     return RESUMABLE_EXIT_CODE
             profiler.close(state.step)
-            _end_of_save(parts)
+            _finish_save(parts)
             progress.say(f"trained to step {state.step}: {list_checkpoints(Path(run.run_dir))[-1]}")
     return 0
 
 
 @contextmanager
-def _ending_saves(parts: Parts) -> Iterator[None]:
-    """A checkpoint that is on its way gets there, however the block ends."""
+def _wait_for_pending_save(parts: Parts) -> Iterator[None]:
+    """Wait for the save in progress when the block ends, also after an exception."""
     try:
         yield
     finally:
@@ -110,23 +110,24 @@ def _ending_saves(parts: Parts) -> Iterator[None]:
             parts.checkpointer.writer.wait()
 
 
-def _end_of_save(parts: Parts) -> Path | None:
+def _finish_save(parts: Parts) -> Path | None:
     with parts.pipeline.activity.during("end of the save", limit="save"):
         return parts.checkpointer.finish(must_succeed=True)
 
 
-def _due(run: RunConfig, every: int, step: int) -> bool:
-    """Whether something that happens every so many steps, and at the last, happens after this one."""
+def _is_due(run: RunConfig, every: int, step: int) -> bool:
+    """Return whether a periodic action is due after this step. It is also due after the last step, unless `every` is 0."""
     return every > 0 and (step % every == 0 or step == run.training.steps)
 
 
 def _evaluate_when_due(parts: Parts, record: dict[str, Any], progress: TrainingProgress) -> None:
-    """Add to the step's metrics what held-out text shows.
+    """Evaluate on held-out text if it is due, and add the results to the step's metrics.
 
-    Its loss with memory and with it emptied, what keys read back of new writes, and how strong learned writes are.
+    The results are the loss with memory and with emptied memory, what keys read back of new writes, and the strength of learned
+    writes.
     """
     run, step = parts.run, record["step"]
-    if not _due(run, run.evaluation.every, step):
+    if not _is_due(run, run.evaluation.every, step):
         return
     limit = run.evaluation.micro_batches
     with ReadBack(run, parts.layout, parts.engine.module) as read_back:
@@ -143,11 +144,11 @@ def _evaluate_when_due(parts: Parts, record: dict[str, Any], progress: TrainingP
 
 
 def _log_when_due(parts: Parts, record: dict[str, Any], metrics: MetricsWriter, progress: TrainingProgress) -> None:
-    """Write the step's metrics with the state of gates and memory; a collective when it writes."""
+    """Write the step's metrics and memory statistics if logging is due. A collective over all ranks when it writes."""
     run, step = parts.run, record["step"]
     if record["skipped"]:
         progress.say(f"step {step}: skipped, a gradient is not finite ({parts.state.health.consecutive_skips} in a row)")
-    if _due(run, run.logging.every, step) or "held_out_loss" in record or record["skipped"] or record["spike"]:
+    if _is_due(run, run.logging.every, step) or "held_out_loss" in record or record["skipped"] or record["spike"]:
         squares = parts.pipeline.memory_gradient_squares()
         record.update(memory_statistics(run, parts.layout, parts.engine, parts.state.memory, squares))
         record.update(parts.checkpointer.writer.report())
@@ -159,7 +160,7 @@ def _log_when_due(parts: Parts, record: dict[str, Any], metrics: MetricsWriter, 
 
 
 def _on_spike(parts: Parts, record: dict[str, Any], progress: TrainingProgress) -> Path | None:
-    """Report a spike and, by configuration, roll back; returns the checkpoint that the run went back to."""
+    """Report a spike and roll back if health.on_spike says so; return the checkpoint after a rollback, else None."""
     step, health = record["step"], parts.run.health
     line = (
         f"step {step}: loss {record['loss']:.4f} is a spike, {record['loss_zscore']:.1f} robust standard deviations above the "
@@ -169,14 +170,14 @@ def _on_spike(parts: Parts, record: dict[str, Any], progress: TrainingProgress) 
         return None
     checkpoint = roll_back(parts, progress.say)
     if checkpoint is None:
-        progress.say("no checkpoint to go back to yet: training goes on")
+        progress.say("there is no checkpoint to roll back to yet: training goes on")
     else:
-        progress.say(f"rolled back to {checkpoint}; what was read from there to step {step} is left out")
+        progress.say(f"rolled back to {checkpoint}; the data read between it and step {step} is left out")
     return checkpoint
 
 
 def _resume(parts: Parts, warnings: list[str]) -> Path | None:
-    """Load the newest checkpoint that is whole, if there is one; what is wrong with newer ones is added to the warnings."""
+    """Load the newest intact checkpoint, if there is one; add a line to the warnings for each newer one that is damaged."""
     newest = newest_checkpoint(Path(parts.run.run_dir), warnings.append)
     if newest is not None:
         parts.checkpointer.load(newest, parts.engine, parts.state)

@@ -1,4 +1,4 @@
-"""Says in words when a run does not learn to use its memory: a wrong or starved memory still lowers the loss."""
+"""Warn when a run does not learn to use its memory. The loss alone does not show this, because it falls in any case."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 from infini_train.config import RunConfig
 
 QUIET_SHARE = 0.5
-"""Share of the steps before which nothing is said: reading and writing are learned after local attention."""
+"""Share of the steps without warnings: the model learns to read and write memory only after local attention."""
 UNUSED_NATS = 1e-3
-"""Memory goes unused if emptying it raises held-out loss by less."""
+"""Memory counts as unused if emptying it raises held-out loss by less than this, in nats per token."""
 STUCK_GATE = 0.02
-"""Gates are stuck if none has moved further from its start."""
+"""Gates count as stuck if none has moved further than this from its initial value."""
 
 
 def memory_warnings(run: RunConfig, record: dict[str, Any]) -> list[str]:
-    """Warnings about a step's record; empty in the first half of the run and without memory.
+    """Return the warnings about a step's metrics; empty in the first half of the run and for models without memory.
 
     Args:
-        record: of a step, with `gates`, and after an evaluation `held_out_loss` and `held_out_loss_memory_emptied`.
+        record: the step's metrics with `gates`; after an evaluation also `held_out_loss` and `held_out_loss_memory_emptied`.
     """
     if run.model.attention != "infini" or record["step"] < QUIET_SHARE * run.training.steps:
         return []

@@ -1,4 +1,4 @@
-"""One JSON object a step, to a file and to Weights & Biases."""
+"""Write each step's metrics as one JSON object to a file, and to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from infini_train.errors import UserError, one_line
 from infini_train.results import without_nan
 
 FINISH_SECONDS = 60.0
-"""How long the end of a run waits for what Weights & Biases still has to send: a job near its time limit must end before it."""
+"""Longest wait at the end of a run for uploads to Weights & Biases: a job must end before its time limit."""
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
-    """Drop records after a checkpoint's step, which the resumed run writes again, and lines that are none, as a crash left."""
+    """Drop records after a checkpoint's step, which the resumed run writes again, and invalid lines left by a crash."""
     if not path.is_file():
         return
     kept = []
@@ -40,17 +40,17 @@ def truncate_metrics(path: Path, last_step: int) -> None:
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """The run's name at Weights & Biases; where a crash left no name in the file, a new one."""
+    """Return the run's id at Weights & Biases from its file; create a new id if the file is missing or damaged by a crash."""
     path = run_dir / "wandb_id"
-    held = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
-    if not re.fullmatch(r"[\w.-]+", held):
-        held = uuid.uuid4().hex[:12]
-        path.write_text(held, encoding="utf-8")
-    return held
+    saved_id = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    if not re.fullmatch(r"[\w.-]+", saved_id):
+        saved_id = uuid.uuid4().hex[:12]
+        path.write_text(saved_id, encoding="utf-8")
+    return saved_id
 
 
 def _for_wandb(record: dict[str, Any]) -> dict[str, Any]:
-    """Numbers as they are; those by layer one by one, and gates as the histogram of each layer."""
+    """Flatten a record for Weights & Biases: one number per layer for lists, and one histogram per layer for gates."""
     import wandb
 
     flat: dict[str, Any] = {}
@@ -58,10 +58,10 @@ def _for_wandb(record: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, list):
             flat[key] = value
             continue
-        for layer, part in enumerate(value, start=1):
-            if isinstance(part, list):  # it refuses what is not finite
-                part = wandb.Histogram([number for number in part if isfinite(number)], num_bins=20)
-            flat[f"{key}/layer_{layer}"] = part
+        for layer, of_layer in enumerate(value, start=1):
+            if isinstance(of_layer, list):  # a histogram refuses numbers that are not finite
+                of_layer = wandb.Histogram([number for number in of_layer if isfinite(number)], num_bins=20)
+            flat[f"{key}/layer_{layer}"] = of_layer
     return flat
 
 
@@ -85,7 +85,7 @@ def _open_wandb(run: RunConfig, mode: Literal["online", "offline"]) -> Any:
         dir=run.run_dir,
         mode=mode,
         config=asdict(run),
-        # One run there for one run directory, also when it is stopped and started again.
+        # A run directory stays one run at Weights & Biases when it is stopped and started again.
         id=_wandb_id(Path(run.run_dir)),
         resume="allow",
         settings=wandb.Settings(silent=True, finish_timeout=FINISH_SECONDS),
@@ -95,63 +95,63 @@ def _open_wandb(run: RunConfig, mode: Literal["online", "offline"]) -> Any:
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` of the run directory and mirrors numbers to Weights & Biases, on the main process only."""
+    """Appends records to `metrics.jsonl` of the run directory and to Weights & Biases, on the main process only."""
 
     def __init__(self, run: RunConfig, first_step: int, enabled: bool) -> None:
         self._file: FileIO | None = None
         self._unwritten = b""
-        """Records for which there was no room yet."""
+        """Records that could not be written yet."""
         self._wandb: Any = None
         if not enabled:
             return
         self._path = Path(run.run_dir) / "metrics.jsonl"
         try:
             truncate_metrics(self._path, first_step)
-            self._file = self._path.open("ab", buffering=0)  # what a buffer had not written would be written twice
+            self._file = self._path.open("ab", buffering=0)  # a buffer would write again what it could not write
         except OSError as error:
             raise UserError(
                 f"{self._path} cannot be written: {error.strerror or error}; make room, or name another run_dir"
             ) from error
         mode = _wandb_mode(run)
         if mode != "off":
-            # Imported here: it takes a second, and most runs on a laptop do without.
+            # Imported here because it takes a second, and many runs do not use it.
             import wandb
 
             try:
                 self._wandb = _open_wandb(run, mode)
-            except wandb.errors.Error as error:  # no network, a wrong key: no reason not to train
+            except wandb.errors.Error as error:  # no network or a wrong key must not stop training
                 reason = str(error).splitlines()[0]
                 print(
                     f"Weights & Biases cannot be reached ({reason}); records go to {run.run_dir}/wandb, and `wandb sync` sends "
                     "them later",
                     file=sys.stderr,
                 )
-                # Its own process holds on to the run that it could not open.
+                # The service process of wandb keeps the run that it could not open.
                 wandb.teardown()
                 self._wandb = _open_wandb(run, "offline")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one step's record at once, so that a killed run loses none; where there is no room, with a later one."""
+        """Append one step's record immediately, so that a killed run loses none. On a full disk, retry with the next record."""
         if self._file is not None:
             had_room = not self._unwritten
             self._unwritten += (json.dumps(without_nan(record), allow_nan=False) + "\n").encode()
             error = self._append()
             if error is not None and had_room:
                 print(f"\n{self._path} cannot be written: {error.strerror}; training goes on, and tries again", file=sys.stderr)
-        # Not as its own step, which must never fall: after a rollback ours does.
+        # Do not pass `step` to wandb: its step must never decrease, but ours does after a rollback.
         self._with_wandb(lambda opened: opened.log(_for_wandb(record)))
 
     def _with_wandb(self, use: Callable[[Any], None]) -> None:
-        """Do without Weights & Biases from now on if it fails: its own process may be gone, which is no reason not to train."""
+        """Call a function with the Weights & Biases run; stop using it after a failure, such as the death of its process."""
         if self._wandb is None:
             return
         try:
             use(self._wandb)
-        except Exception as error:  # whatever its connection raises
+        except Exception as error:  # its connection can raise any exception
             import wandb
 
             self._wandb = None
-            with suppress(Exception):  # else it would raise once more when Python ends
+            with suppress(Exception):  # without teardown it raises again when Python exits
                 wandb.teardown()
             print(
                 f"\nWeights & Biases is lost ({one_line(error)}); training goes on, and {self._path} has every record",
@@ -159,7 +159,7 @@ class MetricsWriter:
             )
 
     def _append(self) -> OSError | None:
-        """Write as much as there is room for; the reason if that is not all."""
+        """Write as many pending bytes as possible; return the error if some remain."""
         assert self._file is not None
         try:
             while self._unwritten:

@@ -1,6 +1,7 @@
-"""A training run without Megatron-core, DeepSpeed, pipeline or micro-batches: plain torch, one window as one call.
+"""Reference implementation of training in plain torch, without Megatron-core, DeepSpeed, pipeline or micro-batches.
 
-It is the specification of a training step. The self-test at a run's start and the tests compare the real thing with it.
+It is the specification of a training step and computes a window in one call. The self-test at a run's start and the tests
+compare the product with it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from infini_train.training.memory_ageing import memory_repeats
 def _rotary(run: RunConfig, positions: int) -> tuple[Tensor, Tensor]:
     frequencies = run.model.rotary_base ** (-torch.arange(0, run.model.head_dim, 2) / run.model.head_dim)
     if run.model.rotary_scaling != 1:
-        # As Meta published it with Llama 3.1.
+        # Llama 3.1 frequency scaling, as published by Meta.
         for pair, frequency in enumerate(frequencies.tolist()):
             wavelength = 2 * math.pi / frequency
             if wavelength > 8192 / 1:
@@ -58,8 +59,8 @@ def _attention(
         rotary = _rotary(run, q.shape[1])
         return document_attention(q, k, v, segment_length=model.segment_length, rotary=rotary, **where), None
     if model.attention != "infini":
-        rival = build_attention(model, layer + 1, model.num_attention_heads, model.num_query_groups, q.shape[1])
-        out, leaving = functional_call(rival, dict(own), (q, k, v), {**where, "memory": memory})
+        attention = build_attention(model, layer + 1, model.num_attention_heads, model.num_query_groups, q.shape[1])
+        out, leaving = functional_call(attention, dict(own), (q, k, v), {**where, "memory": memory})
         return out, leaving
     assert memory is None or isinstance(memory, MemoryState)
     return infini_attention(
@@ -81,21 +82,30 @@ def _attention(
 
 
 Mix = Callable[[int, Tensor, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
-"""What attention makes of a layer's (from 0) q, k, v and parameters of its own."""
+"""An attention function: (layer from 0, q, k, v, parameters of the layer's attention) -> output [B, T, H, D]."""
 
 
 def _norm(run: RunConfig, weight: Tensor, x: Tensor) -> Tensor:
     return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + run.model.norm_eps)
 
 
-def _convolved(run: RunConfig, x: Tensor, filters: Tensor, delay: int, reset: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """Channels of x [B, T, heads, D] filtered over time by [G, D, W], `delay` tokens late, each segment or document alone.
+def _convolve(run: RunConfig, x: Tensor, filters: Tensor, delay: int, reset: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply a causal depthwise convolution over time, within each segment or each document.
 
-    before: [B, W, heads, D], the tokens before these; returned with the filtered x are those before what comes next.
+    Args:
+        x: [B, T, heads, D].
+        filters: [G, D, W].
+        delay: number of tokens by which the output lags.
+        reset: [B, N], whether a segment begins a new document.
+        before: [B, W, heads, D], the W tokens before x.
+
+    Returns:
+        The filtered x [B, T, heads, D], and the last W tokens [B, W, heads, D], which are `before` of the next call.
     """
     model, tokens, width = run.model, x.shape[1], filters.shape[-1]
     filters = filters.repeat_interleave(x.shape[2] // len(filters), dim=0)
-    # Numbered in time; tokens see those with their own number. A document that goes on has that of the tokens before: 0.
+    # Number the segments or documents from 1. A token sees only tokens with its own number. The tokens of `before` have
+    # number 0, as has a document that continues from them.
     number = torch.arange(1, reset.shape[1] + 1).expand_as(reset)
     if model.short_convolution_reach == "document":
         number = reset.cumsum(dim=1)
@@ -109,29 +119,33 @@ def _convolved(run: RunConfig, x: Tensor, filters: Tensor, delay: int, reset: Te
     return total, x[:, -width:]
 
 
-def _convolved_heads(
+def _convolve_heads(
     run: RunConfig, q: Tensor, k: Tensor, filters: Tensor, reset: Tensor, entering: LayerMemory | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, T, H, D] and k [B, T, G, D] filtered by [G, D, W], and the tail that leaves, a group's queries and then its key."""
+    """Convolve q [B, T, H, D] and k [B, T, G, D] with filters [G, D, W].
+
+    Returns:
+        The filtered q and k, and the tail [B, G, R + 1, W, D] for the next call: each group's R query heads, then its key head.
+    """
     groups, width = len(filters), filters.shape[-1]
     before_q, before_k = (x.new_zeros(len(x), width, *x.shape[2:]) for x in (q, k))
     if isinstance(entering, MemoryWithTail):
         tail = entering.tail.movedim(3, 1)  # [B, W, G, R + 1, D]
         before_q, before_k = tail[:, :, :, :-1].flatten(2, 3), tail[:, :, :, -1]
-    q, after_q = _convolved(run, q, filters, 0, reset, before_q)
-    k, after_k = _convolved(run, k, filters, 1, reset, before_k)
+    q, after_q = _convolve(run, q, filters, 0, reset, before_q)
+    k, after_k = _convolve(run, k, filters, 1, reset, before_k)
     tail = torch.cat([after_q.unflatten(2, (groups, -1)), after_k.unsqueeze(3)], dim=3)
     return q, k, tail.movedim(1, 3)
 
 
 def _layer(run: RunConfig, weights: dict[str, Tensor], layer: int, hidden: Tensor, mix: Mix) -> Tensor:
-    """Norm, attention, norm, SwiGLU: [B, T, h] -> [B, T, h]."""
+    """Apply one layer (norm, attention, norm, SwiGLU): [B, T, h] -> [B, T, h]."""
     model, prefix = run.model, f"decoder.layers.{layer}."
     group_size = model.num_attention_heads // model.num_query_groups
     fused = (
         _norm(run, weights[prefix + "input_layernorm.weight"], hidden) @ weights[prefix + "self_attention.linear_qkv.weight"].T
     )
-    # Megatron-core's fused projection: for each key/value head, its query heads, then its key, then its value.
+    # Layout of Megatron-core's fused projection: for each key/value head, its query heads, then its key, then its value.
     fused = fused.unflatten(-1, (model.num_query_groups, group_size + 2, model.head_dim))
     q, k, v = fused[..., :group_size, :].flatten(2, 3), fused[..., group_size, :], fused[..., group_size + 1, :]
     attention = prefix + "self_attention.core_attention.attention."
@@ -144,7 +158,7 @@ def _layer(run: RunConfig, weights: dict[str, Tensor], layer: int, hidden: Tenso
 
 
 def _stack(run: RunConfig, weights: dict[str, Tensor], hidden: Tensor, mix: Mix) -> Tensor:
-    """All layers and the final norm."""
+    """Apply all layers and the final norm."""
     for layer in range(run.model.num_layers):
         hidden = _layer(run, weights, layer, hidden, mix)
     return _norm(run, weights["decoder.final_layernorm.weight"], hidden)
@@ -153,7 +167,7 @@ def _stack(run: RunConfig, weights: dict[str, Tensor], hidden: Tensor, mix: Mix)
 def _with_memory_tokens(
     run: RunConfig, weights: dict[str, Tensor], hidden: Tensor, batch: StreamBatch, memory: dict[int, LayerMemory]
 ) -> Tensor:
-    """The stack of `recurrent_memory` and `feedback`, segment by segment and for each of them layer by layer."""
+    """Apply the stack for `recurrent_memory` and `feedback`: segment by segment, and in each segment layer by layer."""
     model, S, P = run.model, run.model.segment_length, run.model.memory_tokens
     recurrent = model.attention == "recurrent_memory"
     names = ["memory_tokens"] if recurrent else [f"decoder.layers.{i}.memory_tokens" for i in range(model.num_layers)]
@@ -164,8 +178,8 @@ def _with_memory_tokens(
         lengths = batch.lengths[:, segment : segment + 1]
 
         def mix(layer: int, q: Tensor, k: Tensor, v: Tensor, own: Mapping[str, Tensor], lengths: Tensor = lengths) -> Tensor:
-            rival = build_attention(model, layer + 1, q.shape[2], k.shape[2], q.shape[1])
-            return rival(q, k, v, reset=batch.reset[:, :1], lengths=lengths, memory=None)[0]
+            attention = build_attention(model, layer + 1, q.shape[2], k.shape[2], q.shape[1])
+            return attention(q, k, v, reset=batch.reset[:, :1], lengths=lengths, memory=None)[0]
 
         fresh = batch.reset[:, segment, None, None]
         tokens = [torch.where(fresh, first, now) for first, now in zip(begin, tokens, strict=True)]
@@ -183,14 +197,14 @@ def _with_memory_tokens(
 
 
 def token_losses(run: RunConfig, weights: dict[str, Tensor], batch: StreamBatch, memory: dict[int, LayerMemory]) -> Tensor:
-    """Loss of every token [B, T] in nats; `memory` (by layer, from 0) is read and replaced."""
+    """Return the loss of every token [B, T] in nats. Reads `memory` (by layer, from 0) and updates it in place."""
     embedding = weights["embedding.word_embeddings.weight"]
 
     def mix(layer: int, q: Tensor, k: Tensor, v: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         entering = memory.get(layer)
         filters = weights.get(f"decoder.layers.{layer}.self_attention.core_attention.short_convolution.weight")
         if filters is not None:
-            q, k, tail = _convolved_heads(run, q, k, filters, batch.reset, entering)
+            q, k, tail = _convolve_heads(run, q, k, filters, batch.reset, entering)
         if isinstance(entering, MemoryWithTail):
             entering = entering.memory
         mixed, leaving = _attention(run, layer, q, k, v, own, batch, entering)
@@ -212,10 +226,10 @@ def train_plainly(run: RunConfig, dataset: TokenDataset, initial: dict[str, Tens
     """Train all rows in this process on the CPU.
 
     Args:
-        initial: every parameter whole, by global name, float32.
+        initial: full float32 tensor of every parameter, by global name.
 
     Returns:
-        loss and grad_norm of every step; weights by global name and memory by layer (from 0) after the last.
+        `loss` and `grad_norm` of every step; after the last step, `weights` by global name and `memory` by layer (from 0).
     """
     optimizer_config, training = run.optimizer, run.training
     weights = {name: value.clone().requires_grad_() for name, value in initial.items()}
@@ -242,11 +256,11 @@ def train_plainly(run: RunConfig, dataset: TokenDataset, initial: dict[str, Tens
     )
     memory: dict[int, LayerMemory] = {}
     result: dict[str, Any] = {"loss": [], "grad_norm": []}
-    # Full attention's context is the micro-batch; otherwise a window is one call.
-    parts = training.micro_batches_per_window if run.model.attention == "full" else 1
-    segments = training.segments_per_micro_batch * training.micro_batches_per_window // parts
+    # The context of full attention is a micro-batch, so it needs one call per micro-batch. Otherwise a window is one call.
+    calls_per_window = training.micro_batches_per_window if run.model.attention == "full" else 1
+    segments = training.segments_per_micro_batch * training.micro_batches_per_window // calls_per_window
     for step in range(steps):
-        windows = [reader.next(segments) for _ in range(training.windows_per_step * parts)]
+        windows = [reader.next(segments) for _ in range(training.windows_per_step * calls_per_window)]
         weight = sum(window.loss_weight for window in windows if window is not None)
         total = 0.0
         for window in windows:

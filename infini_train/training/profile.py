@@ -1,4 +1,4 @@
-"""`--profile.steps N`: a trace of a few steps for a trace viewer, and where their time went."""
+"""`--profile.steps N`: write a trace of N steps for a trace viewer, and a table of their time by part of the step."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from infini_train.parallel.layout import Layout
 from infini_train.training.time_by_part import PartTime, time_by_part
 
 WARMUP_STEPS = 3
-"""Steps before those that are measured: the first ones allocate memory and compile kernels."""
+"""Steps before the measured ones: the first steps allocate GPU memory and compile kernels."""
 
 
 class StepProfiler:
-    """Profiles steps 4 to N + 3 of this start, in one process of each pipeline stage; no other process does anything.
+    """Profiles steps 4 to N + 3 after the start, on one rank of each pipeline stage; does nothing on other ranks.
 
     Args:
-        say: what it found is told here.
+        say: called with each line of the result.
     """
 
     def __init__(self, run: RunConfig, layout: Layout, say: Callable[[str], None]) -> None:
@@ -34,16 +34,17 @@ class StepProfiler:
         self._stage, self._say = layout.pp_rank, say
         one_of_stage = layout.dp_rank == 0 and layout.tp_rank == 0 and layout.cp_rank == 0
         self._profiler: profile | None = None
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it tells when it starts and stops
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silence its start and stop messages
         if self._steps and one_of_stage:
             kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if platform.has_cuda() else [])]
             self._profiler = profile(activities=kinds)
 
     def after_step(self, record: dict[str, Any], *, last: bool) -> None:
-        """Count a step that is done; starts and ends the measurement.
+        """Count a finished step; start or end the measurement when its step is reached.
 
         Args:
-            last: the run was asked to stop, so that what was measured so far is written.
+            record: the step's metrics.
+            last: the run was asked to stop, so the steps measured so far are written now.
         """
         if self._profiler is None:
             return
@@ -56,12 +57,12 @@ class StepProfiler:
                 self.close(record["step"])
 
     def close(self, last_step: int) -> None:
-        """End the measurement and write it, if there is one."""
+        """End the measurement and write the results, if this rank profiles."""
         profiler, self._profiler = self._profiler, None
         if profiler is None:
             return
         measured = self._seen - WARMUP_STEPS
-        if measured >= 0:  # it was started
+        if measured >= 0:  # the profiler was started
             if platform.has_cuda():
                 torch.cuda.synchronize()
             profiler.stop()
@@ -90,10 +91,15 @@ class StepProfiler:
 
 
 def profile_table(parts: list[PartTime], step: float, on_gpu: bool) -> list[str]:
-    """The parts as lines of text.
+    """Format the time of each part of a step as a table.
 
     Args:
-        step: milliseconds of a whole step by the clock.
+        parts: time of each part.
+        step: wall-clock time of a step in milliseconds.
+        on_gpu: the times are those of GPU kernels.
+
+    Returns:
+        The lines of the table.
     """
     lines = [f"{'part of a step':<32}{'forward':>10}{'backward':>10}{'ms':>10}{'share':>8}"]
     for part in parts:

@@ -1,4 +1,4 @@
-"""The live line that a person watches: loss, tokens per second, time left."""
+"""Progress display on the terminal: loss, tokens per second, time left."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from rich.progress import (
 )
 
 _PLAIN_SECONDS = 10.0
+"""Time between lines where the output is no terminal."""
 
 
 class TrainingProgress:
-    """A live bar on a terminal; elsewhere (a log file) a line every ten seconds. Silent on all processes but the main one."""
+    """A live progress bar on a terminal; in a log file, a line every ten seconds. Prints only if `enabled`."""
 
     def __init__(self, total_steps: int, first_step: int, enabled: bool) -> None:
         self.total_steps = total_steps
@@ -68,6 +69,6 @@ class TrainingProgress:
             self.say(f"step {step}/{self.total_steps}  {facts}  {left / 60:.1f} min left")
 
     def say(self, message: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line above the bar."""
         if self.enabled:
             self.console.print(message, highlight=False, markup=False, soft_wrap=True)

@@ -1,13 +1,14 @@
-"""One run directory, one job: a second one is refused, and one that was replaced stops.
+"""Lock of a run directory: only one job may use it.
 
-Two jobs in one run directory would mix their metrics and checkpoints. The first process of a job leaves `lock.json` in the run
-directory, with a token of its own and a beat that a thread counts up. Who comes later decides whether that job still lives:
+Two jobs in one run directory would mix their metrics and checkpoints. Rank 0 of a job writes `lock.json` to the run directory.
+It contains a token of the job and a heartbeat, a counter that a thread increments. A later job decides whether the lock's owner
+is alive:
 
-- on this machine, by its process;
-- elsewhere, by watching whether the beat moves, because clocks of two machines cannot be compared;
-- the same SLURM job before its requeue is over, even where a lost node still computes: its lock is taken over.
+- On the same machine, it checks the owner's process.
+- On another machine, it watches whether the heartbeat advances, because clocks of two machines cannot be compared.
+- It takes over the lock of an earlier start of the same, requeued SLURM job, even if a lost node still computes.
 
-A job whose lock was taken over finds another token in the file and stops before it writes anything more.
+A job whose lock was taken over finds another token in the file, and stops before it writes anything more.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from infini_train.parallel.layout import initialize_process_group, raise_everywh
 
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 20.0
-"""A job on another machine whose beat stands still for so long is gone."""
+"""A job on another machine counts as dead after so long without a new heartbeat."""
 
 
 def process_start(pid: int) -> str:
-    """When a process of this machine started, in the kernel's ticks; empty if there is none, or it is dead (a zombie)."""
+    """Return the start time of a process on this machine in kernel ticks; empty if it does not exist or is a zombie."""
     with suppress(OSError, IndexError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[18] if state not in "ZX" else ""
@@ -42,14 +43,14 @@ def process_start(pid: int) -> str:
 
 
 def machine() -> str:
-    """Where process numbers mean the same: this boot of this machine, and this process-number namespace."""
+    """Identify the scope in which a pid is unique: this boot of this machine, and the pid namespace."""
     with suppress(OSError):
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 
 class RunDirectoryLock:
-    """Held from `with RunDirectoryLock(run)` on until the block ends; a collective over all processes at its beginning.
+    """Context manager that holds the lock of the run directory. Entering it is a collective over all ranks.
 
     Raises:
         UserError: another job is alive in the run directory.
@@ -70,7 +71,7 @@ class RunDirectoryLock:
         }
         self.held = False
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
+        self._thread = threading.Thread(target=self._update_heartbeat, name="run lock", daemon=True)
 
     def __enter__(self) -> RunDirectoryLock:
         initialize_process_group(self._timeout)
@@ -92,8 +93,8 @@ class RunDirectoryLock:
         if self.held and self._read().get("token") == self.content["token"]:
             self.path.unlink(missing_ok=True)
 
-    def require(self) -> None:
-        """On the process that holds the lock: see that it still does.
+    def check_held(self) -> None:
+        """Check on rank 0 that it still holds the lock; do nothing on other ranks.
 
         Raises:
             UserError: another job has taken the run directory over.
@@ -102,10 +103,10 @@ class RunDirectoryLock:
             return
         found = self._read()
         if found.get("token") not in (None, self.content["token"]):
-            raise UserError(f"{self._named(found)} has taken over run_dir {self.path.parent}; this one writes nothing more")
+            raise UserError(f"{self._describe(found)} has taken over run_dir {self.path.parent}; this one writes nothing more")
 
     def acquire(self) -> None:
-        """Take the lock, from a job that is gone if need be.
+        """Take the lock; replace the lock of a dead job.
 
         Raises:
             UserError: another job is alive, or the run directory cannot be written.
@@ -116,15 +117,15 @@ class RunDirectoryLock:
                 found = self._read()
                 if not self._is_gone(found):
                     raise UserError(
-                        f"run_dir {self.path.parent} is in use by {self._named(found)}; wait until it ends or stop it, or give "
-                        "this run another run_dir"
+                        f"run_dir {self.path.parent} is in use by {self._describe(found)}; wait until it ends or stop it, or "
+                        "give this run another run_dir"
                     )
                 self._write()
-                # Of two that find the same dead job, the later writer has it.
+                # If two jobs find the same dead job, the one that writes last gets the lock.
                 time.sleep(0.2)
                 found = self._read()
                 if found.get("token") != self.content["token"]:
-                    raise UserError(f"run_dir {self.path.parent} was taken by {self._named(found)} at the same time")
+                    raise UserError(f"run_dir {self.path.parent} was taken by {self._describe(found)} at the same time")
         except OSError as error:
             raise UserError(f"run_dir {self.path.parent} cannot be written: {error.strerror or error}") from error
         self.held = True
@@ -145,7 +146,7 @@ class RunDirectoryLock:
             return True
         if found.get("machine") == mine["machine"]:
             return process_start(found["pid"]) != found["process_start"]
-        # An empty file too: it is being written, or its writer died at that moment.
+        # Watch an empty file too: it is being written, or its writer died while writing.
         deadline = time.monotonic() + SILENT_SECONDS
         while time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 10)
@@ -154,9 +155,9 @@ class RunDirectoryLock:
                 return False
         return True
 
-    def _keep_beating(self) -> None:
+    def _update_heartbeat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
-            # A file system that is away for a while is not the end of a run.
+            # A file system that fails for a while must not end a run.
             with suppress(OSError):
                 if self._read().get("token") not in (None, self.content["token"]):
                     return
@@ -175,6 +176,6 @@ class RunDirectoryLock:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def _named(self, found: dict[str, Any]) -> str:
+    def _describe(self, found: dict[str, Any]) -> str:
         job = f"SLURM job {found['slurm_job']} " if found.get("slurm_job") else "another job "
         return f"{job}(host {found.get('host', 'unknown')}, pid {found.get('pid', 'unknown')})"

@@ -1,4 +1,4 @@
-"""Before a run spends a cluster's time: a tiny model under the very layout of the run, compared with plain torch."""
+"""Self-test at the start of a run: train a tiny model in the run's layout and compare it with plain torch."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Differences that are still rounding."""
+    """Largest differences that rounding explains."""
 
     loss: float
-    """Relative."""
+    """Relative difference."""
     grad_norm: float
-    """Relative."""
+    """Relative difference."""
     weights: float
-    """L2 norm of a parameter's difference, over that of its change in all steps."""
+    """L2 norm of a parameter's difference, divided by the L2 norm of its change over all steps."""
 
 
 TOLERANCES = {"float32": Tolerance(1e-4, 1e-4, 1e-3), "bfloat16": Tolerance(2e-3, 1e-2, 0.2)}
-"""By precision. In bfloat16 Adam's first steps make much of small gradients' rounding: 0.1 of a weight's change was seen; a
-weight that is forgotten differs by all of it."""
+"""By precision. In bfloat16, Adam's first steps amplify the rounding of small gradients: differences of 0.1 of a weight's
+change were seen. A weight that is not updated differs by 1."""
 
 
 class RandomDocuments(TokenDataset):
@@ -54,7 +54,7 @@ class RandomDocuments(TokenDataset):
         self.document_lengths = generator.integers(2, 4 * segment_length, documents)
         self.available = np.ones(documents, dtype=bool)
         self._tokens = [generator.integers(0, vocab_size, length) for length in self.document_lengths]
-        # Processes that hold as many tokens as each other must not hold the same weight, or a wrong mean would look right.
+        # Random weights, because ranks with equal token counts and equal weights would hide a wrong mean.
         self._weights = [generator.choice(np.array([0.25, 1.0], dtype=np.float32), length) for length in self.document_lengths]
 
     @property
@@ -72,7 +72,7 @@ class RandomDocuments(TokenDataset):
 
 
 def tiny_run(run: RunConfig, data_parallel_size: int, precision: Literal["float32", "bfloat16"] = "float32") -> RunConfig:
-    """The run's layout, attention and options around the smallest model that they divide."""
+    """Return a run with the smallest model that the run's layout divides, and with the run's attention and options."""
     layout, model = run.layout, run.model
     tp, cp = layout.tensor_parallel_size, layout.context_parallel_size
     return replace(
@@ -114,25 +114,25 @@ def tiny_run(run: RunConfig, data_parallel_size: int, precision: Literal["float3
 
 
 def self_test(run: RunConfig) -> None:
-    """With more than one process: train a tiny model for two steps in the run's layout and compare with plain torch.
+    """Train a tiny model for two steps in the run's layout and compare it with plain torch. Skipped with a single process.
 
-    Loss and gradient norm of both steps and every weight after the last are compared. A run in bfloat16 is tested twice: in
-    float32, where nothing hides in rounding, and as it will run, because DeepSpeed then takes another optimizer.
+    The test compares the loss and gradient norm of both steps, and every weight after the last step. A run in bfloat16 is
+    tested twice: in float32, where rounding hides no error, and in bfloat16, for which DeepSpeed uses another optimizer.
 
-    A collective over all processes.
+    A collective over all ranks.
 
     Raises:
-        AgreedError: this layout does not compute the run that one process computes; the first value that differs is named.
+        AgreedError: this layout does not compute the same run as one process; names the first value that differs.
     """
     initialize_process_group()
     if dist.get_world_size() == 1:
         return
-    _test_in(run, "float32")
+    _test_precision(run, "float32")
     if run.training.precision != "float32":
-        _test_in(run, run.training.precision)
+        _test_precision(run, run.training.precision)
 
 
-def _test_in(run: RunConfig, precision: Literal["float32", "bfloat16"]) -> None:
+def _test_precision(run: RunConfig, precision: Literal["float32", "bfloat16"]) -> None:
     tiny = tiny_run(run, run.data_parallel_size(dist.get_world_size()), precision)
     dataset = RandomDocuments(tiny.data.vocab_size, tiny.model.segment_length, 8 * tiny.training.rows, run.training.seed)
     parts = build_parts(tiny, dataset)
@@ -150,7 +150,7 @@ def _test_in(run: RunConfig, precision: Literal["float32", "bfloat16"]) -> None:
 
 def _first_difference(parts: Parts, dataset: TokenDataset, records: list[dict[str, float]], tolerance: Tolerance) -> str | None:
     run, layout = parts.run, parts.layout
-    # In bfloat16 a weight begins rounded, and where it is large, by more than it changes in two steps.
+    # In bfloat16 the initial weights are rounded. For large weights the rounding exceeds the change of two steps.
     dtype = DTYPES[run.training.precision]
     initial = {
         name: initial_value(placement, run.model, run.training.seed).to(dtype).float()
@@ -173,7 +173,7 @@ def _first_difference(parts: Parts, dataset: TokenDataset, records: list[dict[st
 
 
 def _all_placements(parts: Parts) -> list[tuple[str, ParameterPlacement]]:
-    """Placements of the whole model: this stage's, and those of the other stages."""
+    """Gather the parameter placements of all pipeline stages."""
     gathered: list[dict[str, ParameterPlacement]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, {p.name: p for p in parts.checkpointer.placements.values()})
     return list({name: placement for stage in gathered for name, placement in stage.items()}.items())

@@ -1,4 +1,4 @@
-"""Builds the parts of a run in the order in which they depend on each other."""
+"""Build the components of a run in the order of their dependencies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from infini_train.training.state import TrainingState
 
 @dataclass
 class Parts:
-    """A run, ready to train or to evaluate."""
+    """The components of a run that is ready to train or evaluate."""
 
     run: RunConfig
     layout: Layout
@@ -31,14 +31,14 @@ class Parts:
     checkpointer: Checkpointer
     state: TrainingState
     held_out: TokenDataset | None = None
-    """Opened once, or a run would measure what another `prepare` puts into data.path meanwhile."""
+    """The held-out split. Opened once, so that a later `prepare` into data.path does not change what a run evaluates."""
 
 
 def build_parts(run: RunConfig, dataset: TokenDataset | None = None) -> Parts:
-    """Process groups, model, optimizer, pipeline and streams of a validated configuration.
+    """Create process groups, model, optimizer, pipeline and streams from a validated configuration.
 
     Args:
-        dataset: what to train on; the training split of data.path if None.
+        dataset: training data; None opens the training split of data.path.
     """
     torch.manual_seed(run.training.seed)
     platform.set_deterministic(run.training.deterministic)

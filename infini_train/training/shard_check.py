@@ -1,4 +1,4 @@
-"""Which shards can be read, decided once by all processes together before anything is read."""
+"""Check the shards once before training, so that all ranks agree on the readable ones."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from infini_train.errors import UserError
 
 
 def open_training_data(run: RunConfig, say: Callable[[str], None]) -> TokenDataset:
-    """Check every shard of both splits, each by one process, and open the training split; a collective over all processes.
+    """Check all shards of both splits and open the training split. A collective over all ranks, which divide the shards.
 
     Args:
-        say: called on every process with one line for each training shard that is left out, and one that counts them.
+        say: called on every rank with one line for each training shard that is left out, and one line with their number.
 
     Raises:
-        UserError: a shard is missing or damaged and data.on_bad_shard (or the held-out split) does not allow that.
+        UserError: a held-out shard is missing or damaged, or a training shard is and data.on_bad_shard is fatal.
     """
     folder = Path(run.data.path)
     manifest = load_manifest(folder)
@@ -32,7 +32,7 @@ def open_training_data(run: RunConfig, say: Callable[[str], None]) -> TokenDatas
     }
     everywhere: list[dict[tuple[str, str], str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, damage)
-    bad = dict(sorted(item for part in everywhere for item in part.items()))
+    bad = dict(sorted(item for of_rank in everywhere for item in of_rank.items()))
     fatal = [line for (split, _), line in bad.items() if split != "train" or run.data.on_bad_shard == "fatal"]
     if fatal:
         more = f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""

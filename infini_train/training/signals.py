@@ -1,4 +1,4 @@
-"""The signals that ask to stop ask for a checkpoint and a clean exit at the end of the step."""
+"""Stop requests by signal: the run finishes its step, saves a checkpoint and exits cleanly."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from infini_train.stop_signals import catch_stop_signals
 
 RESUMABLE_EXIT_CODE = 85
-"""Exit code of a run that stopped early, saved, and goes on when it is started again."""
+"""Exit code of a run that was stopped early and saved a checkpoint; it resumes when started again."""
 
 
 class StopRequest:
-    """Set by a signal on this process; the loop shares it with all processes once a step."""
+    """Records a stop signal to this process. The training step shares it with all ranks."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None

@@ -1,4 +1,4 @@
-"""Everything that training carries from step to step beside the weights; a checkpoint saves exactly this and the engine."""
+"""The state that training carries from step to step, beside weights and optimizer. A checkpoint saves it with the engine."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from infini_train.model.micro_batch import Memory
 
 @dataclass
 class HealthCounters:
-    """What the run remembers about its own health. The same on all processes, and kept in checkpoints."""
+    """Counters of the run's health. Equal on all ranks, and saved in checkpoints."""
 
     skipped_steps: int = 0
-    """Steps that changed nothing because a gradient was not finite; Adam has taken `TrainingState.step` minus these."""
+    """Steps that changed nothing because a gradient was not finite. Adam's step count is `TrainingState.step` minus these."""
     consecutive_skips: int = 0
-    """Steps skipped since the last one that was not."""
+    """Skipped steps since the last step that was not skipped."""
     spikes: int = 0
-    """Losses that stood out of their window."""
+    """Losses that were spikes."""
     rollbacks: int = 0
-    """Returns to a checkpoint because of a spike."""
+    """Rollbacks to a checkpoint because of a spike."""
     recent_losses: list[float] = field(default_factory=list)
-    """Losses of the newest steps that were not skipped, oldest first, at most health.spike_window."""
+    """Losses of the last steps that were not skipped, oldest first; at most health.spike_window."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and one list of numbers by name."""
+        """Return all counters by name."""
         return asdict(self)
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore the counters from `state_dict`."""
         for name, value in values.items():
             setattr(self, name, list(value) if isinstance(value, list) else value)
 
 
 @dataclass
 class TrainingState:
-    """The visible state of a run."""
+    """The state of a run beside its weights and optimizer."""
 
     reader: StreamReader
-    """Where each of this process's streams stands."""
+    """Reader of this rank's streams; holds the stream positions."""
     memory: Memory = field(default_factory=dict)
     """Memory of this stage's layers at the streams' current position."""
     step: int = 0
-    """Steps done, skipped ones included: each has its data and its learning rate."""
+    """Finished steps, including skipped ones: each step has its own data and learning rate."""
     tokens: int = 0
-    """Valid tokens trained on, over all rows; those of skipped steps do not count."""
+    """Valid tokens trained on, over all rows, without those of skipped steps."""
     health: HealthCounters = field(default_factory=HealthCounters)

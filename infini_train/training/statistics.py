@@ -1,4 +1,4 @@
-"""Gates, memory norms and the gradients that reach memory, of all layers, gathered on every process."""
+"""Statistics of gates, memory and memory gradients for all layers, gathered on every rank."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ from infini_train.parallel.layout import Layout
 def memory_statistics(
     run: RunConfig, layout: Layout, engine: Engine, memory: Memory, gradient_squares: dict[int, Tensor]
 ) -> dict[str, Any]:
-    """A collective over all processes.
+    """Compute the memory statistics of a step. A collective over all ranks.
 
     Args:
+        memory: memory of this stage's layers.
         gradient_squares: `SegmentPipeline.memory_gradient_squares` of the last step.
 
     Returns:
-        gates: sigmoid(β) by layer and query head; memory_norm and memory_z_norm: Frobenius norm of M and norm of z by layer,
-        mean over rows and key/value heads; memory_grad_norm: by layer, L2 norm of the loss's gradient with respect to M and z
-        at the borders between a window's micro-batches, over the step (where a window has several, and without context
-        parallelism, whose processes each hold a part of it). Empty without memory.
+        Empty for models without memory. Otherwise:
+
+        - gates: sigmoid(β) by layer and query head.
+        - memory_norm, memory_z_norm: Frobenius norm of M and L2 norm of z by layer, mean over rows and key/value heads.
+        - memory_grad_norm: by layer, L2 norm over the step of the loss's gradient with respect to M and z at the borders
+          between the micro-batches of a window. Only if a window has several micro-batches, and without context
+          parallelism, where each rank holds only a share of this gradient.
     """
     model = run.model
     if model.attention != "infini":
@@ -50,7 +54,7 @@ def memory_statistics(
             assert isinstance(state, MemoryState)
             row[-3] = state.M.double().flatten(2).norm(dim=-1).sum()
             row[-2] = state.z.double().norm(dim=-1).sum()
-        # The loss of each process is scaled by their number, for DeepSpeed's mean.
+        # The loss of each rank is multiplied by their number, because DeepSpeed averages gradients.
         row[-1] = gradient_squares.get(layer.layer_number, 0.0) / layout.dp_size**2
     dist.all_reduce(table)
     table[:, -3:-1] /= run.training.rows * model.num_query_groups

@@ -1,4 +1,4 @@
-"""One optimizer step over all processes."""
+"""One optimizer step over all ranks."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from infini_train.training.time_by_part import STEP
 
 @record_function(STEP)
 def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
-    """One optimizer step; where a gradient of any process is not finite, all of them read on without one.
+    """Train one step. If a gradient is not finite on any rank, all ranks skip the update and continue with the next data.
 
     Returns:
-        The step's metrics, and whether any process was asked to stop.
+        The step's metrics, and whether any rank was asked to stop.
     """
     run, layout, state = parts.run, parts.layout, parts.state
     activity = parts.pipeline.activity
@@ -36,8 +36,8 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     activity.begin("reading data")
     batches, unreadable = _read(parts)
 
-    # Each token is counted once: by the first stage's first tensor rank. Counts say how much was read, weights what the loss is
-    # a mean over; in ordinary data they are equal.
+    # Count each token once, on the first tensor rank of the first stage. `valid` is the number of tokens read; `weight` is the
+    # sum of their loss weights, the denominator of the mean loss. They are equal unless the data has loss weights.
     counts_here = layout.is_first_stage and layout.tp_rank == 0
     valid = float(sum(batch.num_valid for batch in batches)) if counts_here else 0.0
     weight = sum(batch.loss_weight for batch in batches) if counts_here else 0.0
@@ -48,7 +48,8 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     if failed:
         raise_everywhere(unreadable)
 
-    # DeepSpeed averages over data and context parallelism; the loss is a weighted mean over the global batch's tokens.
+    # DeepSpeed averages gradients over data and context parallel ranks; the loss is a weighted mean over the global batch's
+    # tokens.
     loss_scale = layout.dp_size * layout.cp_size / total_weight
     loss_sum, state.memory = parts.pipeline.train_step(batches, state.memory, loss_scale)
     activity.begin("optimizer step", waits=True)
@@ -89,7 +90,7 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
 
 
 def _read(parts: Parts) -> tuple[list[StreamBatch], UserError | None]:
-    """The step's micro-batches, or why this process has none: the others are told before they wait for it."""
+    """Read the step's micro-batches, or return the error: the caller shares it, so that no rank waits for this one."""
     try:
         with part("data"):
             return [_next(parts) for _ in range(parts.run.micro_batches_per_step)], None

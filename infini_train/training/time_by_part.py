@@ -1,4 +1,7 @@
-"""A profiler's events as time by part of the training step."""
+"""Sum a profiler's events to the time of each part of the training step.
+
+A part is a named section of the step, marked by `infini_kernels.parts.part`.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,18 @@ PARTS = (
     "optimizer",
     "data",
 )
-"""In the order in which they are shown; what was waited for, and Python's own time, is the rest of the step."""
+"""Parts in the order of the table. The rest of the step is waiting, and time in Python itself."""
 OTHER = "norms, activations, embedding"
 LINEAR = ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul", "LinearWithGradAccumulation")
 COMMUNICATION = ("c10d::", "nccl:", "gloo:", "ncclDevKernel", "record_param_comms")
 STEP = "training step"
-"""Name of the range around a step: what is outside of all such ranges, as an evaluation, is no part of one."""
+"""Name of the profiler range around a step. Events outside of all such ranges, as in an evaluation, are not counted."""
 GRADIENT = "torch::autograd::AccumulateGrad"
 
 
 @dataclass(frozen=True)
 class PartTime:
-    """Milliseconds of one part in one step, on the GPU where there is one."""
+    """Milliseconds of one part per step: GPU time if there is a GPU, else CPU time."""
 
     name: str
     forward: float
@@ -42,16 +45,16 @@ class PartTime:
 
 
 def time_by_part(events: Iterable[Any], steps: int, on_gpu: bool) -> list[PartTime]:
-    """The parts of a step and their time.
+    """Return the time of each part of a step.
 
-    An operation belongs to the innermost `infini_kernels.parts.part` around it, and a backward to the part of its forward.
-    Outside of all parts its name decides: products of matrices are linear layers, collectives communication, what happens to a
-    finished gradient belongs to the optimizer.
+    An operation belongs to the innermost part around it, and its backward to the same part. Operations outside of all parts are
+    assigned by name: matrix products to linear layers, collectives to communication, and the accumulation of finished gradients
+    to the optimizer.
 
     Args:
-        events: of torch.profiler, `FunctionEvent`; those inside of ranges named STEP count.
-        steps: optimizer steps that they cover.
-        on_gpu: count kernels on the GPU, not time on the CPU.
+        events: `FunctionEvent` objects of torch.profiler; only those inside of ranges named STEP count.
+        steps: number of optimizer steps in the events.
+        on_gpu: sum the time of GPU kernels instead of CPU time.
     """
     events = [event for event in events if event.device_type.name == "CPU" and not event.is_async]
     ranges = [event.time_range for event in events if event.name == STEP]
@@ -64,7 +67,7 @@ def time_by_part(events: Iterable[Any], steps: int, on_gpu: bool) -> list[PartTi
     ]
     part_of_node: dict[tuple[int, int], str | None] = {}
     for event in roots:
-        _note_forward(event, None, part_of_node)
+        _map_nodes(event, None, part_of_node)
     microseconds: dict[tuple[str, bool], float] = defaultdict(float)
     for event in roots:
         _add(event, None, False, part_of_node, microseconds, on_gpu)
@@ -76,17 +79,17 @@ def _is_backward(event: Any) -> bool:
     return event.fwd_thread > 0
 
 
-def _note_forward(event: Any, part: str | None, part_of_node: dict[tuple[int, int], str | None]) -> None:
-    """The part of each node of the graph.
+def _map_nodes(event: Any, part: str | None, part_of_node: dict[tuple[int, int], str | None]) -> None:
+    """Record the part of each node of the autograd graph.
 
-    An operation that makes no node has the number of the next that does, so the last counts.
+    An operation without a node has the sequence number of the next one with a node, so the last entry wins.
     """
     if event.name.startswith(PREFIX):
         part = event.name.removeprefix(PREFIX)
     elif event.sequence_nr >= 0 and not _is_backward(event):
         part_of_node[event.thread, event.sequence_nr] = part
     for child in sorted(event.cpu_children, key=lambda child: child.time_range.start):
-        _note_forward(child, part, part_of_node)
+        _map_nodes(child, part, part_of_node)
 
 
 def _add(
@@ -105,7 +108,7 @@ def _add(
     elif event.name.endswith(GRADIENT):
         part = "optimizer"
     named = _part_of_name(event.name)
-    # Collectives are counted as such wherever they are, and with all that they call.
+    # A collective counts as communication inside any part, together with everything it calls.
     part = "communication" if named == "communication" else part or named
     if on_gpu:
         own = sum(kernel.duration for kernel in event.kernels if not kernel.name.startswith(PREFIX))

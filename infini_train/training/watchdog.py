@@ -1,14 +1,16 @@
-"""Ends a job in which no process makes progress, and says which one holds the others up.
+"""Watchdog: end a job in which no rank makes progress, and name the rank that blocks the others.
 
-A thread of every process writes what its process does to a file in the run directory, which all processes share (a store that
-one of them serves would stop with it), and reads the file of the next process. A process is overdue when its operation takes
-longer than its time limit; a job in which every process is overdue hangs. Ages come from each process's own clock and from the
-reader's, never from a comparison of the two. Who is to blame: a process whose thread is silent as well (it is stopped, or its
-machine is gone); else one that does not merely wait for others; else all.
+A watchdog thread of every rank writes heartbeats to a file in the run directory and reads the file of the next rank. A
+heartbeat names the operation in progress. Files are used because a store that one rank serves would stop with that rank. A rank
+is overdue if its operation takes longer than its time limit. The job hangs if all ranks are overdue. Durations are measured on
+one clock at a time, the writer's or the reader's, because clocks of two machines cannot be compared.
 
-The thread that finds out writes a verdict. Every thread that reads it writes the stacks of its process to stacks/rank_N.txt and
-ends the process with HANG_EXIT_CODE. A stopped process cannot do that: it is woken for a moment to write its stacks, and
-stopped again for the launcher to kill.
+The watchdog blames the ranks whose heartbeats have stopped too: the process is stopped, or its machine is lost. If there are
+none, it blames the ranks whose operation does not wait for others. If there are none either, it blames all ranks.
+
+The thread that detects the hang writes a verdict. Each thread that reads it dumps the stacks of its process to
+stacks/rank_N.txt and ends the process with HANG_EXIT_CODE. A stopped process cannot do so: another one continues it briefly to
+dump its stacks, and stops it again. The launcher then kills it.
 """
 
 from __future__ import annotations
@@ -35,15 +37,15 @@ from infini_train.parallel.activity import Activity
 from infini_train.parallel.layout import initialize_process_group, raise_everywhere
 
 HANG_EXIT_CODE = 86
-"""Exit code of a job that the watchdog ended; started again, it goes on from the newest checkpoint."""
+"""Exit code of a job that the watchdog ended; it resumes from the newest checkpoint when started again."""
 STACK_SIGNAL = signal.SIGUSR2
 SILENT_BEATS = 4
-"""A thread that misses so many beats is silent."""
+"""A rank is silent after so many missed heartbeats."""
 
 
 @dataclass
 class Seen:
-    """The newest beat of a process, and when this process saw it for the first time."""
+    """The newest heartbeat of a rank, and the time at which this process first saw it."""
 
     beat: dict[str, Any]
     at: float
@@ -54,7 +56,7 @@ class Seen:
 
     @property
     def seconds(self) -> float:
-        """Time in its operation: as it said itself, and since."""
+        """Time in the current operation: the time in the heartbeat, and the time since this process saw it."""
         return float(self.beat["seconds"]) + self.silent_seconds
 
     @property
@@ -63,10 +65,10 @@ class Seen:
 
 
 class Watchdog:
-    """Watches from `with Watchdog(run)` on until the block ends; a collective over all processes at its beginning.
+    """Context manager that watches the job until the block ends. Entering it is a collective over all ranks.
 
     Attributes:
-        activity: what this process is doing; to be kept up to date.
+        activity: the operation in progress on this rank; the training code keeps it up to date.
     """
 
     def __init__(self, run: RunConfig) -> None:
@@ -90,7 +92,7 @@ class Watchdog:
         initialize_process_group()
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         run_dir = Path(self.run.run_dir)
-        # A name of its own for every start: processes of an earlier one may still be about.
+        # A unique name for each start: processes of an earlier start may still be running.
         name = [f"heartbeats-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"]
         dist.broadcast_object_list(name, src=0)
         self._folder, self._stacks = run_dir / name[0], run_dir / "stacks"
@@ -106,9 +108,9 @@ class Watchdog:
         raise_everywhere(error)
         self._stack_file = (self._stacks / f"rank_{self._rank}.txt").open("w", encoding="utf-8")
         faulthandler.register(STACK_SIGNAL, file=self._stack_file, all_threads=True)
-        self._beat_now()
-        # A process that stops right after a save must not be given the time of a save.
-        self.activity.on_limit = self._beat_now
+        self._try_heartbeat()
+        # Write a heartbeat when the limit changes: a rank that stops right after a save must not get the time limit of a save.
+        self.activity.on_limit = self._try_heartbeat
         dist.barrier()
         self._thread.start()
         return self
@@ -118,13 +120,13 @@ class Watchdog:
             return
         self.activity.on_limit = lambda: None
         if kind is not None and (self._folder / "verdict.json").exists():
-            # Other processes have been ended, and this one's communication with them fails: that is no news.
+            # The watchdog has ended other ranks, so communication with them failed here. Let the watchdog end this rank too.
             self._thread.join()
         self._ended.set()
         self._thread.join()
         faulthandler.unregister(STACK_SIGNAL)
         self._stack_file.close()
-        # Each its own, and the last one the folders: another process may still be writing its beat.
+        # Each rank deletes its own files, and the last rank the folders: others may still write heartbeats.
         for file in (self._folder / f"rank_{self._rank}.json", self._stacks / f"rank_{self._rank}.txt"):
             with suppress(OSError):
                 file.unlink()
@@ -135,36 +137,36 @@ class Watchdog:
         suspicious = 0
         while not self._ended.wait(self._interval):
             try:
-                self._beat()
-                self._look_at((self._rank + 1) % self._world_size)
+                self._record_heartbeat()
+                self._read_heartbeat((self._rank + 1) % self._world_size)
                 if (self._folder / "verdict.json").exists():
                     self._end_process(json.loads((self._folder / "verdict.json").read_text(encoding="utf-8")))
                 if any(self._seen[rank].overdue for rank in (self._rank, (self._rank + 1) % self._world_size)):
                     suspicious += 1
                     for rank in range(self._world_size):
-                        self._look_at(rank)
-                    # Silence shows only after some beats.
+                        self._read_heartbeat(rank)
+                    # A rank counts as silent only after several missed heartbeats, so wait for that long.
                     if suspicious > SILENT_BEATS and all(seen.overdue for seen in self._seen.values()):
-                        self._pass_verdict()
+                        self._write_verdict()
                 else:
                     suspicious = 0
             except (OSError, ValueError, KeyError):
-                # A file system with a hiccup must not end a run; neither must the end of another process's folder.
+                # A temporary file system error must not end a run, nor must a folder that another rank has deleted.
                 continue
 
-    def _beat_now(self) -> None:
-        # A failure is the file system's, and the next beat's chance; it must not end the run.
+    def _try_heartbeat(self) -> None:
+        # A file system error must not end the run; the next heartbeat tries again.
         with suppress(OSError):
-            self._beat()
+            self._record_heartbeat()
 
-    def _beat(self) -> None:
+    def _record_heartbeat(self) -> None:
         operation, waits, seconds = self.activity.now()
         if self.activity.step:
             operation += f" in step {self.activity.step}"
         with self._beating:
-            self._write_beat(operation, waits, seconds)
+            self._write_heartbeat(operation, waits, seconds)
 
-    def _write_beat(self, operation: str, waits: bool, seconds: float) -> None:
+    def _write_heartbeat(self, operation: str, waits: bool, seconds: float) -> None:
         self._beats += 1
         beat = {
             "rank": self._rank,
@@ -181,22 +183,22 @@ class Watchdog:
         os.replace(path.with_suffix(".new"), path)
         self._seen[self._rank] = Seen(beat, time.monotonic())
 
-    def _look_at(self, rank: int) -> None:
+    def _read_heartbeat(self, rank: int) -> None:
         if rank == self._rank:
             return
         try:
             beat = json.loads((self._folder / f"rank_{rank}.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            # It has left, alone if the run is not over: the others may wait for it for ever, and its last beat grows old. Their
-            # own time limits hold on; that of what it did then, perhaps the first step's, does not.
-            last = self._seen.get(rank) or Seen(self._left(rank), time.monotonic())
+            # The rank has left the run. If the run is not over, the others may wait for it forever, so keep its last heartbeat,
+            # which becomes overdue. Use the limit of a step: its last heartbeat may have the longer limit of the first step.
+            last = self._seen.get(rank) or Seen(self._missing_heartbeat(rank), time.monotonic())
             self._seen[rank] = Seen({**last.beat, "limit": self._limits["step"]}, last.at)
             return
         if rank not in self._seen or self._seen[rank].beat["beats"] != beat["beats"]:
             self._seen[rank] = Seen(beat, time.monotonic())
 
-    def _left(self, rank: int) -> dict[str, Any]:
-        """In place of the beat of a process of which none was seen."""
+    def _missing_heartbeat(self, rank: int) -> dict[str, Any]:
+        """Return a placeholder for the heartbeat of a rank that left before one was seen."""
         return {
             "rank": rank,
             "host": "unknown",
@@ -207,8 +209,8 @@ class Watchdog:
             "seconds": 0.0,
         }
 
-    def _pass_verdict(self) -> None:
-        """Name the culprits, once in the job."""
+    def _write_verdict(self) -> None:
+        """Write the verdict and print the blamed ranks, unless another rank has done so."""
         limit = SILENT_BEATS * self._interval
         table = [
             {**seen.beat, "seconds": round(seen.seconds, 1), "silent": rank != self._rank and seen.silent_seconds > limit}
@@ -221,7 +223,7 @@ class Watchdog:
         try:
             os.link(draft, self._folder / "verdict.json")
         except FileExistsError:
-            return  # another process was faster; its verdict is read at the next beat
+            return  # another rank was faster; its verdict is read at the next heartbeat
         named = "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
         print(
             f"infini-train: error: the job hangs: {named}. Stacks of all processes: {self._stacks}. "
@@ -231,15 +233,15 @@ class Watchdog:
         )
 
     def _end_process(self, verdict: dict[str, Any]) -> None:
-        """Write this process's stacks, wait for those of the others, and end."""
+        """Dump this process's stacks, wait for those of the other ranks, and end the process."""
         faulthandler.dump_traceback(self._stack_file, all_threads=True)
         host = socket.gethostname()
         awake = [each["rank"] for each in verdict["table"] if not each["silent"] and each["host"] == host]
         if self._rank == min(awake, default=self._rank):
             for each in verdict["table"]:
                 if each["silent"] and each["host"] == host:
-                    _stacks_of_silent_process(each["pid"], self._stacks / f"rank_{each['rank']}.txt")
-        # Whoever ends makes the communication of the others fail, which must not be what a user reads.
+                    _dump_silent_process(each["pid"], self._stacks / f"rank_{each['rank']}.txt")
+        # When this process ends, communication of the others fails. Wait for their stacks, so that no such error is printed.
         expected = [self._stacks / f"rank_{each['rank']}.txt" for each in verdict["table"] if not each["silent"]]
         deadline = time.monotonic() + 3 * self._interval
         while time.monotonic() < deadline and not all(path.stat().st_size for path in expected):
@@ -256,21 +258,21 @@ def _describe(each: dict[str, Any]) -> str:
 
 
 def _process_state(pid: int) -> str | None:
-    """Linux's letter for a process of this machine: R, S, D, T (stopped), Z."""
+    """Return the state letter of a process on this machine from /proc: R, S, D, T (stopped) or Z; None if there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()[0]
     except (OSError, IndexError):
         return None
 
 
-def _stacks_of_silent_process(pid: int, path: Path) -> None:
-    """Have a process of this machine write its stacks, although its threads do not run or do not get the interpreter."""
+def _dump_silent_process(pid: int, path: Path) -> None:
+    """Make a process of this machine dump its stacks, even if it is stopped or no thread gets the interpreter lock."""
     try:
         stopped = _process_state(pid) == "T"
         os.kill(pid, STACK_SIGNAL)
         if stopped:
             os.kill(pid, signal.SIGCONT)
-        # Lines are written one by one: finished is what has stopped growing.
+        # Lines are written one by one, so the dump is complete when the file stops growing.
         deadline, size, since = time.monotonic() + 2.0, 0, time.monotonic()
         while time.monotonic() < deadline and not (size and time.monotonic() - since > 0.1):
             time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Weights alone, without optimizer, memory and streams: for evaluation, and for a run that starts from those of another."""
+"""Load only the weights, without optimizer, memory and streams: for evaluation and for training.initial_weights."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from infini_train import platform
 from infini_train.checkpoint import folder
-from infini_train.checkpoint.compatibility import DRAWN, check_same_model, initial_weights_facts, own_shapes
+from infini_train.checkpoint.compatibility import ATTENTION_SUFFIXES, check_same_model, initial_weights_facts, usable_shapes
 from infini_train.checkpoint.reader import read_tensors
 from infini_train.checkpoint.weights_file import SUFFIX, read_weights, read_weights_facts
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
 from infini_train.model.parameters import ParameterPlacement, initial_value
 from infini_train.parallel.optimizer_state import write_optimizer_state
-from infini_train.training.checkpoint import damage_in_shares
+from infini_train.training.checkpoint import find_damage
 from infini_train.training.checkpoint_entries import collect_blocks, empty_like_parameter, optimizer_entries
 from infini_train.training.setup import Parts
 
@@ -28,11 +28,14 @@ from infini_train.training.setup import Parts
 def load_weights(
     path: Path, module: nn.Module, placements: Mapping[str, ParameterPlacement], run: RunConfig, tokenizer_fingerprint: str
 ) -> int:
-    """Restore the weights of a trained run, in any layout; returns the checkpoint's step. A collective over all processes.
+    """Load the weights of a trained run into a module, in any layout. A collective over all ranks.
 
     Args:
-        path: a checkpoint's folder, or a weights file.
-        placements: of the module's parameters, by name.
+        path: a checkpoint folder, or a weights file.
+        placements: placements of the module's parameters, by name.
+
+    Returns:
+        The checkpoint's step.
 
     Raises:
         UserError: the checkpoint belongs to another model or tokenizer.
@@ -46,27 +49,27 @@ def load_weights(
 
 
 def load_initial_weights(parts: Parts) -> str:
-    """Put `training.initial_weights` into a run that has not taken a step; a collective over all processes.
+    """Load `training.initial_weights` into a run before its first step. A collective over all ranks.
 
-    Master weights take them as they are stored. Parameters of an attention that they lack keep the values of a new model.
+    Weights load into the float32 master weights without rounding. Attention parameters that they lack start as in a new model.
 
     Returns:
-        What was done, in a line.
+        One line for the user: source, step, and parameters that start as in a new model.
 
     Raises:
-        UserError: a checkpoint's folder is damaged.
+        UserError: the checkpoint is damaged.
     """
     run, placements = parts.run, parts.checkpointer.placements
     path = Path(str(run.training.initial_weights))
     facts = initial_weights_facts(path)
-    if path.suffix != SUFFIX and (wrong := damage_in_shares(path)):
+    if path.suffix != SUFFIX and (wrong := find_damage(path)):
         raise UserError(f"training.initial_weights {path} is damaged: {'; '.join(wrong)}; name another checkpoint")
-    stored = own_shapes(path, facts, run)
+    stored = usable_shapes(path, facts, run)
     known = {name: placement for name, placement in placements.items() if placement.name in stored}
     weights = _read(path, parts.engine.module, known)
     drawn = {name: placement for name, placement in placements.items() if name not in known}
     for name, placement in drawn.items():
-        assert placement.name.endswith(DRAWN), placement.name
+        assert placement.name.endswith(ATTENTION_SUFFIXES), placement.name
         weights[name] = placement.slice(initial_value(placement, run.model, run.training.seed)).to(platform.device())
     write_optimizer_state(parts.engine, {"model": weights}, steps_taken=0)
     new = Counter(re.sub(r".*\.", "", placement.name) for placement in drawn.values())
@@ -75,7 +78,7 @@ def load_initial_weights(parts: Parts) -> str:
 
 
 def _read(path: Path, module: nn.Module, placements: Mapping[str, ParameterPlacement]) -> dict[str, Tensor]:
-    """This process's slices of some parameters, float32, by their names in the module."""
+    """Read this rank's float32 slices of the parameters in `placements`, by name in the module."""
     parameters = {name: parameter for name, parameter in module.named_parameters() if name in placements}
     if path.suffix == SUFFIX:
         names = {placements[name].name: name for name in parameters}

@@ -1,4 +1,4 @@
-"""Runs `infini-train` as a user does."""
+"""Run `infini-train` as a user does."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ REPOSITORY = Path(__file__).parents[2]
 def call(
     *arguments: str, expected: int = 0, processes: int | None = None, torchrun: bool = False, timeout: float = 560.0
 ) -> str:
-    """One command's output.
+    """Run a command, check its exit code, and return its output.
 
     Args:
-        processes: start so many, with launch/local.py or with torchrun; None calls the command itself.
+        expected: exit code.
+        processes: number of processes to start with launch/local.py or torchrun; None runs the command directly.
     """
     command = [python(), "-m", "infini_train"]
     if torchrun:

@@ -1,6 +1,6 @@
-"""A rank of a run in which something really goes wrong, at a chosen point: `python -m tests.distributed.faults FAULT ...`.
+"""A rank of a run with a real fault at a chosen point: `python -m tests.distributed.faults FAULT ...`.
 
-FAULT is NAME@RANK@STEP. The run is the product's own; only the moment at which the blow falls is ours.
+FAULT is NAME@RANK@STEP. The run uses the product's code; this module only injects the fault.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def terminate_twice() -> None:
 
 
 def when_writing(step: int, action: Callable[[], None]) -> None:
-    """Do it on the writing thread, before the first byte of this process's share."""
+    """Run an action on the writing thread, before the first byte of this rank's share."""
 
     def write_data(self: Any, *arguments: Any, **keywords: Any) -> Any:
         if self._save.step == step:
@@ -44,7 +44,7 @@ def when_writing(step: int, action: Callable[[], None]) -> None:
 
 
 def kill_inside_a_shard(step: int) -> None:
-    """After the third tensor of the file is written."""
+    """Kill this rank after it has written the third tensor of its file."""
     written = 0
 
     def write_item(*arguments: Any, **keywords: Any) -> Any:
@@ -77,7 +77,7 @@ def kill_instead_of(name: str, step: int) -> None:
 
 
 def no_space() -> None:
-    """The system refuses to let this process's files grow beyond a few kilobytes."""
+    """Limit the size of this process's files to 8 KiB, so that larger writes fail."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
 
 
@@ -86,7 +86,7 @@ def some_space() -> None:
 
 
 def when_evaluating(step: int, action: Callable[[], None]) -> None:
-    """Do it as the evaluation after this step begins."""
+    """Run an action at the start of the evaluation after this step."""
     from infini_train.training import loop
 
     held_out_loss, evaluate = loop.held_out_loss, loop._evaluate_when_due
@@ -114,7 +114,7 @@ def only_at(step: int, action: Callable[[], None], otherwise: Callable[[], None]
 
 
 def before_reading(step: int, action: Callable[[], None]) -> None:
-    """Do it before this process reads the data of a step."""
+    """Run an action before this rank reads the data of a step."""
     from infini_train.training import step as training_step
 
     read = training_step._next
@@ -128,7 +128,7 @@ def before_reading(step: int, action: Callable[[], None]) -> None:
 
 
 def fail_alone() -> None:
-    """An exception that no other process knows of; leaving the groups is said."""
+    """Raise an exception on this rank alone; print a line if it destroys its process groups."""
     from infini_train.parallel import layout
 
     leave = layout.dist.destroy_process_group
@@ -137,14 +137,14 @@ def fail_alone() -> None:
 
 
 def leave_with_a_hang() -> None:
-    """As where NCCL waits for the others while this process leaves: its watchdog is over, and it does not end."""
+    """Fail and hang at exit, as with NCCL waiting for the other ranks: the watchdog has ended, but the process has not."""
     atexit.register(time.sleep, 3600)
     cli._leave = lambda code: sys.exit(code)
     raise RuntimeError("on purpose")
 
 
 def replace_data() -> None:
-    """By other documents, as a person does who takes the run for finished."""
+    """Replace the data by other documents, as a user does who thinks that the run is finished."""
     other = ["--data.max_text_mb", "0.03", "--overwrite"]
     subprocess.run([sys.executable, "-m", "infini_train", "prepare", *sys.argv[2:], *other], check=True, capture_output=True)
 
@@ -156,7 +156,7 @@ FAULTS: dict[str, Callable[[int], None]] = {
     "kill_before_retention": lambda step: kill_instead_of("retain", step),
     "no_space_once": lambda step: only_at(step, no_space, some_space),
     "no_space_from_then_on": lambda step: when_writing(step, no_space),
-    # The process lives, but the thread that trains waits for a file system that does not answer.
+    # The process is alive, but its training thread waits for a file system that does not answer.
     "hang_in_data": lambda step: before_reading(step, lambda: time.sleep(3600)),
     "fail_in_data": lambda step: before_reading(step, fail_alone),
     "leave_in_data": lambda step: before_reading(step, leave_with_a_hang),

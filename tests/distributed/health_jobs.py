@@ -1,4 +1,4 @@
-"""Ranks on which something goes wrong on purpose."""
+"""Jobs with injected faults: bad gradients, loss spikes, slow ranks and damaged data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from infini_train.training.step import train_step
 
 
 class Fault:
-    """Not-a-number in one rank's computation while it is armed."""
+    """A fault in one rank's computation while it is armed."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -32,7 +32,7 @@ class Fault:
         return self.armed and torch.distributed.get_rank() == self.rank
 
     def in_gradient(self, parameter: str, value: float) -> Callable[[torch.nn.Module], torch.nn.Module]:
-        """One entry of the gradient of each parameter whose name ends so."""
+        """Set one entry of the gradient of each parameter whose name ends with `parameter`."""
 
         def poison(gradient: Tensor) -> Tensor:
             if self._active():
@@ -49,7 +49,7 @@ class Fault:
         return prepare
 
     def in_loss(self) -> Callable[[torch.nn.Module], torch.nn.Module]:
-        """What enters the output layer a hundred times too large: a loss that stands out, and finite gradients."""
+        """Multiply the input of the output layer by 100: a loss spike with finite gradients."""
 
         def enlarge(_: torch.nn.Module, __: Any, output: Tensor) -> Tensor:
             return output * 100.0 if self._active() else output
@@ -62,7 +62,7 @@ class Fault:
         return prepare
 
     def in_forward(self, row: int) -> Callable[[torch.nn.Module], torch.nn.Module]:
-        """Queries, keys and values of one row in this stage's last layer."""
+        """Set the queries, keys and values of one row in this stage's last layer to NaN."""
 
         def poison(_: torch.nn.Module, __: Any, output: Any) -> Any:
             if self._active():
@@ -80,7 +80,7 @@ class Fault:
 
 
 def _build(run: RunConfig, prepare: Callable[[torch.nn.Module], torch.nn.Module]) -> Parts:
-    """The parts of a run whose module is tampered with before DeepSpeed and the engine's own hooks see it."""
+    """Build a run whose module is changed by `prepare` before DeepSpeed and the engine add their hooks."""
     build_stage = setup.build_stage
     setup.build_stage = lambda *arguments: prepare(build_stage(*arguments))
     try:
@@ -89,8 +89,8 @@ def _build(run: RunConfig, prepare: Callable[[torch.nn.Module], torch.nn.Module]
         setup.build_stage = build_stage
 
 
-def _everything(parts: Parts) -> dict[str, Tensor]:
-    """Weights as the model holds them, master weights, moments and Adam's step counts of this rank."""
+def _all_tensors(parts: Parts) -> dict[str, Tensor]:
+    """Return this rank's module weights, master weights, moments and Adam step counts."""
     found = {f"{kind}.{name}": x for kind, each in read_optimizer_state(parts.engine).items() for name, x in each.items()}
     found |= {f"stepped.{i}": parts.engine.adamw.state[x]["step"].clone() for i, x in enumerate(stepped_tensors(parts.engine))}
     if parts.run.layout.zero_stage != 3:
@@ -103,23 +103,23 @@ def _differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]
 
 
 def skip_a_step(run: RunConfig, rank: int, parameter: str | None, value: float) -> dict[str, Any]:
-    """Two good steps, one with the fault, one good step.
+    """Train two good steps, one with the fault, and one good step.
 
     Args:
-        parameter: its gradient gets one entry `value`; None puts NaN in the forward of the rank's first row instead.
+        parameter: its gradient gets one entry `value`; None sets the rank's first row to NaN in the forward instead.
     """
     fault = Fault(rank)
     parts = _build(run, fault.in_forward(0) if parameter is None else fault.in_gradient(parameter, value))
     records = [train_step(parts, StopRequest())[0] for _ in range(2)]
-    before = _everything(parts)
+    before = _all_tensors(parts)
     fault.armed = True
     records.append(train_step(parts, StopRequest())[0])
     fault.armed = False
-    kept = _differing(before, _everything(parts))
-    memory = {layer: tuple(part.clone() for part in state) for layer, state in parts.state.memory.items()}
+    kept = _differing(before, _all_tensors(parts))
+    memory = {layer: tuple(tensor.clone() for tensor in state) for layer, state in parts.state.memory.items()}
     consecutive = parts.state.health.consecutive_skips
     records.append(train_step(parts, StopRequest())[0])
-    changed = set(_differing(before, _everything(parts)))
+    changed = set(_differing(before, _all_tensors(parts)))
     return {
         "skipped": [record["skipped"] for record in records],
         "grad_norm": [record["grad_norm"] for record in records],
@@ -144,14 +144,18 @@ def load_after_a_skip(run: RunConfig) -> dict[str, Any]:
     loaded = build_parts(run)
     loaded.checkpointer.load(path, loaded.engine, loaded.state)
     return {
-        "different": _differing(_everything(parts), _everything(loaded)),
+        "different": _differing(_all_tensors(parts), _all_tensors(loaded)),
         "health": loaded.state.health.state_dict(),
         "adam_steps": {float(loaded.engine.adamw.state[x]["step"]) for x in stepped_tensors(loaded.engine)},
     }
 
 
 def pretrain_with_bad_gradients(run: RunConfig, rank: int, first: int, last: int) -> tuple[str, int] | int:
-    """`pretrain` with a NaN in the gradient of one rank from step `first` to `last`; its exit code, or error and exit code."""
+    """Run `pretrain` with a NaN in the gradient of one rank from step `first` to `last`.
+
+    Returns:
+        The exit code; after an error, its message and exit code.
+    """
     fault = Fault(rank)
     build_stage, step = setup.build_stage, loop.train_step
     prepare = fault.in_gradient("mlp.linear_fc2.weight", float("nan"))
@@ -171,13 +175,15 @@ def pretrain_with_bad_gradients(run: RunConfig, rank: int, first: int, last: int
 
 
 def pretrain_with_spikes(run: RunConfig, rank: int, spikes: list[int], save_seconds: float = 0.0) -> dict[str, Any]:
-    """`pretrain` with a fault in the loss of the calls of `train_step` with these numbers, from 1.
+    """Run `pretrain` with loss spikes on one rank.
 
     Args:
-        save_seconds: that writing a checkpoint takes longer, beside the training.
+        spikes: numbers of the calls of `train_step` with a spike, from 1.
+        save_seconds: extra time that the background write of a checkpoint takes.
 
     Returns:
-        How it ended; and before each step: step, stream positions, weights and moments, and the memory's largest entry.
+        `end`: exit code, or error message and exit code. `seen`: before each step, the step number, stream positions, weights
+        and moments, and the largest entry of the memory.
     """
     fault = Fault(rank)
     build_stage, step = setup.build_stage, loop.train_step
@@ -186,7 +192,7 @@ def pretrain_with_spikes(run: RunConfig, rank: int, spikes: list[int], save_seco
     def train_step_with_fault(parts: Parts, stop: StopRequest) -> Any:
         state = parts.state
         largest = max((float(x.M.abs().max()) for x in state.memory.values()), default=0.0)
-        seen.append({"step": state.step, "positions": state.reader.state(), "all": _everything(parts), "memory": largest})
+        seen.append({"step": state.step, "positions": state.reader.state(), "all": _all_tensors(parts), "memory": largest})
         fault.armed = len(seen) in spikes
         return step(parts, stop)
 
@@ -206,7 +212,7 @@ def pretrain_with_spikes(run: RunConfig, rank: int, spikes: list[int], save_seco
 
 
 def positions_after(run: RunConfig, steps: int) -> Tensor:
-    """Where this rank's streams stand after some steps of an undisturbed run."""
+    """Return the positions of this rank's streams after some steps of an undisturbed run."""
     reader = build_parts(run).state.reader
     for _ in range(steps * run.micro_batches_per_step):
         reader.next(run.training.segments_per_micro_batch)
@@ -214,7 +220,7 @@ def positions_after(run: RunConfig, steps: int) -> Tensor:
 
 
 def pretrain_slowly(run: RunConfig, rank: int, seconds: float) -> int:
-    """`pretrain` whose first forward, and whose first save, take so long on one rank."""
+    """Run `pretrain` with a delay of `seconds` in the first forward and in the first save on one rank."""
     forward, save = SegmentPipeline._forward, Checkpointer.save
     slow = {"forward", "save"}
 
@@ -238,8 +244,8 @@ def pretrain_slowly(run: RunConfig, rank: int, seconds: float) -> int:
         SegmentPipeline._forward, Checkpointer.save = forward, save
 
 
-def document_goes_bad(run: RunConfig, rank: int) -> str:
-    """Train a step, then overwrite what this rank's first row would read next, on one rank; what the next step says."""
+def damage_next_document(run: RunConfig, rank: int) -> str:
+    """Train a step, overwrite the next document of one rank's first row, and return the error of the next step."""
     parts = build_parts(run)
     train_step(parts, StopRequest())
     reader = parts.state.reader

@@ -1,4 +1,4 @@
-"""What the ranks of a test run. Results are plain numbers and CPU tensors with the place they hold in the global tensor."""
+"""Jobs that the ranks of a test run. Results are numbers, and CPU tensors with their position in the global tensor."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from tests.distributed.exchange import recorded_exchange
 
 
 def train(run: RunConfig, steps: int, resumable: bool = False) -> dict[str, Any]:
-    """Train some steps; loss and gradient norm of each, and this rank's slices of weights and memory.
+    """Train some steps. Return their losses and gradient norms, and this rank's slices of weights and memory.
 
     Args:
-        resumable: go on from the newest checkpoint of the run directory, if there is one, and save another at the end.
+        resumable: resume from the newest checkpoint of the run directory, if there is one, and save another at the end.
     """
     parts = build_parts(run)
     initial = weights(parts)
@@ -58,7 +58,7 @@ def train(run: RunConfig, steps: int, resumable: bool = False) -> dict[str, Any]
 
 
 def weights(parts: Parts) -> dict[str, tuple[int | None, int, int, Tensor]]:
-    """Global name -> (split dimension, blocks, tensor rank, local float32 slice)."""
+    """Return global name -> (split dimension, blocks, tensor rank, local float32 slice)."""
     state = parts.engine.module.named_parameters()
     placements = parts.checkpointer.placements
     if parts.run.layout.zero_stage == 3:
@@ -77,13 +77,13 @@ def weights(parts: Parts) -> dict[str, tuple[int | None, int, int, Tensor]]:
 
 
 def _memory(parts: Parts) -> dict[int, tuple[Any, ...]]:
-    """Layer -> (data-parallel rank, tensor rank, M, z), or a rival's fields in place of the two."""
+    """Return layer -> (data-parallel rank, tensor rank, M, z); the last two differ for other kinds of attention."""
     layout = parts.layout
     return {layer: (layout.dp_rank, layout.tp_rank, *state) for layer, state in parts.state.memory.items()}
 
 
 def streaming_logits(run: RunConfig, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [T, V] of a document read in odd chunks with constant memory, and of one pass over all of it."""
+    """Return the logits [T, V] of a document streamed in chunks of odd sizes, and those of one pass over the whole document."""
     parts = build_parts(run)
     for _ in range(3):
         train_step(parts, StopRequest())
@@ -111,7 +111,7 @@ def streaming_logits(run: RunConfig, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def output_layer_positions(run: RunConfig) -> list[int]:
-    """Positions of a row that each call of the output layer got, in one training step."""
+    """Return the number of positions in each call of the output layer during one training step."""
     parts = build_parts(run)
     positions = []
     layer = parts.engine.module.chunk(0).output_layer
@@ -121,7 +121,7 @@ def output_layer_positions(run: RunConfig) -> list[int]:
 
 
 def save_after(run: RunConfig, steps: int, more: int) -> dict[str, Any]:
-    """Train, save, and train some more steps: what a resumed run must repeat."""
+    """Train, save, and train some more steps. A resumed run must reproduce the results of the latter."""
     parts = build_parts(run)
     for _ in range(steps):
         train_step(parts, StopRequest())
@@ -131,14 +131,14 @@ def save_after(run: RunConfig, steps: int, more: int) -> dict[str, Any]:
 
 
 def load_and_train(run: RunConfig, steps: int) -> dict[str, Any]:
-    """Load the newest checkpoint of the run directory into this layout and train."""
+    """Load the newest checkpoint of the run directory in this layout and train."""
     parts = build_parts(run)
     parts.checkpointer.load(list_checkpoints(Path(run.run_dir))[-1], parts.engine, parts.state)
     return _continue(parts, steps)
 
 
 def resume_train_save(run: RunConfig, steps: int) -> dict[str, Any]:
-    """Go on from the newest checkpoint, train some steps and save: what was loaded, what was saved, and what was read."""
+    """Resume from the newest checkpoint, train some steps and save. Return the loaded and saved states and the data reads."""
     parts = build_parts(run)
     if list_checkpoints(Path(run.run_dir)):
         parts.checkpointer.load(list_checkpoints(Path(run.run_dir))[-1], parts.engine, parts.state)
@@ -159,13 +159,13 @@ def resume_train_save(run: RunConfig, steps: int) -> dict[str, Any]:
         "loaded": loaded,
         "saved": _state(parts),
         "loss": losses,
-        # Ranks that share rows read the same; one of them speaks.
+        # Ranks that share rows read the same data; only one of them reports it.
         "reads": reads if layout.tp_rank == layout.cp_rank == layout.pp_rank == 0 else [],
     }
 
 
 def _state(parts: Parts) -> dict[str, Any]:
-    """Weights and moments by kind, and memory; this rank's slices."""
+    """Return this rank's slices of weights and moments by kind, and of memory."""
     placements = parts.checkpointer.placements
     return {
         **{
@@ -189,7 +189,7 @@ def _continue(parts: Parts, steps: int) -> dict[str, Any]:
 
 
 def run_self_test(run: RunConfig, fault: str | None = None) -> str | None:
-    """The self-test's message, None if it passes; optionally with a fault of the kind that it is there to find."""
+    """Run the self-test, optionally with an injected fault. Return its error message; None if it passes."""
     from infini_train.parallel import engine
 
     sum_gradients, step = engine._sum_gradients_over_tensor_group, engine.Engine.step
@@ -219,8 +219,11 @@ def run_self_test(run: RunConfig, fault: str | None = None) -> str | None:
 
 
 def context_parallel_operation(rule: str, segment_length: int, segments: int) -> dict[str, Any]:
-    """infini_attention with its segments spread over all ranks against the same in one, float64; the bytes gathered, and the
-    order of communication and local attention."""
+    """Compare infini_attention with segments spread over all ranks to one rank, in float64.
+
+    Returns:
+        The largest differences, the bytes gathered, and the order of communication and local attention.
+    """
     import torch.distributed as dist
 
     from infini_kernels import MemoryState, infini_attention
@@ -240,8 +243,8 @@ def context_parallel_operation(rule: str, segment_length: int, segments: int) ->
     reset = torch.rand(B, segments, generator=generator) < 0.25
     lengths = torch.randint(1, segment_length + 1, (B, segments), generator=generator)
 
-    def run(part: slice, by_segment: slice, group: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        leaves = {name: (x[:, part] if x.dim() == 4 else x).clone().requires_grad_() for name, x in inputs.items()}
+    def run(tokens: slice, by_segment: slice, group: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        leaves = {name: (x[:, tokens] if x.dim() == 4 else x).clone().requires_grad_() for name, x in inputs.items()}
         memory = {name: x.clone().requires_grad_() for name, x in state.items()}
         out, leaving = infini_attention(
             *leaves.values(),
@@ -252,24 +255,24 @@ def context_parallel_operation(rule: str, segment_length: int, segments: int) ->
             lengths=lengths[:, by_segment],
             group=group,
         )
-        # Each rank uses its replica of the leaving memory for its own share of the loss, as the pipeline does.
+        # As in the pipeline, each rank uses its replica of the returned memory for its own share of the loss.
         share = 1.0 if group is None else (rank + 1) / (size * (size + 1) / 2)
-        loss = (out * weights["out"][:, part]).sum()
+        loss = (out * weights["out"][:, tokens]).sum()
         loss = loss + share * ((leaving.M * weights["M"]).sum() + (leaving.z * weights["z"]).sum())
         loss.backward()
         gradients = {name: x.grad for name, x in {**leaves, **memory}.items()}
         return {"out": out.detach(), "M": leaving.M.detach(), "z": leaving.z.detach()}, gradients
 
     expected, expected_gradients = run(slice(None), slice(None), None)
-    part = slice(rank * T // size, (rank + 1) * T // size)
+    tokens = slice(rank * T // size, (rank + 1) * T // size)
     with recorded_exchange() as record:
-        ours, gradients = run(part, slice(rank * segments // size, (rank + 1) * segments // size), group)
-    differences = {"out": (ours["out"] - expected["out"][:, part]).abs().max()}
+        ours, gradients = run(tokens, slice(rank * segments // size, (rank + 1) * segments // size), group)
+    differences = {"out": (ours["out"] - expected["out"][:, tokens]).abs().max()}
     differences |= {name: (ours[name] - expected[name]).abs().max() for name in ("M", "z")}
     for name, gradient in gradients.items():
         theirs = expected_gradients[name]
         if name in ("q", "k", "v"):
-            theirs = theirs[:, part]
+            theirs = theirs[:, tokens]
         else:
             dist.all_reduce(gradient)
         differences[f"gradient of {name}"] = (gradient - theirs).abs().max()
@@ -281,7 +284,11 @@ def context_parallel_operation(rule: str, segment_length: int, segments: int) ->
 
 
 def held_out_losses(run: RunConfig, segments: int) -> dict[str, HeldOutLoss]:
-    """After three steps, by what is done to the memory; with shuffled memory in micro-batches of so many segments."""
+    """Train three steps, then return the held-out losses with kept, emptied and shuffled memory.
+
+    Args:
+        segments: segments per micro-batch for the loss with shuffled memory.
+    """
     parts = build_parts(run)
     for _ in range(3):
         train_step(parts, StopRequest())
@@ -294,7 +301,7 @@ def held_out_losses(run: RunConfig, segments: int) -> dict[str, HeldOutLoss]:
 
 
 def read_back(run: RunConfig) -> dict[str, Any]:
-    """After three steps, while all held-out text is read."""
+    """Train three steps, then return the result of `ReadBack` over all held-out text."""
     parts = build_parts(run)
     for _ in range(3):
         train_step(parts, StopRequest())
@@ -306,7 +313,7 @@ def read_back(run: RunConfig) -> dict[str, Any]:
 
 
 def memory_gradient_norms(run: RunConfig) -> dict[str, Any]:
-    """By layer, of the first step, with the weights that it began with."""
+    """Return the memory gradient norms of the first step by layer, and the initial weights."""
     parts = build_parts(run)
     initial = weights(parts)
     train_step(parts, StopRequest())
@@ -316,11 +323,13 @@ def memory_gradient_norms(run: RunConfig) -> dict[str, Any]:
 
 
 def shuffled_by_hand(run: RunConfig) -> tuple[float, float]:
-    """Two rows: all memories of an ordinary pass first, then every micro-batch again with the two exchanged.
+    """Compute the shuffled-memory loss by hand with two rows.
+
+    A first pass collects the memory before each micro-batch. A second pass evaluates each micro-batch with the memories of the
+    two rows exchanged.
 
     Returns:
-        Loss summed over tokens whose row reads a memory that is not empty or has just been reset, and the same from
-        `held_out_loss`.
+        The loss summed over tokens of rows whose memory is not empty, and the same sum from `held_out_loss`.
     """
     parts = build_parts(run)
     for _ in range(3):
@@ -332,7 +341,7 @@ def shuffled_by_hand(run: RunConfig) -> tuple[float, float]:
         memories.append(parts.pipeline.evaluate([batch], memories[-1], lambda *_: None))
     total = 0.0
     for batch, memory in zip(batches[1:], memories[1:], strict=False):
-        exchanged = {layer: map_parts(lambda part: part.flip(0), state) for layer, state in memory.items()}
+        exchanged = {layer: map_parts(lambda tensor: tensor.flip(0), state) for layer, state in memory.items()}
         losses: list[Tensor] = []
         parts.pipeline.evaluate([batch], exchanged, lambda _, found, losses=losses: losses.append(found))
         filled = exchanged[1].z.flatten(1).sum(dim=1) > 0

@@ -1,4 +1,4 @@
-"""Real gloo processes for tests: a job is a function that every rank calls, in a process group that is theirs alone."""
+"""Run test jobs on real gloo processes. A job is a function that every rank calls; each job has its own process group."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from tests.warm.interpreter import python
 
 JOB_SECONDS = 240.0
 GRACE_SECONDS = 5.0
-"""How long the others may take to end after a rank failed."""
+"""Time for the other ranks to end after one has failed."""
 REPOSITORY = Path(__file__).parents[2]
 
 
 class Ranks:
-    """`world_size` processes for one job."""
+    """Starts `world_size` processes for each job."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
 
     def run(self, module: str, function: str, *arguments: Any) -> list[Any]:
-        """Call a function on every rank; its results in rank order. Arguments and results are pickled.
+        """Call a function on every rank and return the results in rank order. Arguments and results are pickled.
 
         Raises:
-            AssertionError: a rank raised (with its traceback) or did not answer in time (with everyone's stacks).
+            AssertionError: a rank raised (with its traceback) or did not answer in time (with the stacks of all ranks).
         """
         with tempfile.TemporaryDirectory(prefix="ranks-") as name:
             folder = Path(name)
@@ -52,7 +52,7 @@ class Ranks:
             return [pickle.loads((folder / f"answer{rank}").read_bytes()) for rank in range(self.world_size)]
 
     def _wait(self, ranks: list[subprocess.Popen[bytes]], folder: Path) -> list[str]:
-        """Until all have answered or one has failed and the others had their time: what went wrong."""
+        """Wait until all ranks have answered, or one has failed and the grace period is over. Return the errors."""
         deadline = time.monotonic() + JOB_SECONDS
         failed: set[int] = set()
         answered: set[int] = set()
@@ -75,7 +75,7 @@ class Ranks:
         return path.read_text() if path.exists() else "it said nothing"
 
     def _dump_stacks(self, ranks: list[subprocess.Popen[bytes]], folder: Path) -> list[str]:
-        """Where every rank stands, in all its threads."""
+        """Return the stacks of all threads of every rank."""
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(signal.SIGUSR2)

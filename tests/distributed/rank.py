@@ -26,7 +26,7 @@ def main(folder: Path, rank: str) -> int:
         return 1
     (folder / f"writing{rank}").write_bytes(answer)
     (folder / f"writing{rank}").rename(folder / f"answer{rank}")
-    # The others may still need this one's sockets.
+    # Keep this rank's sockets open: the other ranks may still need them.
     signal.pause()
     return 0
 

@@ -1,4 +1,4 @@
-"""Shards that are missing or damaged, at the start and while a run reads them."""
+"""Missing and damaged shards, at the start of a run and during it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.distributed.test_failures import pretrain
 
 @pytest.fixture
 def run(tmp_path):
-    """Two data-parallel ranks on a corpus in several shards, without enough steps to wait for."""
+    """A run of two data-parallel ranks on a corpus of several shards, with more steps than a test waits for."""
     write_corpus(tmp_path / "text")
     run = small_run(tmp_path)
     run = replace(
@@ -38,7 +38,7 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
-def test_a_shard_that_changed_is_fatal_by_default_and_named_once(run):
+def test_changed_shard_is_fatal_by_default_and_named_once(run):
     shard = TokenDataset(Path(run.data.path), "train")._files[1]
     flip_a_bit(shard)
     output = finish(start(run, 2), 2)
@@ -47,7 +47,7 @@ def test_a_shard_that_changed_is_fatal_by_default_and_named_once(run):
     assert f"{shard} has another checksum" in output and "set data.on_bad_shard to skip" in output
 
 
-def test_bad_shards_are_named_counted_and_left_out(run):
+def test_bad_shards_are_named_counted_and_skipped(run):
     dataset = TokenDataset(Path(run.data.path), "train")
     flip_a_bit(dataset._files[0])
     dataset._files[2].unlink()
@@ -63,7 +63,7 @@ def test_bad_shards_are_named_counted_and_left_out(run):
     assert [json.loads(line)["documents_left_out"] for line in lines] == [lost] * 3
 
 
-def test_a_shard_that_goes_bad_while_it_is_read_is_fatal_and_named(run):
+def test_shard_damaged_during_the_run_is_fatal_and_named(run):
     run = replace(run, data=replace(run.data, on_bad_shard="skip"))
     process = start(run, 2)
     wait_for_step(run, 2, process)
@@ -76,7 +76,7 @@ def test_a_shard_that_goes_bad_while_it_is_read_is_fatal_and_named(run):
     assert "Traceback" not in output
 
 
-def test_data_that_is_replaced_while_a_run_reads_it_is_not_taken_for_its_own(run):
+def test_data_replaced_during_the_run_is_an_error(run):
     run = replace(run, training=replace(run.training, steps=4), evaluation=replace(run.evaluation, every=2))
     result = pretrain(run, 2, "replace_data_in_evaluation@0@2")
     assert result.returncode == 2, result.stdout
@@ -84,7 +84,7 @@ def test_data_that_is_replaced_while_a_run_reads_it_is_not_taken_for_its_own(run
     assert "Traceback" not in result.stdout
 
 
-def test_what_one_rank_cannot_read_stops_all_with_the_same_line(run, pool):
-    """The others would wait for it, and only rank 0 speaks to the user."""
-    first, second = pool(2).run("tests.distributed.health_jobs", "document_goes_bad", run, 1)
+def test_read_error_on_one_rank_stops_all_ranks_with_its_message(run, pool):
+    """Otherwise the others would wait for it; and only rank 0 prints to the user."""
+    first, second = pool(2).run("tests.distributed.health_jobs", "damage_next_document", run, 1)
     assert first == second and ".tar is damaged in document" in first

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if it had not been: bit for bit, on processes that are really killed and started."""
+"""A stopped run resumes with bitwise equal results. Processes are really killed and started again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TIMED = {
 def start(
     run: RunConfig, processes: int, command: Callable[[Path], list[str]] = launcher, terminal: int | None = None
 ) -> subprocess.Popen[str]:
-    """`pretrain` through the launcher, as a user starts it; in a terminal of its own, if one is given."""
+    """Start `pretrain` through the launcher, as a user does; in a terminal of its own, if one is given."""
     path = Path(run.run_dir)
     path.mkdir(parents=True, exist_ok=True)
     config = path.with_suffix(".yaml")
@@ -66,7 +66,7 @@ def finish(process: subprocess.Popen[str], expected: int) -> str:
 
 
 def metrics(run: RunConfig) -> list[dict[str, Any]]:
-    """Records without what a clock decides."""
+    """Read the records without wall-clock values."""
     lines = (Path(run.run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in lines]
 
@@ -105,7 +105,7 @@ def elsewhere(run: RunConfig, name: str) -> RunConfig:
     return replace(run, run_dir=str(Path(run.run_dir).with_name(name)))
 
 
-def test_same_seed_gives_the_same_metrics_bit_for_bit(run, undisturbed):
+def test_same_seed_gives_bitwise_equal_metrics(run, undisturbed):
     again = elsewhere(run, "again")
     finish(start(again, 2), 0)
     assert metrics(again) == undisturbed
@@ -113,7 +113,7 @@ def test_same_seed_gives_the_same_metrics_bit_for_bit(run, undisturbed):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on(number, run, undisturbed):
+def test_signal_saves_and_the_run_resumes(number, run, undisturbed):
     stopped = elsewhere(run, f"stopped-{number.name}")
     process = start(stopped, 2)
     wait_for_step(stopped, 3, process)
@@ -128,8 +128,8 @@ def test_a_signal_saves_and_the_run_goes_on(number, run, undisturbed):
     assert metrics(stopped) == undisturbed
 
 
-def test_a_terminal_that_closes_is_a_signal_too(run, undisturbed):
-    """All that the launcher and its ranks say after that goes nowhere."""
+def test_closed_terminal_saves_and_the_run_resumes(run, undisturbed):
+    """Output of the launcher and its ranks after the terminal closes is dropped."""
     closed = elsewhere(run, "closed")
     screen, terminal = os.openpty()
     process = start(closed, 2, terminal=terminal)
@@ -146,7 +146,7 @@ def test_a_terminal_that_closes_is_a_signal_too(run, undisturbed):
     assert metrics(closed) == undisturbed
 
 
-def test_a_killed_rank_ends_the_run_which_goes_on_from_the_last_checkpoint(run, undisturbed):
+def test_killed_rank_ends_the_run_which_resumes_from_the_last_checkpoint(run, undisturbed):
     killed = elsewhere(run, "killed")
     process = start(killed, 2)
     wait_for_step(killed, 7, process)
@@ -163,7 +163,7 @@ def test_only_the_newest_checkpoints_are_kept(run, undisturbed):
     assert names == ["step_00000020", "step_00000024"]
 
 
-def test_a_checkpoint_is_as_large_as_the_plan_says(run, undisturbed):
+def test_checkpoint_has_the_planned_size(run, undisturbed):
     newest = list_checkpoints(Path(run.run_dir))[-1]
     tensors = describe_tensors(newest)
     streams = [tensors.pop(name) for name in ("streams", "random.torch")]
@@ -171,16 +171,16 @@ def test_a_checkpoint_is_as_large_as_the_plan_says(run, undisturbed):
     held = sum(each.properties.dtype.itemsize * each.size.numel() for each in tensors.values())
     assert held == checkpoint_bytes(run)
     files = sum(path.stat().st_size for path in newest.glob("*.distcp"))
-    assert held < files < held + 2500 * (len(tensors) + 1) + 10_000  # each with the header of a file of torch.save
+    assert held < files < held + 2500 * (len(tensors) + 1) + 10_000  # each tensor has a torch.save header
 
 
-def test_a_finished_run_started_again_changes_nothing(run, undisturbed):
+def test_restarting_a_finished_run_changes_nothing(run, undisturbed):
     assert "trained to step 24" in finish(start(run, 2), 0)
     assert metrics(run) == undisturbed
 
 
-def test_positions_in_other_streams_are_refused(run, undisturbed):
-    """A saved position exists in another order or set of documents too, where it means something else."""
+def test_checkpoint_of_other_data_or_order_is_refused(run, undisturbed):
+    """A saved position would be valid in another order or set of documents too, but would denote other text."""
     other = elsewhere(run, "other streams")
     shutil.copytree(run.run_dir, other.run_dir)
     reordered = replace(other, training=replace(run.training, seed=run.training.seed + 1, steps=25))
@@ -205,8 +205,8 @@ def test_positions_in_other_streams_are_refused(run, undisturbed):
     ],
     ids=lambda case: case.name,
 )
-def test_state_is_the_same_in_another_layout(saved, loaded, pool, run_config, tmp_path):
-    """Nothing in a checkpoint depends on the layout that wrote it: weights, moments, memory and positions all come back."""
+def test_state_loads_in_another_layout(saved, loaded, pool, run_config, tmp_path):
+    """A checkpoint does not depend on its layout: weights, moments, memory and positions are all restored."""
     run = replace(run_config, run_dir=str(tmp_path / "run"))
     before = pool(saved.processes).run("tests.distributed.jobs", "save_after", saved.apply(run), 3, 2)
     after = pool(loaded.processes).run("tests.distributed.jobs", "load_and_train", loaded.apply(run), 2)
@@ -218,7 +218,7 @@ def test_state_is_the_same_in_another_layout(saved, loaded, pool, run_config, tm
 
 
 @pytest.mark.parametrize("attention", [each for each in ATTENTION if each != "infini"])
-def test_every_attention_goes_on_where_it_was(attention, pool, run_config, tmp_path):
+def test_every_attention_resumes_exactly(attention, pool, run_config, tmp_path):
     model = replace(run_config.model, attention=attention)
     run = Case().apply(replace(run_config, run_dir=str(tmp_path / "run"), model=model))
     before = pool(1).run("tests.distributed.jobs", "save_after", run, 3, 2)
@@ -244,8 +244,8 @@ CHAIN = [
     [(CHAIN, {}), ([CHAIN[0], CHAIN[1], CHAIN[3], CHAIN[5]], {"short_convolution": 3, "short_convolution_reach": "document"})],
     ids=["paper", "convolution across borders"],
 )
-def test_resharding_loses_nothing_and_reads_nothing_twice(chain, options, pool, run_config, tmp_path):
-    """One run handed from layout to layout: its state comes over bit by bit, and its tokens are those of an undisturbed run."""
+def test_resharding_keeps_the_state_and_reads_each_token_once(chain, options, pool, run_config, tmp_path):
+    """A run that changes its layout several times keeps its state bit by bit, and reads the tokens of an undisturbed run."""
 
     def leg(case: Case, folder: str, steps: int) -> list[dict[str, Any]]:
         model = replace(run_config.model, **options)
@@ -273,4 +273,4 @@ def test_resharding_loses_nothing_and_reads_nothing_twice(chain, options, pool, 
     undisturbed = leg(Case(), "undisturbed", 2 * len(chain))[0]
     assert losses == pytest.approx(undisturbed["loss"], rel=1e-5)
     assert sorted(reads) == sorted(undisturbed["reads"])
-    assert len(set(reads)) == len(reads), "the corpus is read less than once in this test, so nothing comes twice"
+    assert len(set(reads)) == len(reads), "the test reads less than one epoch, so no read may repeat"

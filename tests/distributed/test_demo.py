@@ -1,4 +1,4 @@
-"""configs/tiny.yaml for a part of its steps: it learns, and torchrun computes the same run in other layouts."""
+"""configs/tiny.yaml for a fraction of its steps: it learns, and torchrun reproduces the run in other layouts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SHORT = 12
 
 @dataclass
 class Demo:
-    """The demo's data, and the metrics of its own layout (two stages, through launch/local.py)."""
+    """The demo's data folder, and the metrics of its own layout (two stages, through launch/local.py)."""
 
     folder: Path
     metrics: list[dict[str, Any]]
-    """Of the short run that other layouts are compared with: eight processes on a small machine are slow."""
+    """Metrics of a shorter run, with which other layouts are compared: eight processes are slow on a small machine."""
 
 
 def train(folder: Path, run_dir: str, *overrides: str, steps: int, processes: int, torchrun: bool) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     return Demo(folder, train(folder, "short", steps=SHORT, processes=2, torchrun=False))
 
 
-def test_the_demo_learns(demo):
+def test_demo_learns(demo):
     """The loss falls by 1.5 nats, and the memory helps on held-out text."""
     metrics = train(demo.folder, "demo", steps=40, processes=2, torchrun=False)
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 1.5

@@ -1,4 +1,4 @@
-"""What clusters do to a run, done for real: afterwards it goes on as if nothing had happened, bit for bit."""
+"""Real cluster failures during a run; afterwards it resumes with bitwise equal results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ sys.exit(RankProcesses([sys.executable, "-m", *sys.argv[2:]], environments, Stop
 
 
 def pretrain(run: RunConfig, processes: int, fault: str | None = None) -> subprocess.CompletedProcess[str]:
-    """`pretrain` on some processes under the launcher; one of them with a fault (NAME@RANK@STEP)."""
+    """Run `pretrain` under the launcher, optionally with a fault (NAME@RANK@STEP) on one rank."""
     path = Path(run.run_dir)
     path.mkdir(parents=True, exist_ok=True)
     config = path.with_suffix(".yaml")
@@ -47,7 +47,7 @@ def pretrain(run: RunConfig, processes: int, fault: str | None = None) -> subpro
 
 @pytest.fixture(scope="module")
 def run(run_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """Four ranks (two stages of two), a checkpoint every four steps, an evaluation every six."""
+    """A run of four ranks (two stages of two) with a checkpoint every four steps and an evaluation every six."""
     return replace(
         run_config,
         run_dir=str(tmp_path_factory.mktemp("runs") / "undisturbed"),
@@ -67,7 +67,7 @@ def undisturbed(run: RunConfig) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def pair(run: RunConfig) -> RunConfig:
-    """The same on two ranks, one a stage: they start in half the time, and one of them is still not the other."""
+    """The same run on two ranks, one per stage. It starts in half the time, and its ranks still have different roles."""
     return elsewhere(run, "undisturbed pair")
 
 
@@ -87,7 +87,7 @@ def undisturbed_pair(pair: RunConfig) -> list[dict[str, Any]]:
         ("kill_before_retention@0@8", 8),
     ],
 )
-def test_a_rank_killed_while_a_checkpoint_is_written(fault, goes_on_from, run, undisturbed):
+def test_rank_killed_during_a_save(fault, goes_on_from, run, undisturbed):
     hit = elsewhere(run, fault.partition("@")[0])
     result = pretrain(hit, 4, fault)
     assert result.returncode == 128 + 9, result.stdout
@@ -96,11 +96,11 @@ def test_a_rank_killed_while_a_checkpoint_is_written(fault, goes_on_from, run, u
     assert result.returncode == 0 and f"resuming from {hit.run_dir}/checkpoints/step_{goes_on_from:08d}" in result.stdout
     assert metrics(hit) == undisturbed
     left = sorted(path.name for path in (Path(hit.run_dir) / "checkpoints").iterdir())
-    assert left == ["step_00000008", "step_00000012"], "what the interrupted save left is cleaned up"
+    assert left == ["step_00000008", "step_00000012"], "files of the interrupted save were not deleted"
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "unreadable manifest"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(harm, pair, undisturbed_pair):
+def test_damaged_checkpoint_is_named_and_the_one_before_it_is_used(harm, pair, undisturbed_pair):
     hit = elsewhere(pair, harm)
     shutil.copytree(pair.run_dir, hit.run_dir)
     shard = Path(hit.run_dir) / "checkpoints" / "step_00000012" / "__1_0.distcp"
@@ -124,8 +124,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(harm, pair
     assert metrics(hit) == undisturbed_pair
 
 
-def test_a_run_none_of_whose_checkpoints_can_be_read_does_not_begin_anew(pair, undisturbed_pair):
-    """It would overwrite them, though it may be the storage that is away for a while."""
+def test_run_without_a_readable_checkpoint_does_not_start_from_scratch(pair, undisturbed_pair):
+    """It would overwrite the checkpoints, although the storage may only have failed for a while."""
     hit = elsewhere(pair, "none can be read")
     shutil.copytree(pair.run_dir, hit.run_dir)
     checkpoints = list_checkpoints(Path(hit.run_dir))
@@ -145,7 +145,7 @@ def test_a_run_none_of_whose_checkpoints_can_be_read_does_not_begin_anew(pair, u
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_metrics_that_find_no_room_cost_their_records_alone(pair):
+def test_metrics_on_a_full_disk_lose_only_records(pair):
     hit = elsewhere(pair, "no room for metrics")
     Path(hit.run_dir).mkdir(parents=True)
     (Path(hit.run_dir) / "metrics.jsonl").symlink_to("/dev/full")
@@ -155,16 +155,18 @@ def test_metrics_that_find_no_room_cost_their_records_alone(pair):
     assert [path.name for path in list_checkpoints(Path(hit.run_dir))] == ["step_00000008", "step_00000012"]
 
 
-def test_a_rank_that_fails_alone_does_not_wait_for_the_others(pair):
-    """They wait in a collective for it, and NCCL would wait for them where groups are left in order. Its exit is what the
-    launcher sees."""
+def test_rank_that_fails_alone_exits_without_waiting(pair):
+    """The other ranks wait for it in a collective, and NCCL would wait for them when it destroys its process groups.
+
+    So it must exit without destroying them; the launcher then ends the others.
+    """
     hit = elsewhere(pair, "fails alone")
     result = pretrain(hit, 2, "fail_in_data@1@4")
     assert result.returncode == 1, result.stdout
     assert "RuntimeError: on purpose" in result.stdout and "left its groups" not in result.stdout
 
 
-def test_a_full_disk_once_costs_one_checkpoint_and_nothing_else(pair, undisturbed_pair):
+def test_disk_full_once_loses_only_one_checkpoint(pair, undisturbed_pair):
     hit = elsewhere(pair, "full once")
     result = pretrain(hit, 2, "no_space_once@1@4")
     assert result.returncode == 0, result.stdout
@@ -173,7 +175,7 @@ def test_a_full_disk_once_costs_one_checkpoint_and_nothing_else(pair, undisturbe
     assert sorted(path.name[5:] for path in (Path(hit.run_dir) / "checkpoints").iterdir()) == ["00000008", "00000012"]
 
 
-def test_a_disk_that_stays_full_stops_the_run_on_all_ranks(pair, undisturbed_pair):
+def test_disk_that_stays_full_stops_the_run_on_all_ranks(pair, undisturbed_pair):
     hit = elsewhere(pair, "full for good")
     result = pretrain(hit, 2, "no_space_from_then_on@1@8")
     assert result.returncode == 2, result.stdout
@@ -183,7 +185,7 @@ def test_a_disk_that_stays_full_stops_the_run_on_all_ranks(pair, undisturbed_pai
     assert metrics(hit) == undisturbed_pair
 
 
-def test_a_store_that_takes_no_copies_costs_the_copies_alone(pair, undisturbed_pair):
+def test_failed_remote_copies_do_not_affect_the_run(pair, undisturbed_pair):
     hit = elsewhere(pair, "no copies")
     hit = replace(hit, checkpoint=replace(pair.checkpoint, copy_to="file:///dev/null/archive"))
     result = pretrain(hit, 2)
@@ -193,7 +195,7 @@ def test_a_store_that_takes_no_copies_costs_the_copies_alone(pair, undisturbed_p
     assert sorted(path.name[5:] for path in (Path(hit.run_dir) / "checkpoints").iterdir()) == ["00000008", "00000012"]
 
 
-def test_a_writer_that_stalls_is_named(pair, undisturbed_pair):
+def test_stalled_writer_is_named(pair, undisturbed_pair):
     hit = replace(elsewhere(pair, "stalled"), checkpoint=CheckpointConfig(every=4, timeout_seconds=8.0))
     result = pretrain(hit, 2, "stall@1@4")
     assert result.returncode == 2, result.stdout
@@ -204,9 +206,9 @@ def test_a_writer_that_stalls_is_named(pair, undisturbed_pair):
     assert metrics(hit) == undisturbed_pair
 
 
-# The writer of step 4 works beside the training, on a busy machine until the checkpoint of step 8 waits for it.
+# The save of step 4 runs in the background. On a busy machine it may last until the save of step 8 waits for it.
 @pytest.mark.parametrize("fault,stops_at", [("terminate_in_save@1@4", range(4, 9)), ("terminate_in_evaluation@1@6", (6, 7))])
-def test_one_rank_is_told_to_stop_twice(fault, stops_at, pair, undisturbed_pair):
+def test_two_stop_signals_to_one_rank(fault, stops_at, pair, undisturbed_pair):
     hit = elsewhere(pair, fault.partition("@")[0])
     result = pretrain(hit, 2, fault)
     assert result.returncode == 85, result.stdout
@@ -217,7 +219,7 @@ def test_one_rank_is_told_to_stop_twice(fault, stops_at, pair, undisturbed_pair)
     assert metrics(hit) == undisturbed_pair
 
 
-def test_waiting_and_writing_beside_the_training_give_the_same_bytes(pair, undisturbed_pair):
+def test_synchronous_and_asynchronous_saves_write_the_same_bytes(pair, undisturbed_pair):
     waiting = replace(elsewhere(pair, "waiting"), checkpoint=replace(pair.checkpoint, asynchronous=False))
     assert pretrain(waiting, 2).returncode == 0
     assert metrics(waiting) == undisturbed_pair
@@ -229,7 +231,7 @@ def test_waiting_and_writing_beside_the_training_give_the_same_bytes(pair, undis
 
 
 @pytest.mark.parametrize("reader", ["full disk", "closed pipe"])
-def test_a_log_that_cannot_be_written_does_not_end_a_run(reader, pair, undisturbed_pair):
+def test_unwritable_log_does_not_end_a_run(reader, pair, undisturbed_pair):
     run = elsewhere(pair, reader.replace(" ", "_"))
     save_config(run, Path(run.run_dir).with_suffix(".yaml"))
     if reader == "full disk":

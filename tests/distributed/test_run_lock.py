@@ -1,4 +1,4 @@
-"""One job a run directory, with real processes that hold the lock, stop, and die."""
+"""The lock of a run directory, with real processes that hold it, stop and die."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def change(folder: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def test_a_second_job_is_refused_until_the_first_is_dead(holder, tmp_path):
+def test_second_job_is_refused_until_the_first_is_dead(holder, tmp_path):
     with pytest.raises(UserError, match=rf"in use by another job \(host \S+, pid {holder.pid}\)"):
         acquire(tmp_path)
     holder.send_signal(signal.SIGSTOP)
@@ -57,37 +57,37 @@ def test_a_second_job_is_refused_until_the_first_is_dead(holder, tmp_path):
     holder.kill()
     holder.wait()
     started = time.monotonic()
-    acquire(tmp_path).require()
-    assert time.monotonic() - started < run_lock.SILENT_SECONDS / 2, "a dead process of this machine needs no watching"
+    acquire(tmp_path).check_held()
+    assert time.monotonic() - started < run_lock.SILENT_SECONDS / 2, "a dead process on this machine must be detected at once"
 
 
-def test_a_dead_process_that_nobody_waits_for_is_dead(holder, tmp_path):
-    """In a container whose first process is no init, the ranks of a launcher that was killed stay zombies."""
+def test_zombie_process_counts_as_dead(holder, tmp_path):
+    """In a container without an init process, the ranks of a killed launcher stay zombies."""
     holder.kill()
     while Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
-    acquire(tmp_path).require()
+    acquire(tmp_path).check_held()
 
 
-def test_a_requeued_slurm_job_takes_over_and_the_one_before_it_stops(tmp_path, monkeypatch):
+def test_requeued_slurm_job_takes_over_and_the_earlier_start_stops(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     first = acquire(tmp_path)
     with pytest.raises(UserError, match="SLURM job 7"):
         acquire(tmp_path)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     second = acquire(tmp_path)
-    second.require()
+    second.check_held()
     with pytest.raises(UserError, match="has taken over"):
-        first.require()
+        first.check_held()
     first.__exit__()
-    assert json.loads((tmp_path / "lock.json").read_text())["token"] == second.content["token"], "only its own lock is released"
+    assert json.loads((tmp_path / "lock.json").read_text())["token"] == second.content["token"], "first released a foreign lock"
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     with pytest.raises(UserError, match="in use by SLURM job 7"):
         acquire(tmp_path)
 
 
-def test_a_job_on_another_machine_is_alive_while_its_beat_moves(tmp_path, monkeypatch):
+def test_job_on_another_machine_is_alive_while_its_heartbeat_advances(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.2)
     monkeypatch.setattr(run_lock, "SILENT_SECONDS", 1.5)
     acquire(tmp_path)
@@ -103,22 +103,22 @@ def test_a_job_on_another_machine_is_alive_while_its_beat_moves(tmp_path, monkey
         acquire(tmp_path)
     other.join()
     started = time.monotonic()
-    acquire(tmp_path).require()
-    assert time.monotonic() - started > 1.4, "its beat was watched for long enough"
+    acquire(tmp_path).check_held()
+    assert time.monotonic() - started > 1.4, "the heartbeat was not watched for long enough"
 
 
-def test_the_lock_beats_and_is_released(tmp_path, monkeypatch):
+def test_lock_heartbeat_advances_and_lock_is_released(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
     with RunDirectoryLock(RunConfig(run_dir=str(tmp_path))) as lock:
         deadline = time.monotonic() + 10
         while json.loads((tmp_path / "lock.json").read_text())["beat"] < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
         assert json.loads((tmp_path / "lock.json").read_text())["beat"] >= 2
-        lock.require()
+        lock.check_held()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_that_someone_deleted_is_no_reason_to_stop(tmp_path):
+def test_deleted_lock_file_does_not_stop_the_job(tmp_path):
     lock = acquire(tmp_path)
     (tmp_path / "lock.json").unlink()
-    lock.require()
+    lock.check_held()

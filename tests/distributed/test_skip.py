@@ -1,4 +1,4 @@
-"""A value that is not finite on one rank: all ranks skip the same step, and nothing of it stays."""
+"""Skipped steps: after a value that is not finite on one rank, all ranks skip the step and keep nothing of it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def configure(case, options, run_config):
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_a_step_is_skipped_with_every_attention(attention, pool, run_config):
+def test_every_attention_skips_a_step(attention, pool, run_config):
     run = configure(Case(), {}, replace(run_config, model=replace(run_config.model, attention=attention)))
     (result,) = pool(1).run("tests.distributed.health_jobs", "skip_a_step", run, 0, MATRIX, float("inf"))
     assert result["skipped"] == [0, 0, 1, 0] and result["changed_by_the_skipped_step"] == []
@@ -51,7 +51,7 @@ def test_a_step_is_skipped_with_every_attention(attention, pool, run_config):
 
 @pytest.mark.parametrize("case,options", CASES, ids=name)
 def test_all_ranks_skip_a_step_with_one_bad_gradient(case, options, pool, run_config):
-    """A vector that every tensor rank holds is poisoned on the last rank, whose copy no gradient norm counts."""
+    """A replicated vector is poisoned on the last tensor rank, whose copy is not part of the gradient norm."""
     parameter, value = (NORM, float("nan")) if case.tp > 1 else (MATRIX, float("inf"))
     results = pool(case.processes).run(
         "tests.distributed.health_jobs",
@@ -72,12 +72,14 @@ def test_all_ranks_skip_a_step_with_one_bad_gradient(case, options, pool, run_co
         assert consecutive == 1
         assert (after["skipped_steps"], after["consecutive_skips"]) == (1, 0)
         for states in result["memory"].values():
-            assert all(torch.isfinite(part).all() and part.any(dim=-1).all() for part in states), "what was read is remembered"
+            assert all(torch.isfinite(state).all() and state.any(dim=-1).all() for state in states), (
+                "the memory lacks the text of the step"
+            )
 
 
 @pytest.mark.parametrize("case", [Case(dp=2), Case(pp=2), Case(tp=2, zero=0)], ids=name)
-def test_memory_of_a_poisoned_row_begins_anew_and_others_keep_theirs(case, pool, run_config):
-    """NaN in the forward of one row, on the last rank: the streams go on without it."""
+def test_memory_of_a_poisoned_row_is_emptied_and_others_keep_theirs(case, pool, run_config):
+    """NaN in the forward of one row on the last rank must not stay in the streams."""
     results = pool(2).run("tests.distributed.health_jobs", "skip_a_step", case.apply(run_config), 1, None, 0.0)
     poisoned = results[1]["rows"][0]
     for result in results:
@@ -104,21 +106,21 @@ def pretrain(pool, run_config, folder, first, last, **training):
     return results, records, sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
 
 
-def test_a_run_stops_after_too_many_skips_and_says_so(pool, run_config, tmp_path):
+def test_run_stops_after_too_many_skips(pool, run_config, tmp_path):
     results, records, checkpoints = pretrain(pool, run_config, tmp_path, 3, 8)
     assert results[0] == results[1]
     message, code = results[0]
     assert code == 87
     assert "3 steps in a row" in message and "health.max_consecutive_skips" in message and "step 5;" in message
     assert str(tmp_path / "run" / "checkpoints" / "step_00000002") in message and "\n" not in message
-    assert checkpoints == ["step_00000002"], "what is saved is from before the bad steps"
+    assert checkpoints == ["step_00000002"], "a checkpoint was saved after the bad steps"
     assert [record["skipped"] for record in records] == [0, 0, 1, 1, 1]
     assert [record["grad_norm"] is None for record in records] == [False, False, True, True, True]
     assert Path(tmp_path / "run" / "metrics.jsonl").read_text().count("NaN") == 0
 
 
-def test_skips_are_counted_over_a_checkpoint_that_was_saved_among_them(pool, run_config, tmp_path):
-    """The last step is always saved, a skipped one too: its weights are those from before the skips, its step is not."""
+def test_skips_are_counted_across_a_checkpoint(pool, run_config, tmp_path):
+    """The last step is always saved, even if skipped: with the weights from before the skips, and its own step number."""
     assert pretrain(pool, run_config, tmp_path, 3, 8, steps=4)[0] == [0, 0]
     results, records, checkpoints = pretrain(pool, run_config, tmp_path, 3, 8)
     message, code = results[0]
@@ -128,15 +130,15 @@ def test_skips_are_counted_over_a_checkpoint_that_was_saved_among_them(pool, run
     assert [record["skipped"] for record in records] == [0, 0, 1, 1, 1]
 
 
-def test_a_run_goes_on_after_fewer(pool, run_config, tmp_path):
-    """A checkpoint that was due at a skipped step is saved after the next good one."""
+def test_run_continues_after_fewer_skips(pool, run_config, tmp_path):
+    """A checkpoint that is due at a skipped step is saved after the next good step."""
     results, records, checkpoints = pretrain(pool, run_config, tmp_path, 5, 6)
     assert results == [0, 0]
     assert [record["skipped"] for record in records] == [0, 0, 0, 0, 1, 1, 0, 0]
     assert checkpoints == ["step_00000007", "step_00000008"]
 
 
-def test_counts_and_adams_own_are_kept_in_a_checkpoint(pool, run_config, tmp_path):
+def test_checkpoint_keeps_skip_counts_and_adam_steps(pool, run_config, tmp_path):
     run = replace(Case(dp=2).apply(run_config), run_dir=str(tmp_path / "run"))
     for result in pool(2).run("tests.distributed.health_jobs", "load_after_a_skip", run):
         assert result["different"] == []

@@ -1,4 +1,4 @@
-"""A loss that stands out is reported, or undone together with the data behind it."""
+"""Loss spikes are reported, or rolled back with their data skipped."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def records(run):
     return [json.loads(line) for line in lines]
 
 
-def test_a_spike_rolls_back_to_the_checkpoint_and_leaves_its_data_out(run, pool):
-    """The fault is on one rank; all go back from step 7 to step 4, and read on where step 7 ended."""
+def test_spike_rolls_back_to_the_checkpoint_and_skips_its_data(run, pool):
+    """The fault is on one rank. All ranks go back from step 7 to step 4, and continue reading after step 7."""
     for result in pool(2).run("tests.distributed.health_jobs", "pretrain_with_spikes", run, 1, [7]):
         assert result["end"] == 0
         seen = result["seen"]
@@ -40,25 +40,25 @@ def test_a_spike_rolls_back_to_the_checkpoint_and_leaves_its_data_out(run, pool)
         at_checkpoint, after = seen[4], seen[7]
         for name, value in at_checkpoint["all"].items():
             assert torch.equal(after["all"][name], value), f"{name} is not that of the checkpoint"
-        assert at_checkpoint["memory"] > 0 and after["memory"] == 0, "the streams go on with an empty memory"
+        assert at_checkpoint["memory"] > 0 and after["memory"] == 0, "the memory must be empty after a rollback"
         read = [each["positions"] for each in seen]
         assert not any(torch.equal(after["positions"], each) for each in read[:7])
-        # Undisturbed, each step reads the same number of segments: 7 of them were read before step 4 was trained again.
+        # Each step reads the same number of segments. Seven steps were read before training continued from step 4.
         undisturbed = pool(2).run("tests.distributed.health_jobs", "positions_after", run, 7)
         assert any(torch.equal(after["positions"], each) for each in undisturbed)
     found = [(each["step"], each["spike"]) for each in records(run)]
     assert found == [*((n, 0) for n in range(1, 7)), (7, 1), *((n, 0) for n in range(5, 11))]
 
 
-def test_a_spike_after_the_last_rollback_stops_the_run(run, pool):
+def test_spike_after_the_last_rollback_stops_the_run(run, pool):
     results = pool(2).run("tests.distributed.health_jobs", "pretrain_with_spikes", run, 0, [7, 11])
     message, code = results[0]["end"]
     assert results[1]["end"] == (message, code)
     assert code == 87 and "step 8 is a spike after 1 rollbacks (health.max_rollbacks)" in message and "\n" not in message
 
 
-def test_a_checkpoint_that_is_on_its_way_gets_there_before_a_run_stops_itself(run, pool):
-    """That of step 8, where the last spike is: after step 7's rollback it is the eleventh that is trained."""
+def test_save_in_progress_completes_before_the_run_stops(run, pool):
+    """The last spike is at step 8, which is the eleventh trained step after the rollback of step 7."""
     run = replace(run, checkpoint=replace(run.checkpoint, every=1))
     results = pool(2).run("tests.distributed.health_jobs", "pretrain_with_spikes", run, 0, [7, 11], 1.5)
     message, code = results[0]["end"]
@@ -68,7 +68,7 @@ def test_a_checkpoint_that_is_on_its_way_gets_there_before_a_run_stops_itself(ru
     assert saved[-1] == f"step_{last - 1:08d}" and list_checkpoints(Path(run.run_dir))[-1].name == saved[-1]
 
 
-def test_a_spike_is_only_reported_by_default(run, pool):
+def test_spike_is_only_reported_by_default(run, pool):
     run = replace(run, health=replace(run.health, on_spike="report"))
     results = pool(2).run("tests.distributed.health_jobs", "pretrain_with_spikes", run, 1, [7])
     assert [result["end"] for result in results] == [0, 0]

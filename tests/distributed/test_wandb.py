@@ -1,4 +1,4 @@
-"""A run goes on where Weights & Biases cannot be reached, and where its process is lost. In processes of their own."""
+"""Training continues if Weights & Biases cannot be reached or its process dies; tested in subprocesses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ with MetricsWriter(run, 0, enabled=True) as metrics:
 
 
 def train(folder: Path, *arguments: str, **environment: str) -> str:
-    """What a process printed that writes records; it must end well."""
+    """Run a process that writes records, check its exit code, and return its output."""
     result = subprocess.run(
         [sys.executable, "-c", RUN, str(folder), *arguments],
         env={**os.environ, **environment},
@@ -55,10 +55,10 @@ def train(folder: Path, *arguments: str, **environment: str) -> str:
         ({"WANDB_API_KEY": "0"}, "online"),
         ({"WANDB_API_KEY": "0", "WANDB_MODE": "offline"}, "offline"),
         ({"WANDB_API_KEY": "0", "WANDB_MODE": "disabled"}, "off"),
-        ({"WANDB_MODE": "online"}, "online"),  # of someone who has logged in
+        ({"WANDB_MODE": "online"}, "online"),  # a user who has logged in
     ],
 )
-def test_auto_is_what_the_environment_says(environment, mode, monkeypatch):
+def test_auto_follows_the_environment(environment, mode, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -67,19 +67,19 @@ def test_auto_is_what_the_environment_says(environment, mode, monkeypatch):
     assert _wandb_mode(RunConfig(logging=LoggingConfig(wandb="offline"))) == "offline"
 
 
-def test_gates_that_are_not_finite_end_nothing():
+def test_gates_that_are_not_finite_are_left_out():
     flat = _for_wandb({"step": 1, "gates": [[0.5, float("nan")], [float("inf")]]})
     assert [sum(flat[f"gates/layer_{layer}"].histogram) for layer in (1, 2)] == [1, 0]
 
 
-def test_no_network_is_no_reason_not_to_train(tmp_path):
-    nobody = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "2"}
-    printed = train(tmp_path, "online", **nobody)
+def test_training_continues_without_network(tmp_path):
+    unreachable = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "2"}
+    printed = train(tmp_path, "online", **unreachable)
     assert "Weights & Biases cannot be reached" in printed and "wandb sync" in printed and "Traceback" not in printed
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_its_process_may_die(tmp_path):
+def test_training_continues_after_its_process_dies(tmp_path):
     printed = train(tmp_path, "offline", "kill")
     assert printed.count("Weights & Biases is lost") == 1 and "Traceback" not in printed
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The interpreter that tests start ranks with behaves like one: arguments, files, exit codes, signals."""
+"""The warm interpreter behaves like a normal one: arguments, files, exit codes, signals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def call(*arguments: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize(
     "code", ["print(sys.argv[1:], sys.stdin.read())", "sys.exit(3)", "sys.exit('words')", "raise ValueError('words')"]
 )
-def test_it_ends_and_says_what_an_interpreter_does(code):
+def test_output_and_exit_code_are_those_of_an_interpreter(code):
     expected = subprocess.run(
         [sys.executable, "-c", f"import sys; {code}", "a", "b c"], input="typed", capture_output=True, text=True, check=False
     )
@@ -32,7 +32,7 @@ def test_it_ends_and_says_what_an_interpreter_does(code):
     assert error.splitlines()[-1:] == expected.stderr.splitlines()[-1:]
 
 
-def test_scripts_and_modules_find_what_lies_beside_them(tmp_path):
+def test_scripts_and_modules_import_their_neighbours(tmp_path):
     (tmp_path / "beside.py").write_text("value = 'found'\n")
     (tmp_path / "script.py").write_text("import sys, beside\nif __name__ == '__main__': print(beside.value, sys.argv)\n")
     script = str(tmp_path / "script.py")
@@ -42,7 +42,7 @@ def test_scripts_and_modules_find_what_lies_beside_them(tmp_path):
 
 
 def forked(code: str) -> tuple[subprocess.Popen[str], int]:
-    """A process, and the pid of the one that it stands for."""
+    """Start a process; return it and the pid of the forked process behind it."""
     process = subprocess.Popen(
         [python(), "-u", "-c", f"import os, signal, sys, time; print(os.getpid(), flush=True); {code}"],
         stdout=subprocess.PIPE,
@@ -51,13 +51,13 @@ def forked(code: str) -> tuple[subprocess.Popen[str], int]:
     return process, int(process.stdout.readline())
 
 
-def test_a_death_by_a_signal_is_one():
+def test_death_by_signal_is_reported_as_such():
     process, _ = forked("os.kill(os.getpid(), signal.SIGKILL)")
     assert process.wait(30) == -signal.SIGKILL
 
 
-def test_signals_are_passed_on():
-    # Short sleeps: Python's handler does not run for a signal that comes just before a long one begins.
+def test_signals_are_forwarded():
+    # Short sleeps, because Python's handler does not run for a signal that arrives just before a long sleep begins.
     process, pid = forked(
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(85)); print('armed', flush=True)\nwhile True: time.sleep(0.05)"
     )
@@ -66,7 +66,7 @@ def test_signals_are_passed_on():
     assert process.wait(30) == 85
 
 
-def test_who_is_killed_takes_the_process_along():
+def test_killing_the_client_kills_the_process():
     process, pid = forked("time.sleep(60)")
     process.kill()
     process.wait(30)
@@ -76,8 +76,8 @@ def test_who_is_killed_takes_the_process_along():
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_at_the_end_nobody_is_left(monkeypatch):
-    for name in ("WARM_PYTHON", "WARM_PYTHON_SOCKET"):  # given back at the end
+def test_no_process_is_left_at_the_end(monkeypatch):
+    for name in ("WARM_PYTHON", "WARM_PYTHON_SOCKET"):  # monkeypatch restores them at the end
         monkeypatch.setenv(name, "")
     with warm_python():
         process, pid = forked("signal.pause()")

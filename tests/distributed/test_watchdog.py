@@ -1,4 +1,4 @@
-"""A rank that hangs is named, all ranks leave their stacks, and the job ends; slow starts and saves are no alarm."""
+"""Watchdog: a hanging rank is named, all ranks dump their stacks, and the job ends. Slow starts and saves raise no alarm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.distributed.test_failures import pretrain
 
 @pytest.fixture
 def run(run_config, tmp_path):
-    """More steps than a test waits for, and an alarm after some seconds."""
+    """A run with more steps than a test waits for, and a time limit of a few seconds."""
     run = replace(
         run_config,
         run_dir=str(tmp_path / "run"),
@@ -36,8 +36,8 @@ def stacks(run):
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_a_stopped_rank_is_named_and_the_job_ends(stopped, run):
-    # Ranks that are whole processes: SIGSTOP cannot be passed on.
+def test_stopped_rank_is_named_and_the_job_ends(stopped, run):
+    # Use normal interpreters for the ranks: the warm interpreter's client cannot forward SIGSTOP.
     process = start(run, 2, lambda script: [sys.executable, str(script)])
     wait_for_step(run, 3, process)
     ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
@@ -55,12 +55,12 @@ def test_a_stopped_rank_is_named_and_the_job_ends(stopped, run):
     found = stacks(run)
     assert sorted(found) == ["rank_0.txt", "rank_1.txt"]
     for text in found.values():
-        assert "loop.py" in text and "watchdog.py" in text, "the stacks of the thread that trains and of the watchdog"
+        assert "loop.py" in text and "watchdog.py" in text, "the stacks of the training thread or of the watchdog are missing"
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks), "the stopped rank was not killed"
 
 
-def test_a_rank_that_is_stuck_is_told_from_those_that_wait_for_it(run):
-    """Its process lives and its watchdog beats: the others' operations only wait."""
+def test_stuck_rank_is_named_and_not_those_that_wait_for_it(run):
+    """Its process is alive and sends heartbeats; the others are in operations that only wait."""
     run = Case(dp=2, window=(1, 4)).apply(run)
     result = pretrain(run, 2, "hang_in_data@1@4")
     assert result.returncode == HANG_EXIT_CODE, result.stdout
@@ -70,16 +70,16 @@ def test_a_rank_that_is_stuck_is_told_from_those_that_wait_for_it(run):
 
 
 @pytest.mark.parametrize("step", [2, 4])
-def test_a_rank_that_has_left_and_does_not_end_is_named(step, run):
-    """Its beats have ended with its watchdog, the last that was seen perhaps in the first step; the others wait for it."""
+def test_rank_that_left_but_does_not_exit_is_named(step, run):
+    """Its heartbeats ended with its watchdog, the last one possibly in the first step. The others wait for it."""
     run = Case(dp=2, window=(1, 4)).apply(run)
     result = pretrain(run, 2, f"leave_in_data@1@{step}")
     assert result.returncode == HANG_EXIT_CODE, result.stdout
     assert "the job hangs: rank 1 (host" in result.stdout
 
 
-def test_a_slow_first_step_and_a_slow_save_are_no_alarm(run, pool):
-    """Each takes much longer on one rank than an ordinary operation may; the other rank waits for it all the while."""
+def test_slow_first_step_and_slow_save_raise_no_alarm(run, pool):
+    """On one rank, each takes much longer than the limit of an ordinary operation; the other rank waits for it."""
     run = replace(run, training=replace(run.training, steps=3), checkpoint=CheckpointConfig(every=2, asynchronous=False))
     assert pool(2).run("tests.distributed.health_jobs", "pretrain_slowly", run, 1, 9.0) == [0, 0]
     assert not list(Path(run.run_dir).glob("heartbeats-*")) and not (Path(run.run_dir) / "stacks").exists()

@@ -1,4 +1,4 @@
-"""The commit protocol, reading without running code, and the checkpoint command, on real folders in one process."""
+"""Commit protocol, safe reading, and the checkpoint command, on real folders in one process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_named(name, tmp_path, capsys):
+def test_damage_is_reported(name, tmp_path, capsys):
     path = write(tmp_path, 5)
     assert folder.damage(path) == []
     assert main(["checkpoint", "verify", "--path", str(path)]) == 0
@@ -69,7 +69,7 @@ def test_damage_is_named(name, tmp_path, capsys):
 
 
 def test_only_committed_folders_are_checkpoints(tmp_path):
-    """Neither an unfinished folder, nor what an interrupted commit left, nor a link `latest` that leads nowhere."""
+    """Unfinished folders, remains of an interrupted commit and broken links are not listed."""
     write(tmp_path, 5)
     folder.start_folder(tmp_path, 10)
     (write(tmp_path, 15) / "COMMITTED").unlink()
@@ -78,7 +78,7 @@ def test_only_committed_folders_are_checkpoints(tmp_path):
     assert [path.name for path in folder.list_checkpoints(tmp_path)] == ["step_00000005"]
 
 
-def test_the_list_shows_every_folder_whatever_its_state(tmp_path, capsys):
+def test_list_shows_folders_in_every_state(tmp_path, capsys):
     write(tmp_path, 5)
     (write(tmp_path, 10) / "state.json").write_text("{")
     (write(tmp_path, 15) / "COMMITTED").unlink()
@@ -87,12 +87,12 @@ def test_the_list_shows_every_folder_whatever_its_state(tmp_path, capsys):
     assert [word in row for row, word in zip(rows, ("committed", "damaged", "not"), strict=True)] == [True, True, True]
 
 
-def test_the_list_compares_names_and_sizes(tmp_path, capsys, monkeypatch):
+def test_list_compares_names_and_sizes(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     (write(tmp_path, 5) / "__0_0.distcp").unlink()
     (write(tmp_path, 10) / "__0_0.distcp").write_bytes(b"x")
     write(tmp_path, 15)
-    monkeypatch.setattr(folder, "damaged_file", None)  # no checksums: a list is quick
+    monkeypatch.setattr(folder, "damaged_file", None)  # list computes no checksums
     assert main(["checkpoint", "list", "--run_dir", str(tmp_path)]) == 0
     missing, short, whole = (line for line in capsys.readouterr().out.splitlines() if "step_" in line)
     assert "damaged: __0_0.distcp is missing; it will not be used" in missing and " 5 " in missing
@@ -108,7 +108,7 @@ def test_the_list_compares_names_and_sizes(tmp_path, capsys, monkeypatch):
         ("there.safetensors", "exists; name another file"),
     ],
 )
-def test_weights_that_cannot_be_written_are_refused_before_they_are_read(output, words, tmp_path, capsys):
+def test_unwritable_output_is_refused_before_weights_are_read(output, words, tmp_path, capsys):
     path = write(tmp_path, 5)
     (tmp_path / "there.safetensors").touch()
     assert main(["checkpoint", "consolidate", "--path", str(path), "--output", str(tmp_path / output)]) == 2
@@ -123,11 +123,14 @@ def test_retention(tmp_path):
     assert sorted(path.name[5:] for path in folder.checkpoint_root(tmp_path).iterdir()) == ["00000020", "00000030", "00000040"]
 
 
-def test_checkpoints_that_a_resume_passed_over_count_for_nothing_and_are_set_aside(tmp_path):
-    """The run went on from 20, because 30 and 40 could not be read, and has saved 25. It may have been the storage."""
+def test_retention_sets_aside_checkpoints_newer_than_the_resumed_one(tmp_path):
+    """The run resumed from step 20, because 30 and 40 could not be read, and saved step 25.
+
+    The files of 30 and 40 are kept, because the storage may have failed.
+    """
     for step in (10, 20, 25, 30, 40):
         write(tmp_path, step)
-    for _ in range(2):  # the second finds a place that is taken
+    for _ in range(2):  # the second time, a folder of that name was set aside before
         folder.retain(tmp_path, newest=25, keep=2, keep_every=10)
         names = sorted(path.name[5:] for path in folder.checkpoint_root(tmp_path).iterdir())
         assert names == ["00000010", "00000020", "00000025", "00000030.damaged", "00000040.damaged"]
@@ -136,16 +139,16 @@ def test_checkpoints_that_a_resume_passed_over_count_for_nothing_and_are_set_asi
 
 
 @pytest.mark.parametrize("seconds", [1, 1000])
-def test_a_checkpoint_whose_marker_cannot_be_read_now_is_not_deleted(seconds, tmp_path, monkeypatch):
-    """The storage is away for so many seconds, while an older checkpoint is to be deleted."""
+def test_checkpoint_with_unreadable_marker_is_not_deleted(seconds, tmp_path, monkeypatch):
+    """The storage fails for the given seconds while retention deletes an older checkpoint."""
     paths, now, real = [write(tmp_path, step) for step in (10, 20, 30)], [0], Path.read_text
 
-    def away(path: Path, *arguments, **options) -> str:
+    def failing_read(path: Path, *arguments, **options) -> str:
         if path == paths[1] / "COMMITTED" and now[0] < seconds:
             raise OSError(errno.EIO, "Input/output error")
         return real(path, *arguments, **options)
 
-    monkeypatch.setattr(Path, "read_text", away)
+    monkeypatch.setattr(Path, "read_text", failing_read)
     monkeypatch.setattr(time, "sleep", lambda waited: now.__setitem__(0, now[0] + waited))
     folder.retain(tmp_path, newest=30, keep=2, keep_every=0)
     assert folder.list_checkpoints(tmp_path) == paths[1:]
@@ -153,7 +156,7 @@ def test_a_checkpoint_whose_marker_cannot_be_read_now_is_not_deleted(seconds, tm
     assert folder.damage(paths[1]) == []
 
 
-def test_what_was_set_aside_is_listed_as_that(tmp_path, capsys):
+def test_list_shows_checkpoints_that_were_set_aside(tmp_path, capsys):
     write(tmp_path, 10)
     folder.set_aside(write(tmp_path, 20))
     assert main(["checkpoint", "list", "--run_dir", str(tmp_path)]) == 0
@@ -161,12 +164,12 @@ def test_what_was_set_aside_is_listed_as_that(tmp_path, capsys):
     assert "set aside" in said and said.count("committed") == 1
 
 
-def test_what_is_written_asks_nothing_of_a_gpu(tmp_path):
-    """A copy ahead would work on the first GPU in every process."""
+def test_writer_does_not_use_the_gpu(tmp_path):
+    """Copy-ahead would use GPU 0 in every process."""
     assert writer._Files(tmp_path, writer.Save(1, 0.0)).per_thread_copy_ahead == 0
 
 
-def test_the_operating_systems_reason_is_what_a_user_reads():
+def test_error_line_prefers_the_os_error():
     try:
         try:
             raise OSError(28, "No space left on device")
@@ -177,7 +180,7 @@ def test_the_operating_systems_reason_is_what_a_user_reads():
     assert writer._one_line(RuntimeError("first\nlast")) == "last"
 
 
-def test_an_interrupted_deletion_leaves_nothing_to_trust(tmp_path, monkeypatch):
+def test_interrupted_deletion_leaves_no_committed_checkpoint(tmp_path, monkeypatch):
     path = write(tmp_path, 5)
     monkeypatch.setattr(folder.shutil, "rmtree", lambda *_, **__: None)
     folder.delete(path)
@@ -185,7 +188,7 @@ def test_an_interrupted_deletion_leaves_nothing_to_trust(tmp_path, monkeypatch):
 
 
 def recommit(path: Path) -> None:
-    """As one would who wants damage to be trusted."""
+    """Commit a tampered folder again, as an attacker would."""
     (path / "COMMITTED").unlink()
     files = [file for file in path.iterdir() if file.name != "manifest.json"]
     manifest = {"format_version": folder.FORMAT_VERSION, "files": {file.name: folder.describe_file(file) for file in files}}
@@ -194,7 +197,7 @@ def recommit(path: Path) -> None:
 
 
 class Evil:
-    """Touches a file when it is unpickled."""
+    """A payload that creates a file when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -203,7 +206,7 @@ class Evil:
         return (Path.touch, (self.target,))
 
 
-def test_a_planted_pickle_is_refused(tmp_path):
+def test_malicious_metadata_is_refused(tmp_path):
     path = write(tmp_path, 5)
     (path / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     recommit(path)
@@ -212,11 +215,11 @@ def test_a_planted_pickle_is_refused(tmp_path):
         read_whole(path, ["model.a.weight"])
     assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(Evil(tmp_path / "ran")))
-    assert (tmp_path / "ran").exists(), "the plant would not have worked, and the test shows nothing"
+    assert (tmp_path / "ran").exists(), "the payload does not work, so the test proves nothing"
 
 
-def test_a_planted_shard_and_entries_of_bytes_are_refused(tmp_path):
-    """A tensor's own bytes go through torch.load(weights_only=True); an entry that is no tensor would not."""
+def test_malicious_shard_and_bytes_entries_are_refused(tmp_path):
+    """torch loads tensors with weights_only=True, but would unpickle entries of bytes without it."""
     path = write(tmp_path, 5)
     partial = folder.start_folder(tmp_path, 6)
     dcp.save({"model.a.weight": Evil(tmp_path / "ran")}, storage_writer=dcp.FileSystemWriter(partial), no_dist=True)
@@ -233,7 +236,7 @@ def test_a_planted_shard_and_entries_of_bytes_are_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_files_outside_of_the_manifest_are_refused(tmp_path):
+def test_files_outside_the_manifest_are_refused(tmp_path):
     path = write(tmp_path, 5)
     with (path / ".metadata").open("rb") as file:
         metadata = pickle.load(file)
@@ -266,7 +269,7 @@ def test_list_inspect_consolidate(tmp_path, capsys):
     assert "exists; name another file" in capsys.readouterr().err
 
 
-def test_a_weights_file_that_is_none_is_refused_in_one_line(tmp_path):
+def test_invalid_weights_file_is_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
     with pytest.raises(UserError, match="there is no such file"):
         read_weights_facts(path)
@@ -278,7 +281,7 @@ def test_a_weights_file_that_is_none_is_refused_in_one_line(tmp_path):
         read_weights_facts(path)
 
 
-def test_a_copy_elsewhere_is_a_checkpoint_too(tmp_path):
+def test_copy_to_url_is_a_valid_checkpoint(tmp_path):
     path = write(tmp_path / "run", 5)
     copy_to_url(path, f"file://{tmp_path}/archive")
     assert folder.damage(tmp_path / "archive" / "step_00000005") == []

@@ -1,4 +1,4 @@
-"""Warnings in words: said when they are true, and only then."""
+"""Memory warnings appear when their condition holds, and only then."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ GOOD: dict[str, Any] = {
 }
 
 
-def test_a_run_that_uses_its_memory_is_left_alone():
+def test_no_warning_when_memory_is_used():
     assert memory_warnings(RUN, GOOD) == []
     assert memory_warnings(RUN, {"step": 50, "gates": GOOD["gates"]}) == []
 
 
-def test_stuck_gates_are_told_with_the_key_that_moves_them():
+def test_warning_of_stuck_gates_names_the_key():
     (warning,) = memory_warnings(RUN, GOOD | {"gates": [[0.5, 0.519], [0.481, 0.5]]})
     assert "gates are stuck" in warning and "optimizer.gate_learning_rate is 0.01" in warning
     elsewhere = replace(RUN, model=ModelConfig(initial_gate=-2.0))
@@ -34,12 +34,12 @@ def test_stuck_gates_are_told_with_the_key_that_moves_them():
 
 
 @pytest.mark.parametrize("emptied", [3.0005, 2.9])
-def test_memory_that_goes_unused_is_told_with_what_decides(emptied):
+def test_warning_of_unused_memory_names_the_segments(emptied):
     (warning,) = memory_warnings(RUN, GOOD | {"held_out_loss_memory_emptied": emptied})
     assert f"by {emptied - 3.0:+.4f} nats" in warning and "2 segments a window" in warning
 
 
-def test_nothing_is_said_early_or_without_memory():
+def test_no_warning_early_or_without_memory():
     bad = GOOD | {"gates": [[0.5]], "held_out_loss_memory_emptied": 3.0}
     assert len(memory_warnings(RUN, bad)) == 2
     assert memory_warnings(RUN, bad | {"step": 49}) == []

@@ -1,4 +1,4 @@
-"""metrics.jsonl on a disk that is full for a while."""
+"""metrics.jsonl on a full disk and after a crash."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def run_in(folder: Path) -> RunConfig:
     return run
 
 
-def test_records_wait_until_there_is_room(tmp_path, capsys):
-    """The system takes a part of the second record, and nothing more until the fourth is written."""
+def test_records_are_kept_until_the_disk_has_space(tmp_path, capsys):
+    """The system writes 5 bytes of the second record, then fails until the fourth record."""
     with MetricsWriter(run_in(tmp_path), 0, enabled=True) as metrics:
         metrics.write({"step": 1})
         there, allowed = metrics._file, [5]
@@ -47,7 +47,7 @@ def test_records_wait_until_there_is_room(tmp_path, capsys):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_records_that_never_find_room_are_an_error_at_the_end(tmp_path):
+def test_lost_records_are_an_error_at_the_end(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     metrics = MetricsWriter(run_in(tmp_path), 0, enabled=True)
     metrics.write({"step": 1})
@@ -57,17 +57,17 @@ def test_records_that_never_find_room_are_an_error_at_the_end(tmp_path):
         metrics.__exit__(None)
     metrics = MetricsWriter(run_in(tmp_path), 0, enabled=True)
     metrics.write({"step": 1})
-    metrics.__exit__(ValueError)  # which is the news then
+    metrics.__exit__(ValueError)  # the exception is reported instead
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_unwritable_path_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: Is a directory"):
         MetricsWriter(run_in(tmp_path), 0, enabled=True)
 
 
-def test_a_resumed_run_drops_lines_that_are_none(tmp_path):
-    """What a machine that crashed left: zeros, other bytes, half a line."""
+def test_resumed_run_drops_invalid_lines(tmp_path):
+    """A machine crash can leave zeros, other bytes, or half a line."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\0\0\0\n\xff\xfe\n5\n[]\n{"step": null}\n{"step": 2}\n{"step": 3}\n{"st')
     truncate_metrics(path, 2)
@@ -75,8 +75,8 @@ def test_a_resumed_run_drops_lines_that_are_none(tmp_path):
 
 
 @pytest.mark.parametrize("left", [None, b"", b"\0\0\0\0", b"\xff\xfe"])
-def test_a_run_without_a_name_at_wandb_gets_one_and_keeps_it(left, tmp_path):
-    """What a machine that crashed left in the file would end pretrain in a traceback."""
+def test_wandb_id_is_created_once(left, tmp_path):
+    """An id file damaged by a crash must not end pretrain."""
     if left is not None:
         (tmp_path / "wandb_id").write_bytes(left)
     name = _wandb_id(tmp_path)

@@ -1,4 +1,4 @@
-"""The time of a training step by part: who gets which operation, and the whole of it on a run."""
+"""Time of a training step by part: assignment of operations, profiler messages and the report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.unit.test_report import step_record, write_run
 
 
 class Cube(torch.autograd.Function):
-    """A function in Python, whose forward makes no nodes of its own."""
+    """An autograd function in Python; operations in its forward create no graph nodes."""
 
     @staticmethod
     def forward(ctx, x):
@@ -45,7 +45,7 @@ def events_of(work) -> list[FunctionEvent]:
 
 
 def own_time(events: list[FunctionEvent], *names: str) -> float:
-    """Milliseconds of the operations of these names and of what they call."""
+    """Return the milliseconds of the named operations, including the operations they call."""
     return sum(event.cpu_time_total for event in events if event.name in names) / 1000
 
 
@@ -56,8 +56,8 @@ def parts_of(events: list[FunctionEvent]) -> dict[tuple[str, str], float]:
     return found
 
 
-def test_what_is_outside_of_a_step_is_no_part_of_it() -> None:
-    """As an evaluation between two steps, and the backward of one that was begun before."""
+def test_events_outside_a_step_are_not_counted() -> None:
+    """For example an evaluation between two steps, or a backward whose forward ran before the step."""
     x = torch.randn(64, 64, requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         (x @ x).sum().backward()
@@ -68,7 +68,7 @@ def test_what_is_outside_of_a_step_is_no_part_of_it() -> None:
     assert parts.keys() == {"memory path"}
 
 
-def test_an_operation_and_its_backward_belong_to_the_innermost_part() -> None:
+def test_operation_and_backward_belong_to_the_innermost_part() -> None:
     x, weight = torch.randn(64, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)
 
     @counted_as("inner")
@@ -109,7 +109,7 @@ def test_every_operation_is_counted_once() -> None:
     assert sum(parts_of(events).values()) == pytest.approx(total, rel=1e-6)
 
 
-def test_attention_and_memory_are_told_apart() -> None:
+def test_attention_and_memory_are_separate_parts() -> None:
     q, k, v = (torch.randn(2, 128, 2, 32, requires_grad=True) for _ in range(3))
 
     def work() -> None:
@@ -127,8 +127,8 @@ def test_attention_and_memory_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 2, 3])
-def test_a_run_with_too_few_steps_says_that_nothing_was_measured(steps: int, tmp_path: Path) -> None:
-    """As one that has all its steps already: it said nothing."""
+def test_too_few_steps_print_that_no_profile_was_written(steps: int, tmp_path: Path) -> None:
+    """Zero steps: the run has already finished all its steps."""
     run = RunConfig(run_dir=str(tmp_path), profiling=ProfilingConfig(steps=2))
     said: list[str] = []
     profiler = StepProfiler(run, SimpleNamespace(pp_rank=0, dp_rank=0, tp_rank=0, cp_rank=0), said.append)
@@ -140,7 +140,7 @@ def test_a_run_with_too_few_steps_says_that_nothing_was_measured(steps: int, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_the_report_shows_it(tmp_path: Path) -> None:
+def test_report_shows_the_profile(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, [step_record(step) for step in range(1, 9)])
     (run_dir / "profile").mkdir()
     parts = [{"name": "memory path", "forward": 1.0, "backward": 2.0}, {"name": "data", "forward": 0.0, "backward": 0.0}]
@@ -155,12 +155,12 @@ def test_the_report_shows_it(tmp_path: Path) -> None:
     assert "stage_0.json is not readable JSON" in page and "Where the time of a step goes" not in page
 
 
-def test_the_flag_has_two_names() -> None:
-    """`submit --profile` names a cluster, so the section cannot be called profile."""
+def test_profile_steps_flag_has_an_alias() -> None:
+    """`submit --profile` names a cluster profile, so the config section is called profiling."""
     spelled = spelled_out(["submit", "--profile", "slurm.yaml", "--profile.steps", "3", "--profile.steps=2"])
     assert spelled == ["submit", "--profile", "slurm.yaml", "--profiling.steps", "3", "--profiling.steps=2"]
 
 
-def test_fewer_than_no_steps_are_refused() -> None:
+def test_negative_steps_are_refused() -> None:
     with pytest.raises(UserError, match=r"profiling\.steps is -1; use 0 to profile none"):
         validate(RunConfig(profiling=ProfilingConfig(steps=-1)), world_size=1)

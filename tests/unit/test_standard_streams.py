@@ -1,4 +1,4 @@
-"""Words that cannot be written cost a run nothing, in processes of their own."""
+"""Write errors on stdout and stderr do not affect a process; tested in subprocesses."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-TALKS = """
+PRINTING = """
 import os, sys
-from infini_train.standard_streams import let_words_be_lost
+from infini_train.standard_streams import ignore_stream_errors
 
-let_words_be_lost()
-let_words_be_lost()
+ignore_stream_errors()
+ignore_stream_errors()
 for line in range(5000):
     print("a line of a log", line)
     print("a line of a log", line, file=sys.stderr, flush=True)
@@ -22,28 +22,30 @@ sys.exit(85)
 """
 
 
-def test_a_full_disk_leaves_the_exit_code_alone():
+def test_full_disk_keeps_the_exit_code():
     with open("/dev/full", "w") as full:
-        assert subprocess.run([sys.executable, "-c", TALKS], stdout=full, stderr=full, check=False).returncode == 85
+        assert subprocess.run([sys.executable, "-c", PRINTING], stdout=full, stderr=full, check=False).returncode == 85
 
 
-def test_a_reader_that_is_gone_leaves_the_exit_code_alone():
+def test_closed_pipe_keeps_the_exit_code():
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        assert subprocess.run([sys.executable, "-c", TALKS], stdout=writing, stderr=writing, check=False).returncode == 85
+        assert subprocess.run([sys.executable, "-c", PRINTING], stdout=writing, stderr=writing, check=False).returncode == 85
     finally:
         os.close(writing)
 
 
-def test_closed_streams_leave_the_exit_code_alone():
+def test_closed_streams_keep_the_exit_code():
     command = f'exec "{sys.executable}" -c "$0" >&- 2>&-'
-    code = "from infini_train.standard_streams import let_words_be_lost; let_words_be_lost(); print(1); raise SystemExit(85)"
+    code = (
+        "from infini_train.standard_streams import ignore_stream_errors; ignore_stream_errors(); print(1); raise SystemExit(85)"
+    )
     assert subprocess.run(["sh", "-c", command, code], check=False).returncode == 85
 
 
-def test_what_can_be_written_is():
-    result = subprocess.run([sys.executable, "-c", TALKS], capture_output=True, text=True, check=False)
+def test_all_output_is_written():
+    result = subprocess.run([sys.executable, "-c", PRINTING], capture_output=True, text=True, check=False)
     assert result.stdout == result.stderr == "".join(f"a line of a log {line}\n" for line in range(5000))
 
 
@@ -55,7 +57,7 @@ def test_help_is_printed_in_every_encoding(encoding):
     assert result.returncode == 0 and b"--model.initial_gate" in result.stdout and result.stderr == b""
 
 
-def test_a_reader_that_has_read_enough_ends_a_command_quietly():
+def test_closed_pipe_ends_a_command_without_traceback():
     reading, writing = os.pipe()
     os.close(reading)
     try:

@@ -1,4 +1,4 @@
-"""Signals that ask to stop: which are caught, and what a lost terminal does to words."""
+"""Stop signals: which are caught, and where output goes when the terminal is closed."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from infini_train.stop_signals import STOP_SIGNALS, _leave_lost, catch_stop_signals
+from infini_train.stop_signals import STOP_SIGNALS, _redirect_closed_terminals, catch_stop_signals
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def test_each_signal_is_told_by_its_number() -> None:
+def test_handler_gets_the_signal_number() -> None:
     told: list[int] = []
     assert set(catch_stop_signals(told.append)) == set(STOP_SIGNALS)
     for number in STOP_SIGNALS:
@@ -25,7 +25,7 @@ def test_each_signal_is_told_by_its_number() -> None:
     assert told == list(STOP_SIGNALS)
 
 
-def test_under_nohup_the_end_of_a_terminal_is_none_of_a_run() -> None:
+def test_sighup_stays_ignored_under_nohup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     told: list[int] = []
     assert signal.SIGHUP not in catch_stop_signals(told.append)
@@ -33,15 +33,15 @@ def test_under_nohup_the_end_of_a_terminal_is_none_of_a_run() -> None:
     assert told == []
 
 
-def test_a_stream_of_a_terminal_that_is_gone_takes_words_and_drops_them() -> None:
+def test_output_to_a_closed_terminal_is_dropped() -> None:
     master, terminal = os.openpty()
     try:
-        _leave_lost([terminal])
-        assert os.isatty(terminal), "a terminal that is there stays"
+        _redirect_closed_terminals([terminal])
+        assert os.isatty(terminal), "an open terminal must not be redirected"
         os.close(master)
         with pytest.raises(OSError):
             os.write(terminal, b"lost")
-        _leave_lost([terminal])
+        _redirect_closed_terminals([terminal])
         os.write(terminal, b"dropped")
     finally:
         os.close(terminal)

@@ -1,4 +1,4 @@
-"""What the watchdog does to one process, without a job around it."""
+"""Watchdog functions on a single process, without a job."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from infini_train.config import HealthConfig, RunConfig
-from infini_train.training.watchdog import STACK_SIGNAL, Watchdog, _describe, _process_state, _stacks_of_silent_process
+from infini_train.training.watchdog import STACK_SIGNAL, Watchdog, _describe, _dump_silent_process, _process_state
 
 PROGRAM = """
 import faulthandler, sys, time
@@ -21,7 +21,7 @@ sleeper()
 """
 
 
-def test_a_stopped_process_writes_its_stacks_and_is_stopped_again(tmp_path):
+def test_stopped_process_dumps_its_stacks_and_is_stopped_again(tmp_path):
     path = tmp_path / "rank_0.txt"
     command = [sys.executable, "-c", PROGRAM, str(path), str(int(STACK_SIGNAL))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -29,7 +29,7 @@ def test_a_stopped_process_writes_its_stacks_and_is_stopped_again(tmp_path):
             assert process.stdout.readline() == "ready\n"
             process.send_signal(signal.SIGSTOP)
             os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-            _stacks_of_silent_process(process.pid, path)
+            _dump_silent_process(process.pid, path)
             os.waitid(os.P_PID, process.pid, os.WSTOPPED)
             assert "in sleeper" in path.read_text(encoding="utf-8")
             assert _process_state(process.pid) == "T"
@@ -37,13 +37,13 @@ def test_a_stopped_process_writes_its_stacks_and_is_stopped_again(tmp_path):
             process.kill()
 
 
-def test_a_process_that_left_before_it_was_seen_grows_overdue_and_is_named(tmp_path):
+def test_rank_that_left_unseen_becomes_overdue_and_is_named(tmp_path):
     watchdog = Watchdog(RunConfig(health=HealthConfig(first_step_seconds=1800.0)))
     watchdog._rank, watchdog._folder = 0, tmp_path
-    watchdog._look_at(1)
+    watchdog._read_heartbeat(1)
     seen = watchdog._seen[1]
     assert not seen.overdue
     seen.at -= 1801.0
-    watchdog._look_at(1)
+    watchdog._read_heartbeat(1)
     assert watchdog._seen[1].overdue
     assert "rank 1 (host unknown" in _describe({**seen.beat, "silent": True, "seconds": seen.seconds})

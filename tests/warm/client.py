@@ -1,4 +1,4 @@
-"""Stands for a forked process: passes signals on to it, dies with it and as it died. It starts often, so it imports little."""
+"""Proxy of a forked process: forwards signals to it, and ends with its exit code or signal. Starts often, so imports little."""
 
 import json
 import os
@@ -14,27 +14,27 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(address)
-    passed_on = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
-    # Held back until there is a process to pass them on to.
-    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)
+    forwarded = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+    # Block signals until there is a process to forward them to.
+    signal.pthread_sigmask(signal.SIG_BLOCK, forwarded)
     request = json.dumps({"arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}).encode()
     socket.send_fds(connection, [len(request).to_bytes(4, "little")], [0, 1, 2])
     connection.sendall(request)
     answers = connection.makefile()
     pid = int(answers.readline())
-    # Signals come through a pipe: a handler in Python would not run for one that comes just before a read that blocks.
+    # Receive signals through a pipe: a Python handler would not run for a signal that arrives just before a blocking read.
     received, written = os.pipe()
     os.set_blocking(written, False)
     signal.set_wakeup_fd(written)
-    for number in passed_on:
+    for number in forwarded:
         signal.signal(number, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
     while connection not in select.select([connection, received], [], [])[0]:
         for number in os.read(received, 64):
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
-                break  # It has just ended; its status comes next.
+                break  # The process has just ended; its status comes next.
     status = answers.readline()
     if not status:
         os._exit(120)

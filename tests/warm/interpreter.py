@@ -1,4 +1,4 @@
-"""Which interpreter tests start processes with."""
+"""The interpreter with which tests start processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ START_SECONDS = 120.0
 
 
 def python() -> str:
-    """The warm interpreter inside `warm_python`, elsewhere this one."""
+    """Return the path of the warm interpreter inside `warm_python`, else of the current one."""
     return os.environ.get("WARM_PYTHON", sys.executable)
 
 
@@ -29,13 +29,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def launcher(script: Path) -> list[str]:
-    """What starts a launcher: a cold interpreter, whose process is the launcher itself, and warm ones for its ranks."""
+    """Return the command that starts a launcher.
+
+    The launcher runs in a normal interpreter, so that its pid is the launcher's; its ranks run in warm ones.
+    """
     return [sys.executable, "-c", LAUNCH, str(script)]
 
 
 @contextlib.contextmanager
 def warm_python() -> Iterator[None]:
-    """While this lasts, `python` names an interpreter that forks a process in which the libraries are imported."""
+    """Context manager in which `python` names an interpreter that forks a process with the libraries already imported."""
     with tempfile.TemporaryDirectory(prefix="warm-") as folder:
         client, address = Path(folder) / "python", Path(folder) / "socket"
         client.write_text(f"#!{sys.executable} -IS\n{CLIENT.read_text()}")

@@ -1,4 +1,4 @@
-"""Forks a process for every client, kills it when the client is gone, and tells the client how it ended."""
+"""Fork a process for each client, kill it if the client exits, and send the client its exit status."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 
 def preload() -> None:
-    """Everything that a rank imports before it does anything."""
+    """Import all modules that a rank imports at its start."""
     import torch
 
     from infini_train import platform
@@ -37,7 +37,7 @@ def preload() -> None:
 
 
 def run_as_main(arguments: list[str]) -> None:
-    """What the interpreter does with -m MODULE, -c CODE or a script, each with arguments."""
+    """Run -m MODULE, -c CODE or a script with its arguments, as the interpreter does."""
     while arguments[0] in ("-u", "-S"):
         arguments = arguments[1:]
     first, *rest = arguments
@@ -57,7 +57,7 @@ def run_as_main(arguments: list[str]) -> None:
 
 
 class Server:
-    """One process at a time is accepted; as many as are asked for run."""
+    """Accepts one request at a time; any number of forked processes run at once."""
 
     def __init__(self, address: str) -> None:
         self.listener = socket.socket(socket.AF_UNIX)
@@ -79,7 +79,11 @@ class Server:
         self.asked_to_end = True
 
     def serve(self) -> dict[str, Any] | None:
-        """Returns in each forked process, with what it is asked to run; None when it is to end."""
+        """Serve clients until asked to end.
+
+        Returns:
+            In each forked process, the request to run; in the server, None.
+        """
         parent = os.getppid()
         while os.getppid() == parent and not self.asked_to_end:
             for key, _ in self.selector.select(timeout=1.0):
@@ -90,9 +94,9 @@ class Server:
                 elif key.fileobj is self.woken:
                     self.woken.recv(4096)
                 else:
-                    self.client_is_gone(key.fileobj)
+                    self.kill_process_of(key.fileobj)
             self.reap()
-        # Also those whose clients are gone and were not heard of yet.
+        # Also kill processes whose clients have exited unnoticed.
         for pid in self.clients:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -117,7 +121,7 @@ class Server:
         return None
 
     def become(self, files: list[int]) -> None:
-        """The forked process: nothing of the server stays open."""
+        """Turn the forked process into the requested one: close all of the server's files and reset signals."""
         os.setsid()
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -130,7 +134,7 @@ class Server:
             os.dup2(source, target)
             os.close(source)
 
-    def client_is_gone(self, connection: object) -> None:
+    def kill_process_of(self, connection: object) -> None:
         for pid, each in self.clients.items():
             if each is connection:
                 self.selector.unregister(each)
@@ -153,7 +157,7 @@ class Server:
 
 
 def run_and_exit(arguments: list[str]) -> NoReturn:
-    """As an interpreter ends, but without the second that it takes to tear down so many modules."""
+    """Run a program and exit like an interpreter, but without the second that the teardown of so many modules takes."""
     code: object = 0
     try:
         run_as_main(arguments)
@@ -175,7 +179,7 @@ def run_and_exit(arguments: list[str]) -> NoReturn:
 
 def main(address: str, python: str) -> None:
     preload()
-    # Collections in forked processes leave these objects, and so the pages that they are on, alone.
+    # Exclude these objects from garbage collection in forked processes, so that their pages stay shared.
     gc.collect()
     gc.freeze()
     request = Server(address).serve()
@@ -185,7 +189,7 @@ def main(address: str, python: str) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     tempfile.tempdir = None
-    # Processes that this one starts with the same interpreter are forked too.
+    # Child processes started with sys.executable use the warm interpreter too.
     sys.executable = python
     run_and_exit(request["arguments"])
 
