@@ -70,7 +70,7 @@ def test_flags_are_frozen():
         (["pretrain", "--modle.a", "2"], "did you mean the section model?"),
         (["generate", "--new_tokens", "5"], "unrecognized arguments: --new_tokens 5; did you mean --max_new_tokens?"),
         (["checkpoint", "list", "--rundir", "x"], "did you mean --run_dir?"),
-        (["checkpoint", "lst"], "lst is none of list, verify, inspect, consolidate; did you mean list?"),
+        (["checkpoint", "lst"], "lst is not one of list, verify, inspect, consolidate; did you mean list?"),
         (["checkpoint", "list", "--path", "x"], "--path is x, but list shows all checkpoints of --run_dir"),
         (["pretrian"], "did you mean pretrain?"),
         (["status", "runs/x", "--config", "x"], "unrecognized arguments: --config x; write `infini-train status RUN`"),
@@ -182,14 +182,14 @@ def test_an_unknown_key_in_a_file_names_it_and_its_neighbour(tmp_path, capsys):
 @pytest.mark.parametrize(
     "text,words",
     [
-        ("modle: {a: 3}\n", "modle.a is no key of a configuration; did you mean the section model?"),
+        ("modle: {a: 3}\n", "modle.a is not a configuration key; did you mean the section model?"),
         (
             "modle: {segment_lenght: 3}\n",
-            "modle.segment_lenght is no key of a configuration; did you mean model.segment_length?",
+            "modle.segment_lenght is not a configuration key; did you mean model.segment_length?",
         ),
-        ("modle: 3\n", "modle is no key of a configuration; did you mean model?"),
-        ("segment_length: 3\n", "segment_length is no key of a configuration; did you mean model.segment_length?"),
-        ("xyzzy: {a: {b: 3}}\n", "xyzzy.a.b is no key of a configuration; `--help` lists what there is"),
+        ("modle: 3\n", "modle is not a configuration key; did you mean model?"),
+        ("segment_length: 3\n", "segment_length is not a configuration key; did you mean model.segment_length?"),
+        ("xyzzy: {a: {b: 3}}\n", "xyzzy.a.b is not a configuration key; `--help` lists the valid names"),
     ],
 )
 def test_an_unknown_key_is_said_with_its_file_among_several(text, words, tmp_path, capsys):

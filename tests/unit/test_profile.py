@@ -17,7 +17,7 @@ from infini_kernels.parts import counted_as, part
 from infini_train.config import ProfilingConfig, RunConfig
 from infini_train.errors import UserError
 from infini_train.evaluation.report import write_report
-from infini_train.parser import spelled_out
+from infini_train.parser import expand_aliases
 from infini_train.training.profile import StepProfiler
 from infini_train.training.time_by_part import OTHER, STEP, time_by_part
 from infini_train.validation import validate
@@ -157,7 +157,7 @@ def test_the_report_shows_it(tmp_path: Path) -> None:
 
 def test_the_flag_has_two_names() -> None:
     """`submit --profile` names a cluster, so the section cannot be called profile."""
-    spelled = spelled_out(["submit", "--profile", "slurm.yaml", "--profile.steps", "3", "--profile.steps=2"])
+    spelled = expand_aliases(["submit", "--profile", "slurm.yaml", "--profile.steps", "3", "--profile.steps=2"])
     assert spelled == ["submit", "--profile", "slurm.yaml", "--profiling.steps", "3", "--profiling.steps=2"]
 
 
