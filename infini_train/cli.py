@@ -270,6 +270,7 @@ def _with_model(
     run = commands.inference_layout(run, _world_size())
     check(run)
     checkpoint = commands.find_checkpoint(run, arguments.from_checkpoint)
+    # run_dir may not exist yet: --from_checkpoint can name a checkpoint of another run.
     check_writable(Path(run.run_dir), f"run_dir {run.run_dir}")
     action(commands, run, checkpoint)
     return 0

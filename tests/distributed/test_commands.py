@@ -70,7 +70,7 @@ def test_prepare_train_evaluate_generate_report(folder):
     evaluation = json.loads((folder / "run" / "evaluation.json").read_text())
     assert evaluation["with_memory"]["loss"] == pytest.approx(one, rel=1e-6)
 
-    assert "the model goes on" in call("generate", *config, "--prompt", "once upon ▁ a time", "--max_new_tokens", "20")
+    assert "continuation ---" in call("generate", *config, "--prompt", "once upon ▁ a time", "--max_new_tokens", "20")
     again = call("generate", *config, "--prompt", "once upon ▁ a time", "--max_new_tokens", "20")
     assert again == call("generate", *config, "--prompt", "once upon ▁ a time", "--max_new_tokens", "20")
     output = call("report", *config)

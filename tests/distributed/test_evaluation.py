@@ -53,7 +53,7 @@ def test_a_result_whose_file_cannot_be_written_is_printed(trained):
     for name, command, shown in (
         ("passkey", ["evaluate", "passkey", *config, *task], "         300       "),
         ("evaluation", ["evaluate", *config], "held-out loss"),
-        ("generation", ["generate", *config, "--prompt", "a", "--max_new_tokens", "3"], "the model goes on"),
+        ("generation", ["generate", *config, "--prompt", "a", "--max_new_tokens", "3"], "continuation ---"),
     ):
         full = run_dir / f"{name}.json.new"
         full.symlink_to("/dev/full")
@@ -67,12 +67,12 @@ def test_a_prompt_is_continued_with_the_tokenizer_alone(trained, tmp_path):
     """A colleague has a checkpoint and the tokenizer, and not the training set."""
     generate = ["generate", "--config", str(trained / "run.yaml"), "--data.path", str(tmp_path), "--max_new_tokens", "3"]
     shutil.copy(trained / "data" / "tokenizer.model", tmp_path)
-    assert "the model goes on" in call(*generate, "--prompt", "a")
+    assert "continuation ---" in call(*generate, "--prompt", "a")
     assert "or give a prompt with --prompt" in call(*generate, expected=2)
     for path in (trained / "data").iterdir():
         if not path.name.startswith("train"):
             shutil.copy(path, tmp_path)
-    assert "the model goes on" in call(*generate)
+    assert "continuation ---" in call(*generate)
 
 
 def test_a_run_directory_that_cannot_be_written_is_refused_before_the_model_is_read(trained, tmp_path):
