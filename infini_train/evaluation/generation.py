@@ -1,6 +1,6 @@
-"""Streaming generation in constant memory.
+"""Streaming generation with caches of fixed size.
 
-The cache holds the keys and values of the unfinished segment and the compressive state, whatever the length of the prompt.
+A cache holds the keys and values of the unfinished segment and the memory. Its size does not depend on the prompt length.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from infini_train.cli import main
 from infini_train.config import CheckpointConfig, CompareConfig, RunConfig, save_config
 from infini_train.data.manifest import file_digest
 from infini_train.errors import UserError
-from infini_train.evaluation.compare import compare, compare_runs, run_to_its_end, variant_model
+from infini_train.evaluation.compare import compare, compare_runs, run_forwarding_signals, variant_model
 from infini_train.evaluation.compare_page import compare_page, markdown_table
 from infini_train.evaluation.compare_record import Measured, add_to_record, read_record
 from infini_train.parser import read_config
@@ -207,7 +207,7 @@ NO_OBJECT = '{"config": {}, "dataset": null, "runs": [1]}'
 
 @pytest.mark.parametrize(
     "text,said",
-    [("{", "is not readable"), *((text, "is no record of") for text in ("{}", NO_RUN, NO_OBJECT))],
+    [("{", "is not readable"), *((text, "is not a record of") for text in ("{}", NO_RUN, NO_OBJECT))],
 )
 def test_a_damaged_record_is_never_replaced(recorded, text, said):
     record_of(recorded).write_text(text)
@@ -247,7 +247,7 @@ def test_a_command_that_was_asked_to_stop_counts_as_stopped_even_if_it_was_done(
     thread = threading.Thread(target=stop)
     thread.start()
     before = signal.getsignal(signal.SIGTERM)
-    assert run_to_its_end([sys.executable, "-c", CHILD, str(ready), str(code)]) == expected
+    assert run_forwarding_signals([sys.executable, "-c", CHILD, str(ready), str(code)]) == expected
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
-    assert run_to_its_end([sys.executable, "-c", ""]) == 0
+    assert run_forwarding_signals([sys.executable, "-c", ""]) == 0
