@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from infini_train.evaluation import plotting as p
-from infini_train.evaluation.records import ENDLESS, LAST_STEPS, HeldOut, Records
+from infini_train.evaluation.records import LARGE_PERPLEXITY, LAST_STEPS, HeldOut, Records
 
 WIDE, HALF = 10.4, 5.2
 """Width in inches of a chart that spans the page, and of a chart in one of two columns."""
@@ -43,7 +43,7 @@ def chart_figure(width: float, height: float, **subplots: Any) -> Iterator[tuple
 
 def number(value: float) -> str:
     """Format a number with three significant digits, or with all integer digits from 1,000 on."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < ENDLESS else f"{value:.3g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < LARGE_PERPLEXITY else f"{value:.3g}"
 
 
 def loss_chart(records: Records, held: HeldOut) -> Chart | None:
@@ -53,13 +53,13 @@ def loss_chart(records: Records, held: HeldOut) -> Chart | None:
     if not np.isfinite(losses).any():
         return None
     width = max(5, len(losses) // 50) | 1
-    every = "training, each step" if records.one_each == "steps" else "training, each logged step"
+    every = "training, each step" if records.record_unit == "steps" else "training, each logged step"
     smoothed = p.smooth(losses, width)
     with chart_figure(WIDE, 4.2) as (figure, axes):
         few = len(losses) < 2 * width
         p.line(axes, steps, losses, p.INK if few else p.FAINT, every, 1.8 if few else 0.9, marked=few)
         if not few:
-            p.line(axes, steps, smoothed, p.INK, f"training, mean of {width} {records.one_each}", 2.0)
+            p.line(axes, steps, smoothed, p.INK, f"training, mean of {width} {records.record_unit}", 2.0)
         p.line(axes, steps, emptied, p.EMPTIED, "held out, memory emptied", marked=True)
         p.line(
             axes, steps, with_memory, p.WITH_MEMORY, "held out, with memory" if records.has_memory else "held out", marked=True
@@ -75,7 +75,7 @@ def loss_chart(records: Records, held: HeldOut) -> Chart | None:
     if len(finite) > 1:
         caption = (
             f"The training loss went from {finite[:ends].mean():.3f} to {finite[-ends:].mean():.3f} nats per token "
-            f"(mean of the first and last {ends} {records.one_each})"
+            f"(mean of the first and last {ends} {records.record_unit})"
             if ends > 1
             else f"The training loss went from {finite[0]:.3f} to {finite[-1]:.3f} nats per token"
         )
@@ -135,7 +135,7 @@ def gradient_chart(records: Records) -> Chart | None:
         p.step_axis(axes, steps)
         svg = p.svg_of(figure, "gradient", "Gradient norm over training steps")
     peak = int(np.nanargmax(np.where(np.isfinite(norms), norms, np.nan)))
-    median_line = "" if few else f" (dark line: median of {width} {records.one_each})"
+    median_line = "" if few else f" (dark line: median of {width} {records.record_unit})"
     caption = (
         f"The gradient norm{median_line} has a median of {number(float(np.median(finite)))}; its highest value is "
         f"{number(norms[peak])}, at step {steps[peak]:,.0f}."
