@@ -207,7 +207,7 @@ class HeldOut:
         if self.same_data is None:
             return "On held-out text"
         if not self.same_data:
-            return "On held-out text of other data than its own, which may include text that it was trained on"
+            return "On held-out text of other data than its own, which may include text from its training"
         return "On text that it was not trained on"
 
 

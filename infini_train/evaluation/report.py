@@ -295,8 +295,8 @@ def _reading(has_memory: bool) -> str:
         ),
         (
             "Curves",
-            f"at most {plotting.MAX_POINTS:,} points each; of longer curves, the minima and maxima of equal intervals are drawn, so "
-            "spikes remain visible.",
+            f"at most {plotting.MAX_POINTS:,} points each; of longer curves, the minima and maxima of equal intervals are "
+            "drawn, so spikes remain visible.",
         ),
     ]
     if not has_memory:

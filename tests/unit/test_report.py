@@ -260,15 +260,13 @@ def test_results_of_an_earlier_step_get_a_note(tmp_path: Path) -> None:
         ({"same_data": True}, "On text that it was not trained on, its perplexity is 54.6"),
         (
             {"same_data": False},
-            "On held-out text of other data than its own, which may include text that it was trained on, its",
+            "On held-out text of other data than its own, which may include text from its training, its",
         ),
         ({"same_data": None}, "On held-out text, its perplexity is 54.6"),
         ({}, "On held-out text, its perplexity is 54.6"),
     ],
 )
-def test_held_out_text_is_called_unseen_only_for_the_data_of_the_run(
-    recorded: dict[str, Any], words: str, tmp_path: Path
-) -> None:
+def test_text_is_called_unseen_only_for_the_data_of_the_run(recorded: dict[str, Any], words: str, tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, [step_record(step) for step in range(1, 7)])
     (run_dir / "evaluation.json").write_text(json.dumps({"step": 6, "with_memory": {"loss": 4.0}, **recorded}))
     assert words in write_report(run_dir).read_text()
@@ -324,7 +322,7 @@ def test_the_latest_record_of_a_step_wins(tmp_path: Path) -> None:
     assert records.steps.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert records.column("loss").tolist()[4:] == [2.0, 2.0, 2.0]
     assert records.notes == [
-        "4 steps were recorded and then run again from a checkpoint; only the latest record of each step is shown."
+        "4 steps were recorded and then repeated from a checkpoint; only the latest record of each step is shown."
     ]
 
 
