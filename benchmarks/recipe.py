@@ -28,7 +28,7 @@ from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig, difference_from
 from infini_train.data.manifest import MANIFEST_FILE, tokenizer_file
 from infini_train.errors import UserError
-from infini_train.evaluation.compare import run_to_its_end
+from infini_train.evaluation.compare import run_forwarding_signals
 from infini_train.evaluation.compare_record import locked
 from infini_train.evaluation.records import read_metrics
 from infini_train.parser import read_config
@@ -145,7 +145,7 @@ class Seed:
 
 def _run(command: list[str]) -> None:
     """One command; the program ends with its exit code where that is not 0, after it has said why itself."""
-    if code := run_to_its_end(command):
+    if code := run_forwarding_signals(command):
         if code != UserError.exit_code:
             print(f"recipe: ended with {code}; the same command goes on from there", file=sys.stderr)
         raise SystemExit(code)

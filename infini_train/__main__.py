@@ -1,4 +1,4 @@
-"""`python -m infini_train` is the same as `infini-train`; launchers start ranks with it."""
+"""Entry point of `python -m infini_train`, which equals `infini-train`. Launchers start ranks with it."""
 
 from infini_train.cli import run_and_exit
 

@@ -1,4 +1,4 @@
-"""The command line: validate what was parsed, and hand it over."""
+"""Command line entry point: validate the parsed arguments and dispatch to the command."""
 
 from __future__ import annotations
 
@@ -25,23 +25,31 @@ from infini_train.validation import validate, validate_compare
 def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
+    Args:
+        argv: arguments without the program name; None reads `sys.argv`.
+
     Returns:
-        0; 1 for damage that `checkpoint verify` found, or a difference that `plan --dry_run` did; 2 for an error that the user
-        can mend, printed in one line; 85 for a run that stopped early and can go on; 87 for one that stopped itself because
-        training is unhealthy, printed in one line; 130 for Ctrl-C where nothing was to be saved.
+        The exit code:
+
+        - 0: success.
+        - 1: `checkpoint verify` found damage, or `plan --dry_run` found a difference.
+        - 2: a user error, reported in one line.
+        - 85: the run stopped early and can be resumed.
+        - 87: the run stopped itself because training is unhealthy, reported in one line.
+        - 130: Ctrl-C while there was nothing to save.
     """
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         section = arguments[arguments.command]
         if arguments.command in WITHOUT_CONFIG:
-            look: Callable[[Namespace], int] = globals()[f"_{arguments.command}"]
-            return look(section)
+            inspect: Callable[[Namespace], int] = globals()[f"_{arguments.command}"]
+            return inspect(section)
         handler: Callable[[RunConfig, Namespace], int] = globals()[f"_{arguments.command}"]
         return handler(run_config(section), section)
     except UserError as error:
-        _say_once(error)
-        if not isinstance(error, AgreedError) and _others_wait():
-            _leave(error.exit_code)
+        _report_error(error)
+        if not isinstance(error, AgreedError) and _has_peer_ranks():
+            _exit_immediately(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         print("infini-train: interrupted", file=sys.stderr)
@@ -49,39 +57,45 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_and_exit() -> NoReturn:
-    """`main` as a process of its own."""
+    """Run `main` and exit the process with its exit code."""
     replace_unencodable_characters()
     try:
         code = main()
     except BrokenPipeError:
-        if _others_wait():
-            _leave(1)
-        code = 128 + signal.SIGPIPE  # who reads has read enough
+        if _has_peer_ranks():
+            _exit_immediately(1)
+        code = 128 + signal.SIGPIPE  # the reader of stdout closed the pipe
     except Exception:
-        if not _others_wait():
+        if not _has_peer_ranks():
             raise
         sys.excepthook(*sys.exc_info())
-        _leave(1)
-    # What is done is done: a launcher counts a rank that SIGTERM ended as one that had not begun.
+        _exit_immediately(1)
+    # The work is complete, so ignore SIGTERM: a launcher treats a rank killed by SIGTERM as one that never started.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(code)
 
 
-def _others_wait() -> bool:
-    """Whether this process belongs to a group with others."""
+def _has_peer_ranks() -> bool:
+    """Return whether this process is in a process group with other ranks."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def _leave(code: int) -> NoReturn:
-    """End at once. To leave its groups in order, NCCL waits for the others, and they wait in a collective for this process."""
+def _exit_immediately(code: int) -> NoReturn:
+    """Exit without cleaning up the process groups.
+
+    A clean NCCL shutdown waits for the other ranks, which wait for this rank in a collective: a deadlock.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _say_once(error: UserError) -> None:
-    """Rank 0 says what all ranks found; the first rank of each other node, what may be the matter with that node alone."""
+def _report_error(error: UserError) -> None:
+    """Print the error on rank 0, and on the first rank of every other node.
+
+    Errors that all ranks agreed on are printed by rank 0 only. Other errors may concern a single node.
+    """
     if (rank := os.environ.get("RANK", "0")) == "0":
         print(f"infini-train: error: {error}", file=sys.stderr)
     elif os.environ.get("LOCAL_RANK", "0") == "0" and not isinstance(error, AgreedError):
@@ -93,7 +107,7 @@ def _world_size() -> int:
 
 
 def _check(run: RunConfig) -> None:
-    """Everything that can be refused without torch: values, layout, files."""
+    """Check values, layout and data files, without importing torch."""
     from infini_train.data.dataset import check_dataset
 
     validate(run, _world_size())
@@ -101,7 +115,7 @@ def _check(run: RunConfig) -> None:
 
 
 def _check_initial_weights(run: RunConfig) -> None:
-    """Whether a run that has no checkpoint yet can start from `training.initial_weights`."""
+    """Check that a run without a checkpoint can start from `training.initial_weights`."""
     if run.training.initial_weights is None:
         return
     from infini_train.checkpoint.compatibility import check_initial_weights
@@ -114,7 +128,7 @@ def _check_initial_weights(run: RunConfig) -> None:
 
 
 def _check_tokenizer(run: RunConfig) -> None:
-    """The same for a command that reads no shards: of data.path it needs the tokenizer alone."""
+    """Check a command that needs only the tokenizer in data.path, not the shards."""
     from infini_train.data.tokenizer_file import tokenizer_of
 
     validate(run, _world_size())
@@ -127,14 +141,14 @@ def _check_tokenizer(run: RunConfig) -> None:
 
 
 def _check_held_out(run: RunConfig) -> None:
-    """The same for `generate` without a prompt, which takes one from the held-out split."""
+    """Check `generate` without a prompt, which takes its prompt from the held-out split."""
     from infini_train.data.dataset import check_dataset
 
     _check_tokenizer(run)
     try:
         check_dataset(run, ("held_out",))
     except UserError as error:
-        raise UserError(f"{error}; or give a prompt with --prompt, for which {run.data.path} needs no shards") from error
+        raise UserError(f"{error}; or give a prompt with --prompt, which needs no shards in {run.data.path}") from error
 
 
 def _prepare(run: RunConfig, arguments: Namespace) -> int:
@@ -184,7 +198,7 @@ def _evaluate_passkey(run: RunConfig, arguments: Namespace) -> int:
 
 def _evaluate_compare(run: RunConfig) -> int:
     if _world_size() > 1:
-        raise UserError("evaluate compare starts its runs itself, one process each; call it without a launcher")
+        raise UserError("evaluate compare starts one process for each of its runs; call it without a launcher")
     validate_compare(run)
     from infini_train.evaluation import compare
 
@@ -202,14 +216,14 @@ def _generate(run: RunConfig, arguments: Namespace) -> int:
     _check_sampling(arguments)
     if arguments.prompt_file is not None:
         try:
-            # As `prepare` reads a file: line ends stay, and a byte order mark is no text.
+            # Decode as `prepare` does: keep line ends and drop a byte order mark.
             prompt = Path(arguments.prompt_file).read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt_file {arguments.prompt_file} cannot be read: {error}") from error
     if run.layout.pipeline_parallel_size > 1 and _world_size() > 1:
         raise UserError(
-            f"layout.pipeline_parallel_size is {run.layout.pipeline_parallel_size}; generate runs in one pipeline stage: "
-            "start it as one process"
+            f"layout.pipeline_parallel_size is {run.layout.pipeline_parallel_size}; generate does not support pipeline "
+            "parallelism; start it as one process"
         )
     return _with_model(
         run,
@@ -233,7 +247,7 @@ def _check_sampling(arguments: Namespace) -> None:
     try:
         (arguments.prompt or "").encode()
     except UnicodeEncodeError as error:
-        raise UserError("--prompt is not text in UTF-8; put it into a file and give --prompt_file") from error
+        raise UserError("--prompt is not text in UTF-8; put it into a file and use --prompt_file") from error
     if not (arguments.temperature == 0 or 0.001 <= arguments.temperature < math.inf):
         raise UserError(f"--temperature is {arguments.temperature}; use 0 for the most likely token, or at least 0.001")
     for name, least in (("top_k", 0), ("max_new_tokens", 1), ("sample_seed", 0)):
@@ -256,7 +270,8 @@ def _with_model(
     run = commands.inference_layout(run, _world_size())
     check(run)
     checkpoint = commands.find_checkpoint(run, arguments.from_checkpoint)
-    check_writable(Path(run.run_dir), f"run_dir {run.run_dir}")  # new for a checkpoint of elsewhere
+    # run_dir may not exist yet: --from_checkpoint can name a checkpoint of another run.
+    check_writable(Path(run.run_dir), f"run_dir {run.run_dir}")
     action(commands, run, checkpoint)
     return 0
 
@@ -269,12 +284,14 @@ def _checkpoint(arguments: Namespace) -> int:
     if arguments.action == "list":
         if arguments.path is not None:
             raise UserError(
-                f"--path is {arguments.path}, but list shows all checkpoints of --run_dir; leave it out, or inspect it"
+                f"--path is {arguments.path}, but list shows all checkpoints of --run_dir; leave --path out, or use inspect"
             )
         return commands.list_all(run_dir)
     paths = folder.list_checkpoints(run_dir) if arguments.path is None else [Path(arguments.path)]
     if arguments.path is not None and not paths[0].is_dir():
-        raise UserError(f"--path {arguments.path}: there is no such folder; `infini-train checkpoint list` shows a run's")
+        raise UserError(
+            f"--path {arguments.path}: there is no such folder; `infini-train checkpoint list` shows the checkpoints of a run"
+        )
     if not paths:
         raise UserError(f"run_dir {run_dir} holds no checkpoint; name another --run_dir, or a folder with --path")
     if arguments.action == "verify":

@@ -1,4 +1,4 @@
-"""A run with some keys set to values that are written as text, as the command line sets them."""
+"""Override keys of a run with values given as text, as the command line does."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from infini_train.config import RunConfig
 from infini_train.errors import UserError
-from infini_train.parser_errors import in_words
+from infini_train.parser_errors import describe_parser_error
 
 
 def with_overrides(run: RunConfig, values: Mapping[str, str], where: str) -> RunConfig:
-    """The run with these keys changed.
+    """Return a copy of the run with these keys changed.
 
     Args:
-        values: text by key, as model.update_rule: delta.
-        where: what to name in an error, as --sweep.
+        values: text by key, such as `{"model.update_rule": "delta"}`.
+        where: the source of the values, such as `--sweep`; error messages begin with it.
 
     Raises:
-        UserError: a key that is none, or a text that is no value of it.
+        UserError: an unknown key or an invalid value.
     """
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(RunConfig)
@@ -28,6 +28,6 @@ def with_overrides(run: RunConfig, values: Mapping[str, str], where: str) -> Run
     try:
         parsed = parser.parse_args(options, namespace=parser.parse_object(asdict(run)))
     except ArgumentError as error:
-        raise UserError(f"{where}: {in_words(error)}") from error
+        raise UserError(f"{where}: {describe_parser_error(error)}") from error
     instantiated = parser.instantiate_classes(parsed)
     return RunConfig(**{name: instantiated[name] for name in RunConfig.__dataclass_fields__})

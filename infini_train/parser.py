@@ -1,4 +1,4 @@
-"""The grammar of the command line and of configuration files: commands, options, and a run made of them."""
+"""Parser of the command line and of configuration files: commands, options, and the `RunConfig` built from them."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from infini_train.cluster import command as cluster
 from infini_train.commands import COMMANDS
 from infini_train.config import TASK_KINDS, RunConfig
 from infini_train.errors import UserError
-from infini_train.parser_errors import in_words
+from infini_train.parser_errors import describe_parser_error
 from infini_train.planning import command as planning
 from infini_train.validation import validate_values
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 WITHOUT_CONFIG = {"checkpoint", "convert", "status", "cancel", "logs"}
-"""Commands that look at what is there; of a configuration they need the run directory at most."""
+"""Commands that act on existing runs or files. They read at most the run directory from a configuration."""
 CHECKPOINT_ACTIONS = {
-    "list": "every checkpoint of the run",
-    "verify": "read every byte of a checkpoint, or of all, and compare with the checksums",
-    "inspect": "what a checkpoint holds",
+    "list": "show every checkpoint of the run",
+    "verify": "read every byte of one checkpoint, or of all, and compare with the checksums",
+    "inspect": "show the contents of a checkpoint",
     "consolidate": "write the weights as one safetensors file",
 }
 
 
 def build_parser(only: str | None = None) -> ArgumentParser:
-    """The parser of all commands; its flags are part of the product.
+    """Build the parser of all commands. Its flags are a public interface.
 
     Args:
-        only: a command; the others get no options then, which takes most of the time.
+        only: the one command that gets its options; None adds the options of all commands. Adding options takes most of the
+            time.
     """
-    # Beginnings of options are refused: what is unique today is ambiguous after the next key.
+    # Refuse abbreviated options: an abbreviation that is unique now becomes ambiguous when a key is added.
     parser = ArgumentParser(
         prog="infini-train", description="Train Infini-attention language models.", exit_on_error=False, allow_abbrev=False
     )
@@ -70,23 +71,23 @@ def _add_arguments(name: str, command: ArgumentParser) -> None:
             nargs="?",
             choices=["perplexity", "passkey", "compare"],
             default="perplexity",
-            help="perplexity of the held-out split (default); passkey: accuracy on the task of the section task; compare: "
-            "train the attention variants of the section compare side by side",
+            help="perplexity: measure it on the held-out split (default); passkey: measure accuracy on the task that section "
+            "task configures; compare: train and evaluate the attention variants that section compare lists",
         )
     if name in ("evaluate", "generate"):
         command.add_argument(
             "--from_checkpoint",
             type=str | None,
             default=None,
-            help="folder step_XXXXXXXX, or a file of `checkpoint consolidate`; the newest of the run by default",
+            help="folder step_XXXXXXXX, or a file of `checkpoint consolidate`; default: the newest checkpoint of the run",
         )
     if name == "generate":
-        from_held_out = "the first half of the longest held-out document, at most 32 segments of it, by default"
+        from_held_out = "default: the first half of the longest held-out document, at most 32 segments"
         command.add_argument("--prompt", type=str | None, default=None, help=f"text to continue; {from_held_out}")
-        command.add_argument("--prompt_file", type=str | None, default=None, help="file that holds the text to continue")
-        command.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate at most")
-        command.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
-        command.add_argument("--top_k", type=int, default=50, help="sample among the k most likely; 0 takes all")
+        command.add_argument("--prompt_file", type=str | None, default=None, help="file with the text to continue")
+        command.add_argument("--max_new_tokens", type=int, default=200, help="maximum number of tokens to generate")
+        command.add_argument("--temperature", type=float, default=0.8, help="temperature; 0 selects the most likely token")
+        command.add_argument("--top_k", type=int, default=50, help="sample from the k most likely tokens; 0 samples from all")
         command.add_argument("--sample_seed", type=int, default=0, help="seed of the sampling")
     if name == "pretrain":
         command.add_argument(
@@ -100,20 +101,21 @@ def _add_arguments(name: str, command: ArgumentParser) -> None:
 def _add_checkpoint_arguments(command: ArgumentParser) -> None:
     actions = "; ".join(f"{action}: {text}" for action, text in CHECKPOINT_ACTIONS.items())
     command.add_argument("action", choices=list(CHECKPOINT_ACTIONS), help=actions)
+    command.add_argument("--config", type=str, action="append", help="YAML file of the run; only its run_dir is used")
     command.add_argument(
-        "--config", type=str, action="append", help="YAML file of the run, of which the run directory is taken"
+        "--run_dir",
+        type=str | None,
+        default=None,
+        help=f"folder of the run; default: run_dir of --config or {RunConfig.run_dir}",
     )
     command.add_argument(
-        "--run_dir", type=str | None, default=None, help=f"folder of the run; --config's, or {RunConfig.run_dir}, by default"
-    )
-    command.add_argument(
-        "--path", type=str | None, default=None, help="a folder step_XXXXXXXX; the newest of the run by default (verify: all)"
+        "--path", type=str | None, default=None, help="a folder step_XXXXXXXX; default: the newest checkpoint (verify: all)"
     )
     command.add_argument(
         "--output",
         type=str | None,
         default=None,
-        help="safetensors file that consolidate writes; RUN_DIR/step_XXXXXXXX.safetensors by default",
+        help="safetensors file that consolidate writes; default: RUN_DIR/step_XXXXXXXX.safetensors",
     )
 
 
@@ -122,38 +124,39 @@ def _add_convert_arguments(command: ArgumentParser) -> None:
         "--source",
         type=str,
         required=True,
-        help="a folder of transformers' save_pretrained with config.json, safetensors and a tokenizer: it becomes weights for "
-        "training.initial_weights and a configuration; or a folder step_XXXXXXXX or a file of `checkpoint consolidate`: it "
-        "becomes a folder for transformers",
+        help="either a folder of transformers' save_pretrained with config.json, safetensors and a tokenizer, which is "
+        "converted to weights for training.initial_weights and a configuration; or a folder step_XXXXXXXX or a file of "
+        "`checkpoint consolidate`, which is converted to a folder of transformers",
     )
-    command.add_argument("--output", type=str, required=True, help="folder to write, which must not exist")
+    command.add_argument("--output", type=str, required=True, help="folder to write; it must not exist yet")
 
 
-def spelled_out(argv: list[str]) -> list[str]:
-    """`--task passkey` is short for `--task.kind passkey`; a file or a mapping after --task stays what it is.
+def expand_aliases(argv: list[str]) -> list[str]:
+    """Replace option aliases by their full names.
 
-    `--profile.steps` is `--profiling.steps`: the section has another name because `submit --profile` names a cluster.
+    `--task passkey` becomes `--task.kind passkey`. A file or a mapping after `--task` is left unchanged.
+    `--profile.steps` becomes `--profiling.steps`. The section is called `profiling` because `submit --profile` names a cluster.
     """
     kinds = "|".join(TASK_KINDS)
-    spelled: list[str] = []
+    expanded: list[str] = []
     for word in argv:
         word = re.sub(r"^--profile\.steps\b", "--profiling.steps", word)
         if re.fullmatch(rf"--task=({kinds})", word):
             word = word.replace("--task", "--task.kind", 1)
-        elif spelled[-1:] == ["--task"] and re.fullmatch(kinds, word):
-            spelled[-1] = "--task.kind"
-        spelled.append(word)
-    return spelled
+        elif expanded[-1:] == ["--task"] and re.fullmatch(kinds, word):
+            expanded[-1] = "--task.kind"
+        expanded.append(word)
+    return expanded
 
 
 def parse(argv: list[str]) -> Namespace:
-    """What the words of a command line say, sections of the configuration as their dataclasses.
+    """Parse a command line. Sections of the configuration become their dataclasses.
 
     Raises:
-        UserError: an option, a key or a value that is none.
-        SystemExit: there is no command, or --help or --print_config was asked for.
+        UserError: an unknown option or key, or an invalid value.
+        SystemExit: no command was given, or --help or --print_config was given.
     """
-    argv = spelled_out(argv)
+    argv = expand_aliases(argv)
     if not argv:
         build_parser().print_help()
         raise SystemExit(UserError.exit_code)
@@ -163,7 +166,7 @@ def parse(argv: list[str]) -> Namespace:
         _refuse_values_for_sections(arguments.get(argv[0]) or Namespace())
         return parser.instantiate_classes(arguments)
     except ArgumentError as error:
-        raise UserError(in_words(error, argv[0], _options(parser, argv[0]), _config_files(argv))) from error
+        raise UserError(describe_parser_error(error, argv[0], _options(parser, argv[0]), _config_files(argv))) from error
     except UnicodeDecodeError as error:
         raise UserError("--config: the file is not text in UTF-8; configs/ has files to start from") from error
 
@@ -187,10 +190,10 @@ def _refuse_values_for_sections(parsed: Namespace) -> None:
 
 
 def run_config(section: Namespace) -> RunConfig:
-    """The run among a command's options.
+    """Build the run from the parsed options of a command.
 
     Raises:
-        UserError: a key without a value, or a number that is none.
+        UserError: a key without a value, or a number that is not finite or too large.
     """
     fields = RunConfig.__dataclass_fields__
     run = RunConfig(**{name: section[name] for name in fields})
@@ -199,9 +202,9 @@ def run_config(section: Namespace) -> RunConfig:
 
 
 def read_config(*paths: Path) -> RunConfig:
-    """The run of YAML files, later ones over earlier ones, as `pretrain --config` reads it.
+    """Read a run from YAML files as `pretrain --config` does. Later files override earlier ones.
 
     Raises:
-        UserError: a key or value that is wrong.
+        UserError: an unknown key or an invalid value.
     """
     return run_config(parse(["pretrain", *(f"--config={path}" for path in paths)]).pretrain)

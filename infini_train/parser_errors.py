@@ -1,4 +1,4 @@
-"""What the parser of the command line and of YAML files complains about, in one line: key, value, what to do instead."""
+"""One-line messages for errors of the command line and YAML parser: key, value, and what to do instead."""
 
 from __future__ import annotations
 
@@ -33,20 +33,23 @@ USAGE = {
     "logs": "RUN [--follow] [--lines N]",
     "checkpoint": "ACTION [--config FILE] [--run_dir RUN] [--path FOLDER] [--output FILE]",
 }
-"""Of commands that take a word without a flag, what follows their name. RUN is the folder of a run."""
+"""Arguments of each command that takes a positional argument. RUN is the folder of a run."""
 WITHOUT_FLAG = {"run": "RUN", "action": "ACTION"}
+"""Names of the positional arguments, as USAGE shows them."""
 
 
-def in_words(error: ArgumentError, command: str = "", options: Collection[str] = (), files: Sequence[str] = ()) -> str:
-    """The message for the user.
+def describe_parser_error(
+    error: ArgumentError, command: str = "", options: Collection[str] = (), files: Sequence[str] = ()
+) -> str:
+    """Return a one-line message for the user.
 
     Args:
-        command: what the words were given to, where it was a command.
-        options: what there is instead of an unknown one, with dashes; the keys of a run if empty.
-        files: the configuration files, of which one may hold what is wrong.
+        command: the command that was called; empty if the error is not from a command line.
+        options: options of the command, with dashes, to suggest for an unknown one; empty suggests the keys of a run.
+        files: the configuration files, one of which may contain the error.
     """
     names = [option.lstrip("-") for option in options if not option.endswith("+")] or _keys()
-    # jsonargparse names a missing option by its place in the namespace.
+    # jsonargparse names a missing option by its key in the namespace, such as `submit.profile`.
     message = re.sub(
         r"(required: ?|, )\w+\.(\w+)",
         lambda found: found[1] + WITHOUT_FLAG.get(found[2], f"--{found[2]}"),
@@ -55,7 +58,7 @@ def in_words(error: ArgumentError, command: str = "", options: Collection[str] =
     if found := re.fullmatch(r"argument \w+: invalid choice: '(?P<given>.*)' \(choose from (?P<choices>.*)\)", message):
         choices = re.findall(r"'([^']*)'", found["choices"])
         close = difflib.get_close_matches(found["given"], choices, n=1)
-        return f"{found['given']} is none of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
+        return f"{found['given']} is not one of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
     unknown = _unknown(message, names, files)
     wrong_words = re.match("unrecognized arguments|the following arguments are required", message)
     if command in USAGE and wrong_words and "did you mean" not in unknown:
@@ -75,7 +78,7 @@ def _keys() -> list[str]:
 
 
 def _wrong_value(message: str) -> str:
-    """A complaint about the type of a value; empty if it is about something else."""
+    """Return the message for a value of the wrong type, or an empty string for any other error."""
     found = WRONG_VALUE.fullmatch(message)
     if found is None:
         return ""
@@ -85,7 +88,7 @@ def _wrong_value(message: str) -> str:
 
 
 def _wrong_file(message: str) -> str:
-    """A complaint about a file that cannot be read; empty if it is about something else."""
+    """Return the message for a file that cannot be read, or an empty string for any other error."""
     if found := WRONG_FILE.fullmatch(message):
         return f"--{found['key']}: {WHAT_TO_DO[found['what']]} {found['path']}; configs/ has files to start from"
     if found := BROKEN_YAML.fullmatch(message):
@@ -95,17 +98,20 @@ def _wrong_file(message: str) -> str:
 
 
 def _unknown(message: str, known: Collection[str], files: Sequence[str]) -> str:
-    """A complaint about an option or a key that is none; empty if it is about something else."""
+    """Return the message for an unknown option or key, or an empty string for any other error."""
     if found := re.search(r"unrecognized arguments: --(?P<name>[^\s=]+)", message):
         return message + _suggestion(found["name"], known, "--")
     if found := re.search(r"does not accept option '(?P<name>[^']+)'", message):
         file = next((f"--config {file}: " for file in files if holds_key(Path(file), found["name"])), "")
-        return f"{file}{found['name']} is no key of a configuration{_suggestion(found['name'], known, '')}"
+        return f"{file}{found['name']} is not a configuration key{_suggestion(found['name'], known, '')}"
     return ""
 
 
 def _suggestion(name: str, known: Collection[str], dashes: str) -> str:
-    """The known name that is nearest to an unknown one; a key of a misspelt section is looked for in the one that is meant."""
+    """Return a suggestion: the known name nearest to an unknown one.
+
+    If the section is misspelt, the key is looked up in the section with the nearest name.
+    """
     sections = {each.partition(".")[0] for each in known if "." in each}
     section, dot, key = name.partition(".")
     if dot and section not in sections and (meant := difflib.get_close_matches(section, sections, n=1)):
@@ -113,4 +119,4 @@ def _suggestion(name: str, known: Collection[str], dashes: str) -> str:
         close = difflib.get_close_matches(f"{meant[0]}.{key}", inside, n=1, cutoff=0.8)
         return f"; did you mean {dashes}{close[0]}?" if close else f"; did you mean the section {meant[0]}?"
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {dashes}{close[0]}?" if close else "; `--help` lists what there is"
+    return f"; did you mean {dashes}{close[0]}?" if close else "; `--help` lists the valid names"

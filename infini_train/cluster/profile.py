@@ -11,7 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from infini_train.cluster.environment import is_secret, read_environment
 from infini_train.errors import UserError
-from infini_train.parser_errors import in_words
+from infini_train.parser_errors import describe_parser_error
 
 PROFILES = Path(__file__).parents[2] / "slurm" / "profiles"
 
@@ -100,7 +100,7 @@ def load_profile(name: str) -> ClusterProfile:
     except ArgumentError as error:
         if "Unexpected config" in str(error):
             raise UserError(f"--profile {path} holds no keys with values; slurm/profiles/ has files to start from") from error
-        raise UserError(f"--profile {path}: {in_words(error).removeprefix('--config: ')}") from error
+        raise UserError(f"--profile {path}: {describe_parser_error(error).removeprefix('--config: ')}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--profile {path} is not text in UTF-8; slurm/profiles/ has files to start from") from error
     for key, kind in get_type_hints(ClusterProfile).items():

@@ -1,1 +1,1 @@
-"""Measuring a trained model: perplexity, generation, and the report that shows a run."""
+"""Evaluation of a trained model: perplexity, retrieval accuracy, generation, comparison of variants, and the HTML report."""

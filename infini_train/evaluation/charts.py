@@ -1,5 +1,8 @@
-"""The charts of training itself. Each is a function of what a run recorded and says in one sentence what one sees; it
-returns None where the run did not record what it draws."""
+"""Charts of the training metrics: loss, learning rates, gradient norm, and throughput.
+
+Each function draws one chart from the records of a run and writes its caption. It returns None if the run did not record the
+values that the chart needs.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from infini_train.evaluation import plotting as p
-from infini_train.evaluation.records import ENDLESS, LAST_STEPS, HeldOut, Records
+from infini_train.evaluation.records import LARGE_PERPLEXITY, LAST_STEPS, HeldOut, Records
 
 WIDE, HALF = 10.4, 5.2
-"""Widths of a chart over the whole page and over one of two columns, in inches."""
+"""Width in inches of a chart that spans the page, and of a chart in one of two columns."""
 
 
 @dataclass(frozen=True)
 class Chart:
+    """A chart of the report: title, inline SVG, and caption. `wide` charts span both columns."""
+
     title: str
     svg: str
     caption: str
@@ -30,29 +35,31 @@ class Chart:
 
 @contextmanager
 def chart_figure(width: float, height: float, **subplots: Any) -> Iterator[tuple[Figure, Any]]:
+    """Yield a styled figure of this size in inches, and its axes as `Figure.subplots(**subplots)` returns them."""
     with matplotlib.rc_context(p.STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots(**subplots)
 
 
 def number(value: float) -> str:
-    """Three significant digits; thousands in full."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < ENDLESS else f"{value:.3g}"
+    """Format a number with three significant digits, or with all integer digits from 1,000 on."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < LARGE_PERPLEXITY else f"{value:.3g}"
 
 
 def loss_chart(records: Records, held: HeldOut) -> Chart | None:
+    """Draw training loss and held-out loss over steps."""
     steps, losses = records.steps, records.column("loss")
     with_memory, emptied = records.column("held_out_loss"), records.column("held_out_loss_memory_emptied")
     if not np.isfinite(losses).any():
         return None
     width = max(5, len(losses) // 50) | 1
-    every = "training, each step" if records.one_each == "steps" else "training, each logged step"
+    every = "training, each step" if records.record_unit == "steps" else "training, each logged step"
     smoothed = p.smooth(losses, width)
     with chart_figure(WIDE, 4.2) as (figure, axes):
         few = len(losses) < 2 * width
         p.line(axes, steps, losses, p.INK if few else p.FAINT, every, 1.8 if few else 0.9, marked=few)
         if not few:
-            p.line(axes, steps, smoothed, p.INK, f"training, mean of {width} {records.one_each}", 2.0)
+            p.line(axes, steps, smoothed, p.INK, f"training, mean of {width} {records.record_unit}", 2.0)
         p.line(axes, steps, emptied, p.EMPTIED, "held out, memory emptied", marked=True)
         p.line(
             axes, steps, with_memory, p.WITH_MEMORY, "held out, with memory" if records.has_memory else "held out", marked=True
@@ -68,7 +75,7 @@ def loss_chart(records: Records, held: HeldOut) -> Chart | None:
     if len(finite) > 1:
         caption = (
             f"The training loss went from {finite[:ends].mean():.3f} to {finite[-ends:].mean():.3f} nats per token "
-            f"(mean of the first and last {ends} {records.one_each})"
+            f"(mean of the first and last {ends} {records.record_unit})"
             if ends > 1
             else f"The training loss went from {finite[0]:.3f} to {finite[-1]:.3f} nats per token"
         )
@@ -80,11 +87,12 @@ def loss_chart(records: Records, held: HeldOut) -> Chart | None:
         if np.isfinite(emptied[measured[-1]]):
             caption += f", and {emptied[measured[-1]]:.3f} with the memory emptied"
     if held.unigram_entropy is not None:
-        caption += "; below the dashed line the model knows more than how frequent each token is"
+        caption += ". Below the dashed line (the unigram entropy) the model predicts better than token frequencies alone do"
     return Chart("Loss", svg, caption + ".", wide=True)
 
 
 def learning_rate_chart(records: Records) -> Chart | None:
+    """Draw the learning rates of the weights and of the gates over steps."""
     steps = records.steps
     panels = [
         (name, values, colour)
@@ -104,14 +112,15 @@ def learning_rate_chart(records: Records) -> Chart | None:
             axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=p.TICK_STEPS))
         p.step_axis(grid[-1, 0], steps)
         svg = p.svg_of(figure, "learning-rates", "Learning rates over training steps")
-    parts = []
+    sentences = []
     for name, values, _ in panels:
         finite = values[np.isfinite(values)]
-        parts.append(f"{name} peaked at {finite.max():.2g} and ended at {finite[-1]:.2g}")
-    return Chart("Learning rates", svg, f"The learning rate of the {', that of the '.join(parts)}.")
+        sentences.append(f"{name} peaked at {finite.max():.2g} and ended at {finite[-1]:.2g}")
+    return Chart("Learning rates", svg, f"The learning rate of the {', that of the '.join(sentences)}.")
 
 
 def gradient_chart(records: Records) -> Chart | None:
+    """Draw the global gradient norm over steps, with its running median if there are enough steps."""
     steps, norms = records.steps, records.column("grad_norm")
     finite = norms[np.isfinite(norms)]
     if not len(finite):
@@ -126,16 +135,16 @@ def gradient_chart(records: Records) -> Chart | None:
         p.step_axis(axes, steps)
         svg = p.svg_of(figure, "gradient", "Gradient norm over training steps")
     peak = int(np.nanargmax(np.where(np.isfinite(norms), norms, np.nan)))
-    thick = "" if few else f" (dark line: median of {width} {records.one_each})"
+    median_line = "" if few else f" (dark line: median of {width} {records.record_unit})"
     caption = (
-        f"The gradient norm{thick} has a median of {number(float(np.median(finite)))}; its highest value is "
+        f"The gradient norm{median_line} has a median of {number(float(np.median(finite)))}; its highest value is "
         f"{number(norms[peak])}, at step {steps[peak]:,.0f}."
     )
     return Chart("Gradient norm", svg, caption)
 
 
 def rate_chart(records: Records, key: str) -> Chart | None:
-    """Throughput (`tokens_per_second`) or the share of the device's peak (`mfu`)."""
+    """Draw throughput (key `tokens_per_second`) or model FLOPs utilisation (key `mfu`) over steps."""
     steps, values = records.steps, records.column(key)
     title, unit = ("Throughput", "tokens per second")
     if key == "mfu":
@@ -156,5 +165,5 @@ def rate_chart(records: Records, key: str) -> Chart | None:
     show = number if key == "mfu" else p.compact
     caption = f"The median step (dark line) reached {show(median)}{suffix}"
     if len(finite) >= 10:
-        caption += f"; eight steps in ten lie in the shaded band, {show(low)} to {show(high)}"
+        caption += f"; 80% of the steps lie in the shaded band, {show(low)} to {show(high)}"
     return Chart(title, svg, caption + ".")

@@ -1,4 +1,4 @@
-"""What `infini-train evaluate` and `infini-train generate` do with a trained run."""
+"""The commands `infini-train evaluate` and `infini-train generate`."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from infini_train.training.checkpoint import find_damage, newest_checkpoint
 from infini_train.training.weights import load_weights
 
 MEASURED_SHARE = 0.9
-"""Of a range's tokens, at least, for its loss to be given."""
+"""Smallest fraction of the tokens in a position range that must be measured for its loss to be reported."""
 
 
 @dataclass
 class Loaded:
-    """A trained model, without an optimizer."""
+    """A trained model without an optimizer, and the step of its checkpoint."""
 
     run: RunConfig
     layout: Layout
@@ -54,18 +54,22 @@ class Loaded:
 
 
 def inference_layout(run: RunConfig, world_size: int) -> RunConfig:
-    """One process takes the whole model, whatever layout trained it: a checkpoint does not depend on it."""
+    """Return the run with the layout for inference.
+
+    One process holds the whole model, whatever layout trained it: checkpoints load into any layout.
+    """
     if world_size == 1:
         return replace(run, layout=LayoutConfig())
     return run
 
 
 def find_checkpoint(run: RunConfig, checkpoint: str | None) -> Path:
-    """The checkpoint that the user named, or the newest of the run whose files are whole; a collective over all processes,
-    which divide the reading.
+    """Return the checkpoint that the user named, or the newest undamaged checkpoint of the run.
+
+    A collective over all processes, which share the work of verifying the files.
 
     Raises:
-        UserError: there is none, or the named one is damaged.
+        UserError: there is no checkpoint, or the named checkpoint is damaged.
     """
     if checkpoint is not None and checkpoint.endswith(SUFFIX):
         read_weights_facts(Path(checkpoint))
@@ -91,7 +95,7 @@ def _warn(line: str) -> None:
 
 
 def load_model(run: RunConfig, checkpoint: Path) -> Loaded:
-    """Build the model in the run's layout and read its weights."""
+    """Build the model in the run's layout and load its weights."""
     layout = initialize_layout(run)
     module = build_stage(run, layout.pp_rank)
     placements = parameter_placements(module, layout.layer_offsets(run.model.num_layers))
@@ -101,9 +105,9 @@ def load_model(run: RunConfig, checkpoint: Path) -> Loaded:
 
 
 def same_data(run: RunConfig, checkpoint: Path) -> bool | None:
-    """Whether the training split is the one that the checkpoint was trained on; None if the checkpoint does not say.
+    """Return whether the training split in data.path is the one that the checkpoint was trained on.
 
-    Only then is it known that the held-out text is none of what it was trained on.
+    If it is, the held-out text was not part of the training data. None means that the checkpoint does not record its data.
     """
     saved = None if checkpoint.suffix == SUFFIX else read_state_file(checkpoint).get("dataset_fingerprint")
     return None if saved is None else saved == load_manifest(Path(run.data.path)).splits["train"].fingerprint
@@ -115,14 +119,18 @@ def _warn_of_data(run: RunConfig, checkpoint: Path, same: bool | None) -> None:
     if same is False:
         print(
             f"warning: data.path {run.data.path} holds other training documents than those that checkpoint {checkpoint} was "
-            "trained on, so it may have been trained on this held-out text; give the run's own data with --data.path, or a new "
-            "run_dir to training on this data",
+            "trained on, so the model may have been trained on this held-out text; give the run's own data with --data.path, "
+            "or train on this data in a new run_dir",
             file=sys.stderr,
         )
 
 
 def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
-    """Held-out perplexity by position; prints a table and writes evaluation.json in the run directory."""
+    """Measure held-out perplexity by position, print a table, and write evaluation.json to the run directory.
+
+    Returns:
+        The contents of evaluation.json. Losses are in nats per token.
+    """
     loaded = load_model(run, checkpoint)
     same = same_data(run, checkpoint)
     if loaded.layout.is_main:
@@ -144,7 +152,7 @@ def evaluate(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
         "with_memory": _summary(with_memory, with_memory.loss),
         "memory_emptied": None if emptied is None else _summary(emptied, emptied.loss),
         "memory_shuffled": None if shuffled is None else _summary(shuffled, shuffled.loss),
-        # Not all tokens have another row's memory: only this one of the losses with memory is of the same.
+        # Shuffled memory is not measured for all tokens. Compare its loss with this one, which covers the same tokens.
         "with_memory_where_shuffled": None if shuffled is None else _summary(shuffled, shuffled.own_loss),
         "unigram_entropy": entropy,
         "by_position": _by_position(with_memory, emptied, shuffled),
@@ -170,18 +178,21 @@ def _summary(result: HeldOutLoss, loss: float) -> dict[str, float]:
 
 
 def _by_position(kept: HeldOutLoss, emptied: HeldOutLoss | None, shuffled: HeldOutLoss | None) -> list[dict[str, Any]]:
-    """One entry for each range of segments; a loss stands there if nearly all tokens of the range were measured for it."""
+    """Return one entry for each range of segments.
+
+    A loss is None if fewer than MEASURED_SHARE of the tokens in the range were measured for it.
+    """
     rows = []
     for first, last in position_bins(kept):
-        part = slice(first, None if last is None else last + 1)
-        tokens = int(kept.tokens[part].sum())
+        segments = slice(first, None if last is None else last + 1)
+        tokens = int(kept.tokens[segments].sum())
         if tokens == 0:
             continue
 
-        def loss(result: HeldOutLoss | None, part: slice = part, tokens: int = tokens) -> float | None:
-            if result is None or result.tokens[part].sum() < MEASURED_SHARE * tokens:
+        def loss(result: HeldOutLoss | None, segments: slice = segments, tokens: int = tokens) -> float | None:
+            if result is None or result.tokens[segments].sum() < MEASURED_SHARE * tokens:
                 return None
-            return float(result.loss_sum[part].sum() / result.weights[part].sum())
+            return float(result.loss_sum[segments].sum() / result.weights[segments].sum())
 
         rows.append(
             {
@@ -215,8 +226,8 @@ def _print_evaluation(report: dict[str, Any]) -> None:
         own = report["with_memory_where_shuffled"]["loss"]
         print(line("all, where shuffled", shuffled["tokens"], own, None, shuffled["loss"]))
         print(
-            f"emptied: at every segment; shuffled: each row reads another row's, measured for "
-            f"{shuffled['tokens'] / report['tokens']:.0%} of the tokens: the row `all, where shuffled` has both losses of these"
+            f"emptied: the memory is reset at every segment; shuffled: each row reads the memory of another row, measured for "
+            f"{shuffled['tokens'] / report['tokens']:.0%} of the tokens; `all, where shuffled` compares both on these tokens"
         )
     if report["read_back"] is not None:
         _print_read_back(report["read_back"])
@@ -225,21 +236,27 @@ def _print_evaluation(report: dict[str, Any]) -> None:
 
 
 def _print_read_back(read_back: dict[str, Any]) -> None:
-    print("cosine between a value and what its own key reads back (and the key of another token), mean over layers")
+    print("cosine between a value and the memory read with its own key, or with the key of another token, mean over layers")
     print(f"{'segments ago':>20}  " + "".join(f"{age:>8}" for age in read_back["ages"]))
-    for kind, name in (("own_key", "own key"), ("other_key", "another's")):
+    for kind, name in (("own_key", "own key"), ("other_key", "other key")):
         print(f"{name:>20}  " + "".join(f"{sum(layers) / len(layers):>8.3f}" for layers in read_back[kind]))
     if strength := read_back.get("write_strength"):
-        print("strength of a write, mean by layer (1 without the option): " + "  ".join(f"{mean:.3f}" for mean in strength))
+        print("strength of a write, mean by layer (1 if not learned): " + "  ".join(f"{mean:.3f}" for mean in strength))
 
 
 def generate(
     run: RunConfig, checkpoint: Path, prompt: str | None, max_new_tokens: int, temperature: float, top_k: int, seed: int
 ) -> str:
-    """Continue a prompt with streaming inference; prints the text and writes generation.json in the run directory.
+    """Continue a prompt with streaming inference, print the text, and write generation.json to the run directory.
 
     Args:
-        prompt: None takes the first half of the longest held-out document, at most 32 segments of it.
+        prompt: text to continue; None uses the first half of the longest held-out document, at most 32 segments.
+        temperature: 0 selects the most likely token.
+        top_k: sample from the k most likely tokens; 0 samples from all tokens.
+        seed: seed of the sampling.
+
+    Returns:
+        The continuation, without the prompt.
     """
     loaded = load_model(run, checkpoint)
     tokenizer = tokenizer_of(run.data.path)
@@ -269,9 +286,9 @@ def generate(
             "prompt_tokens": len(tokens),
             "segments": -(-len(tokens) // run.model.segment_length),
         }
-        print(f"--- the prompt's last lines ({facts['prompt_tokens']} tokens, {facts['segments']} segments) ---")
+        print(f"--- end of the prompt ({facts['prompt_tokens']} tokens, {facts['segments']} segments) ---")
         print(shown[-400:], end="")
-        print("\n--- the model goes on ---")
+        print("\n--- continuation ---")
         print(text)
         write_json(Path(run.run_dir) / "generation.json", facts)
     return text

@@ -1,7 +1,7 @@
-"""`infini-train evaluate compare`: rivals trained on the same data, in the same trainer, one run for each variant and seed.
+"""`infini-train evaluate compare`: train attention variants on the same data, one run for each variant and seed.
 
-Every run is an ordinary one in a folder of its own: what is finished stays, and the same command goes on where it was stopped.
-What is measured stands in compare.json, from which it is taken from then on: the run's folder may be deleted.
+Every run is an ordinary training run in its own folder. Finished runs are kept. The same command resumes a stopped comparison.
+The results of a finished run are stored in compare.json and read from there, so the run's folder may be deleted.
 """
 
 from __future__ import annotations
@@ -40,24 +40,29 @@ class CompareRun:
 
     @property
     def key(self) -> tuple[str, int]:
-        """As `Measured.key`."""
+        """Variant and seed, as in `Measured.key`."""
         return self.variant, self.seed
 
 
 def compare_runs(run: RunConfig) -> list[CompareRun]:
-    """All runs of the comparison, seed by seed, so that a comparison that is stopped has all variants of its first seeds.
+    """Return all runs of the comparison.
+
+    The runs are ordered by seed, so that a stopped comparison has results of all variants for its first seeds.
 
     Raises:
-        UserError: a variant that is none.
+        UserError: a variant is not valid.
     """
     return [_variant_run(run, variant, seed) for seed in run.compare.seeds for variant in run.compare.variants]
 
 
 def variant_model(run: RunConfig, variant: str) -> ModelConfig:
-    """The model with another attention: `NAME` or `NAME key=value ...`, keys of the section model.
+    """Return the model configuration of a variant.
+
+    Args:
+        variant: `NAME` or `NAME key=value ...`: a value of model.attention, and keys of the section model.
 
     Raises:
-        UserError: a key that is none, or a value that it does not take.
+        UserError: an unknown key or an invalid value.
     """
     values = {}
     for change in f"attention={variant}".split():
@@ -81,13 +86,13 @@ def _variant_run(run: RunConfig, variant: str, seed: int) -> CompareRun:
 
 
 def compare(run: RunConfig) -> int:
-    """Train and evaluate what is not finished yet; writes compare.json, compare.md and compare.html after each run.
+    """Train and evaluate all unfinished runs. Write compare.json, compare.md and compare.html after each run.
 
     Returns:
-        0, or the exit code of the run that ended the comparison.
+        0, or the exit code of the command that stopped the comparison.
 
     Raises:
-        UserError: a run of other settings, or a folder that cannot be written.
+        UserError: an earlier run has other settings or other data, or a folder cannot be written.
     """
     from infini_train.evaluation.compare_page import markdown_table
 
@@ -106,11 +111,11 @@ def compare(run: RunConfig) -> int:
         if each.key in record:
             continue
         name = f"{number} of {len(runs)}: {each.variant}, seed {each.seed}"
-        for command in _left_to_do(each):
+        for command in _remaining_commands(each):
             print(f"compare: {name}: {command}", file=sys.stderr, flush=True)
             code = _run(command, each)
             if code:
-                print(f"compare: {name}: ended with {code}; the same command goes on from there", file=sys.stderr)
+                print(f"compare: {name}: exit code {code}; run the same command again to resume", file=sys.stderr)
                 return code
         record = add_to_record(run, fingerprint, _measure(each))
         _write_tables(run, [record[each.key] for each in runs if each.key in record])
@@ -122,17 +127,21 @@ def compare(run: RunConfig) -> int:
 
 
 def _check_documents(folder: Path, run: RunConfig, fingerprint: str | None) -> None:
-    """Refuse a run that is trained, and so would not notice that the data was prepared anew."""
+    """Refuse a folder whose checkpoint was trained on other documents.
+
+    A fully trained run is not trained again, so no later check would find that the data has changed.
+    """
     for checkpoint in list_checkpoints(folder)[-1:]:
         saved = read_state_file(checkpoint).get("dataset_fingerprint")
         if None not in (saved, fingerprint) and saved != fingerprint:
             raise UserError(
-                f"{folder} was trained on other documents than data.path {run.data.path} holds; give those, or choose another "
-                "run_dir"
+                f"{folder} was trained on other documents than data.path {run.data.path} holds; set data.path to those "
+                "documents, or choose another run_dir"
             )
 
 
-def _left_to_do(each: CompareRun) -> Iterator[str]:
+def _remaining_commands(each: CompareRun) -> Iterator[str]:
+    """Yield the commands that the run still needs: pretrain, evaluate, or both."""
     folder = Path(each.run.run_dir)
     done = [path for path in list_checkpoints(folder) if path.name == f"step_{each.run.training.steps:08d}"]
     if not done:
@@ -143,46 +152,47 @@ def _left_to_do(each: CompareRun) -> Iterator[str]:
 
 
 def _run(command: str, each: CompareRun) -> int:
-    """The exit code of an infini-train command on one process."""
+    """Run an infini-train command in one process and return its exit code."""
     folder = Path(each.run.run_dir)
     with writing(folder / "variant.yaml", COPIED_RUN_DIR):
         folder.mkdir(parents=True, exist_ok=True)
         save_config(each.run, folder / "variant.yaml")
-    return run_to_its_end([sys.executable, "-m", "infini_train", command, "--config", str(folder / "variant.yaml")])
+    return run_forwarding_signals([sys.executable, "-m", "infini_train", command, "--config", str(folder / "variant.yaml")])
 
 
-def run_to_its_end(arguments: list[str]) -> int:
-    """The exit code of a command; Ctrl-C and SIGTERM are passed on, and what it then does is waited for.
+def run_forwarding_signals(arguments: list[str]) -> int:
+    """Run a command, forward SIGINT and SIGTERM to it, wait for it to exit, and return its exit code.
 
-    A command that was asked to stop and had nothing left to do counts as stopped, so that nothing is started after it.
+    If the command received a signal and still exits with 0, return RESUMABLE_EXIT_CODE, so that the caller starts nothing more.
     """
-    asked: list[int] = []
+    received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
-    def pass_on(number: int, _: object) -> None:
-        asked.append(number)
+    def forward(number: int, _: object) -> None:
+        received.append(number)
         if process is not None:
             process.send_signal(number)
 
     signals = (signal.SIGINT, signal.SIGTERM)
-    earlier = [signal.signal(number, pass_on) for number in signals]
+    earlier = [signal.signal(number, forward) for number in signals]
     try:
-        # A session of its own, or a terminal's Ctrl-C would reach it twice.
+        # Start a new session. Otherwise Ctrl-C in a terminal would reach the command twice.
         process = subprocess.Popen(arguments, start_new_session=True)
-        for number in asked:  # while it was started
+        for number in received:  # signals that arrived before the process existed
             process.send_signal(number)
         code = process.wait()
-        return RESUMABLE_EXIT_CODE if asked and code == 0 else code
+        return RESUMABLE_EXIT_CODE if received and code == 0 else code
     finally:
         for number, handler in zip(signals, earlier, strict=True):
             signal.signal(number, handler)
 
 
 def _measure(each: CompareRun) -> Measured:
+    """Read the results of a finished run from its folder."""
     folder = Path(each.run.run_dir)
     evaluation = read_json(folder / "evaluation.json", "evaluate", [])
     records = read_metrics(folder / "metrics.jsonl")
-    assert evaluation is not None, "evaluated just now"
+    assert evaluation is not None, "the evaluate command has just written evaluation.json"
     rates = records.column("tokens_per_second")[len(records.rows) // 10 :]
     tensors = describe_tensors(list_checkpoints(folder)[-1])
     emptied = evaluation.get("memory_emptied")
@@ -208,7 +218,7 @@ def _write_tables(run: RunConfig, measured: list[Measured]) -> None:
 
 
 def machine() -> str:
-    """What this process runs on, and under which torch."""
+    """Return a description of the hardware and the torch version of this process."""
     if platform.has_cuda():
         return f"one process, {torch.cuda.get_device_name()}, torch {torch.__version__}"
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""A comparison as a table, and as a page with a picture: perplexity beside the size of the state that a stream carries."""
+"""Results of a comparison as a Markdown table, and as an HTML page with a chart of perplexity and carried state size."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from infini_train.evaluation.compare_record import Measured
 from infini_train.evaluation.page import page, table
 
 HEAD = ("attention", "state", "of infini's", "parameters", "perplexity", "spread", "emptied", "tokens/s", "peak memory")
-MEANING = """state: numbers that one stream carries from segment to segment, over all layers (full attention carries nothing
-between micro-batches: it keeps its whole context). perplexity: of the held-out text, mean over the seeds; spread: smallest and
-largest.
-The context of full attention is what its micro-batch holds of a document, less where one begins within it.
-emptied: the same with the state emptied at every segment. tokens/s and peak memory: of training, medians over the seeds."""
+MEANING = """state: number of values that one stream carries from segment to segment, summed over all layers. Full attention
+carries no state between micro-batches: its context is the micro-batch. The context is shorter where a document begins
+within the micro-batch. of infini's: state size relative to infini. perplexity: on held-out text, mean over the seeds.
+spread: smallest and largest perplexity over the seeds, and their number. emptied: perplexity with the state emptied at every
+segment. tokens/s and peak memory: measured in training, medians over the seeds."""
+"""Explanation of the columns in HEAD."""
 
 
 def by_variant(measured: list[Measured]) -> dict[str, list[Measured]]:
-    """Runs of each variant, in the order of the first seed."""
+    """Group runs by variant, in order of first appearance."""
     grouped: dict[str, list[Measured]] = {}
     for each in measured:
         grouped.setdefault(each.variant, []).append(each)
@@ -29,7 +30,7 @@ def by_variant(measured: list[Measured]) -> dict[str, list[Measured]]:
 
 
 def rows(measured: list[Measured]) -> list[tuple[str, ...]]:
-    """The table's cells."""
+    """Return the cells of the table, one row for each variant."""
     grouped = by_variant(measured)
     infini = next((runs[0].state_numbers for variant, runs in grouped.items() if variant.split()[0] == "infini"), None)
     found: list[tuple[str, ...]] = []
@@ -54,14 +55,14 @@ def rows(measured: list[Measured]) -> list[tuple[str, ...]]:
 
 
 def _machines(measured: list[Measured]) -> str:
-    """What the runs ran on."""
+    """Return the machines that the runs were measured on."""
     return " and ".join(dict.fromkeys(each.machine for each in measured))
 
 
 def markdown_table(run: RunConfig, measured: list[Measured]) -> str:
-    """The table with what one needs to read it."""
+    """Return the table in Markdown, with a heading and an explanation of the columns."""
     lines = [
-        f"# Rivals after {run.training.steps:,} steps of {run.tokens_per_step:,} tokens",
+        f"# Attention variants after {run.training.steps:,} steps of {run.tokens_per_step:,} tokens",
         "",
         f"Seeds {', '.join(map(str, run.compare.seeds))}; {_machines(measured)}. {' '.join(MEANING.split())}",
         "",
@@ -73,10 +74,10 @@ def markdown_table(run: RunConfig, measured: list[Measured]) -> str:
 
 
 def compare_page(run: RunConfig, measured: list[Measured]) -> str:
-    """compare.html, complete in itself."""
+    """Return compare.html, a self-contained page."""
     caption = (
-        "Left, held-out perplexity: a point is the mean over the seeds, a line their spread; the best is on top. Right, the "
-        "numbers that a stream carries from segment to segment."
+        "Left: held-out perplexity. Points are means over the seeds, lines their spread, and the best variant is on top. "
+        "Right: the number of values that a stream carries from segment to segment."
     )
     body = (
         f'<figure class="wide"><div class="plot">{state_plot(measured)}</div>'
@@ -84,14 +85,14 @@ def compare_page(run: RunConfig, measured: list[Measured]) -> str:
         f'{table(HEAD, rows(measured))}<p class="intro">{html.escape(MEANING)}</p>'
     )
     lead = (
-        f"{len(by_variant(measured))} kinds of attention, the same data, size and {run.training.steps:,} steps of "
-        f"{run.tokens_per_step:,} tokens; {html.escape(_machines(measured))}"
+        f"{len(by_variant(measured))} attention variants, trained with the same data and model size for "
+        f"{run.training.steps:,} steps of {run.tokens_per_step:,} tokens; {html.escape(_machines(measured))}"
     )
-    return page("comparison", "Infini-attention and its rivals", lead, body)
+    return page("comparison", "Comparison of attention variants", lead, body)
 
 
 def state_plot(measured: list[Measured]) -> str:
-    """A row for each variant, best perplexity on top: perplexity with the seeds' spread, and the size of the state."""
+    """Draw perplexity with its spread over the seeds, and the state size, one row for each variant with the best on top."""
     grouped = by_variant(measured)
     means = {variant: float(np.exp([each.loss for each in runs]).mean()) for variant, runs in grouped.items()}
     order = sorted(means, key=means.__getitem__)
@@ -111,7 +112,7 @@ def state_plot(measured: list[Measured]) -> str:
         right.set_xscale("symlog", linthresh=1000)
         largest = max(each.state_numbers for each in measured)
         right.set_xticks([0, *(10**power for power in range(3, 2 + max(3, len(str(largest)))))])
-        right.set_xlabel("numbers carried (log beyond 1,000)")
+        right.set_xlabel("values carried (log scale beyond 1,000)")
         for axes in (left, right):
             axes.grid(visible=False, axis="y")
             axes.grid(visible=True, axis="x")

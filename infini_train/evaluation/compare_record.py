@@ -1,4 +1,4 @@
-"""compare.json: what the finished runs of a comparison gave. It stays when their folders are deleted."""
+"""The record compare.json: results of the finished runs of a comparison. It remains valid when their folders are deleted."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from infini_train.evaluation.records import read_json
 from infini_train.results import COPIED_RUN_DIR, write_json
 
 RESULT_FILE = "compare.json"
-NOT_OF_A_RUN = {"training.seed", "data.path"}
-"""Keys that every run of a comparison replaces, or whose content has a fingerprint."""
-LEFT_OVER = "move it away, and runs whose folders are there are measured again"
+IGNORED_KEYS = {"training.seed", "data.path"}
+"""Keys that may differ from the record: each run sets its own seed, and a fingerprint identifies the data."""
+REMEDY = "move it away; runs whose folders still exist are then measured again"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a finished run gave."""
+    """Results of a finished run."""
 
     variant: str
     seed: int
     loss: float
-    """Held-out, nats per token."""
+    """Held-out loss in nats per token."""
     loss_memory_emptied: float | None
+    """Held-out loss with the memory emptied at every segment; None if the variant carries no state."""
     parameters: int
     state_numbers: int
-    """Numbers that a stream carries over all layers."""
+    """Number of values that one stream carries from segment to segment, summed over all layers."""
     tokens_per_second: float
-    """Median over the steps after the first tenth."""
+    """Training throughput: median over the steps after the first tenth."""
     peak_memory: float
-    """Bytes: of the GPU's allocator, or of the whole process on a CPU."""
+    """Peak in bytes of the GPU allocator, or of the whole process on a CPU."""
     machine: str
-    """Where it was measured, when its training had ended."""
+    """Hardware and torch version of the process that recorded the results after training."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -50,49 +51,50 @@ class Measured:
 
 
 Record = dict[tuple[str, int], Measured]
-"""Runs by variant and seed."""
+"""Results by variant and seed."""
 
 
 def data_fingerprint(run: RunConfig) -> str | None:
-    """What tells the training text from another; None where it is not there."""
+    """Return the fingerprint of the training split, or None if data.path holds no data."""
     if not (Path(run.data.path) / MANIFEST_FILE).exists():
         return None
     return TokenDataset(Path(run.data.path), "train").fingerprint
 
 
 def read_record(run: RunConfig, fingerprint: str | None) -> Record:
-    """What compare.json holds; nothing where there is none.
+    """Read compare.json. Return an empty record if the file does not exist.
 
     Args:
+        run: the comparison.
         fingerprint: `data_fingerprint` of the run.
 
     Raises:
-        UserError: it is of other settings or of other data, or no record.
+        UserError: the record has other settings or other data, or the file is not a valid record.
     """
     report = _report(Path(run.run_dir) / RESULT_FILE)
     if report is None:
         return {}
     path = Path(run.run_dir) / RESULT_FILE
     try:
-        changed = difference(report["config"], run, NOT_OF_A_RUN)
+        changed = difference(report["config"], run, IGNORED_KEYS)
         if changed is None and None not in (fingerprint, report["dataset"]) and fingerprint != report["dataset"]:
             changed = f"data.path {run.data.path} holds other documents"
         record = {each.key: each for each in map(_measured, report["runs"])}
     except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{path} is no record of this version's `evaluate compare`; {LEFT_OVER}") from None
+        raise UserError(f"{path} is not a record of this version of `evaluate compare`; {REMEDY}") from None
     if changed is not None:
         raise UserError(f"{path} belongs to other settings ({changed}); set it back, or choose another run_dir")
     return record
 
 
 def _measured(row: dict[str, Any]) -> Measured:
-    """A run of the record, where null stands for what was not finite; but a run without memory has no loss without it."""
+    """Convert a row of the record. null means NaN, except for loss_memory_emptied, where it means that there is no memory."""
     finite = {key: value for key, value in row.items() if value is not None or key == "loss_memory_emptied"}
     return Measured(**{**dict.fromkeys(row, math.nan), **finite})
 
 
 def add_to_record(run: RunConfig, fingerprint: str | None, measured: Measured) -> Record:
-    """What compare.json holds with one more run, and what other processes have added meanwhile."""
+    """Add a run to compare.json under a lock, and return the record with all runs that other processes have added."""
     path = Path(run.run_dir) / RESULT_FILE
     with locked(path.parent):
         record = {**read_record(run, fingerprint), measured.key: measured}
@@ -111,13 +113,13 @@ def _report(path: Path) -> dict[str, Any] | None:
     notes: list[str] = []
     report = read_json(path, "evaluate compare", notes)
     if notes:
-        raise UserError(f"{path} is not readable; {LEFT_OVER}")
+        raise UserError(f"{path} is not readable; {REMEDY}")
     return report
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder that several processes write records to: one at a time."""
+    """Hold an exclusive lock on a folder in which several processes write records."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

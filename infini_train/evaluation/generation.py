@@ -1,4 +1,7 @@
-"""Streaming generation: the keys and values of one unfinished segment, and the memory, whatever the prompt's length."""
+"""Streaming generation with caches of fixed size.
+
+A cache holds the keys and values of the unfinished segment and the memory. Its size does not depend on the prompt length.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ from infini_train.model.stage import StageModel
 
 
 class StreamingModel:
-    """One pass over a stream of tokens, as long as it may be.
+    """A model that reads token streams of any length, chunk by chunk.
 
     Args:
         module: the whole model (one pipeline stage) with its weights.
-        batch_size: B, streams that run side by side.
+        batch_size: B, number of parallel streams.
     """
 
     def __init__(self, module: StageModel, run: RunConfig, batch_size: int = 1) -> None:
@@ -33,10 +36,14 @@ class StreamingModel:
 
     @torch.no_grad()
     def feed(self, tokens: Tensor, on_chunk: Callable[[int], None] | None = None) -> Iterator[Tensor]:
-        """Feed tokens [B, t]; yields the logits [B, c, V] (float32) of one chunk after the other, none across a segment's end.
+        """Feed tokens and yield their logits chunk by chunk. No chunk crosses the end of a segment.
 
         Args:
-            on_chunk: called with the number of tokens fed so far.
+            tokens: [B, t] token ids.
+            on_chunk: called after each chunk with the number of tokens fed so far.
+
+        Yields:
+            Logits [B, c, V] in float32 for a chunk of c tokens.
         """
         start = 0
         while start < tokens.shape[1]:
@@ -68,12 +75,15 @@ def sample_tokens(
     stop_token: int,
     on_chunk: Callable[[int], None] | None = None,
 ) -> Iterator[int]:
-    """Continue a prompt, one token at a time, until `stop_token` or `max_new_tokens`.
+    """Yield the continuation of a prompt token by token, until `stop_token` or `max_new_tokens`.
 
     Args:
         prompt: token ids, at least one.
-        temperature: 0 takes the most likely token.
-        top_k: sample among the k most likely tokens; 0 takes all.
+        temperature: 0 selects the most likely token.
+        top_k: sample from the k most likely tokens; 0 samples from all tokens.
+        seed: seed of the sampling.
+        stop_token: generation ends before this token is yielded.
+        on_chunk: called with the number of prompt tokens fed so far.
     """
     generator = torch.Generator().manual_seed(seed)
     last = torch.empty(0)

@@ -1,4 +1,4 @@
-"""The charts of what Infini-attention adds: memory, gates, and what they are worth by position in the document."""
+"""Charts of Infini-attention: memory norms, gates, read-back accuracy, and perplexity by position in the document."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from infini_train.evaluation.records import Records, perplexity
 
 
 def position_chart(entries: list[dict[str, Any]], has_memory: bool) -> Chart | None:
-    """Perplexity by segment of the document, `entries` as in by_position of evaluation.json."""
+    """Draw perplexity by segment of the document.
+
+    Args:
+        entries: by_position of evaluation.json.
+        has_memory: whether the attention carries a state from segment to segment.
+    """
     if not entries:
         return None
     labels, tokens = [], []
@@ -42,7 +47,7 @@ def position_chart(entries: list[dict[str, Any]], has_memory: bool) -> Chart | N
         show = [f"{a}\n{p.compact(n)} tok." if isinstance(n, int) else a for a, n in zip(labels, tokens, strict=True)]
         every = math.ceil(len(x) / 14)
         axes.set_xticks(x[::every], show[::every])
-        axes.set_xlabel("segment of the document, counted from 0; below it the held-out tokens measured there")
+        axes.set_xlabel("segment of the document, counted from 0; below: number of held-out tokens measured")
         axes.set_xlim(-0.4, len(x) - 0.6)
         if np.isfinite(np.concatenate([emptied, shuffled])).any():
             p.legend_above(axes, columns=3)
@@ -53,15 +58,19 @@ def position_chart(entries: list[dict[str, Any]], has_memory: bool) -> Chart | N
         change = emptied[far] / kept[far] - 1
         caption += f" and {number(emptied[far])} with the memory emptied ({change:+.1%})"
     if np.isfinite(shuffled[far]):
-        caption += f" and {number(shuffled[far])} with that of another row ({shuffled[far] / kept[far] - 1:+.1%})"
+        caption += f" and {number(shuffled[far])} with the memory of another row ({shuffled[far] / kept[far] - 1:+.1%})"
     caption += f", against {number(kept[0])} in {names[0]}" if far else ""
     if has_memory and entries[0]["first_segment"] == entries[0].get("last_segment") == 0:
-        caption += "; in segment 0 the memory is still empty, so there they must meet"
+        caption += ". In segment 0 the memory is still empty, so the curves must agree there"
     return Chart("Perplexity by position in the document", svg, caption + ".", wide=True)
 
 
 def read_back_chart(evaluation: dict[str, Any] | None) -> Chart | None:
-    """Cosine between values and what their keys read back, by age; `read_back` of evaluation.json."""
+    """Draw the cosine between stored values and values read back with their keys, by age in segments.
+
+    Args:
+        evaluation: evaluation.json, whose `read_back` is drawn.
+    """
     found = (evaluation or {}).get("read_back")
     if not isinstance(found, dict) or not found.get("ages"):
         return None
@@ -69,23 +78,24 @@ def read_back_chart(evaluation: dict[str, Any] | None) -> Chart | None:
     own, other = np.array(found["own_key"], dtype=float), np.array(found["other_key"], dtype=float)
     x = np.arange(len(ages), dtype=float)
     with chart_figure(WIDE, 3.4) as (figure, axes):
-        p.line(axes, x, other.mean(axis=1), p.MUTED, "another token's key, all layers", 1.4, marked=True, style="--")
+        p.line(axes, x, other.mean(axis=1), p.MUTED, "key of another token, mean over layers", 1.4, marked=True, style="--")
         _lines_by_layer(axes, x, own)
         p.value_axis(axes, "cosine")
         axes.set_xticks(x, [str(age) for age in ages])
         axes.set_xlabel("segments since the token was written")
-        svg = p.svg_of(figure, "read-back", "Cosine between values and what their keys read back, by age")
+        svg = p.svg_of(figure, "read-back", "Cosine between stored values and values read back with their keys, by age")
     gap = own.mean(axis=1) - other.mean(axis=1)
     caption = (
-        f"Right after writing, a value's own key reads it back with cosine {own[0].mean():.3f} (mean over layers), another "
-        f"token's key with {other[0].mean():.3f}"
+        f"Directly after writing, the cosine between stored and read value is {own[0].mean():.3f} with the token's own key "
+        f"and {other[0].mean():.3f} with the key of another token (means over layers)"
     )
     if len(ages) > 1:
-        caption += f"; {ages[-1]} segments later the difference is {gap[-1]:.3f}, from {gap[0]:.3f}"
-    return Chart("What keys read back", svg, caption + ".", wide=True)
+        caption += f". The difference goes from {gap[0]:.3f} to {gap[-1]:.3f} after {ages[-1]} segments"
+    return Chart("Read-back accuracy of the memory", svg, caption + ".", wide=True)
 
 
 def gate_map_chart(records: Records) -> Chart | None:
+    """Draw the newest gate of every layer and head as a heat map."""
     found = records.nested("gates", 2)
     if found is None:
         return None
@@ -119,19 +129,19 @@ def gate_map_chart(records: Records) -> Chart | None:
     layer, head = np.unravel_index(int(np.argmax(gates)), gates.shape)
     low_layer, low_head = np.unravel_index(int(np.argmin(gates)), gates.shape)
     caption = (
-        f"At step {steps[-1]:,.0f} layer {layer + 1}, head {head + 1} listens to its memory most "
-        f"({gates.max():.2f}) and layer {low_layer + 1}, head {low_head + 1} least ({gates.min():.2f}); "
-        "at 0.5 local attention and memory count equally."
+        f"At step {steps[-1]:,.0f} layer {layer + 1}, head {head + 1} has the largest gate "
+        f"({gates.max():.2f}) and layer {low_layer + 1}, head {low_head + 1} the smallest ({gates.min():.2f}). "
+        "A gate is the weight of the memory: at 0.5, memory and local attention have equal weight."
     )
     return Chart("Gates, sigmoid(β), of every head", svg, caption)
 
 
 LOCAL_BELOW, MEMORY_ABOVE = 0.1, 0.9
-"""A head is specialised in local attention or in memory beyond these gates, and mixes the two between them."""
+"""Gates below or above these limits mark heads specialised in local attention or in memory. Heads in between mix both."""
 
 
 def gate_histogram_chart(records: Records) -> Chart | None:
-    """How many heads specialise and how many mix, as in Figure 3 of the paper."""
+    """Draw the histogram of gates, which shows specialised and mixing heads as Figure 3 of the paper does."""
     found = records.nested("gates", 2)
     if found is None:
         return None
@@ -152,19 +162,19 @@ def gate_histogram_chart(records: Records) -> Chart | None:
     local, memory = int((last < LOCAL_BELOW).sum()), int((last > MEMORY_ABOVE).sum())
     balanced = int((abs(last - 0.5) < 0.1).sum())
     caption = (
-        f"Of {last.size} heads {local} specialise in local attention (below {LOCAL_BELOW}), {memory} in memory (above "
-        f"{MEMORY_ABOVE}), and {last.size - local - memory} mix the two; {balanced} of these are within 0.1 "
-        "of 0.5."
+        f"Of {last.size} heads, {local} specialise in local attention (gate below {LOCAL_BELOW}), {memory} in memory (above "
+        f"{MEMORY_ABOVE}), and {last.size - local - memory} mix both. {balanced} heads have a gate within 0.1 of 0.5."
     )
     return Chart("Specialised and mixing heads", svg, caption, wide=True)
 
 
 def _gate_height(layers: int) -> float:
-    """Both gate charts stand side by side."""
+    """Return the height in inches of both gate charts, which are side by side."""
     return min(max(3.4, 1.2 + 0.2 * layers), 5.5)
 
 
 def gate_course_chart(records: Records) -> Chart | None:
+    """Draw the gates over steps: the mean of each layer, and single heads or their 10th to 90th percentile."""
     found = records.nested("gates", 2)
     if found is None:
         return None
@@ -192,15 +202,18 @@ def gate_course_chart(records: Records) -> Chart | None:
     means = history.mean(axis=(1, 2))
     caption = (
         f"{'Thick lines are' if each_head else 'Lines are'} the means of the layers, "
-        f"{'thin ones single heads' if each_head else 'the band holds eight heads in ten'}: over all heads the mean "
-        f"gate went from {means[0]:.3f} to {means[-1]:.3f}, and single heads now lie between {history[-1].min():.3f} and "
+        f"{'thin lines are single heads' if each_head else 'the band covers 80% of the heads'}. The mean gate over all heads "
+        f"went from {means[0]:.3f} to {means[-1]:.3f}; the gates of single heads now lie between {history[-1].min():.3f} and "
         f"{history[-1].max():.3f}."
     )
     return Chart("Gates over training", svg, caption)
 
 
 def _lines_by_layer(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
-    """values [S, layers]; the legend names up to eight layers, or else the first, middle and last."""
+    """Draw one line for each layer from values [S, layers].
+
+    The legend names all layers if there are at most eight, otherwise the first, the middle and the last.
+    """
     layers = values.shape[1]
     named = set(range(layers)) if layers <= 8 else {0, layers // 2, layers - 1}
     for layer in range(layers):
@@ -212,15 +225,16 @@ def _lines_by_layer(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
 
 
 def memory_charts(records: Records) -> list[Chart]:
+    """Draw memory norms, memory gradients and write strengths by layer, as far as they are recorded."""
     charts = []
-    size = "norm (mean over rows and heads)"
+    mean_norm = "norm (mean over rows and heads)"
     kinds = (
-        ("memory_norm", "Size of the memory M", "Frobenius norm of M", size),
-        ("memory_z_norm", "Size of its normaliser z", "L2 norm of z", size),
-        ("memory_grad_norm", "Gradient that reaches what was written", "L2 norm over M and z", "norm"),
+        ("memory_norm", "Norm of the memory M", "Frobenius norm of M", mean_norm),
+        ("memory_z_norm", "Norm of the normaliser z", "L2 norm of z", mean_norm),
+        ("memory_grad_norm", "Gradient of the memory", "L2 norm over M and z", "norm"),
         ("memory_write_strength", "Learned strength of a write", "0 to 2", "strength (mean over tokens and heads)"),
     )
-    for key, name, unit, what in kinds:
+    for key, name, unit, quantity in kinds:
         found = records.nested(key, 1)
         if found is None:
             continue
@@ -233,7 +247,7 @@ def memory_charts(records: Records) -> list[Chart]:
         largest = int(np.argmax(norms[-1]))
         middle = np.median(norms, axis=1)
         caption = (
-            f"The {what} is largest in layer {largest + 1}, {number(norms[-1, largest])} at "
+            f"The {quantity} is largest in layer {largest + 1}, {number(norms[-1, largest])} at "
             f"step {steps[-1]:,.0f}; the median over layers went from {number(middle[0])} to {number(middle[-1])}."
         )
         charts.append(Chart(name, svg, caption))

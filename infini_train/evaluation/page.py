@@ -1,4 +1,4 @@
-"""The frame of report.html: its head, its style sheet and its order."""
+"""HTML frame and style sheet shared by report.html and compare.html."""
 
 from __future__ import annotations
 
@@ -75,14 +75,21 @@ summary { cursor: pointer; font-weight: 600; }
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of text cells; what does not fit the page's width scrolls."""
+    """Return an HTML table of text cells. Cells are escaped; a table wider than the page scrolls."""
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     names = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     return f'<div class="table"><table><tr>{names}</tr>{cells}</table></div>'
 
 
 def page(kind: str, title: str, lead: str, body: str) -> str:
-    """The whole document of a kind, as `training report`; the arguments are HTML already."""
+    """Return the complete HTML document. All arguments are HTML already.
+
+    Args:
+        kind: kind of the document, such as `training report`.
+        title: heading.
+        lead: first paragraph.
+        body: sections below it.
+    """
     light, dark = css_colours()
     style = _STYLE.replace("LIGHT", light).replace("DARK", dark).replace("FONTS", _FONTS)
     return f"""<!DOCTYPE html>

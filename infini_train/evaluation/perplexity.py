@@ -1,4 +1,4 @@
-"""Held-out loss by position in the document: with memory as it is, emptied at every segment, and of another row."""
+"""Held-out loss by position in the document, with the memory kept, emptied at every segment, or taken from another row."""
 
 from __future__ import annotations
 
@@ -23,33 +23,34 @@ from infini_train.parallel.layout import Layout, all_reduce_sum, raise_everywher
 from infini_train.parallel.pipeline import SegmentPipeline
 
 MAX_POSITIONS = 4096
-"""Segments of a document told apart; later ones count with the last."""
+"""Number of segment positions counted separately. Later segments of a document are added to the last position."""
 Treatment = Literal["kept", "emptied", "shuffled"]
-"""Of the memory. kept: as in training; emptied: reset at every segment; shuffled: each row reads the memory that another row
-has written so far, of the same age in kind but of another document, and its own is carried on unread."""
+"""Treatment of the memory. kept: as in training. emptied: reset at every segment. shuffled: each row reads the memory that
+another row has written so far: similarly full, but from another document. The row's own memory is carried on unread."""
 
 
 @dataclass
 class HeldOutLoss:
-    """By segment number in the document, over all processes: token losses summed by weight, the weights, and tokens.
+    """Weighted sums of token losses, sums of the weights, and token counts over all processes.
 
-    In ordinary data every weight is 1.
+    All arrays have shape [MAX_POSITIONS]: one entry for each segment position in the document. In data without weights, every
+    weight is 1.
     """
 
     loss_sum: np.ndarray
     weights: np.ndarray
     tokens: np.ndarray
     own_loss_sum: np.ndarray | None = None
-    """Where memory is shuffled: of the same tokens, each row reading its own."""
+    """For shuffled memory: the loss sums of the same tokens when each row reads its own memory."""
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Mean loss in nats per token."""
         return self._mean(self.loss_sum)
 
     @property
     def own_loss(self) -> float:
-        """Of `own_loss_sum`."""
+        """Mean of `own_loss_sum` in nats per token."""
         assert self.own_loss_sum is not None
         return self._mean(self.own_loss_sum)
 
@@ -58,7 +59,10 @@ class HeldOutLoss:
 
 
 def _batches(run: RunConfig, layout: Layout, dataset: TokenDataset, limit: int | None) -> Iterator[StreamBatch]:
-    """Every held-out document once, the longest first; rows that have ended stay as padding until all processes are done."""
+    """Yield micro-batches that read every held-out document once, the longest first.
+
+    Rows without a further document contain padding until all processes are done.
+    """
     rows = layout.rows(run.training.rows)
     reader = StreamReader(
         dataset,
@@ -83,14 +87,14 @@ def _batches(run: RunConfig, layout: Layout, dataset: TokenDataset, limit: int |
             raise_everywhere(unreadable)
         if reading == 0:
             return
-        # Other processes may still read: their collectives need this one's forward.
+        # Other processes may still have data. Their collectives need a forward pass of this process.
         batch = batch if batch is not None else _padding(len(rows), num_segments, run.model.segment_length)
         yield context_share(batch, layout)
         count += 1
 
 
 def _padding(rows: int, num_segments: int, segment_length: int) -> StreamBatch:
-    """A micro-batch without a single valid token."""
+    """Return a micro-batch without valid tokens."""
     tokens = torch.zeros(rows, num_segments * segment_length, dtype=torch.int64)
     segments = torch.zeros(rows, num_segments, dtype=torch.int64)
     return StreamBatch(
@@ -106,15 +110,24 @@ def _padding(rows: int, num_segments: int, segment_length: int) -> StreamBatch:
 
 
 class LossByPosition:
-    """Sums this process's token losses by segment of the document."""
+    """Sums of the token losses of this process by segment position in the document."""
 
     def __init__(self, segment_length: int, counts: bool) -> None:
-        """Args: counts: whether this process adds, so that of those with the same losses one does."""
+        """Create empty sums.
+
+        Args:
+            counts: whether this process adds its losses. Exactly one of the ranks that compute the same losses does.
+        """
         self.segment_length, self.counts = segment_length, counts
         self.sums = torch.zeros(3, MAX_POSITIONS, dtype=torch.float64)
 
     def add(self, batch: StreamBatch, losses: Tensor, rows: Tensor | None = None) -> None:
-        """Args: losses: [B, T] nats; rows: [B] bool, those that count; None is all."""
+        """Add the losses of a micro-batch.
+
+        Args:
+            losses: [B, T] in nats.
+            rows: [B] bool, rows that count; None counts all rows.
+        """
         if not self.counts:
             return
         positions = batch.segment_index.clamp(max=MAX_POSITIONS - 1).repeat_interleave(self.segment_length, dim=1).flatten()
@@ -125,13 +138,15 @@ class LossByPosition:
             sums.index_add_(0, positions, values.flatten())
 
     def total(self) -> HeldOutLoss:
-        """Over all processes."""
+        """Return the sums over all processes; a collective."""
         return HeldOutLoss(*np.array(all_reduce_sum(self.sums.flatten().tolist())).reshape(3, MAX_POSITIONS))
 
 
 def shuffled_run(run: RunConfig, layout: Layout) -> RunConfig:
-    """The run whose pipeline measures with shuffled memory: in the smallest micro-batches: inside one a row reads its own
-    memory."""
+    """Return the run to build the pipeline from for shuffled memory.
+
+    It uses the smallest micro-batches, because inside a micro-batch a row reads its own memory.
+    """
     return replace(run, training=replace(run.training, segments_per_micro_batch=layout.cp_size))
 
 
@@ -145,14 +160,15 @@ def held_out_loss(
     on_batch: Callable[[int], None] | None = None,
     dataset: TokenDataset | None = None,
 ) -> HeldOutLoss:
-    """Loss over the held-out split; a collective over all processes.
+    """Measure the loss on the held-out split. A collective over all processes.
 
     Args:
-        run: whose pipeline this is; for shuffled memory that of `shuffled_run`.
-        memory: what is done to it. With shuffled memory only tokens count for which another row of this process had one.
-        limit: micro-batches of every row to read, from the longest documents; None reads every document once.
+        run: the run that the pipeline was built from; for shuffled memory, the result of `shuffled_run`.
+        memory: treatment of the memory. With shuffled memory, a token counts only if another row of this process had a
+            memory to read.
+        limit: number of micro-batches to read, longest documents first; None reads every document once.
         on_batch: called with the number of micro-batches done, to show progress.
-        dataset: the held-out split, if it is open already.
+        dataset: the held-out split, if it is already open.
     """
     dataset = dataset or TokenDataset(Path(run.data.path), "held_out")
     by_position, own = (LossByPosition(run.model.segment_length, counts=layout.tp_rank == 0) for _ in range(2))
@@ -165,7 +181,7 @@ def held_out_loss(
             carried = pipeline.evaluate([batch], carried, partial(own.add, rows=rows))
         else:
             carried = pipeline.evaluate([batch], carried, by_position.add, empty_memory=memory == "emptied")
-        # With context parallelism, which only `infini` and `local` know, a process has a part of the segments.
+        # With context parallelism, which only `infini` and `local` support, a process holds only some of the segments.
         reading = batch.lengths[:, -1] > 0 if layout.cp_size == 1 else None
         if on_batch is not None:
             on_batch(count)
@@ -174,20 +190,23 @@ def held_out_loss(
 
 
 def memory_of_other_rows(memory: Memory, num_rows: int, reading: Tensor | None = None) -> tuple[Memory, Tensor]:
-    """Each row's memory replaced by that of the next row that has written any. Tails of convolutions are no memory, and stay.
+    """Replace the memory of each row by the memory of the next row that has written one.
+
+    Convolution tails do not count as memory and stay with their row.
 
     Args:
-        reading: [num_rows] bool, rows whose documents have not ended: caches and memory tokens take in padding too. None where
-            a memory of zeros tells that.
+        reading: [num_rows] bool, rows whose documents have not ended. Key caches and memory tokens also store padding, so
+            their content does not show that a row has ended. None if an all-zero memory is sufficient to tell.
 
     Returns:
-        The memory, and [num_rows] bool: rows for which there was such a row. The others keep their own.
+        The memory, and a [num_rows] bool tensor: rows that got the memory of another row. The other rows keep their own.
     """
     if not memory:
         return {}, torch.zeros(num_rows, dtype=torch.bool)
-    # Every layer of every stage and tensor rank has written in the same rows: σ(K) is positive, and a key is not zero.
-    parts = without_tail(next(iter(memory.values())))
-    written = torch.stack([part.reshape(len(part), -1).ne(0).any(dim=1) for part in parts]).any(dim=0).cpu()
+    # One layer is enough: every layer on every stage and tensor rank writes to the same rows, because σ(K) is positive and no
+    # key is zero.
+    tensors = without_tail(next(iter(memory.values())))
+    written = torch.stack([tensor.reshape(len(tensor), -1).ne(0).any(dim=1) for tensor in tensors]).any(dim=0).cpu()
     if reading is not None:
         written &= reading
     filled = [row for row in range(num_rows) if written[row]]
@@ -198,32 +217,33 @@ def memory_of_other_rows(memory: Memory, num_rows: int, reading: Tensor | None =
             donors[row] = next((other for other in others if other > row), others[0])
     index = torch.tensor(donors)
 
-    def taken(part: Tensor) -> Tensor:
-        return part[index.to(part.device)]
+    def select_donors(tensor: Tensor) -> Tensor:
+        return tensor[index.to(tensor.device)]
 
-    shuffled = {layer: with_memory(state, map_parts(taken, without_tail(state))) for layer, state in memory.items()}
+    shuffled = {layer: with_memory(state, map_parts(select_donors, without_tail(state))) for layer, state in memory.items()}
     return shuffled, index != torch.arange(num_rows)
 
 
 def unigram_entropy(dataset: TokenDataset) -> float:
-    """Entropy of the token frequencies of a split, in nats per token: what a model without any context reaches at best.
+    """Return the entropy of the token frequencies of a split, in nats per token.
 
-    Counts targets, by their loss weights: every token of a document but its first.
+    It is the lowest loss that a model without context can reach. Counts targets, weighted by their loss weights: every token of
+    a document except its first.
     """
     counts = np.zeros(dataset.vocab_size)
     for document, length in enumerate(dataset.document_lengths):
         for start in range(1, int(length), 1 << 20):
-            part = dataset.read(document, start, min(1 << 20, int(length) - start))
-            weights = dataset.read_weights(document, start, len(part)) if dataset.weighted else None
-            counts += np.bincount(part, weights=weights, minlength=dataset.vocab_size)
+            tokens = dataset.read(document, start, min(1 << 20, int(length) - start))
+            weights = dataset.read_weights(document, start, len(tokens)) if dataset.weighted else None
+            counts += np.bincount(tokens, weights=weights, minlength=dataset.vocab_size)
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 
 def position_bins(result: HeldOutLoss) -> list[tuple[int, int | None]]:
-    """Segment ranges [first, last] that double in width: 0, 1, 2-3, 4-7, ...
+    """Return segment ranges (first, last) that double in width: 0, 1, 2-3, 4-7, ...
 
-    The last has no end (None) where it holds the segments that are not told apart any more.
+    The end of the last range is None if it includes the segments beyond MAX_POSITIONS.
     """
     occupied = np.flatnonzero(result.tokens)
     if len(occupied) == 0:

@@ -1,7 +1,7 @@
-"""Drawing for the report: curves kept small, and figures as SVG that follows the page's light or dark colours.
+"""Plotting helpers for the report: curve thinning, axes, and SVG output that follows the light or dark colours of the page.
 
-A figure is drawn with stand-in colours, one per role; in the SVG each becomes a CSS variable, which the page defines
-once for light and once for dark.
+Figures are drawn with one placeholder colour per role. In the SVG, each placeholder becomes a CSS variable, which the page
+defines for the light and for the dark theme.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 MAX_POINTS = 1000
-"""Points that one drawn curve has at most."""
+"""Maximum number of points of one drawn curve."""
 FEW_POINTS = 40
-"""Curves of at most so many points show each of them."""
+"""Marked curves with at most this many points show a marker at each point."""
 TICK_STEPS = (1, 2, 2.5, 5, 10)
-"""What axis ticks advance by, times a power of ten."""
+"""Allowed distances between axis ticks, times a power of ten."""
 
 SURFACE, INK, MUTED, GRID, FAINT = "#01f101", "#01f102", "#01f103", "#01f104", "#01f105"
 WITH_MEMORY, EMPTIED, WEIGHTS, GATES, SHUFFLED = "#01f106", "#01f107", "#01f108", "#01f109", "#01f10a"
@@ -92,7 +92,7 @@ STYLE: dict[Any, Any] = {
 
 
 def css_colours() -> tuple[str, str]:
-    """The CSS variables of the light and of the dark page."""
+    """Return the CSS variable declarations of the light and of the dark theme."""
     viridis = matplotlib.colormaps["viridis"]
 
     def declare(colours: dict[str, str], first: float, last: float) -> str:
@@ -106,12 +106,12 @@ def css_colours() -> tuple[str, str]:
 
 
 def depth_colour(layer: int, num_layers: int) -> str:
-    """Layers from the first to the last, spread over the ramp."""
+    """Return the colour of a layer. Layers are spread evenly over the colour ramp."""
     return DEPTHS[round(layer / max(num_layers - 1, 1) * (len(DEPTHS) - 1))]
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Centred running mean over `width` values; what is not finite counts as absent."""
+    """Return the centred running mean over `width` values, ignoring values that are not finite."""
     half = max(width // 2, 0)
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
@@ -123,7 +123,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def running_median(values: np.ndarray, width: int) -> np.ndarray:
-    """Centred running median over `width` values (odd), shorter at the ends; what is not finite counts as absent."""
+    """Return the centred running median over `width` values (odd), fewer at the ends, ignoring values that are not finite."""
     half = min(width, 201) // 2
     padded = np.concatenate([np.full(half, np.nan), np.where(np.isfinite(values), values, np.nan), np.full(half, np.nan)])
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
@@ -134,7 +134,10 @@ def running_median(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def thin(x: np.ndarray, y: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `limit` points: the first, the last, and the lowest and highest of equal stretches, so spikes survive."""
+    """Reduce a curve to at most `limit` points.
+
+    Keeps the first and last point, and the lowest and highest point of equally long intervals, so that spikes remain visible.
+    """
     if len(x) <= limit:
         return x, y
     edges = np.linspace(0, len(x), (limit - 2) // 2 + 1).astype(int)
@@ -156,7 +159,7 @@ def line(
     limit: int = MAX_POINTS,
     style: str = "-",
 ) -> None:
-    """One curve of the finite values."""
+    """Draw one curve of the finite values of y."""
     finite = np.isfinite(y)
     if not finite.any():
         return
@@ -177,12 +180,12 @@ def line(
 
 
 def legend_above(axes: Axes, columns: int) -> None:
-    """A legend over the chart's left end, where a narrow window shows it too."""
+    """Place the legend above the left end of the chart, where a narrow window shows it too."""
     axes.figure.legend(loc="outside upper left", ncols=columns, columnspacing=1.2, handlelength=1.4)
 
 
 def compact(value: float) -> str:
-    """12,300,000 as 12.3 M."""
+    """Format a number with an SI suffix, such as 12.3 M for 12,300,000."""
     for size, suffix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= size * 0.9995:
             return f"{value / size:.3g}{suffix}"
@@ -190,12 +193,13 @@ def compact(value: float) -> str:
 
 
 def log_if_wide(values: np.ndarray, factor: float = 20.0) -> bool:
+    """Return whether a log scale fits: all finite values are positive and the largest exceeds `factor` times the smallest."""
     values = values[np.isfinite(values)]
     return bool(len(values) and values.min() > 0 and values.max() > factor * values.min())
 
 
 def value_axis(axes: Axes, label: str, log: bool = False, from_zero: bool = False) -> None:
-    """Unit and scale of a chart's y axis."""
+    """Set label, scale and ticks of the y axis."""
     axes.set_ylabel(label + (" (log scale)" if log else ""))
     formatter = FuncFormatter(lambda value, _: compact(value) if abs(value) >= 1000 else f"{value:.4g}")
     if log:
@@ -212,6 +216,7 @@ def value_axis(axes: Axes, label: str, log: bool = False, from_zero: bool = Fals
 
 
 def step_axis(axes: Axes, steps: np.ndarray, label: bool = True) -> None:
+    """Set label, limits and ticks of an x axis of training steps."""
     if label:
         axes.set_xlabel("training step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=TICK_STEPS))
@@ -224,7 +229,7 @@ def step_axis(axes: Axes, steps: np.ndarray, label: bool = True) -> None:
 
 
 def svg_of(figure: Figure, name: str, description: str) -> str:
-    """The figure as an <svg> element for inline use: no namespace, no fixed size, colours as CSS variables."""
+    """Return the figure as an inline <svg> element without namespace and fixed size, with colours as CSS variables."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

@@ -1,4 +1,4 @@
-"""How well each layer's memory keeps what was written into it, by age: measured while held-out text is read."""
+"""Read-back accuracy: how well the memory of each layer retrieves stored values, by age, measured on held-out text."""
 
 from __future__ import annotations
 
@@ -20,46 +20,45 @@ from infini_train.model.stage import StageModel
 from infini_train.parallel.layout import Layout
 
 AGES = (0, 1, 2, 4, 8, 16, 32, 64)
-"""Segments since a token was written; 0 is the segment that was written last."""
-
+"""Ages in segments since a token was written. 0 is the segment written last."""
 
 MOST_ROWS, MOST_TOKENS = 8, 16
-"""What is looked at: so many of the run's rows, whatever process has them, and so many tokens of a segment, evenly spread. All
-tokens of 65 segments of every layer would take more memory than the model."""
+"""Largest number of sampled rows of the run (over all processes) and of sampled tokens of a segment, both evenly spaced.
+Keys and values of all tokens of 65 segments of every layer would need more bytes than the model."""
 
 
-def spread(most: int, count: int) -> range:
-    """At most so many of `count` numbers, evenly spread."""
+def evenly_spaced(most: int, count: int) -> range:
+    """Return at most `most` evenly spaced indices below `count`."""
     return range(0, count, -(-count // most))
 
 
 class _Layer:
-    """The newest segments of one layer, and what its memory gives back of them.
+    """Sampled keys and values of the newest segments of one layer, and sums of their read-back cosines.
 
     Args:
-        rows: of this process, those that are looked at.
+        rows: indices of the sampled rows of this process.
     """
 
     def __init__(self, model: ModelConfig, rows: Sequence[int]) -> None:
         self.segment_length = model.segment_length
         self.rows = torch.tensor(rows, dtype=torch.int64)
-        self.places = torch.tensor(spread(MOST_TOKENS, model.segment_length))
+        self.places = torch.tensor(evenly_spaced(MOST_TOKENS, model.segment_length))
         self.cosine = partial(
             read_back_cosine, eps=model.memory_eps, normaliser=model.normaliser, feature_map=model.feature_map
         )
         self.write_gate: Tensor | None = None
         self.segments: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=AGES[-1] + 1)
         self.in_document: Tensor | None = None
-        # Own key, key of another token, how many of either.
+        # By age: sum of cosines with the own key and with the key of another token, then the counts of both.
         self.sums = torch.zeros(len(AGES), 4, dtype=torch.float64)
-        # Strength, how many.
+        # Sum and count of write strengths.
         self.strength = torch.zeros(2, dtype=torch.float64)
 
     @torch.no_grad()
-    def look(
+    def observe(
         self, attention: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Any], output: tuple[Tensor, Any]
     ) -> None:
-        """After a forward of the layer's attention."""
+        """Forward hook of the attention of this layer: store the new segments and measure the memory after them."""
         _, k, v = arguments
         reset, lengths = keywords["reset"].cpu(), keywords["lengths"].cpu()
         self._measure_strength(k, lengths)
@@ -67,13 +66,13 @@ class _Layer:
             self.in_document = torch.zeros(len(k), dtype=torch.int64)
         rows, places = self.rows.to(k.device), self.places.to(k.device)
         for segment in range(reset.shape[1]):
-            # Copies: a view would keep what it is a part of.
+            # index_select copies. A view would keep the whole tensor of keys and values alive.
             few = (x.index_select(0, rows).index_select(1, segment * self.segment_length + places) for x in (k, v))
             self.segments.append((*few, lengths[self.rows, segment]))
             self.in_document = torch.where(reset[:, segment], 0, self.in_document) + (lengths[:, segment] > 0)
         for position, age in enumerate(AGES):
             if age < len(self.segments):
-                self._measure(position, age, type(output[1])(*(part.index_select(0, rows) for part in output[1])))
+                self._measure(position, age, type(output[1])(*(tensor.index_select(0, rows) for tensor in output[1])))
 
     def _measure(self, position: int, age: int, memory: Any) -> None:
         k, v, lengths = self.segments[-1 - age]
@@ -82,7 +81,8 @@ class _Layer:
         if not valid.any():
             return
         own = self.cosine(k, v, memory).cpu()[valid].double()
-        # Values have a direction in common, which any key reads; half a segment away stands a token of no relation, or padding.
+        # All values share a common direction, which any key retrieves. The baseline is therefore the key of an unrelated token,
+        # half a segment away. Pairs with padding do not count.
         half = k.shape[1] // 2
         both = valid & valid.roll(half, dims=1)
         other = self.cosine(k.roll(half, dims=1), v, memory).cpu()[both].double()
@@ -98,9 +98,9 @@ class _Layer:
 
 
 class ReadBack(AbstractContextManager["ReadBack"]):
-    """While entered, watches every layer of this process's stage. Entering is a collective.
+    """Context manager that measures read-back accuracy in every layer of this process's stage. Entering is a collective.
 
-    Not with context parallelism, where a process has a part of the segments only.
+    Disabled with context parallelism, because a process then holds only some of the segments.
     """
 
     def __init__(self, run: RunConfig, layout: Layout, module: StageModel) -> None:
@@ -108,7 +108,7 @@ class ReadBack(AbstractContextManager["ReadBack"]):
         self.enabled = run.model.attention == "infini" and layout.cp_size == 1
         self.attentions = {layer.layer_number: layer.self_attention.core_attention.attention for layer in module.layers()}
         own = layout.rows(run.training.rows)
-        rows = [row - own.start for row in spread(MOST_ROWS, run.training.rows) if row in own]
+        rows = [row - own.start for row in evenly_spaced(MOST_ROWS, run.training.rows) if row in own]
         self.layers = {number: _Layer(run.model, rows) for number in self.attentions}
         self.hooks: list[Any] = []
 
@@ -118,7 +118,7 @@ class ReadBack(AbstractContextManager["ReadBack"]):
                 if (gate := attention.write_gate) is not None:
                     with deepspeed.zero.GatheredParameters(gate, enabled=self.run.layout.zero_stage == 3):
                         self.layers[number].write_gate = gate.detach().clone()
-                self.hooks.append(attention.register_forward_hook(self.layers[number].look, with_kwargs=True))
+                self.hooks.append(attention.register_forward_hook(self.layers[number].observe, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,12 +126,14 @@ class ReadBack(AbstractContextManager["ReadBack"]):
             hook.remove()
 
     def result(self) -> dict[str, Any] | None:
-        """A collective over all processes.
+        """Combine the measurements of all processes. A collective.
 
         Returns:
-            ages (segments); own_key and other_key: mean cosine by age and layer, None where no document was so long;
-            write_strength: mean by layer over tokens and heads, None where it is not learned. None for the whole where it
-            cannot be measured.
+            None if read-back cannot be measured, otherwise a dictionary:
+
+            - ages: the ages in segments that occurred in the documents.
+            - own_key, other_key: mean cosine by age and layer.
+            - write_strength: mean over tokens and heads by layer; None if it is not learned.
         """
         if not self.enabled:
             return None

@@ -1,4 +1,7 @@
-"""What a run left behind, read with mistrust: a killed run ends in half a line, a resumed one repeats steps."""
+"""Tolerant readers of the files that a run recorded.
+
+The file of a killed run can end in an incomplete line, and a resumed run repeats steps.
+"""
 
 from __future__ import annotations
 
@@ -12,68 +15,70 @@ import numpy as np
 
 from infini_train.errors import UserError
 
-ENDLESS = 1e9
-"""A perplexity from which on its digits say nothing: as many as the loss has nats, of a run that diverged."""
+LARGE_PERPLEXITY = 1e9
+"""Perplexities from this value on are printed in scientific notation. They come from runs that diverged."""
 LAST_STEPS = 10
-"""Steps whose mean stands for the end of training, everywhere that it is told."""
+"""Number of last records averaged for the loss at the end of training, in the report and in the terminal."""
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), or the like of a loss for which no float is large enough."""
+    """Return exp(loss). Losses above 700 nats are clipped to 700, because exp would overflow."""
     return math.exp(min(loss, 700.0))
 
 
 def shown_perplexity(loss: float, decimals: int) -> str:
+    """Format the perplexity of a loss with this many decimals, or in scientific notation if it is very large."""
     value = perplexity(loss)
-    return f"{value:.{decimals}f}" if value < ENDLESS else f"{value:.3g}"
+    return f"{value:.{decimals}f}" if value < LARGE_PERPLEXITY else f"{value:.3g}"
 
 
 @dataclass(frozen=True)
 class Records:
-    """The lines of metrics.jsonl, one per step in ascending order, and what was odd about the file."""
+    """The lines of metrics.jsonl, one per step in ascending order, and notes on problems in the file."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def steps(self) -> np.ndarray:
+        """Step numbers [S]."""
         return np.array([row["step"] for row in self.rows], dtype=float)
 
     @property
     def has_gates(self) -> bool:
-        """Whether the run's attention mixes memory and local attention by gates."""
+        """Whether the run recorded gates, which mix memory and local attention."""
         return any(row.get("gates") for row in self.rows)
 
     @property
     def has_memory(self) -> bool:
-        """Whether the run's attention carries something from segment to segment."""
+        """Whether the attention of the run carries a state from segment to segment."""
         return self.has_gates or len(self.finite("held_out_loss_memory_emptied")) > 0
 
     @property
-    def one_each(self) -> str:
-        """What a record stands for, in the plural: every step has one, or some have (logging.every)."""
+    def record_unit(self) -> str:
+        """Name of the recorded unit in the plural: "steps", or "logged steps" if logging.every skips steps."""
         return "steps" if len(self.rows) < 2 or np.median(np.diff(self.steps)) <= 1 else "logged steps"
 
     def column(self, name: str) -> np.ndarray:
-        """One number per step, NaN where the step did not record it."""
+        """Return one number per step [S], NaN where the step did not record it."""
         return np.array([_number(row.get(name)) for row in self.rows], dtype=float)
 
     def finite(self, name: str) -> np.ndarray:
-        """The finite values of a column."""
+        """Return the finite values of a column."""
         values = self.column(name)
         return values[np.isfinite(values)]
 
     def last(self, name: str) -> float | None:
-        """The newest finite value of a column."""
+        """Return the newest finite value of a column, or None."""
         values = self.finite(name)
         return float(values[-1]) if len(values) else None
 
     def nested(self, name: str, rank: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Values per layer (rank 1) or per layer and head (rank 2).
+        """Return values per layer (rank 1) or per layer and head (rank 2).
 
         Returns:
-            The steps [S] that recorded them and the values [S, layers] or [S, layers, heads]; None where no step did.
-            Steps with a value that is not finite, or whose shape differs from the newest one's, are left out.
+            The steps [S] that recorded them and the values [S, layers] or [S, layers, heads]; None if no step recorded them.
+            Steps with a value that is not finite, or with a shape other than that of the newest step, are left out.
         """
         found: list[tuple[int, np.ndarray]] = []
         for row in self.rows:
@@ -103,11 +108,11 @@ def _plural(count: int, one: str, many: str) -> str:
 def read_metrics(path: Path) -> Records:
     """Read metrics.jsonl.
 
-    Where the step number goes back, the run was resumed from a checkpoint: what it had recorded from that step on
-    belongs to weights that no longer exist and is replaced by the later lines.
+    A step number that goes back means that the run was resumed from a checkpoint. Earlier records from that step on belong to
+    discarded weights, so the later lines replace them.
 
     Raises:
-        UserError: if the file does not exist.
+        UserError: the file does not exist or cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -145,7 +150,7 @@ def _notes_on_lines(lines: list[tuple[int, str]], unreadable: list[int], replace
     if unreadable and unreadable[-1] == lines[-1][0]:
         notes.append(
             f"The last line of metrics.jsonl (line {unreadable[-1]}) is incomplete and was left out: "
-            "the run was stopped, or is still running, while it was written."
+            "the run was killed while it wrote the line, or is still running."
         )
         unreadable = unreadable[:-1]
     if unreadable:
@@ -156,14 +161,22 @@ def _notes_on_lines(lines: list[tuple[int, str]], unreadable: list[int], replace
         )
     if replaced:
         notes.append(
-            f"{_plural(replaced, 'step was', 'steps were')} recorded and then run again from a checkpoint; "
+            f"{_plural(replaced, 'step was', 'steps were')} recorded and then repeated from a checkpoint; "
             "only the latest record of each step is shown."
         )
     return notes
 
 
 def read_json(path: Path, command: str, notes: list[str]) -> dict[str, Any] | None:
-    """An optional JSON object; None where it is absent, and a note as well where it is damaged."""
+    """Read an optional JSON object.
+
+    Args:
+        command: command that writes the file, named in the note.
+        notes: gets a note if the file is damaged.
+
+    Returns:
+        The object, or None if the file is missing or damaged.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
@@ -178,7 +191,7 @@ def read_json(path: Path, command: str, notes: list[str]) -> dict[str, Any] | No
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out loss in nats per token, with memory and with memory emptied, wherever it was measured last."""
+    """The latest held-out losses in nats per token, with memory and with the memory emptied."""
 
     loss: float | None = None
     loss_memory_emptied: float | None = None
@@ -186,20 +199,20 @@ class HeldOut:
     source: str = ""
     step: int | None = None
     same_data: bool | None = True
-    """Whether the data is that of the training, so that none of the text was trained on; None if that is not known."""
+    """Whether data.path is the data of the training, so that the held-out text was not trained on. None if unknown."""
 
     @property
-    def text_in_words(self) -> str:
-        """What the loss was measured on, for the beginning of a sentence."""
+    def text_description(self) -> str:
+        """Description of the measured text, as the beginning of a sentence."""
         if self.same_data is None:
             return "On held-out text"
         if not self.same_data:
-            return "On held-out text of other data than its own, some of which it may have been trained on"
+            return "On held-out text of other data than its own, which may include text from its training"
         return "On text that it was not trained on"
 
 
 def held_out(records: Records, evaluation: dict[str, Any] | None) -> HeldOut:
-    """The numbers of evaluation.json, or of the last evaluation during training where that file is absent."""
+    """Return the losses in evaluation.json, or of the last evaluation during training if that file is missing."""
     if evaluation is not None:
         step, same_data = evaluation.get("step"), evaluation.get("same_data")
         return HeldOut(
@@ -224,7 +237,7 @@ def _finite(value: Any) -> float | None:
 
 
 def positions(evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The usable entries of by_position, in the order of the document."""
+    """Return the valid entries of by_position, ordered by segment."""
     entries = (evaluation or {}).get("by_position") or []
     usable = [entry for entry in entries if isinstance(entry.get("first_segment"), int)]
     return sorted(

@@ -1,4 +1,4 @@
-"""report.html: one page that shows a run, complete in itself."""
+"""report.html: a self-contained page that shows the results of a run."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from infini_train.evaluation.time_table import time_sections
 from infini_train.results import COPIED_RUN_DIR, write_result
 
 LONGEST_PROMPT = 1200
-"""Characters of the prompt that are shown: its end, next to the continuation."""
+"""Number of characters shown of a prompt: those at its end, next to the continuation."""
 LONGEST_TEXT = 6000
-"""Characters of the continuation that are shown."""
+"""Number of characters shown of a continuation: those at its beginning."""
 NO_DIFFERENCE = 0.01
-"""Relative difference in perplexity below which the report speaks of no clear difference."""
+"""Relative difference in perplexity below which the report states no clear difference."""
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into a run directory from what the run recorded there.
+    """Write `report.html` into a run directory from the files that the run recorded there.
 
-    Reads metrics.jsonl and, where present, evaluation.json, passkey.json, generation.json, profile/ and config.yaml (shown as
-    it stands). The page needs no network and no other file.
+    Reads metrics.jsonl and, if present, evaluation.json, passkey.json, generation.json, profile/ and config.yaml (shown
+    verbatim). The page needs no network and no other file.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: if metrics.jsonl does not exist, or the page cannot be written.
+        UserError: metrics.jsonl does not exist or cannot be read, or the page cannot be written.
     """
     records = read_metrics(run_dir / "metrics.jsonl")
     notes = list(records.notes)
@@ -60,7 +60,7 @@ def write_report(run_dir: Path) -> Path:
         (generation, "generation.json", "generate"),
     ):
         if isinstance(step := (result or {}).get("step"), int) and step < newest:
-            notes.append(f"{name} is of step {step:,}, and the run has gone on since: run `infini-train {command}` again.")
+            notes.append(f"{name} is of step {step:,}, but the run has trained further: run `infini-train {command}` again.")
     try:
         config = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -78,31 +78,34 @@ def write_report(run_dir: Path) -> Path:
     ]
     target = run_dir / "report.html"
     document = page(
-        "training report", _text(run_dir.resolve().name), _lead(records, held), "\n".join(part for part in sections if part)
+        "training report",
+        _text(run_dir.resolve().name),
+        _lead(records, held),
+        "\n".join(section for section in sections if section),
     )
     write_result(target, document, COPIED_RUN_DIR)
     return target
 
 
 def _text(value: object) -> str:
-    """Escaped for HTML; what no page may hold (control characters, halves of a character) made visible."""
+    """Escape a value for HTML. Replace control characters and lone surrogates, which HTML cannot contain, by U+FFFD."""
     return html.escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", "�", str(value).replace("\r\n", "\n")))
 
 
 def _lead(records: Records, held: HeldOut) -> str:
-    """The run in plain words."""
+    """Return the summary of the run in sentences."""
     if not records.rows:
-        return "No step is recorded yet: the run has just been started, or ended before its first step."
+        return "No step is recorded yet: the run has just started, or ended before its first step."
     tokens = records.last("tokens")
     seen = f" and {plotting.compact(tokens)} tokens" if tokens else ""
     sentences = [f"Trained for {_steps(records)}{seen}."]
     if held.loss is not None:
         earlier = f" after {held.step:,} of them" if held.step is not None and held.step < records.steps[-1] else ""
-        known = f"{held.text_in_words}, its perplexity{earlier} is {number(perplexity(held.loss))}"
+        known = f"{held.text_description}, its perplexity{earlier} is {number(perplexity(held.loss))}"
         if held.unigram_entropy is not None:
             below = held.unigram_entropy - held.loss
             comparison = "better" if below >= 0 else "worse"
-            known += f"; that is {abs(below):.2f} nats per token {comparison} than knowing token frequencies alone"
+            known += f"; that is {abs(below):.2f} nats per token {comparison} than predicting from token frequencies alone"
         sentences.append(known + ".")
     if held.loss is not None and held.loss_memory_emptied is not None:
         change = perplexity(held.loss_memory_emptied) / perplexity(held.loss) - 1
@@ -111,18 +114,19 @@ def _lead(records: Records, held: HeldOut) -> str:
         elif change > 0:
             sentences.append(f"Emptying its memory raises perplexity by {change:.1%}: the model relies on it.")
         else:
-            sentences.append(f"Emptying its memory lowers perplexity by {-change:.1%}: reading it does not help yet.")
+            sentences.append(f"Emptying its memory lowers perplexity by {-change:.1%}: the memory does not help yet.")
     return _text(" ".join(sentences))
 
 
 def _cards(records: Records, held: HeldOut) -> str:
+    """Return the cards with the main numbers of the run."""
     finite = records.finite("loss")
     cards = []
     if len(finite):
         last = finite[-LAST_STEPS:]
         detail = "nats per token"
         if len(last) > 1:
-            detail += f", mean of the last {len(last)} {records.one_each}; the last one {finite[-1]:.3f}"
+            detail += f", mean of the last {len(last)} {records.record_unit}; last value {finite[-1]:.3f}"
         cards.append(("Training loss", f"{last.mean():.3f}", detail, ""))
     if held.loss is not None:
         detail = f"loss {held.loss:.3f}; {held.source}"
@@ -137,19 +141,19 @@ def _cards(records: Records, held: HeldOut) -> str:
     if held.loss_memory_emptied is not None:
         emptied = number(perplexity(held.loss_memory_emptied))
         detail = f"loss {held.loss_memory_emptied:.3f}; same weights, same text"
-        cards.append(("The same, memory emptied", emptied, detail, "emptied"))
+        cards.append(("Held-out perplexity, memory emptied", emptied, detail, "emptied"))
     if held.unigram_entropy is not None:
-        detail = "nats per token: the loss of knowing frequencies alone"
+        detail = "nats per token: the loss of predicting from token frequencies alone"
         cards.append(("Unigram entropy", f"{held.unigram_entropy:.3f}", detail, ""))
     if (tokens := records.last("tokens")) is not None:
         cards.append(("Tokens seen", plotting.compact(tokens), f"{tokens:,.0f} in {_steps(records)}", ""))
     if len(rates := records.finite("tokens_per_second")):
         seconds = records.finite("step_seconds")
         complete = len(seconds) == records.steps[-1]
-        detail = "tokens per second" + (f"; {_duration(seconds.sum())} in all steps" if complete else "")
+        detail = "tokens per second" + (f"; {_duration(seconds.sum())} for all steps" if complete else "")
         cards.append(("Median throughput", plotting.compact(float(np.median(rates))), detail, ""))
     if len(padding := records.finite("padding")):
-        cards.append(("Padding", f"{padding.mean():.1%}", "of the token slots, mean over steps", ""))
+        cards.append(("Padding", f"{padding.mean():.1%}", "of the token positions, mean over steps", ""))
     items = (
         f'<div class="card {style}"><dt>{_text(name)}</dt><dd class="value">{_text(value)}</dd><dd>{_text(detail)}</dd></div>'
         for name, value, detail, style in cards
@@ -175,7 +179,7 @@ def _chart_sections(records: Records, evaluation: dict[str, Any] | None, held: H
         return []
     has_memory = records.has_memory or held.loss_memory_emptied is not None
     by_position = memory_charts.position_chart(positions(evaluation), has_memory)
-    missing_evaluation = "No evaluation.json with positions: run `infini-train evaluate` to measure them."
+    missing_evaluation = "No evaluation.json with perplexity by position: run `infini-train evaluate` to measure it."
     missing_gates = "This run recorded no gates: its attention has none."
     if records.has_gates:
         missing_gates = "The recorded gates are not finite: the run has diverged."
@@ -192,46 +196,48 @@ def _chart_sections(records: Records, evaluation: dict[str, Any] | None, held: H
         charts.rate_chart(records, "mfu"),
     ]
     compared = (
-        "All curves come from the same weights. They were trained with a memory, so the emptied curve shows how much "
-        "the model relies on it, not how well a model without memory would do. The memory of another row is as full, but of "
-        "another document: what it loses against the row's own is what the memory's content is worth."
+        "All curves come from the same weights. They were trained with a memory, so the curve with the memory emptied shows "
+        "how much the model relies on its memory, not how well a model without memory would do. The memory of another row is "
+        "similarly full, but comes from another document. The difference to the row's own memory shows how much the content of "
+        "the memory contributes."
     )
     return [
         _section("Learning", "", [charts.loss_chart(records, held)], "No finite loss is recorded."),
         _section(
-            "Does the memory help?" if has_memory else "Along the document",
+            "Effect of the memory" if has_memory else "Perplexity by position",
             compared if by_position and has_memory else "",
             [by_position],
             missing_evaluation,
         ),
         _section(
             "Gates",
-            "Each head mixes what it reads from memory with local attention inside the segment; sigmoid(β) is the "
-            "memory's share."
+            "Each head mixes the memory with local attention inside the segment. sigmoid(β) is the weight of the memory, "
+            "1 - sigmoid(β) that of local attention."
             if gates[0]
             else "",
             gates,
             missing_gates,
         ),
         _section("Memory", "", memory, "This run recorded no finite memory norms.") if records.has_gates or any(memory) else "",
-        _section("Course of training", "", health, "Nothing about the course of training is recorded."),
+        _section("Training progress", "", health, "No learning rates, gradient norms or throughput are recorded."),
     ]
 
 
 def _section(title: str, intro: str, found: list[Chart | None], missing: str) -> str:
+    """Return a section with its charts, or with the sentence `missing` if there are none."""
     figures = [chart for chart in found if chart is not None]
-    parts = [f"<h2>{_text(title)}</h2>"]
+    elements = [f"<h2>{_text(title)}</h2>"]
     if intro:
-        parts.append(f'<p class="intro">{_text(intro)}</p>')
+        elements.append(f'<p class="intro">{_text(intro)}</p>')
     if not figures:
-        parts.append(f'<p class="missing">{_code(missing)}</p>')
+        elements.append(f'<p class="missing">{_code(missing)}</p>')
     else:
-        parts.append(f'<div class="charts">{"".join(_figure(chart) for chart in figures)}</div>')
-    return f"<section>{''.join(parts)}</section>"
+        elements.append(f'<div class="charts">{"".join(_figure(chart) for chart in figures)}</div>')
+    return f"<section>{''.join(elements)}</section>"
 
 
 def _code(sentence: str) -> str:
-    """Escaped, with `backticks` turned into code."""
+    """Escape a sentence for HTML and turn text in backticks into <code>."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", _text(sentence))
 
 
@@ -243,14 +249,14 @@ def _figure(chart: Chart) -> str:
 
 
 def _retrieval(result: dict[str, Any] | None) -> str:
-    """Left out where nothing was measured: most runs train on text that holds no task."""
+    """Return the retrieval section, or an empty string if retrieval was not measured."""
     chart = retrieval_chart(result)
-    return "" if chart is None else _section("Does it find a fact?", "", [chart], "")
+    return "" if chart is None else _section("Retrieval", "", [chart], "")
 
 
 def _sample(generation: dict[str, Any] | None) -> str:
     if generation is None:
-        missing = "No generation.json: run `infini-train generate` to let the model continue a prompt."
+        missing = "No generation.json: run `infini-train generate` to continue a prompt."
         return f'<section><h2>Sample</h2><p class="missing">{_code(missing)}</p></section>'
     prompt, text = str(generation.get("prompt") or ""), str(generation.get("text") or "")
     facts = [
@@ -260,8 +266,8 @@ def _sample(generation: dict[str, Any] | None) -> str:
     ]
     intro = f"The prompt has {' in '.join(facts)}. " if facts else ""
     if isinstance(step := generation.get("step"), int):
-        intro += f"Written after step {step:,}. "
-    intro += "Grey is the prompt, the marked part is what the model wrote."
+        intro += f"Generated after step {step:,}. "
+    intro += "The prompt is grey; the text that the model generated is highlighted."
     if len(prompt) > LONGEST_PROMPT:
         intro += f" Only the last {LONGEST_PROMPT:,} of the prompt's {len(prompt):,} characters are shown."
         prompt = "…" + prompt[-LONGEST_PROMPT:]
@@ -276,20 +282,21 @@ def _sample(generation: dict[str, Any] | None) -> str:
 
 def _reading(has_memory: bool) -> str:
     terms = [
-        ("Perplexity", "exp(loss): among how many equally likely tokens the model is undecided; lower is better."),
-        ("Segment", "tokens that attend to each other exactly; everything earlier reaches a head through its memory."),
+        ("Perplexity", "exp(loss), the effective number of equally likely next tokens; lower is better."),
+        ("Segment", "block of tokens with exact local attention; heads see earlier tokens only through their memory."),
         (
             "Memory emptied",
-            "same weights, same text, with M and z set to zero at every segment: local attention is all there is.",
+            "same weights and text, but M and z are set to zero at every segment, so only local attention remains.",
         ),
         (
             "Memory of another row",
-            "same weights, same text, but each row reads what another row has written so far, and its own goes on unread.",
+            "same weights and text, but each row reads the memory that another row has written so far. "
+            "Its own memory is carried on unread.",
         ),
         (
             "Curves",
-            f"at most {plotting.MAX_POINTS:,} points each; of longer ones the extremes of equal stretches are drawn, "
-            "so spikes stay.",
+            f"at most {plotting.MAX_POINTS:,} points each; of longer curves, the minima and maxima of equal intervals are "
+            "drawn, so spikes remain visible.",
         ),
     ]
     if not has_memory:
@@ -300,7 +307,7 @@ def _reading(has_memory: bool) -> str:
 
 def _config(config: str | None) -> str:
     if config is None:
-        return '<section><p class="missing">No config.yaml that can be read in the run directory.</p></section>'
+        return '<section><p class="missing">The run directory has no readable config.yaml.</p></section>'
     return (
         "<section><details><summary>Configuration of the run (config.yaml)</summary>"
         f'<pre class="config">{_text(config)}</pre></details></section>'

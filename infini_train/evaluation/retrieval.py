@@ -1,4 +1,4 @@
-"""Accuracy on a retrieval task by length and depth: texts are streamed through the model with carried memory.
+"""Accuracy on a retrieval task by text length and depth. Texts are streamed through the model with carried memory.
 
 Shapes: B rows of this process, N segments of a micro-batch, S segment length, T = N S tokens.
 """
@@ -24,10 +24,14 @@ class Cell:
     """Results for one length and depth.
 
     Attributes:
-        token_accuracy: share of the answers' scored tokens that are right when the right ones before them are given (teacher
-            forcing), as the paper reports it.
-        greedy_token_accuracy: the same when the model goes on from its own most likely tokens.
-        exact_match: share of the texts whose answer is right in all scored tokens under greedy decoding.
+        length: tokens of a text.
+        depth: position of the fact, from 0 (start of the text) to 1 (directly before the question).
+        samples: number of texts.
+        token_accuracy: fraction of the scored answer tokens predicted correctly when the correct earlier answer tokens are
+            given (teacher forcing), as the paper reports it.
+        greedy_token_accuracy: the same under greedy decoding, where the model continues from its own most likely tokens.
+        exact_match: fraction of the texts whose scored answer tokens are all correct under greedy decoding.
+        seed: seed of the texts.
     """
 
     length: int
@@ -48,22 +52,23 @@ def measure_cell(
     depth: float,
     on_tokens: Callable[[int], None],
 ) -> Cell:
-    """One cell; a collective over all processes.
+    """Measure one cell. A collective over all processes.
 
     Args:
-        pipeline: built for run.task.rows / data-parallel size rows; all layers are in this process.
-        on_tokens: called with the number of positions of a row that were read just now.
+        pipeline: built for run.task.rows / data-parallel size rows, with all layers in this process.
+        on_tokens: called with the number of positions per row read since the last call.
     """
     config = run.task
     if run.model.attention != "full":
-        # Short texts need no more segments than they have. Full attention's context is the micro-batch, as it was trained.
+        # Shrink micro-batches to the length of short texts. Full attention keeps the size of training, because the micro-batch
+        # is its context.
         segments = min(run.training.segments_per_micro_batch, -(-(length - 1) // run.model.segment_length))
         run = replace(run, training=replace(run.training, segments_per_micro_batch=segments))
     rows = layout.rows(config.rows)
     counts = np.zeros(4)
     for first in range(0, config.samples_per_cell, config.rows):
         numbers = [first + row for row in rows]
-        # Seeds by what a cell is, not by its place in a list: another grid measures the same texts.
+        # The seed depends on length and depth, not on the index in the grid, so that every grid measures the same texts.
         samples = [
             task.sample(config.seed, Purpose.EVALUATION, (length, round(depth * 10_000), number), length, at_depth(depth))
             for number in numbers
@@ -71,7 +76,7 @@ def measure_cell(
         forced, greedy = _answers(run, pipeline, samples, on_tokens)
         for number, sample, by_force, by_greed in zip(numbers, samples, forced, greedy, strict=True):
             if number >= config.samples_per_cell:
-                continue  # fills up the rows of the last batch
+                continue  # only fills the rows of the last batch
             right = (by_greed == sample.answer)[sample.scored]
             forced_right = (by_force == sample.answer)[sample.scored].sum()
             counts += np.array([sample.scored.sum(), forced_right, right.sum(), right.all()], dtype=float)
@@ -92,15 +97,18 @@ def measure_cell(
 def _answers(
     run: RunConfig, pipeline: SegmentPipeline, samples: Sequence[Sample], on_tokens: Callable[[int], None]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The most likely tokens at each answer's places: under teacher forcing, and under greedy decoding.
+    """Return the most likely tokens at the positions of each answer, under teacher forcing and under greedy decoding.
 
-    The micro-batches that hold answers are read again with what the model said there in place of the answer, until it says the
-    same again: since no position sees a later one, that is greedy decoding, in at most one reading a token. A model whose
-    forced answer is right needs no second reading.
+    The micro-batches that contain answers are read again with the predicted tokens in place of the answer, until the
+    predictions no longer change. Attention is causal, so the fixed point is the greedy decoding. It takes at most one pass per
+    answer token. If the answer under teacher forcing is correct, one pass is enough.
+
+    Returns:
+        Predictions under teacher forcing and under greedy decoding, one array [answer_length] for each sample.
     """
     T = run.micro_batch_tokens
-    last = samples[0].length - 1  # positions with a target; the answer's last token is never read
-    # The first answer token is predicted one position before it stands.
+    last = samples[0].length - 1  # positions with a target; the last answer token is never an input
+    # Each token is predicted at the position before it.
     starts = range(0, last, T)
     first = min(sample.answer_start for sample in samples) - 1
     answers_from = first // T
@@ -113,10 +121,10 @@ def _answers(
     while True:
         batches = [_micro_batch(run, samples, start, said) for start in starts[answers_from:]]
         _, predictions = pipeline.predict(batches, memory, first - starts[answers_from])
-        found = predictions.cpu().numpy()  # [B, positions from `first` on], what follows each
+        found = predictions.cpu().numpy()  # [B, positions from `first` on]: the predicted next tokens
         now = [found[b, s.answer_start - 1 - first :][: s.answer_length] for b, s in enumerate(samples)]
         forced = forced or now
-        # Only what stands before an answer's last token is read again.
+        # The last answer token is never an input, so it cannot change the predictions.
         if all(np.array_equal(a[:-1], b[:-1]) for a, b in zip(now, said, strict=True)):
             on_tokens(last - starts[answers_from])
             return forced, now
@@ -124,7 +132,13 @@ def _answers(
 
 
 def _micro_batch(run: RunConfig, samples: Sequence[Sample], start: int, said: Sequence[np.ndarray] | None) -> StreamBatch:
-    """Positions start .. start + T - 1 of each text, but for its last token; with `said` in place of the answers."""
+    """Return positions start .. start + T - 1 of each text as a micro-batch.
+
+    The last token of a text is left out, because it has no target.
+
+    Args:
+        said: tokens that replace the answers; None keeps the answers.
+    """
     S, N = run.model.segment_length, run.training.segments_per_micro_batch
     count = min(N * S, samples[0].length - 1 - start)
     tokens = np.zeros((len(samples), N * S), dtype=np.int64)

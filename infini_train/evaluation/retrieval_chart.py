@@ -1,4 +1,4 @@
-"""The heat map of a retrieval task: exact match by length and depth."""
+"""Heat map of exact match on a retrieval task by length and depth."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from infini_train.evaluation.charts import WIDE, Chart, chart_figure
 
 
 def retrieval_cells(result: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The usable cells of passkey.json."""
+    """Return the valid cells of passkey.json."""
     names = ("length", "depth", "samples", "exact_match", "token_accuracy")
     cells = (result or {}).get("cells") or []
     return [cell for cell in cells if isinstance(cell, dict) and all(isinstance(cell.get(n), int | float) for n in names)]
 
 
 def retrieval_chart(result: dict[str, Any] | None) -> Chart | None:
-    """Lengths across, depths down; None where nothing was measured."""
+    """Draw exact match with lengths as columns and depths as rows. Return None if there are no valid cells."""
     cells = retrieval_cells(result)
     if not cells:
         return None
@@ -33,14 +33,14 @@ def retrieval_chart(result: dict[str, Any] | None) -> Chart | None:
     texts = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     worst = np.unravel_index(int(np.nanargmin(exact)), exact.shape)
     caption = (
-        f"Share of the texts of the task {kind} whose answer is right in every token when the model writes it itself (greedy "
-        f"decoding), in per cent, {texts} texts a cell; depth 0 is the start, 1 right before the question. Over all cells "
-        f"{np.nanmean(exact):.1%} are exact, and {np.nanmean(forced):.1%} of the answers' tokens are right when the ones "
-        f"before them are given (teacher forcing); the worst cell is {lengths[worst[1]]:,} tokens at depth "
-        f"{depths[worst[0]]:g}, {exact[worst]:.0%}"
+        f"Exact match on the task {kind} in per cent: texts whose answer is correct in every token under greedy decoding, "
+        f"{texts} texts a cell. Depth 0 is the start of the text, 1 is directly before the question. The mean over all cells "
+        f"is {np.nanmean(exact):.1%} exact match and {np.nanmean(forced):.1%} token accuracy under teacher forcing (correct "
+        f"earlier answer tokens given). The worst cell has {exact[worst]:.0%}, at {lengths[worst[1]]:,} tokens and depth "
+        f"{depths[worst[0]]:g}"
     )
     if (result or {}).get("complete") is False:
-        caption += "; the measurement was stopped before its last cell"
+        caption += ". The measurement was stopped before its last cell"
     return Chart(f"Retrieval: {kind}", _heat_map(exact, lengths, depths), caption + ".", wide=True)
 
 
@@ -57,7 +57,7 @@ def _heat_map(exact: np.ndarray, lengths: list[int], depths: list[float]) -> str
                     axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=shade, fontsize=9)
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
-        axes.set_xlabel("tokens of the text")
+        axes.set_xlabel("text length (tokens)")
         axes.set_ylabel("depth of the fact")
         axes.grid(False)
         axes.invert_yaxis()

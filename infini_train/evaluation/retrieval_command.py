@@ -1,4 +1,4 @@
-"""What `infini-train evaluate passkey` does: a grid of lengths and depths, a table, and RUN/passkey.json."""
+"""The command `infini-train evaluate passkey`: measure a grid of lengths and depths, print a table, write RUN/passkey.json."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from infini_train.tasks import Task
 
 RESULT_FILE = "passkey.json"
 FORWARD_TOKENS = {"cpu": 8_192, "cuda": 65_536}
-"""Tokens over all rows of a process that one forward reads, where the attention allows it. More of them leave a CPU's caches:
-at 100,000 tokens of width 128 half of the speed is lost."""
+"""Tokens over all rows of a process in one forward pass, if the attention allows it. On a CPU, larger passes exceed the caches:
+100,000 tokens of width 128 run at half the speed."""
 
 
 def evaluation_run(run: RunConfig, world_size: int) -> RunConfig:
-    """The run with micro-batches for reading alone: how many segments go together changes no result.
+    """Return the run with a micro-batch size for inference. The number of segments per micro-batch does not change results.
 
     Raises:
-        UserError: a layout that spreads a text over processes.
+        UserError: the layout would split a text over processes, or task.rows does not fit the data-parallel size.
     """
     layout = run.layout
     if world_size > 1 and (layout.pipeline_parallel_size > 1 or layout.context_parallel_size > 1):
         raise UserError(
             f"layout.pipeline_parallel_size is {layout.pipeline_parallel_size} and layout.context_parallel_size is "
-            f"{layout.context_parallel_size}; evaluate passkey spreads no text over processes: start it as one process"
+            f"{layout.context_parallel_size}; evaluate passkey does not split a text over processes; start it as one process"
         )
     dp = run.data_parallel_size(world_size)
     rows = min(run.task.rows, -(-run.task.samples_per_cell // dp) * dp)
     if rows % dp:
-        raise UserError(f"task.rows is {rows}, which the data-parallel size {dp} does not divide; change one of the two")
+        raise UserError(f"task.rows is {rows}, which is not divisible by the data-parallel size {dp}; change one of the two")
     segments = run.training.segments_per_micro_batch
-    # Full attention's context is the micro-batch, so there its size is part of the model.
+    # The context of full attention is the micro-batch, so its size must stay that of training.
     if run.model.attention != "full":
         segments = max(1, FORWARD_TOKENS[platform.device().type] // (rows // dp * run.model.segment_length))
     training = replace(run.training, segments_per_micro_batch=segments)
@@ -55,13 +55,16 @@ def evaluation_run(run: RunConfig, world_size: int) -> RunConfig:
 def evaluate_passkey(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
     """Measure every cell, shortest texts first.
 
-    What is measured is written after each cell, and the same measurement goes on from there if it was stopped.
+    The results are written after each cell. The same command resumes a stopped measurement.
+
+    Returns:
+        The contents of passkey.json.
 
     Raises:
-        UserError: at the end, if the last cell could not be written.
+        UserError: the result file could not be written after the last cell. Raised at the end, after the table is printed.
     """
     target = Path(run.run_dir) / RESULT_FILE
-    # Before the model is built, for which all processes wait for each other: none has written a cell yet.
+    # Read the file before load_model, which synchronises all processes: no process has written a cell yet.
     before = read_json(target, "evaluate passkey", [])
     loaded = load_model(run, checkpoint)
     layout = loaded.layout
@@ -82,7 +85,7 @@ def evaluate_passkey(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
     batches = -(-run.task.samples_per_cell // run.task.rows)
     left = sum(length - 1 for length, _ in cells[len(report["cells"]) :]) * batches
     if report["cells"] and layout.is_main:
-        print(f"going on after {len(report['cells'])} of {len(cells)} cells, which are in {target}", file=sys.stderr)
+        print(f"resuming after {len(report['cells'])} of {len(cells)} cells found in {target}", file=sys.stderr)
     unwritten: UserError | None = None
     columns = (
         TextColumn("{task.description}"),
@@ -111,12 +114,12 @@ def evaluate_passkey(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
         print(*table(report), sep="\n")
         if unwritten is not None:
             raise unwritten
-        print(f"every cell: {target}", file=sys.stderr)
+        print(f"all cells: {target}", file=sys.stderr)
     return report
 
 
 def _unwritten(target: Path, report: dict[str, Any]) -> UserError | None:
-    """Write the file, or say why not: measuring goes on, and what is measured is printed at the end."""
+    """Write the file and return the error if that fails. The measurement continues, and its results are printed at the end."""
     try:
         write_json(target, report)
     except UserError as error:
@@ -125,7 +128,7 @@ def _unwritten(target: Path, report: dict[str, Any]) -> UserError | None:
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """Lines of a table, lengths down and depths across: exact match and token accuracy in per cent."""
+    """Return the lines of a table of exact match and token accuracy in per cent, with lengths as rows and depths as columns."""
     cells = [Cell(**cell) for cell in report["cells"]]
     depths = sorted({cell.depth for cell in cells})
     by_place = {(cell.length, cell.depth): cell for cell in cells}

@@ -1,4 +1,4 @@
-"""A run in a few lines, for the terminal."""
+"""Summary of a run in a few lines for the terminal."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from infini_train.evaluation.records import LAST_STEPS, held_out, read_json, rea
 
 
 def summary_lines(run_dir: Path) -> list[str]:
-    """First and last training loss, the unigram entropy of the held-out text, and perplexity with memory and without.
+    """Return lines with training loss, unigram entropy of the held-out text, and perplexity with memory kept and emptied.
 
     Raises:
-        UserError: the run has no metrics.
+        UserError: metrics.jsonl does not exist or cannot be read.
     """
     notes: list[str] = []
     records = read_metrics(run_dir / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""What the ranks of tests/distributed/test_retrieval.py run."""
+"""Jobs that the ranks of tests/distributed/test_retrieval.py run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _parts(run: RunConfig) -> tuple[Parts, SegmentPipeline, Task]:
 
 
 def answers(run: RunConfig, lengths: list[int]) -> dict[str, Any]:
-    """Answers under both decodings, by micro-batches and by the streaming model one text and one token at a time."""
+    """Return answers under both decodings, computed in micro-batches and by the streaming model token by token."""
     parts, pipeline, task = _parts(run)
     ours, expected, truth, starts = [], [], [], set()
     for length in lengths:
@@ -49,8 +49,12 @@ def answers(run: RunConfig, lengths: list[int]) -> dict[str, Any]:
     return {"ours": ours, "expected": expected, "truth": truth, "starts": starts}
 
 
-def cells_of_a_model_that_knows(run: RunConfig, length: int, wrong_rows: int) -> dict[str, Any]:
-    """A cell where predictions are the true next tokens, but for the second answer token of the first rows: counts by hand."""
+def cell_with_known_errors(run: RunConfig, length: int, wrong_rows: int) -> dict[str, Any]:
+    """Measure a cell with a fake pipeline that predicts the true next tokens, except the second answer token of some rows.
+
+    Args:
+        wrong_rows: number of first texts with a wrong second answer token.
+    """
     parts, _, task = _parts(run)
     samples = [
         task.sample(run.task.seed, Purpose.EVALUATION, (length, 0, number), length, at_depth(0.0))
@@ -59,8 +63,8 @@ def cells_of_a_model_that_knows(run: RunConfig, length: int, wrong_rows: int) ->
 
     here = parts.layout.rows(len(samples))
 
-    class Knowing:
-        """Stands where the pipeline does; after a wrong token it says wrong ones only."""
+    class FakePipeline:
+        """Replacement of the pipeline. After a wrong token it predicts only wrong tokens."""
 
         def predict(self, batches: list[Any], memory: Any, first: int | None) -> Any:
             if first is None:
@@ -80,4 +84,4 @@ def cells_of_a_model_that_knows(run: RunConfig, length: int, wrong_rows: int) ->
             return memory, torch.stack(rows)
 
     run = replace(run, task=replace(run.task, rows=run.task.samples_per_cell))
-    return vars(measure_cell(run, parts.layout, Knowing(), task, length, 0.0, lambda count: None))  # type: ignore[arg-type]
+    return vars(measure_cell(run, parts.layout, FakePipeline(), task, length, 0.0, lambda count: None))  # type: ignore[arg-type]

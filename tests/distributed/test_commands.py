@@ -1,4 +1,4 @@
-"""The commands one after another, as the README shows them, on a small corpus."""
+"""All commands in sequence on a small corpus, as in the README."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def test_prepare_train_evaluate_generate_report(folder):
     assert "held_out_loss_memory_emptied" in records[3] and "held_out_loss" not in records[4]
     assert len(records[3]["memory_write_strength"]) == 4 and "memory_write_strength" not in records[4]
     assert len(records[0]["gates"]) == 4 and len(records[0]["gates"][0]) == 4
-    for stage, its_own in ((0, "data"), (1, "output layer and loss")):
+    for stage, own in ((0, "data"), (1, "output layer and loss")):
         profiled = json.loads((folder / "run" / "profile" / f"stage_{stage}.json").read_text())
-        shares = {part["name"]: (part["forward"] + part["backward"]) / profiled["step_ms"] for part in profiled["parts"]}
-        assert min(shares[name] for name in ("local attention", "memory path", "linear layers", "communication", its_own)) > 0
+        shares = {each["name"]: (each["forward"] + each["backward"]) / profiled["step_ms"] for each in profiled["parts"]}
+        assert min(shares[name] for name in ("local attention", "memory path", "linear layers", "communication", own)) > 0
         assert sum(shares.values()) < 1.2
     assert list((folder / "run" / "wandb").glob("offline-run-*/*.wandb")), "Weights & Biases wrote nothing"
 
@@ -54,7 +54,7 @@ def test_prepare_train_evaluate_generate_report(folder):
     assert all(f"{mean:.3f}" in output.split("strength of a write")[1] for mean in evaluation["read_back"]["write_strength"])
     assert sum(row["tokens"] for row in evaluation["by_position"]) == evaluation["tokens"]
     first = evaluation["by_position"][0]
-    assert first["loss"] == pytest.approx(first["loss_memory_emptied"]), "a first segment has no memory to empty"
+    assert first["loss"] == pytest.approx(first["loss_memory_emptied"]), "the first segment has no memory to empty"
     shuffled = evaluation["memory_shuffled"]
     assert 0.5 * evaluation["tokens"] < shuffled["tokens"] < evaluation["tokens"] and "shuffled" in output
     own = evaluation["with_memory_where_shuffled"]
@@ -64,13 +64,13 @@ def test_prepare_train_evaluate_generate_report(folder):
     later = evaluation["by_position"][1]
     assert later["loss_memory_shuffled"] != later["loss"]
 
-    # Two processes in the layout of the run measure the same as one.
+    # Two processes in the layout of the run measure the same loss as one process.
     one = evaluation["with_memory"]["loss"]
     call("evaluate", *config, processes=2)
     evaluation = json.loads((folder / "run" / "evaluation.json").read_text())
     assert evaluation["with_memory"]["loss"] == pytest.approx(one, rel=1e-6)
 
-    assert "the model goes on" in call("generate", *config, "--prompt", "once upon ▁ a time", "--max_new_tokens", "20")
+    assert "continuation ---" in call("generate", *config, "--prompt", "once upon ▁ a time", "--max_new_tokens", "20")
     again = call("generate", *config, "--prompt", "once upon ▁ a time", "--max_new_tokens", "20")
     assert again == call("generate", *config, "--prompt", "once upon ▁ a time", "--max_new_tokens", "20")
     output = call("report", *config)
@@ -81,7 +81,7 @@ def test_prepare_train_evaluate_generate_report(folder):
     assert "Learned strength of a write" in report.read_text(encoding="utf-8")
 
 
-def test_what_a_user_gets_wrong_is_one_line_through_the_launcher(folder):
+def test_user_errors_are_one_line_through_the_launcher(folder):
     config = ["--config", str(folder / "run.yaml")]
     call("prepare", *config, "--overwrite")
     for arguments, words in (
@@ -91,7 +91,7 @@ def test_what_a_user_gets_wrong_is_one_line_through_the_launcher(folder):
         (["--data.path", str(folder / "nowhere")], "infini-train prepare"),
     ):
         output = call("pretrain", *config, *arguments, processes=2, expected=2)
-        # Some of it only the ranks find out.
+        # Some errors are found by the ranks, after the launcher has printed its first line.
         lines = [line for line in output.splitlines() if line != "launch: starting 2 processes"]
         assert len(lines) == 1 and words in lines[0], output
 
@@ -107,7 +107,7 @@ def test_a_tokenizer_that_does_not_match_the_shards_is_refused(folder):
     assert len(output.splitlines()) == 1 and "tokenizer" in output
 
 
-def test_a_checkpoint_of_another_model_is_refused(folder):
+def test_a_checkpoint_with_another_model_configuration_is_refused(folder):
     config = ["--config", str(folder / "run.yaml")]
     call("prepare", *config, "--overwrite")
     run_dir = ["--run_dir", str(folder / "mismatch"), "--logging.wandb", "off", "--evaluation.every", "0"]

@@ -1,4 +1,4 @@
-"""`infini-train evaluate compare` on a small corpus: every rival, stopped by a signal and gone on with."""
+"""`infini-train evaluate compare` on a small corpus: every attention variant, stopped by a signal and resumed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ VARIANTS = [
 ]
 
 
-def test_every_rival_in_one_table_and_a_stopped_comparison_goes_on(tmp_path: Path) -> None:
+def test_a_stopped_comparison_of_every_variant_is_resumed(tmp_path: Path) -> None:
     write_corpus(tmp_path / "text")
     run = small_run(tmp_path)
-    # The bank overflows within a document.
+    # The bank of 40 tokens overflows within a document.
     model = replace(run.model, num_layers=2, bank_tokens=40, bank_top_k=4, memory_tokens=3)
     training = replace(run.training, steps=3, segments_per_micro_batch=4, micro_batches_per_window=1)
     optimizer = replace(run.optimizer, warmup_steps=0)
@@ -55,7 +55,7 @@ def test_every_rival_in_one_table_and_a_stopped_comparison_goes_on(tmp_path: Pat
     while not (second / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    # The run in training saves and stops, unless it had just finished and was being evaluated.
+    # The run saves and stops, unless it has just finished training and is being evaluated.
     assert process.wait(100) in (RESUMABLE_EXIT_CODE, -signal.SIGTERM, 128 + signal.SIGTERM)
     first = tmp_path / "run" / "infini" / "seed-7" / "metrics.jsonl"
     kept = first.stat().st_mtime_ns
@@ -69,9 +69,9 @@ def test_every_rival_in_one_table_and_a_stopped_comparison_goes_on(tmp_path: Pat
     for variant, each in by_variant.items():
         own = {"infini": 2 * heads, "memorizing": heads, "recurrent_memory": tokens, "feedback": 2 * tokens}
         added = own.get(variant.split()[0], 0)
-        assert each["parameters"] - added == by_variant["local"]["parameters"], "equal but for gates and memory tokens"
+        assert each["parameters"] - added == by_variant["local"]["parameters"], "equal except for gates and memory tokens"
         assert each["tokens_per_second"] > 0 and each["peak_memory"] > 1e8
         assert (each["loss_memory_emptied"] is None) == (each["state_numbers"] == 0)
     losses = {variant: each["loss"] for variant, each in by_variant.items()}
-    assert len(set(losses.values())) == len(losses), "every variant computes something else"
+    assert len(set(losses.values())) == len(losses), "every variant computes another loss"
     assert "| transformer_xl |" in output and (tmp_path / "run" / "compare.html").exists()

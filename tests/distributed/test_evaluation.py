@@ -1,4 +1,4 @@
-"""`evaluate` and `generate` of a trained run, where something around it is not as it was."""
+"""`evaluate` and `generate` of a trained run whose data, disk or folders have changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.distributed.command import call
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with run.yaml and a run of three steps."""
+    """Return a folder with run.yaml and a run of three steps."""
     folder = tmp_path_factory.mktemp("evaluation")
     write_corpus(folder / "text")
     save_config(small_run(folder), folder / "run.yaml")
@@ -25,8 +25,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_data_that_were_prepared_anew_are_not_taken_for_the_runs_own(trained, tmp_path):
-    """Other fractions of the same text: held-out documents are among those that were trained on."""
+def test_evaluation_warns_if_the_data_was_prepared_again(trained, tmp_path):
+    """The same text is split again with another fraction, so held-out documents are among the training documents."""
     config = ["--config", str(trained / "run.yaml"), "--data.path", str(tmp_path / "data")]
     call("prepare", *config)
     assert "warning: data.path" not in call("evaluate", *config)
@@ -46,14 +46,14 @@ def test_data_that_were_prepared_anew_are_not_taken_for_the_runs_own(trained, tm
     (trained / "run" / "evaluation.json").unlink()
 
 
-def test_a_result_whose_file_cannot_be_written_is_printed(trained):
-    """A link to /dev/full is a full disk."""
+def test_a_result_is_printed_if_its_file_cannot_be_written(trained):
+    """A link to /dev/full simulates a full disk."""
     config, run_dir = ["--config", str(trained / "run.yaml")], trained / "run"
     task = ["--task.kind", "passkey", "--task.lengths", "[250,300]", "--task.depths", "[0.5]", "--task.samples_per_cell", "1"]
     for name, command, shown in (
         ("passkey", ["evaluate", "passkey", *config, *task], "         300       "),
         ("evaluation", ["evaluate", *config], "held-out loss"),
-        ("generation", ["generate", *config, "--prompt", "a", "--max_new_tokens", "3"], "the model goes on"),
+        ("generation", ["generate", *config, "--prompt", "a", "--max_new_tokens", "3"], "continuation ---"),
     ):
         full = run_dir / f"{name}.json.new"
         full.symlink_to("/dev/full")
@@ -63,19 +63,19 @@ def test_a_result_whose_file_cannot_be_written_is_printed(trained):
         assert not (run_dir / f"{name}.json").exists()
 
 
-def test_a_prompt_is_continued_with_the_tokenizer_alone(trained, tmp_path):
-    """A colleague has a checkpoint and the tokenizer, and not the training set."""
+def test_generation_needs_only_the_tokenizer_of_the_data(trained, tmp_path):
+    """A user may have a checkpoint and the tokenizer, but not the training set."""
     generate = ["generate", "--config", str(trained / "run.yaml"), "--data.path", str(tmp_path), "--max_new_tokens", "3"]
     shutil.copy(trained / "data" / "tokenizer.model", tmp_path)
-    assert "the model goes on" in call(*generate, "--prompt", "a")
+    assert "continuation ---" in call(*generate, "--prompt", "a")
     assert "or give a prompt with --prompt" in call(*generate, expected=2)
     for path in (trained / "data").iterdir():
         if not path.name.startswith("train"):
             shutil.copy(path, tmp_path)
-    assert "the model goes on" in call(*generate)
+    assert "continuation ---" in call(*generate)
 
 
-def test_a_run_directory_that_cannot_be_written_is_refused_before_the_model_is_read(trained, tmp_path):
+def test_an_unwritable_run_directory_is_refused_before_the_model_is_loaded(trained, tmp_path):
     (tmp_path / "file").touch()
     (checkpoint,) = (trained / "run" / "checkpoints").glob("step_*")
     elsewhere = ["--run_dir", str(tmp_path / "file" / "run"), "--from_checkpoint", str(checkpoint)]

@@ -1,4 +1,4 @@
-"""What keys read back and how strong learned writes are: the same in every layout."""
+"""Read-back cosines and learned write strengths are equal in every layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_every_layout_measures_the_same(case, pool, run_config):
     expected = pool(1).run(*JOB, case.reference().apply(learned))[0]
     strength = expected["write_strength"]
     assert len(expected["ages"]) > 1 and len(strength) == learned.model.num_layers
-    assert all(abs(mean - 1) > 1e-5 for mean in strength), "three steps have moved it"
+    assert all(abs(mean - 1) > 1e-5 for mean in strength), "three training steps have changed the write strength"
     for found in pool(case.processes).run(*JOB, case.apply(learned)):
         assert found["ages"] == expected["ages"]
         for name in ("own_key", "other_key", "write_strength"):

@@ -1,4 +1,4 @@
-"""`evaluate passkey`: what is counted is what the model says, however its texts are cut into micro-batches."""
+"""`evaluate passkey`: answers equal those of streaming generation, whatever the micro-batches and the layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JOBS = "tests.distributed.retrieval_jobs"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """Weights so large that an untrained model says different things in different places."""
+    """A run with initial weights so large that an untrained model predicts different tokens at different positions."""
     folder = tmp_path_factory.mktemp("retrieval")
     run = small_run(folder)
     task = TaskConfig(
@@ -38,26 +38,29 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 @pytest.mark.parametrize("kind,keys", [("passkey", 1), ("associative_recall", 2)])
 def test_answers_equal_streaming_generation(kind, keys, run, pool):
-    """Lengths with answers inside a micro-batch of 48 positions, at its border, and across it."""
+    """The lengths put answers inside a micro-batch of 48 positions, at its border, and across it."""
     run = replace(run, task=replace(run.task, kind=kind, keys=keys))
     result = pool(1).run(JOBS, "answers", run, [191, 192, 193, 194, 196, 198, 200, 240])[0]
     assert result["ours"] == result["expected"]
-    said = [tuple(greedy) for _, greedy in result["ours"]]
-    assert len(set(said)) > 8, "the model should say different things"
-    assert any(forced != greedy for forced, greedy in result["ours"]), "the two decodings should differ somewhere"
+    predicted = [tuple(greedy) for _, greedy in result["ours"]]
+    assert len(set(predicted)) > 8, "the model should predict different answers"
+    assert any(forced != greedy for forced, greedy in result["ours"]), "the two decodings should differ for some answer"
 
 
-def test_tensor_parallel_processes_say_the_same(run, pool):
+def test_tensor_parallel_ranks_predict_the_same_answers(run, pool):
     one = pool(1).run(JOBS, "answers", run, [193])[0]
     two = pool(2).run(JOBS, "answers", replace(run, layout=LayoutConfig(tensor_parallel_size=2)), [193])
     assert [result["ours"] for result in two] == [one["ours"]] * 2
 
 
 @pytest.mark.parametrize("processes,tp", [(1, 1), (2, 1), (2, 2)])
-def test_counts_are_those_of_the_definition(processes, tp, run, pool):
-    """Six texts, two of them with a wrong second digit: forced 28 of 30 tokens, greedy 22 of 30, exact 4 of 6."""
+def test_accuracies_match_their_definitions(processes, tp, run, pool):
+    """Two of six texts have a wrong second digit: 28 of 30 tokens are correct under teacher forcing, 22 of 30 greedily.
+
+    Exact match is 4 of 6.
+    """
     layout = LayoutConfig(tensor_parallel_size=tp)
-    for cell in pool(processes).run(JOBS, "cells_of_a_model_that_knows", replace(run, layout=layout), 193, 2):
+    for cell in pool(processes).run(JOBS, "cell_with_known_errors", replace(run, layout=layout), 193, 2):
         assert cell["token_accuracy"] == pytest.approx(28 / 30)
         assert cell["greedy_token_accuracy"] == pytest.approx(22 / 30)
         assert cell["exact_match"] == pytest.approx(4 / 6)
@@ -77,18 +80,18 @@ def test_the_command_writes_cells_a_table_and_a_heat_map(run, tmp_path):
     assert result["complete"] is True and result["step"] == 3 and result["task"]["kind"] == "passkey"
     assert "exact match under greedy decoding" in output and "300" in output
     whole = (tmp_path / "run" / "passkey.json").read_text()
-    kept = [{**cell, "exact_match": 0.125} for cell in result["cells"][:3]]  # nothing measures that again
+    kept = [{**cell, "exact_match": 0.125} for cell in result["cells"][:3]]  # a value that no measurement gives
     stopped = {**result, "cells": kept, "complete": False}
     (tmp_path / "run" / "passkey.json").write_text(json.dumps(stopped))
     output = call("evaluate", "passkey", *config)
-    assert "going on after 3 of 4 cells" in output and "300 tokens, depth 1" in output and "300 tokens, depth 0" not in output
+    assert "resuming after 3 of 4 cells" in output and "300 tokens, depth 1" in output and "300 tokens, depth 0" not in output
     again = json.loads((tmp_path / "run" / "passkey.json").read_text())
     assert again == {**result, "cells": [*kept, result["cells"][3]]}
     call("evaluate", "passkey", *config)
-    assert (tmp_path / "run" / "passkey.json").read_text() == whole, "a complete measurement is made anew"
+    assert (tmp_path / "run" / "passkey.json").read_text() == whole, "a complete measurement is repeated from the start"
     call("report", *config)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "Does it find a fact?" in page and "Exact match on the retrieval task" in page and "6 texts a cell" in page
+    assert "<h2>Retrieval</h2>" in page and "Exact match on the retrieval task" in page and "6 texts a cell" in page
 
     weights, alone = tmp_path / "weights.safetensors", tmp_path / "alone"
     call("checkpoint", "consolidate", "--run_dir", str(tmp_path / "run"), "--output", str(weights))

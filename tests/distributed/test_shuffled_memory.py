@@ -1,4 +1,4 @@
-"""Held-out loss with the memory of another row: the same in every layout, and what its name says."""
+"""Held-out loss with the memory of another row: definition, edge cases, and equality in every layout."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def test_rows_take_the_memory_of_the_next_row_that_has_one():
     shuffled, rows = memory_of_other_rows(alone, 2)
     assert shuffled[7].z[:, 0, 0].tolist() == [1.0, 1.0] and rows.tolist() == [False, True]
     shuffled, rows = memory_of_other_rows(memory, 4, torch.tensor([True, True, False, True]))
-    assert shuffled[7].z[:, 0, 0].tolist() == [3.0, 3.0, 3.0, 1.0], "what has ended gives nothing"
+    assert shuffled[7].z[:, 0, 0].tolist() == [3.0, 3.0, 3.0, 1.0], "a row whose document has ended gives no memory"
     assert memory_of_other_rows({}, 2)[1].tolist() == [False, False]
 
 
-def test_a_tail_is_no_memory_and_stays_with_its_row():
-    """An ended row has a tail, of padding, and no memory; a row keeps the words that it has just read."""
+def test_convolution_tails_stay_with_their_row():
+    """A convolution tail holds the newest tokens of its row. An ended row has a tail of padding and no memory."""
     filled, tail = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([5.0, 6.0, 7.0]).view(3, 1, 1, 1, 1)
     memory = {1: MemoryWithTail(filled.view(3, 1, 1, 1), filled.view(3, 1, 1), tail)}
     shuffled, rows = memory_of_other_rows(memory, 3)
@@ -43,8 +43,8 @@ def test_a_tail_is_no_memory_and_stays_with_its_row():
     assert torch.equal(shuffled[1].tail, tail) and rows.tolist() == [True] * 3
 
 
-def test_what_has_ended_gives_no_attention_its_memory(pool, run_config):
-    """A cache of keys, and memory tokens, take in an ended row's padding; where nothing is left to give, nothing counts."""
+def test_ended_rows_give_no_memory_with_any_attention(pool, run_config):
+    """Key caches and memory tokens store the padding of an ended row. Without a row to read from, no token counts."""
     counted = {}
     for attention in ("infini", "linear", "transformer_xl", "recurrent_memory"):
         run = replace(run_config, model=replace(run_config.model, attention=attention))
@@ -53,18 +53,18 @@ def test_what_has_ended_gives_no_attention_its_memory(pool, run_config):
         np.testing.assert_array_equal(tokens, counted["infini"], err_msg=attention)
 
 
-def test_without_memory_emptied_and_shuffled_change_nothing(pool, run_config):
-    """Closed gates: what a convolution sees across borders is not counted as the memory's."""
+def test_emptied_and_shuffled_memory_change_nothing_with_closed_gates(pool, run_config):
+    """Closed gates hide the memory. The convolution context across segment borders must not count as memory."""
     model = replace(run_config.model, initial_gate=-60.0, short_convolution=3, short_convolution_reach="document")
     optimizer = replace(run_config.optimizer, gate_learning_rate=1e-12)
     rows = replace(run_config.training, rows=2)
     found = pool(1).run(*JOB, replace(run_config, model=model, optimizer=optimizer, training=rows), 1)[0]
     np.testing.assert_allclose(found["emptied"].loss_sum, found["kept"].loss_sum, rtol=1e-6)
     both = (found["shuffled"].tokens == found["kept"].tokens) & (found["kept"].tokens > 0)
-    assert both.sum() > 3, "segments in which both rows had another's memory"
+    assert both.sum() > 3, "some segments have all their tokens measured with shuffled memory"
     np.testing.assert_allclose(found["shuffled"].loss_sum[both], found["kept"].loss_sum[both], rtol=1e-6)
-    assert found["shuffled"].own_loss == pytest.approx(found["shuffled"].loss, rel=1e-6), "of the same tokens"
-    assert found["shuffled"].loss != pytest.approx(found["kept"].loss, rel=1e-6), "of others"
+    assert found["shuffled"].own_loss == pytest.approx(found["shuffled"].loss, rel=1e-6), "own_loss covers the same tokens"
+    assert found["shuffled"].loss != pytest.approx(found["kept"].loss, rel=1e-6), "the kept loss covers other tokens"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_without_memory_emptied_and_shuffled_change_nothing(pool, run_config):
     ids=lambda case: case.name,
 )
 def test_every_layout_measures_the_same(case, pool, run_config):
-    """With one segment a micro-batch in all of them but cp=2, where a rank needs one."""
+    """Micro-batches have one segment, except with cp=2, where each rank needs one."""
     one = replace(case.reference(), cp=1)
     expected = pool(1).run(*JOB, one.apply(run_config), case.cp)[0]
     for found in pool(case.processes).run(*JOB, case.apply(run_config), case.cp):
@@ -82,12 +82,12 @@ def test_every_layout_measures_the_same(case, pool, run_config):
             np.testing.assert_allclose(found[memory].loss_sum, expected[memory].loss_sum, rtol=1e-5, atol=1e-6)
 
 
-def test_another_document_is_worth_less_and_the_same_document_as_much(pool, run_config, tmp_path):
-    """A trained model, so that its memory matters; then held-out documents that come in pairs, one in each row."""
+def test_shuffling_changes_the_loss_unless_rows_read_equal_documents(pool, run_config, tmp_path):
+    """The model is trained, so its memory matters. Then the held-out documents come in equal pairs, one in each row."""
     rows = replace(run_config, training=replace(run_config.training, rows=2))
     found = pool(1).run(*JOB, rows, 1)[0]
     kept, shuffled = found["kept"], found["shuffled"]
-    assert abs(found["emptied"].loss_sum - kept.loss_sum)[1:].max() > 1e-3, "from the second segment on memory is read"
+    assert abs(found["emptied"].loss_sum - kept.loss_sum)[1:].max() > 1e-3, "memory is read from the second segment on"
     assert shuffled.tokens[0] < kept.tokens[0] and 0 < shuffled.tokens[1:].sum() <= kept.tokens[1:].sum()
     both = shuffled.tokens == kept.tokens
     both[0] = False
@@ -106,7 +106,7 @@ def test_another_document_is_worth_less_and_the_same_document_as_much(pool, run_
     np.testing.assert_allclose(shuffled.loss_sum[later], kept.loss_sum[later], rtol=1e-6)
 
 
-def test_a_rows_own_memory_is_carried_on_unread(pool, run_config):
+def test_the_own_memory_of_a_row_is_carried_on_unread(pool, run_config):
     run = replace(run_config, training=replace(run_config.training, rows=2, segments_per_micro_batch=1))
     ((by_hand, found),) = pool(1).run("tests.distributed.jobs", "shuffled_by_hand", run)
     assert by_hand > 0 and found == pytest.approx(by_hand, rel=1e-6)

@@ -75,7 +75,7 @@ def test_evaluates_and_generates(run: RunConfig) -> None:
     trained(run, "again")
     config = ["--config", str(Path(run.run_dir).parent / "again.yaml")]
     call("evaluate", *config)
-    assert "the model goes on" in call("generate", *config, "--prompt", "once upon a time", "--max_new_tokens", "20")
+    assert "continuation ---" in call("generate", *config, "--prompt", "once upon a time", "--max_new_tokens", "20")
     assert "report:" in call("report", *config)
 
 

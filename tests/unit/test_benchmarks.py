@@ -1,4 +1,4 @@
-"""What `make bench-gpu` will run, as far as it can be seen without a GPU."""
+"""Benchmarks of `make bench-gpu`, as far as they can be tested without a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from infini_train.validation import validate
 
 @pytest.mark.parametrize("model", step.MODELS)
 @pytest.mark.parametrize("variant", step.VARIANTS)
-def test_steps_are_runs_that_can_be(model: str, variant: str) -> None:
+def test_benchmark_configurations_are_valid(model: str, variant: str) -> None:
     config = step.step_run(model, variant, 3, fused_layers="fused")
     assert config.training.fused_layers == "fused" and config.training.deterministic
     validate(config, world_size=1)
@@ -25,8 +25,8 @@ def test_steps_are_runs_that_can_be(model: str, variant: str) -> None:
     assert config.model.hidden_size == {"1B": 2048, "slice of 8B": 4096}[model] and config.training.precision == "bfloat16"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card to measure")
-def test_without_a_card_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is available")
+def test_benchmarks_report_a_missing_cuda_device(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 2
     assert "needs a CUDA device" in capsys.readouterr().err
     assert set(gpu.MEASURED) <= set(NAMES)
@@ -35,18 +35,18 @@ def test_without_a_card_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().err == f"python -m benchmarks.run {name} needs a CUDA device, and torch sees none here\n"
 
 
-def test_a_table_has_its_columns_under_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_columns_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     show("speeds", [{"tokens": 8, "ms": 1234.5}, {"tokens": 1024, "ms": None}])
     assert capsys.readouterr().out == "speeds\ntokens     ms\n     8  1,234\n  1024   None\n"
 
 
-def test_rows_that_are_there_are_kept_when_the_rest_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut_off() -> None:
+def test_measured_rows_are_kept_if_the_benchmark_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop_after_one_row() -> None:
         run.progress({"tokens": 8, "ms": 1.5})
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(step, "measure", cut_off)
+    monkeypatch.setattr(step, "measure", stop_after_one_row)
     with pytest.raises(SystemExit):
         run.run("step")
     record = json.loads((tmp_path / "results" / "step.jsonl").read_text(encoding="utf-8"))

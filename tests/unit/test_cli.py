@@ -1,4 +1,4 @@
-"""The command line: flags, errors in one line with exit code 2, and files in configs/."""
+"""The command line: flags, one-line errors with exit code 2, and the files in configs/."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def command_flags() -> list[str]:
 
 
 def test_flags_are_frozen():
-    """They are a promise: change flags.txt on purpose, together with the README where it names them."""
+    """The flags are a public interface. Change flags.txt only on purpose, together with the README if it names the flag."""
     assert command_flags() == FLAGS.read_text(encoding="utf-8").split("\n")[:-1]
 
 
@@ -70,7 +70,7 @@ def test_flags_are_frozen():
         (["pretrain", "--modle.a", "2"], "did you mean the section model?"),
         (["generate", "--new_tokens", "5"], "unrecognized arguments: --new_tokens 5; did you mean --max_new_tokens?"),
         (["checkpoint", "list", "--rundir", "x"], "did you mean --run_dir?"),
-        (["checkpoint", "lst"], "lst is none of list, verify, inspect, consolidate; did you mean list?"),
+        (["checkpoint", "lst"], "lst is not one of list, verify, inspect, consolidate; did you mean list?"),
         (["checkpoint", "list", "--path", "x"], "--path is x, but list shows all checkpoints of --run_dir"),
         (["pretrian"], "did you mean pretrain?"),
         (["status", "runs/x", "--config", "x"], "unrecognized arguments: --config x; write `infini-train status RUN`"),
@@ -88,7 +88,7 @@ def test_errors_are_one_line_and_exit_code_2(arguments, words, capsys):
 
 
 @pytest.mark.parametrize("text, where", [("model: [", "line 2, column 1"), ("\0", "position 0")])
-def test_a_file_that_is_no_yaml_is_said_with_its_place(text, where, tmp_path, capsys):
+def test_invalid_yaml_is_reported_with_its_position(text, where, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
     assert main(["pretrain", "--config", str(tmp_path / "run.yaml")]) == 2
     assert f"--config: the file is not YAML ({where}): " in capsys.readouterr().err
@@ -112,7 +112,7 @@ def test_a_file_that_is_no_yaml_is_said_with_its_place(text, where, tmp_path, ca
         (b"\xff\xfe\n", "--config: the file is not text in UTF-8"),
     ],
 )
-def test_a_file_of_something_else_is_refused(content, words, tmp_path, capsys):
+def test_files_that_are_not_a_configuration_are_refused(content, words, tmp_path, capsys):
     (tmp_path / "run.yaml").write_bytes(content)
     assert main(["pretrain", "--config", str(tmp_path / "run.yaml")]) == 2
     assert words in (line := capsys.readouterr().err) and line.count("\n") == 1
@@ -130,7 +130,7 @@ def test_a_file_of_something_else_is_refused(content, words, tmp_path, capsys):
         (["--prompt", "a\udcff"], "--prompt is not text in UTF-8"),
     ],
 )
-def test_sampling_that_cannot_be_is_refused_before_a_model_is_read(options, words, capsys):
+def test_invalid_sampling_options_are_refused_before_the_model_is_loaded(options, words, capsys):
     assert main(["generate", *options]) == 2
     assert words in (line := capsys.readouterr().err) and line.count("\n") == 1
 
@@ -156,23 +156,23 @@ def test_a_prompt_from_a_file_is_read_as_prepare_reads_text(tmp_path, monkeypatc
         (["list"], "holds no checkpoint"),
     ],
 )
-def test_checkpoints_that_are_not_there(options, words, tmp_path, capsys, monkeypatch):
+def test_missing_checkpoints_are_reported(options, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["checkpoint", *options]) == 2
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rank,local_rank,said", [("0", "0", True), ("1", "1", False), ("8", "0", True), ("9", "1", False)])
-def test_each_node_says_what_may_be_its_own_trouble(rank, local_rank, said, capsys, monkeypatch):
+@pytest.mark.parametrize("rank,local_rank,reported", [("0", "0", True), ("1", "1", False), ("8", "0", True), ("9", "1", False)])
+def test_the_first_rank_of_each_node_reports_an_error(rank, local_rank, reported, capsys, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert main(["pretrain", "--data.path", "nowhere"]) == 2
     line = capsys.readouterr().err
-    assert ("data.path nowhere does not exist" in line) == said
+    assert ("data.path nowhere does not exist" in line) == reported
     assert ("rank 8 on " in line) == (rank == "8")
 
 
-def test_an_unknown_key_in_a_file_names_it_and_its_neighbour(tmp_path, capsys):
+def test_an_unknown_key_in_a_file_is_reported_with_the_nearest_key(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("model:\n  segment_lenght: 64\n", encoding="utf-8")
     assert main(["pretrain", "--config", str(tmp_path / "run.yaml")]) == 2
     assert "model.segment_lenght" in (line := capsys.readouterr().err)
@@ -182,17 +182,17 @@ def test_an_unknown_key_in_a_file_names_it_and_its_neighbour(tmp_path, capsys):
 @pytest.mark.parametrize(
     "text,words",
     [
-        ("modle: {a: 3}\n", "modle.a is no key of a configuration; did you mean the section model?"),
+        ("modle: {a: 3}\n", "modle.a is not a configuration key; did you mean the section model?"),
         (
             "modle: {segment_lenght: 3}\n",
-            "modle.segment_lenght is no key of a configuration; did you mean model.segment_length?",
+            "modle.segment_lenght is not a configuration key; did you mean model.segment_length?",
         ),
-        ("modle: 3\n", "modle is no key of a configuration; did you mean model?"),
-        ("segment_length: 3\n", "segment_length is no key of a configuration; did you mean model.segment_length?"),
-        ("xyzzy: {a: {b: 3}}\n", "xyzzy.a.b is no key of a configuration; `--help` lists what there is"),
+        ("modle: 3\n", "modle is not a configuration key; did you mean model?"),
+        ("segment_length: 3\n", "segment_length is not a configuration key; did you mean model.segment_length?"),
+        ("xyzzy: {a: {b: 3}}\n", "xyzzy.a.b is not a configuration key; `--help` lists the valid names"),
     ],
 )
-def test_an_unknown_key_is_said_with_its_file_among_several(text, words, tmp_path, capsys):
+def test_an_unknown_key_is_reported_with_its_file_if_there_are_several(text, words, tmp_path, capsys):
     (tmp_path / "good.yaml").write_text("model: {segment_length: 64}\n", encoding="utf-8")
     (tmp_path / "bad.yaml").write_text(text, encoding="utf-8")
     files = ["--config", str(tmp_path / "bad.yaml"), f"--config={tmp_path / 'good.yaml'}"]
@@ -237,10 +237,10 @@ def test_every_command_has_help_and_prints_its_config(command):
 def test_every_config_file_is_valid(path):
     run = read_config(path)
     validate(run, run.layout.model_processes)
-    assert path.read_text(encoding="utf-8").startswith("#"), "a comment at its head says which hardware and layout"
+    assert path.read_text(encoding="utf-8").startswith("#"), "a comment at the head of the file names hardware and layout"
 
 
-def test_usage_names_every_option_of_a_command_with_words_without_a_flag():
+def test_usage_names_every_option_of_commands_with_positional_arguments():
     flags = command_flags()
     for command, usage in USAGE.items():
         assert {f"{command} {option}" for option in re.findall(r"--\w+", usage)} <= set(flags)
@@ -249,7 +249,7 @@ def test_usage_names_every_option_of_a_command_with_words_without_a_flag():
 
 
 def test_every_key_has_help():
-    """`--help` explains each key: a docstring stands under it."""
+    """`--help` explains each key with the docstring below the field."""
     from infini_train import config
 
     tree = ast.parse(Path(config.__file__).read_text(encoding="utf-8"))
@@ -264,7 +264,7 @@ def test_every_key_has_help():
     assert keys > 100
 
 
-def test_wrong_configuration_is_refused_without_importing_torch():
+def test_invalid_configuration_is_refused_without_importing_torch():
     code = (
         "import sys; from infini_train.cli import main; code = main(['pretrain', '--data.path', 'nowhere']); "
         "assert 'torch' not in sys.modules; sys.exit(code)"

@@ -1,4 +1,4 @@
-"""What a comparison trains, and how its results are shown."""
+"""Comparison of attention variants: runs, record, table and page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from infini_train.cli import main
 from infini_train.config import CheckpointConfig, CompareConfig, RunConfig, save_config
 from infini_train.data.manifest import file_digest
 from infini_train.errors import UserError
-from infini_train.evaluation.compare import compare, compare_runs, run_to_its_end, variant_model
+from infini_train.evaluation.compare import compare, compare_runs, run_forwarding_signals, variant_model
 from infini_train.evaluation.compare_page import compare_page, markdown_table
 from infini_train.evaluation.compare_record import Measured, add_to_record, read_record
 from infini_train.parser import read_config
@@ -29,7 +29,7 @@ from infini_train.training.signals import RESUMABLE_EXIT_CODE
 RUN = RunConfig(run_dir="runs/x", compare=CompareConfig(variants=["infini update_rule=delta", "local"], seeds=[4, 5]))
 
 
-def test_one_run_for_each_variant_and_seed_that_differ_in_nothing_else():
+def test_runs_differ_only_in_variant_and_seed():
     runs = compare_runs(RUN)
     assert [(each.variant, each.seed) for each in runs] == [(v, s) for s in (4, 5) for v in RUN.compare.variants]
     assert len({each.run.run_dir for each in runs}) == 4
@@ -42,7 +42,7 @@ def test_one_run_for_each_variant_and_seed_that_differ_in_nothing_else():
         assert same == RUN
 
 
-def test_numbers_of_a_variant_are_numbers():
+def test_values_of_a_variant_are_converted_to_numbers():
     assert variant_model(RUN, "memorizing bank_tokens=128 rotary_base=5e5").bank_tokens == 128
     assert variant_model(RUN, "local rotary_base=500000.0").rotary_base == 500000.0
 
@@ -58,13 +58,13 @@ def test_numbers_of_a_variant_are_numbers():
         ("infini tie_embeddings=1", "model.tie_embeddings is 1; it must be true or false"),
     ],
 )
-def test_a_key_that_is_none_is_named(variant, said):
+def test_invalid_keys_and_values_of_a_variant_are_named(variant, said):
     with pytest.raises(UserError, match=f"compare.variants has {variant!r}.*{said}"):
         variant_model(RUN, variant)
 
 
-def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
-    """Before anything starts: the folder's run had another learning rate."""
+def test_an_earlier_run_with_other_settings_is_refused(tmp_path):
+    """The run in the folder had another learning rate. The error comes before any run starts."""
     run = replace(RUN, run_dir=str(tmp_path))
     each = compare_runs(run)[1]
     Path(each.run.run_dir).mkdir(parents=True)
@@ -77,8 +77,8 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
     assert not (tmp_path / "infini-update_rule-delta").exists()
 
 
-def test_a_run_that_was_trained_on_other_documents_is_not_taken_for_this_one(tmp_path, monkeypatch):
-    """It has its last checkpoint, so that nothing is trained that would refuse the data."""
+def test_an_earlier_run_on_other_documents_is_refused(tmp_path, monkeypatch):
+    """The run has its last checkpoint, so no training starts that would refuse the data."""
     run = replace(RUN, run_dir=str(tmp_path))
     checkpoint = Path(compare_runs(run)[0].run.run_dir) / "checkpoints" / f"step_{run.training.steps:08d}"
     checkpoint.mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_a_run_that_was_trained_on_other_documents_is_not_taken_for_this_one(tmp
     with pytest.raises(UserError, match=r"update_rule-delta/seed-4 was trained on other documents than data\.path"):
         compare(run)
     monkeypatch.setattr("infini_train.evaluation.compare.data_fingerprint", lambda run: "before")
-    assert compare(run) == 1, "of the same documents it is evaluated"
+    assert compare(run) == 1, "a run on the same documents is evaluated"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_run_that_was_trained_on_other_documents_is_not_taken_for_this_one(tmp
         ("['local head_dim=7']", "compare.variants 'local head_dim=7': model.head_dim is 7; rotary embedding needs an even"),
     ],
 )
-def test_a_variant_that_cannot_run_is_refused_before_the_first_one_starts(variants, said, tmp_path, capsys):
+def test_invalid_variants_are_refused_before_any_run_starts(variants, said, tmp_path, capsys):
     assert main(["evaluate", "compare", "--run_dir", str(tmp_path / "run"), "--compare.variants", variants]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
@@ -117,7 +117,7 @@ def measured(variant: str, seed: int, perplexity: float, state: int) -> Measured
     )
 
 
-def test_the_table_gives_means_spreads_and_sizes():
+def test_the_table_shows_means_spreads_and_state_sizes():
     results = [
         measured("infini", 1, 10.0, 400),
         measured("transformer_xl", 1, 9.0, 3200),
@@ -131,12 +131,12 @@ def test_the_table_gives_means_spreads_and_sizes():
     assert "| local | 0 | 0× | 1,000 | 20.000 | 20.000 to 20.000 (1) | - | 501 | 2.00 GB |" in table
     page = compare_page(RUN, results)
     assert "a &lt;machine&gt;" in page and page.count("<svg") == 1 and "transformer_xl" in page
-    assert "src=" not in page and "#01f1" not in page, "complete in itself, every colour replaced"
+    assert "src=" not in page and "#01f1" not in page, "the page is self-contained and every placeholder colour is replaced"
 
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> RunConfig:
-    """A comparison of one seed whose record is there and nothing else: neither data nor folders of runs."""
+    """A comparison of one seed that has only its record: neither data nor run folders exist."""
     run = replace(RUN, run_dir=str(tmp_path / "run"), compare=replace(RUN.compare, seeds=[3]))
     run = replace(run, data=replace(RUN.data, path=str(tmp_path / "data")))
     Path(run.run_dir).mkdir()
@@ -145,60 +145,60 @@ def recorded(tmp_path: Path) -> RunConfig:
     return run
 
 
-def record_of(run: RunConfig) -> Path:
+def record_path(run: RunConfig) -> Path:
     return Path(run.run_dir) / "compare.json"
 
 
-def test_what_is_in_the_record_is_not_run_again(recorded, capsys):
-    before = record_of(recorded).read_bytes()
+def test_recorded_runs_are_not_repeated(recorded, capsys):
+    before = record_path(recorded).read_bytes()
     assert compare(recorded) == 0
-    assert record_of(recorded).read_bytes() == before
+    assert record_path(recorded).read_bytes() == before
     assert "| 10.000 to 10.000 (1) |" in capsys.readouterr().out
     written = {path.name for path in Path(recorded.run_dir).iterdir()}
     assert written == {"compare.html", "compare.json", "compare.md"}
 
 
-def test_the_table_is_printed_where_it_cannot_be_written(recorded, capsys):
+def test_the_table_is_printed_if_it_cannot_be_written(recorded, capsys):
     (Path(recorded.run_dir) / "compare.md.new").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"compare.md cannot be written \(No space left on device\); .*--run_dir"):
         compare(recorded)
     assert "| 10.000 to 10.000 (1) |" in capsys.readouterr().out
 
 
-def test_only_what_is_asked_for_is_shown(recorded):
-    before = record_of(recorded).read_bytes()
+def test_the_table_shows_only_the_configured_variants(recorded):
+    before = record_path(recorded).read_bytes()
     assert compare(replace(recorded, compare=replace(recorded.compare, variants=["local"]))) == 0
-    assert record_of(recorded).read_bytes() == before
+    assert record_path(recorded).read_bytes() == before
     assert (Path(recorded.run_dir) / "compare.md").read_text().count("| 400 |") == 1
 
 
-def test_runs_that_other_processes_add_stay(recorded):
+def test_runs_added_by_other_processes_are_kept(recorded):
     other = replace(recorded, compare=replace(recorded.compare, seeds=[9]), training=replace(recorded.training, seed=77))
     record = add_to_record(other, None, measured("local", 9, 8.0, 400))
     assert [seed for _, seed in record] == [3, 3, 9]
-    assert json.loads(record_of(recorded).read_text())["dataset"] == "1234"
+    assert json.loads(record_path(recorded).read_text())["dataset"] == "1234"
     assert read_record(recorded, "1234") == record
 
 
-def test_a_run_that_diverged_is_a_row_of_its_own(recorded, capsys):
+def test_a_diverged_run_has_its_own_row(recorded, capsys):
     nan = float("nan")
     other = replace(recorded, compare=replace(recorded.compare, variants=["local"], seeds=[9]))
     add_to_record(other, None, replace(measured("local", 9, nan, 400), loss_memory_emptied=nan))
-    assert "NaN" not in record_of(recorded).read_text()
+    assert "NaN" not in record_path(recorded).read_text()
     read = read_record(recorded, "1234")["local", 9]
     assert math.isnan(read.loss) and read.loss_memory_emptied is None
     assert compare(other) == 0
     assert "nan" in capsys.readouterr().out
 
 
-def test_a_record_of_something_else_is_refused(recorded):
-    before = record_of(recorded).read_bytes()
+def test_a_record_of_other_settings_or_data_is_refused(recorded):
+    before = record_path(recorded).read_bytes()
     longer = replace(recorded, training=replace(recorded.training, steps=recorded.training.steps + 1))
     with pytest.raises(UserError, match=r"compare.json belongs to other settings \(training.steps is \d+, and was \d+\)"):
         compare(longer)
     with pytest.raises(UserError, match=r"compare.json belongs to other settings \(data.path .* holds other documents\)"):
         read_record(recorded, "5678")
-    assert record_of(recorded).read_bytes() == before
+    assert record_path(recorded).read_bytes() == before
 
 
 NO_RUN = '{"config": {}, "dataset": null, "runs": [{}]}'
@@ -207,16 +207,16 @@ NO_OBJECT = '{"config": {}, "dataset": null, "runs": [1]}'
 
 @pytest.mark.parametrize(
     "text,said",
-    [("{", "is not readable"), *((text, "is no record of") for text in ("{}", NO_RUN, NO_OBJECT))],
+    [("{", "is not readable"), *((text, "is not a record of") for text in ("{}", NO_RUN, NO_OBJECT))],
 )
 def test_a_damaged_record_is_never_replaced(recorded, text, said):
-    record_of(recorded).write_text(text)
+    record_path(recorded).write_text(text)
     with pytest.raises(UserError, match=said):
         compare(recorded)
-    assert record_of(recorded).read_text() == text
+    assert record_path(recorded).read_text() == text
 
 
-def test_the_config_names_variants_that_run():
+def test_the_variants_in_the_config_file_are_valid():
     from infini_train.validation import validate
 
     path = Path(__file__).parents[2] / "configs" / "compare.yaml"
@@ -234,20 +234,18 @@ for _ in range(600):
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, RESUMABLE_EXIT_CODE), (3, 3)])
-def test_a_command_that_was_asked_to_stop_counts_as_stopped_even_if_it_was_done(
-    tmp_path: Path, code: int, expected: int
-) -> None:
+def test_a_command_that_gets_sigterm_and_exits_with_0_counts_as_stopped(tmp_path: Path, code: int, expected: int) -> None:
     ready = tmp_path / "ready"
 
-    def stop() -> None:
+    def send_sigterm_when_ready() -> None:
         while not ready.exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    thread = threading.Thread(target=stop)
+    thread = threading.Thread(target=send_sigterm_when_ready)
     thread.start()
     before = signal.getsignal(signal.SIGTERM)
-    assert run_to_its_end([sys.executable, "-c", CHILD, str(ready), str(code)]) == expected
+    assert run_forwarding_signals([sys.executable, "-c", CHILD, str(ready), str(code)]) == expected
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
-    assert run_to_its_end([sys.executable, "-c", ""]) == 0
+    assert run_forwarding_signals([sys.executable, "-c", ""]) == 0

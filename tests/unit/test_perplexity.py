@@ -1,4 +1,4 @@
-"""Held-out loss by position: ranges of segments and what stands for each."""
+"""Held-out loss by position: segment ranges and their losses."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from infini_train.results import write_json
 
 
 def result(segments: int) -> HeldOutLoss:
-    """A loss of n nats in segment n, of two tokens each but for the last range, where more stand."""
+    """Return losses of n nats in segment n with two tokens each. The last position also counts all later segments."""
     tokens = np.zeros(MAX_POSITIONS)
     np.add.at(tokens, np.minimum(np.arange(segments), MAX_POSITIONS - 1), 2.0)
     return HeldOutLoss(np.arange(MAX_POSITIONS) * tokens, tokens, tokens)
@@ -30,7 +30,7 @@ def test_ranges_double_and_hold_every_token() -> None:
     assert [row["loss"] for row in rows] == [0.0, 1.0, 2.5, 5.0]
 
 
-def test_the_last_range_has_no_end_where_longer_documents_count_with_it() -> None:
+def test_the_last_range_is_open_for_documents_longer_than_max_positions() -> None:
     found = result(3 * MAX_POSITIONS)
     assert position_bins(found)[-2:] == [(MAX_POSITIONS // 4, MAX_POSITIONS // 2 - 1), (MAX_POSITIONS // 2, None)]
     last = _by_position(found, None, None)[-1]
@@ -38,7 +38,7 @@ def test_the_last_range_has_no_end_where_longer_documents_count_with_it() -> Non
 
 
 def diverged(last_loss: float) -> dict[str, Any]:
-    """evaluation.json of a loss of 20 in the first segment and this in the second."""
+    """Return an evaluation.json with a loss of 20 in the first segment and of `last_loss` in the second."""
     tokens = np.full(2, 8.0)
     found = HeldOutLoss(np.array([20.0, last_loss]) * tokens, tokens, tokens)
     whole = _summary(found, found.loss)
@@ -55,8 +55,8 @@ def diverged(last_loss: float) -> dict[str, Any]:
     }
 
 
-def test_the_loss_of_a_model_that_diverged_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its perplexity is more than a float holds."""
+def test_the_loss_of_a_diverged_model_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its perplexity exceeds the range of a float."""
     report = diverged(1e6)
     _print_evaluation(report)
     printed = capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_the_loss_of_a_model_that_diverged_is_told(tmp_path: Path, capsys: pytes
     assert "its perplexity is 1.01e+304" in page
 
 
-def test_a_loss_that_is_no_number_is_null_in_a_file_that_every_reader_takes(tmp_path: Path) -> None:
+def test_nan_losses_are_null_in_valid_json(tmp_path: Path) -> None:
     _print_evaluation(diverged(float("nan")))
     write_json(tmp_path / "evaluation.json", diverged(float("nan")))
 

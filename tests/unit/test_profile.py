@@ -17,7 +17,7 @@ from infini_kernels.parts import counted_as, part
 from infini_train.config import ProfilingConfig, RunConfig
 from infini_train.errors import UserError
 from infini_train.evaluation.report import write_report
-from infini_train.parser import spelled_out
+from infini_train.parser import expand_aliases
 from infini_train.training.profile import StepProfiler
 from infini_train.training.time_by_part import OTHER, STEP, time_by_part
 from infini_train.validation import validate
@@ -157,7 +157,7 @@ def test_report_shows_the_profile(tmp_path: Path) -> None:
 
 def test_profile_steps_flag_has_an_alias() -> None:
     """`submit --profile` names a cluster profile, so the config section is called profiling."""
-    spelled = spelled_out(["submit", "--profile", "slurm.yaml", "--profile.steps", "3", "--profile.steps=2"])
+    spelled = expand_aliases(["submit", "--profile", "slurm.yaml", "--profile.steps", "3", "--profile.steps=2"])
     assert spelled == ["submit", "--profile", "slurm.yaml", "--profiling.steps", "3", "--profiling.steps=2"]
 
 

@@ -1,4 +1,4 @@
-"""Cosine of what keys read back, against values worked out by hand and a memory written by the operation itself."""
+"""Read-back cosines against values computed by hand, with a memory written by the attention operation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from infini_train.config import ModelConfig
 from infini_train.evaluation.read_back import _Layer
 
 
-def test_a_single_write_is_read_back_whole_and_an_empty_memory_gives_nothing():
+def test_a_single_write_is_read_back_exactly_and_an_empty_memory_returns_zero():
     k, v = torch.randn(2, 1, 3, 4, dtype=torch.float64), torch.randn(2, 1, 3, 5, dtype=torch.float64)
     sigma = torch.nn.functional.elu(k) + 1
     memory = MemoryState(torch.einsum("btgd,btge->bgde", sigma, v), sigma[:, 0])
@@ -20,8 +20,8 @@ def test_a_single_write_is_read_back_whole_and_an_empty_memory_gives_nothing():
     assert read_back_cosine(k, v, empty, 1e-6).eq(0).all()
 
 
-def test_sharp_features_read_back_what_they_wrote():
-    """Of two values written under keys that hardly meet, each key reads its own."""
+def test_softmax_features_read_back_their_own_values():
+    """Two values are written under nearly orthogonal keys. Each key reads its own value."""
     k = 4 * torch.eye(2, 4, dtype=torch.float64).view(1, 2, 1, 4)
     v = torch.eye(2, 5, dtype=torch.float64).view(1, 2, 1, 5)
     _, memory = infini_attention(k, k, v, torch.zeros(1), segment_length=2, feature_map="softmax")
@@ -30,8 +30,11 @@ def test_sharp_features_read_back_what_they_wrote():
 
 
 @pytest.mark.parametrize("feature_map", ["elu", "softmax"])
-def test_ages_documents_and_padding_are_respected(feature_map):
-    """Row 0 goes on through three segments, the last half empty; row 1 begins anew in the last; micro-batches of 1 and 2."""
+def test_cosines_respect_ages_documents_and_padding(feature_map):
+    """Row 0 has one document over three segments, the last half padding. Row 1 starts a document in the third segment.
+
+    The micro-batches hold one and two segments.
+    """
     torch.manual_seed(0)
     length, groups, width = 4, 2, 3
     k, v = torch.randn(2, 12, groups, width), torch.randn(2, 12, groups, width)
@@ -41,25 +44,25 @@ def test_ages_documents_and_padding_are_respected(feature_map):
     layer.write_gate = torch.randn(groups, width)
     leaving = []
     for segments in (slice(0, 1), slice(1, 3)):
-        part = slice(segments.start * length, segments.stop * length)
+        tokens = slice(segments.start * length, segments.stop * length)
         keywords = {"reset": reset[:, segments], "lengths": lengths[:, segments]}
         options = {"segment_length": length, "feature_map": feature_map}
-        output = infini_attention(k[:, part], k[:, part], v[:, part], torch.zeros(groups), memory, **options, **keywords)
+        output = infini_attention(k[:, tokens], k[:, tokens], v[:, tokens], torch.zeros(groups), memory, **options, **keywords)
         memory = output[1]
         leaving.append(memory)
-        layer.look(torch.nn.Identity(), (k[:, part], k[:, part], v[:, part]), keywords, output)
+        layer.observe(torch.nn.Identity(), (k[:, tokens], k[:, tokens], v[:, tokens]), keywords, output)
 
     def cosines(row, segment, valid, memory, shift):
-        part = slice(segment * length, segment * length + length)
-        keys = k[row : row + 1, part].roll(shift, dims=1)
+        tokens = slice(segment * length, segment * length + length)
+        keys = k[row : row + 1, tokens].roll(shift, dims=1)
         of_row = MemoryState(memory.M[row : row + 1], memory.z[row : row + 1])
-        return read_back_cosine(keys, v[row : row + 1, part], of_row, 1e-6, feature_map=feature_map)[0, :valid].double().sum()
+        return read_back_cosine(keys, v[row : row + 1, tokens], of_row, 1e-6, feature_map=feature_map)[0, :valid].double().sum()
 
-    # (row, segment, valid tokens, after which micro-batch) by age.
+    # By age: (row, segment, number of valid tokens, index of the micro-batch whose memory is read).
     expected = {0: [(0, 0, 4, 0), (1, 0, 4, 0), (0, 2, 2, 1), (1, 2, 4, 1)], 1: [(0, 1, 4, 1)], 2: [(0, 0, 4, 1)], 3: []}
     for age, cells in expected.items():
         for column, shift in ((0, 0), (1, length // 2)):
-            # Of a half empty segment all keys that stand half a segment away are padding.
+            # In a half-empty segment, all keys half a segment away are padding.
             used = [cell for cell in cells if not shift or cell[2] == length]
             total = sum(cosines(row, segment, valid, leaving[after], shift) for row, segment, valid, after in used)
             torch.testing.assert_close(layer.sums[age, column], torch.as_tensor(total, dtype=torch.float64))
@@ -71,15 +74,15 @@ def test_ages_documents_and_padding_are_respected(feature_map):
     assert layer.strength[1] == groups * lengths.sum()
 
 
-def test_few_tokens_are_kept_and_nothing_that_they_are_a_part_of():
-    """Queries lie in one tensor with keys and values, where a view of a part would keep all of it."""
+def test_only_sampled_tokens_are_kept_in_memory():
+    """Queries, keys and values share one tensor. A view of it would keep the whole tensor alive."""
     length, segments = 64, 3
     together = torch.randn(2, length * segments, 6, 4)
     q, k, v = together.split([4, 1, 1], dim=2)
     keywords = {"reset": torch.zeros(2, segments, dtype=torch.bool), "lengths": torch.full((2, segments), length)}
     output = infini_attention(q, k, v, torch.zeros(4), segment_length=length, **keywords)
     layer = _Layer(ModelConfig(segment_length=length), rows=[1])
-    layer.look(torch.nn.Identity(), (q, k, v), keywords, output)
+    layer.observe(torch.nn.Identity(), (q, k, v), keywords, output)
     assert len(layer.segments) == segments
     for number, (keys, values, _) in enumerate(layer.segments):
         places = number * length + torch.arange(16) * 4

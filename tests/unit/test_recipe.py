@@ -1,4 +1,4 @@
-"""A recipe's record and weights are added to, and never replaced. The runs themselves are replaced by their results here."""
+"""Recipes add to their record and weights and never replace them. The tests replace the runs by fixed results."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def record(results: Path, settings: object) -> bytes:
     return path.read_bytes()
 
 
-def test_seeds_are_added_and_weights_stay(results):
+def test_seeds_are_added_and_weights_are_kept(results):
     record(results, yaml.safe_load(CONFIG.read_text()))
     recipe.run_recipe(CONFIG, [11, 12], processes=1)
     assert [each["seed"] for each in json.loads((results / "passkey-cpu.json").read_text())["seeds"]] == [11, 12]
     assert [path.name for path in (results / "passkey-cpu").iterdir()] == ["seed-11.safetensors"]
 
 
-def test_seeds_that_run_at_the_same_time_are_all_kept(results, monkeypatch):
-    """Another process adds its seed while this one's is trained."""
+def test_seeds_from_concurrent_processes_are_all_kept(results, monkeypatch):
+    """Another process adds its seed while this process trains."""
     monkeypatch.setattr(recipe.Seed, "train", lambda self: record(results, yaml.safe_load(CONFIG.read_text())))
     recipe.run_recipe(CONFIG, [3], processes=1)
     assert [each["seed"] for each in json.loads((results / "passkey-cpu.json").read_text())["seeds"]] == [3, 11]
 
 
-def test_the_first_seed_leaves_its_weights(results):
+def test_the_first_seed_saves_its_weights(results):
     recipe.run_recipe(CONFIG, [3], processes=1)
     assert (results / "passkey-cpu" / "new").exists()
 
@@ -60,7 +60,7 @@ def test_a_record_of_other_settings_is_refused(results):
     assert (results / "passkey-cpu" / "seed-11.safetensors").exists()
 
 
-def test_the_committed_records_say_their_settings():
-    """A recipe whose configuration has changed since is refused when it is run."""
+def test_committed_records_match_their_configuration():
+    """A recipe is refused if its configuration has changed since its record was written."""
     for path in sorted((CONFIG.parents[1] / "benchmarks" / "results").glob("passkey-*.json")):
         assert json.loads(path.read_text())["settings"] == yaml.safe_load((CONFIG.parent / f"{path.stem}.yaml").read_text())

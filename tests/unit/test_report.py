@@ -1,4 +1,4 @@
-"""The page that shows a run: complete in itself, escaped, and undaunted by what a killed run leaves behind."""
+"""report.html: self-contained, escaped, and complete for killed, diverged and partly recorded runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
 class Outline(HTMLParser):
-    """Checks that every element is closed, and collects headings and elements."""
+    """Parser that checks that every element is closed, and collects elements, headings and text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,21 +127,21 @@ def full_page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def test_page_has_every_part(full_page: str) -> None:
+def test_page_has_every_section(full_page: str) -> None:
     assert outline(full_page).headings == [
         "a <b> run",
         "Learning",
         "Loss",
-        "Does the memory help?",
+        "Effect of the memory",
         "Perplexity by position in the document",
         "Gates",
         "Gates, sigmoid(β), of every head",
         "Gates over training",
         "Specialised and mixing heads",
         "Memory",
-        "Size of the memory M",
-        "Size of its normaliser z",
-        "Course of training",
+        "Norm of the memory M",
+        "Norm of the normaliser z",
+        "Training progress",
         "Learning rates",
         "Gradient norm",
         "Throughput",
@@ -153,12 +153,12 @@ def test_page_has_every_part(full_page: str) -> None:
     assert "Configuration of the run" in full_page
 
 
-def test_numbers_are_those_of_the_run(full_page: str) -> None:
+def test_page_shows_the_numbers_of_the_run(full_page: str) -> None:
     cards = dict(re.findall(r'<dt>([^<]+)</dt><dd class="value">([^<]+)</dd>', full_page))
     assert cards == {
         "Training loss": "4.224",
         "Held-out perplexity with memory": "54.6",
-        "The same, memory emptied": "66.7",
+        "Held-out perplexity, memory emptied": "66.7",
         "Unigram entropy": "6.250",
         "Tokens seen": "246 k",
         "Median throughput": "5.03 k",
@@ -166,7 +166,7 @@ def test_numbers_are_those_of_the_run(full_page: str) -> None:
     }
     assert "Emptying its memory raises perplexity by 22.1%" in full_page
     assert "In segments 2–3 perplexity is 49.4 with memory and 66.7 with the memory emptied (+35.0%)" in full_page
-    assert "and 70.1 with that of another row (+41.9%)" in full_page
+    assert "and 70.1 with the memory of another row (+41.9%)" in full_page
     assert "it was 4.500 at step 60, and 4.900 with the memory emptied" in full_page
 
 
@@ -205,7 +205,7 @@ def test_every_internal_reference_has_one_target(full_page: str) -> None:
     assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', full_page)) <= {(i, "") for i in ids} | {("", i) for i in ids}
 
 
-def test_stand_in_colours_are_all_replaced(full_page: str) -> None:
+def test_all_placeholder_colours_are_replaced(full_page: str) -> None:
     assert "#01f1" not in full_page
     style = full_page[: full_page.index("</style>")]
     used = set(re.findall(r"var\((--[\w-]+)\)", full_page))
@@ -227,49 +227,54 @@ def test_optional_inputs_may_be_absent(tmp_path: Path) -> None:
     found = outline(page)
     assert "This run recorded no gates" in page
     assert "<code>infini-train evaluate</code>" in page and "<code>infini-train generate</code>" in page
-    assert "No config.yaml" in page
-    assert "Model FLOPs utilisation" not in page and "Size of the memory M" not in page
+    assert "no readable config.yaml" in page
+    assert "Model FLOPs utilisation" not in page and "Norm of the memory M" not in page
     assert "held out" in found.text and "with memory" not in page
     assert "gates β" not in page
 
 
 @pytest.mark.parametrize("lines", [0, 1])
-def test_a_run_that_barely_began_has_a_page(tmp_path: Path, lines: int) -> None:
+def test_runs_with_zero_or_one_step_have_a_page(tmp_path: Path, lines: int) -> None:
     page = write_report(write_run(tmp_path, [step_record(1)][:lines])).read_text(encoding="utf-8")
     outline(page)
     assert page.count("<svg") == (10 if lines else 0)
     assert ("No step is recorded yet" in page) == (lines == 0)
 
 
-def test_results_of_an_earlier_step_are_told(tmp_path: Path) -> None:
+def test_results_of_an_earlier_step_get_a_note(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, [step_record(step) for step in range(1, 7)])
     (run_dir / "evaluation.json").write_text(json.dumps({"step": 4, "with_memory": {"loss": 4.0}}))
     (run_dir / "generation.json").write_text(json.dumps({"step": 6, "prompt": "a", "text": "b"}))
     page = write_report(run_dir).read_text()
     assert "its perplexity after 4 of them is 54.6" in page
-    assert "evaluation.json is of step 4, and the run has gone on since: run <code>infini-train evaluate</code> again." in page
-    assert "generation.json is of" not in page and "Written after step 6." in page
+    assert (
+        "evaluation.json is of step 4, but the run has trained further: run <code>infini-train evaluate</code> again." in page
+    )
+    assert "generation.json is of" not in page and "Generated after step 6." in page
     assert "held-out perplexity (evaluation of step 4): 54.60" in "".join(summary_lines(run_dir))
 
 
 @pytest.mark.parametrize(
-    "said,words",
+    "recorded,words",
     [
         ({"same_data": True}, "On text that it was not trained on, its perplexity is 54.6"),
-        ({"same_data": False}, "On held-out text of other data than its own, some of which it may have been trained on, its"),
+        (
+            {"same_data": False},
+            "On held-out text of other data than its own, which may include text from its training, its",
+        ),
         ({"same_data": None}, "On held-out text, its perplexity is 54.6"),
         ({}, "On held-out text, its perplexity is 54.6"),
     ],
 )
-def test_only_text_of_the_runs_own_data_is_said_not_to_be_trained_on(said: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_text_is_called_unseen_only_for_the_data_of_the_run(recorded: dict[str, Any], words: str, tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, [step_record(step) for step in range(1, 7)])
-    (run_dir / "evaluation.json").write_text(json.dumps({"step": 6, "with_memory": {"loss": 4.0}, **said}))
+    (run_dir / "evaluation.json").write_text(json.dumps({"step": 6, "with_memory": {"loss": 4.0}, **recorded}))
     assert words in write_report(run_dir).read_text()
-    assert ("on other data than it was trained on" in "".join(summary_lines(run_dir))) == (said.get("same_data") is False)
+    assert ("on other data than it was trained on" in "".join(summary_lines(run_dir))) == (recorded.get("same_data") is False)
 
 
-def test_a_memory_without_gates_is_a_memory(tmp_path: Path) -> None:
-    """As Transformer-XL's: nothing to show of gates, and all curves along the document have a name."""
+def test_report_shows_memory_of_attention_without_gates(tmp_path: Path) -> None:
+    """Attention such as Transformer-XL has memory but no gates. The position chart still has a legend."""
     records = [{key: value for key, value in step_record(step).items() if key != "gates"} for step in range(1, 7)]
     run_dir = write_run(tmp_path, records)
     places = [
@@ -278,18 +283,18 @@ def test_a_memory_without_gates_is_a_memory(tmp_path: Path) -> None:
     evaluation = {"step": 6, "with_memory": {"loss": 4.0}, "memory_emptied": {"loss": 4.5}, "by_position": places}
     (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
     page = write_report(run_dir).read_text()
-    assert "This run recorded no gates: its attention has none." in page and "Does the memory help?" in page
+    assert "This run recorded no gates: its attention has none." in page and "Effect of the memory" in page
     assert "memory emptied at every segment" in outline(page).text, "the legend"
 
 
-def test_means_count_what_was_logged(tmp_path: Path) -> None:
+def test_captions_count_logged_steps(tmp_path: Path) -> None:
     page = write_report(write_run(tmp_path, [step_record(10 * step) for step in range(1, 61)])).read_text()
     assert "(mean of the first and last 10 logged steps)" in page
     every = write_report(write_run(tmp_path, [step_record(step) for step in range(1, 61)])).read_text()
     assert "(mean of the first and last 10 steps)" in every
 
 
-def test_missing_metrics_name_the_remedy(tmp_path: Path) -> None:
+def test_error_for_missing_metrics_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics\.jsonl does not exist.*infini-train pretrain") as refusal:
         write_report(tmp_path)
     assert "\n" not in str(refusal.value)
@@ -317,11 +322,11 @@ def test_the_latest_record_of_a_step_wins(tmp_path: Path) -> None:
     assert records.steps.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert records.column("loss").tolist()[4:] == [2.0, 2.0, 2.0]
     assert records.notes == [
-        "4 steps were recorded and then run again from a checkpoint; only the latest record of each step is shown."
+        "4 steps were recorded and then repeated from a checkpoint; only the latest record of each step is shown."
     ]
 
 
-def test_losses_that_are_not_finite_are_told(tmp_path: Path) -> None:
+def test_losses_that_are_not_finite_get_a_note(tmp_path: Path) -> None:
     records = [step_record(step, loss=float("nan") if step == 2 else 4.0) for step in range(1, 4)]
     page = write_report(write_run(tmp_path, records)).read_text(encoding="utf-8")
     assert "not finite at 1 step." in page
@@ -338,7 +343,7 @@ def test_a_diverged_run_has_a_page(tmp_path: Path, healthy_steps: int) -> None:
     assert ("The recorded gates are not finite" in page) == (healthy_steps == 0)
 
 
-def test_damaged_evaluation_is_told(tmp_path: Path) -> None:
+def test_damaged_evaluation_gets_a_note(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path, [step_record(1)])
     (run_dir / "evaluation.json").write_text('{"step": 1')
     assert "evaluation.json is not readable JSON" in write_report(run_dir).read_text(encoding="utf-8")
@@ -363,14 +368,14 @@ def test_thin_keeps_ends_and_spikes() -> None:
     assert kept_y.max() == 99.0 and kept_y.min() == -99.0
 
 
-def test_smoothing_ignores_what_is_not_finite() -> None:
+def test_smoothing_ignores_values_that_are_not_finite() -> None:
     values = np.array([1.0, np.nan, 3.0, 5.0, np.inf])
     np.testing.assert_allclose(smooth(values, 3), [1.0, 2.0, 4.0, 4.0, 5.0])
     np.testing.assert_allclose(running_median(values, 3), [1.0, 2.0, 4.0, 4.0, 5.0])
     assert np.isnan(smooth(np.array([np.nan]), 3)).all()
 
 
-def test_labels_survive_the_shortening_of_coordinates() -> None:
+def test_labels_are_kept_when_coordinates_are_shortened() -> None:
     from matplotlib.figure import Figure
 
     figure = Figure()
@@ -379,14 +384,14 @@ def test_labels_survive_the_shortening_of_coordinates() -> None:
     assert ">0.00025<" in svg and "a &quot;quoted&quot; description" in svg
 
 
-def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
-    """Folders stand for files without permission, which root may read."""
+def test_unreadable_files_get_a_note(tmp_path: Path) -> None:
+    """Folders replace files without read permission, because root can read those."""
     run_dir = write_run(tmp_path, [step_record(1)])
     for name in ("evaluation.json", "config.yaml"):
         (run_dir / name).unlink(missing_ok=True)
         (run_dir / name).mkdir()
     page = write_report(run_dir).read_text(encoding="utf-8")
-    assert "evaluation.json is not readable JSON" in page and "No config.yaml that can be read" in page
+    assert "evaluation.json is not readable JSON" in page and "no readable config.yaml" in page
     (run_dir / "metrics.jsonl").unlink()
     (run_dir / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read \(Is a directory\)"):
