@@ -15,7 +15,7 @@ from torch import Tensor
 
 from infini_kernels import infini_attention
 from infini_train.config import TrainingConfig
-from infini_train.training.memory_ageing import memory_repeats
+from infini_train.model.memory_ageing import memory_repeats
 
 ROWS, SEGMENTS, SEGMENT, HEADS, WIDTH = 2, 32, 64, 4, 32
 BOUNDS = (None, 1, 100, 10_000)

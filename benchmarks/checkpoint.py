@@ -33,18 +33,18 @@ def rank(number: int, port: int, root: str, results: Any) -> None:
     """All measurements of one process; every one ends with a barrier, so that its time is that of the slower process."""
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(PROCESSES), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
-    from infini_train import platform
+    from infini_train.runtime import platform
 
     platform.install()
     import torch
     import torch.distributed as dist
     from torch.distributed import checkpoint as dcp
 
-    from infini_train.parallel.optimizer_state import read_optimizer_state
-    from infini_train.training.checkpoint import newest_checkpoint
-    from infini_train.training.setup import build_parts
-    from infini_train.training.signals import StopRequest
+    from infini_train.checkpoint.checkpointer import newest_checkpoint
+    from infini_train.parallel.deepspeed.optimizer_state import read_optimizer_state
+    from infini_train.resilience.stop_request import StopRequest
     from infini_train.training.step import train_step
+    from infini_train.training.training_run import build_parts
 
     torch.set_num_threads(1)
     run = RunConfig(

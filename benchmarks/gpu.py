@@ -17,7 +17,7 @@ from importlib.util import find_spec
 import torch
 
 from benchmarks import operation, run
-from tests import kernel_cases
+from tests.support import kernel_cases
 
 MEASURED = {"operation": (), "stream": ("megatron", "deepspeed"), "step": ("megatron", "deepspeed")}
 """What is measured, and the packages that it needs."""

@@ -114,7 +114,7 @@ def _let_go() -> None:
 
 def import_trainer() -> None:
     """Import everything that a training step needs."""
-    from infini_train import platform
+    from infini_train.runtime import platform
 
     platform.install()
     import infini_train.training.step  # noqa: F401

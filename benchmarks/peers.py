@@ -45,10 +45,10 @@ ALLOCATORS = {"returned": True, "kept": False}
 
 def ours(recompute: str) -> tuple[nn.Module, Callable[[], float], int]:
     """The training code: module, a pass that returns the mean loss, and numbers that cross a segment's end."""
-    from infini_train import platform
+    from infini_train.runtime import platform
 
     platform.install()
-    from infini_train.training.setup import build_parts
+    from infini_train.training.training_run import build_parts
 
     model = ModelConfig(
         num_layers=LAYERS,

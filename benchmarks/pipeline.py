@@ -22,7 +22,7 @@ def stage(rank: int, stages: int, virtual: int, micro_batches: int, window: int,
     """One stage: the schedule and the transport of training, asleep instead of at work."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(stages), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
-    from infini_train import platform
+    from infini_train.runtime import platform
 
     platform.install()
     from infini_train.parallel.layout import initialize_layout

@@ -25,13 +25,14 @@ from rich.table import Table
 
 from benchmarks.run import RESULTS, environment
 from infini_train.checkpoint.folder import list_checkpoints
+from infini_train.cli.parser import read_config
 from infini_train.config import RunConfig, difference_from
-from infini_train.data.manifest import MANIFEST_FILE, tokenizer_file
-from infini_train.errors import UserError
-from infini_train.evaluation.compare import run_forwarding_signals
-from infini_train.evaluation.compare_record import locked
-from infini_train.evaluation.records import read_metrics
-from infini_train.parser import read_config
+from infini_train.data.manifest import MANIFEST_FILE
+from infini_train.evaluation.comparison import run_forwarding_signals
+from infini_train.report.compare_record import locked
+from infini_train.report.run_results import read_metrics
+from infini_train.runtime.errors import UserError
+from infini_train.tokenizers.tokenizer import tokenizer_file
 
 LONG = 1 << 20
 """From this length on a cell has the second number of samples."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from infini_train.platform import processor
+from infini_train.runtime.platform import processor
 
 NAMES = ("stream", "window", "pipeline", "checkpoint", "peers", "ageing", "host", "compiled", "tiles", "operation", "step")
 ON_CUDA = ("tiles", "operation", "step")

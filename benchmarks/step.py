@@ -14,9 +14,9 @@ import torch
 
 from benchmarks.one_process import OneDocument, import_trainer, in_own_process
 from benchmarks.run import progress
+from infini_train.cli.parser import read_config
 from infini_train.config import LayoutConfig, RunConfig
-from infini_train.overrides import with_overrides
-from infini_train.parser import read_config
+from infini_train.config.overrides import with_overrides
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = {"slice of 8B": ("8b.yaml", 4), "1B": ("1b.yaml", 20)}
@@ -60,13 +60,13 @@ def step_run(model: str, variant: str, steps: int, **training: Any) -> RunConfig
 
 def trainer(model: str, variant: str, steps: int, **training: Any) -> Callable[[], dict[str, Any]]:
     """What trains a step of `step_run` on random tokens and gives its metrics; for so many steps."""
-    from infini_train import platform
+    from infini_train.runtime import platform
 
     platform.install()
     from infini_train.parallel.layout import initialize_process_group
-    from infini_train.training.setup import build_parts
-    from infini_train.training.signals import StopRequest
+    from infini_train.resilience.stop_request import StopRequest
     from infini_train.training.step import train_step
+    from infini_train.training.training_run import build_parts
 
     run = step_run(model, variant, steps, **training)
     initialize_process_group()
@@ -76,7 +76,7 @@ def trainer(model: str, variant: str, steps: int, **training: Any) -> Callable[[
 
 def one(model: str, variant: str, fused_layers: str) -> dict[str, Any]:
     """A few steps that have the same bits twice, as by default, and then a few in any order of sums."""
-    from infini_train import platform
+    from infini_train.runtime import platform
 
     train = trainer(model, variant, WARMUP + 1 + 2 * STEPS, fused_layers=fused_layers)
     same_bits = [train() for _ in range(WARMUP + STEPS)][WARMUP:]

@@ -46,13 +46,13 @@ prepare = import_trainer
 
 def one(kind: str, tokens: int) -> dict[str, Any]:
     """Train on a stream of so many tokens, or evaluate it."""
-    from infini_train import platform
+    from infini_train.runtime import platform
 
     platform.install()
-    from infini_train.model.micro_batch import Memory
-    from infini_train.training.setup import build_parts
-    from infini_train.training.signals import StopRequest
+    from infini_train.model.layer_context import Memory
+    from infini_train.resilience.stop_request import StopRequest
     from infini_train.training.step import train_step
+    from infini_train.training.training_run import build_parts
 
     on_gpu = platform.has_cuda()
     model, precision, layers, zero = (ON_GPU, "bfloat16", "fused", 1) if on_gpu else (ON_CPU, "float32", "plain", 0)

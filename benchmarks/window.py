@@ -21,12 +21,12 @@ WINDOWS = (2, 8, 32, 64)
 
 def one(recompute: str, window: int) -> dict[str, Any]:
     """Two steps of one window each."""
-    from infini_train import platform
+    from infini_train.runtime import platform
 
     platform.install()
-    from infini_train.training.setup import build_parts
-    from infini_train.training.signals import StopRequest
+    from infini_train.resilience.stop_request import StopRequest
     from infini_train.training.step import train_step
+    from infini_train.training.training_run import build_parts
 
     training = TrainingConfig(steps=4, rows=1, micro_batches_per_window=window, recompute=recompute)  # type: ignore[arg-type]
     run = single_stream_run(MODEL, training)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import socket
 
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
 
 
 def parse_hosts(text: str) -> list[str]:

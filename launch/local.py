@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from infini_train.standard_streams import ignore_stream_errors
+from infini_train.runtime.standard_streams import ignore_stream_errors
 from launch.rank_processes import (
     ON_SEVERAL_PROCESSES,
     RankProcesses,

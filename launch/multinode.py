@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from infini_train.cluster.environment import read_environment
-from infini_train.errors import UserError
-from infini_train.standard_streams import ignore_stream_errors
+from infini_train.runtime.errors import UserError
+from infini_train.runtime.standard_streams import ignore_stream_errors
 from launch.host_link import CannotMeet, Follower, Leader, gather, join
 from launch.hosts import own_rank, parse_hosts
 from launch.rank_processes import RankProcesses, check_configuration, free_port, rank_environments, rank_program

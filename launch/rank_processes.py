@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from infini_train.commands import COMMANDS
+from infini_train.cli.command_list import COMMANDS
 from launch.stop_signals import STOP_SIGNALS, StopSignals, say_stopped, say_stopping, stopped_exit_code
 
 POLL_SECONDS = 0.05

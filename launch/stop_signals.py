@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from infini_train.stop_signals import STOP_SIGNALS, catch_stop_signals
+from infini_train.runtime.signals import STOP_SIGNALS, catch_stop_signals
 
 
 class Stopped(Exception):

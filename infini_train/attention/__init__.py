@@ -1,14 +1,14 @@
 """Attention variants behind one interface: Infini-attention (the paper) and its rivals. They know no process groups."""
 
 from infini_train.attention.base import Attention
-from infini_train.attention.carried import CarriedTensor, LayerMemory, detached, map_parts, numbers_carried
 from infini_train.attention.full import FullAttention
 from infini_train.attention.infini import InfiniAttention
-from infini_train.attention.linear import LinearAttention
+from infini_train.attention.layer_memory import CarriedTensor, LayerMemory, detached, map_parts, numbers_carried
 from infini_train.attention.local import LocalAttention
-from infini_train.attention.memorizing import MemorizingAttention
-from infini_train.attention.memory_tokens import FeedbackAttention, RecurrentMemoryAttention
-from infini_train.attention.previous_segment import TransformerXLAttention, WindowAttention
+from infini_train.attention.rivals.linear_attention import LinearAttention
+from infini_train.attention.rivals.memorizing import MemorizingAttention
+from infini_train.attention.rivals.memory_tokens import FeedbackAttention, RecurrentMemoryAttention
+from infini_train.attention.rivals.previous_segment import TransformerXLAttention, WindowAttention
 from infini_train.attention.short_convolution import MemoryWithTail, ShortConvolution, with_memory, without_tail
 from infini_train.config import ModelConfig
 

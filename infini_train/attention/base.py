@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from infini_train.attention.carried import CarriedTensor, LayerMemory
+from infini_train.attention.layer_memory import CarriedTensor, LayerMemory
 from infini_train.attention.rotary_frequencies import rotary_frequencies
 from infini_train.config import ModelConfig
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from infini_kernels import MemoryState, SegmentCache, infini_attention, infini_attention_step
-from infini_train.attention.carried import CarriedTensor, LayerMemory
+from infini_train.attention.layer_memory import CarriedTensor, LayerMemory
 from infini_train.attention.segment_cache import SegmentCached
 from infini_train.config import ModelConfig
 

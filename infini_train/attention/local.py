@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from infini_kernels import SegmentCache, local_attention, local_attention_step
-from infini_train.attention.carried import LayerMemory
+from infini_train.attention.layer_memory import LayerMemory
 from infini_train.attention.segment_cache import SegmentCached
 
 

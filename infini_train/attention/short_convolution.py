@@ -27,7 +27,7 @@ from torch.nn import functional
 from infini_kernels import MemoryState
 from infini_kernels.context_parallel import hand_on
 from infini_kernels.segments import to_device, values_known
-from infini_train.attention.carried import CarriedTensor, LayerMemory
+from infini_train.attention.layer_memory import CarriedTensor, LayerMemory
 from infini_train.config import ModelConfig
 
 

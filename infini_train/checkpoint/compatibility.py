@@ -12,7 +12,7 @@ from infini_train.checkpoint import folder
 from infini_train.checkpoint.reader import describe_tensors
 from infini_train.checkpoint.weights_file import SUFFIX, read_weights_facts, read_weights_shapes
 from infini_train.config import ModelConfig, RunConfig
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
 
 FIXED_MODEL_KEYS = (
     "num_layers",

@@ -14,15 +14,15 @@ A checkpoint whose files do not match the manifest is damaged.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from infini_train.errors import UserError
-from infini_train.storage import patiently
+from infini_train.runtime.errors import UserError
+from infini_train.runtime.files import file_digest
+from infini_train.runtime.retries import patiently
 
 FORMAT_VERSION = 2
 STATE_FILE = "state.json"
@@ -65,12 +65,6 @@ def is_committed(path: Path) -> bool:
         return False
     except OSError:
         return True
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_text(path: Path) -> str:

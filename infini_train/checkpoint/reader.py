@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from infini_train.checkpoint.folder import read_manifest
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _ALLOWED = {

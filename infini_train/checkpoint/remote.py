@@ -7,7 +7,7 @@ from pathlib import Path
 import fsspec
 
 from infini_train.checkpoint.folder import COMMIT_FILE
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
 
 
 def check_url(url: str) -> None:

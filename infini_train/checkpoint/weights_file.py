@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
 
 SUFFIX = ".safetensors"
 

@@ -27,7 +27,7 @@ from infini_train.checkpoint import folder
 from infini_train.checkpoint.reader import failed_ranks
 from infini_train.checkpoint.remote import copy_to_url
 from infini_train.config import CheckpointConfig
-from infini_train.errors import AgreedError
+from infini_train.runtime.errors import AgreedError
 
 
 class SaveError(Exception):

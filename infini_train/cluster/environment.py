@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
 
 PRESETS = Path(__file__).parents[2] / "launch" / "environments"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from infini_train.cluster.profile import ClusterProfile, time_seconds, validate_directive
-from infini_train.errors import UserError
+from infini_train.cluster.cluster_profile import ClusterProfile, time_seconds, validate_directive
+from infini_train.runtime.errors import UserError
 
 PROJECT = Path(__file__).parents[2]
 TEMPLATE = "pretrain.sbatch.j2"

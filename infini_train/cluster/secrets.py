@@ -6,7 +6,7 @@ import json
 import os
 
 from infini_train.cluster.environment import is_secret
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
 
 SHORTEST = 8
 """A shorter value is no secret, and would be found everywhere."""

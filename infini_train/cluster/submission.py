@@ -20,7 +20,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

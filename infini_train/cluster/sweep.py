@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import product
 
 from infini_train.config import RunConfig
-from infini_train.errors import UserError
-from infini_train.overrides import with_overrides
+from infini_train.config.overrides import with_overrides
+from infini_train.runtime.errors import UserError
 
 
 def sweep_runs(run: RunConfig, sweeps: list[str]) -> list[RunConfig]:

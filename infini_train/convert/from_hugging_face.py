@@ -16,10 +16,9 @@ from infini_train.checkpoint.compatibility import FIXED_MODEL_KEYS
 from infini_train.checkpoint.weights_file import write_weights_file
 from infini_train.config import DataConfig, ModelConfig, RunConfig, dump_keys
 from infini_train.convert.llama import IN_A_LAYER, WHOLE_MODEL, join, model_config, their_shapes, whole_number
-from infini_train.data.manifest import TOKENIZER_FILES, tokenizer_file
-from infini_train.data.tokenizer import Tokenizer
-from infini_train.data.tokenizer_file import read_tokenizer
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
+from infini_train.tokenizers.tokenizer import TOKENIZER_FILES, Tokenizer, tokenizer_file
+from infini_train.tokenizers.tokenizer_file import read_tokenizer
 
 WEIGHTS_FILE = "weights.safetensors"
 CONFIG_FILE = "config.yaml"

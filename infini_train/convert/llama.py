@@ -13,7 +13,7 @@ from torch import Tensor
 
 from infini_train.attention.rotary_frequencies import FAST_TURNS, SCALED_CONTEXT, SLOW_TURNS
 from infini_train.config import ModelConfig
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
 
 MODEL_TYPES = ("llama", "mistral")
 """Of config.json. Mistral is a Llama with a sliding window, which a segment replaces."""

@@ -12,14 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from infini_train.checkpoint import folder as checkpoint_folder
-from infini_train.checkpoint.commands import read_model
+from infini_train.checkpoint.inspection import read_model
 from infini_train.checkpoint.weights_file import SUFFIX, read_weights_facts
 from infini_train.config import ModelConfig
 from infini_train.convert.llama import IN_A_LAYER, WHOLE_MODEL, llama_config, split
-from infini_train.data.manifest import tokenizer_file
-from infini_train.data.tokenizer import Tokenizer
-from infini_train.data.tokenizer_file import read_tokenizer
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
+from infini_train.tokenizers.tokenizer import Tokenizer, tokenizer_file
+from infini_train.tokenizers.tokenizer_file import read_tokenizer
 
 GATE = "self_attention.core_attention.attention.gate"
 

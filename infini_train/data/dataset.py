@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from infini_train.config import RunConfig
-from infini_train.data.manifest import REMEDY, SPLITS, Shard, SplitFacts, file_digest, index_file, load_manifest, tokenizer_file
-from infini_train.errors import UserError
-from infini_train.storage import PASSING, patiently
+from infini_train.data.manifest import REMEDY, SPLITS, Shard, SplitFacts, index_file, load_manifest
+from infini_train.runtime.errors import UserError
+from infini_train.runtime.files import file_digest
+from infini_train.runtime.retries import PASSING, patiently
+from infini_train.tokenizers.tokenizer import tokenizer_file
 
 MAX_OPEN_SHARDS = 64
 """A large corpus has more shards than a process may have open files."""

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
 
 PLAIN_SUFFIXES = (".txt", ".md", ".py")
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")

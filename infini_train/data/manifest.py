@@ -8,15 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "held_out")
 MANIFEST_FILE = "dataset.json"
-SENTENCEPIECE_FILE = "tokenizer.model"
-HUGGING_FACE_FILE = "tokenizer.json"
-TOKENIZER_FILES = SENTENCEPIECE_FILE, HUGGING_FACE_FILE
-"""One of them lies in a prepared folder."""
 WEIGHT_MEMBER = "weights.u8"
 """Extension of the tar member that holds a document's loss weights, where there are some."""
 REMEDY = "run `infini-train prepare --config FILE --overwrite` again"
@@ -27,21 +23,10 @@ def token_format(vocab_size: int) -> tuple[str, str]:
     return ("<u2", "u16") if vocab_size <= 1 << 16 else ("<u4", "u32")
 
 
-def tokenizer_file(folder: Path) -> Path:
-    """The tokenizer in a folder; where there is none, the usual one."""
-    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), folder / SENTENCEPIECE_FILE)
-
-
 def index_file(split: str) -> str:
     """Name of a split's index: arrays `shard`, `offset` (bytes into the tar) and `tokens`, one entry per document; with loss
     weights `weight_offset` too."""
     return f"{split}.index.npz"
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass

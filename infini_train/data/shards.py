@@ -14,18 +14,10 @@ import numpy as np
 import webdataset
 
 from infini_train.data.documents import Document
-from infini_train.data.manifest import (
-    SPLITS,
-    WEIGHT_MEMBER,
-    Manifest,
-    Shard,
-    SplitFacts,
-    file_digest,
-    index_file,
-    token_format,
-)
-from infini_train.data.tokenizer import Tokenizer, usable_cores
-from infini_train.errors import UserError
+from infini_train.data.manifest import SPLITS, WEIGHT_MEMBER, Manifest, Shard, SplitFacts, index_file, token_format
+from infini_train.runtime.errors import UserError
+from infini_train.runtime.files import file_digest
+from infini_train.tokenizers.tokenizer import Tokenizer, usable_cores
 
 TAR_BLOCK = 512
 TAR_END = 10240

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from infini_train.data.dataset import TokenDataset
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
 
 
 @dataclass

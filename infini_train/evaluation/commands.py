@@ -12,16 +12,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from infini_train.attention import state_numbers
+from infini_train.checkpoint.checkpointer import find_damage, newest_checkpoint
 from infini_train.checkpoint.folder import damage, is_committed, read_state_file
+from infini_train.checkpoint.weights import load_weights
 from infini_train.checkpoint.weights_file import SUFFIX, read_weights_facts
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.held_out import held_out_warning
 from infini_train.data.manifest import load_manifest
-from infini_train.data.tokenizer_file import tokenizer_of
-from infini_train.errors import UserError
-from infini_train.evaluation.generation import StreamingModel, sample_tokens
-from infini_train.evaluation.perplexity import (
+from infini_train.measurement.generation import StreamingModel, sample_tokens
+from infini_train.measurement.perplexity import (
     HeldOutLoss,
     Treatment,
     held_out_loss,
@@ -29,15 +29,16 @@ from infini_train.evaluation.perplexity import (
     shuffled_run,
     unigram_entropy,
 )
-from infini_train.evaluation.read_back import ReadBack
-from infini_train.evaluation.records import perplexity, shown_perplexity
-from infini_train.model import build_stage, parameter_placements
-from infini_train.parallel.engine import InferenceEngine
+from infini_train.measurement.read_back import ReadBack
+from infini_train.model.gpt import build_stage
+from infini_train.model.parameter_placement import parameter_placements
+from infini_train.parallel.deepspeed.engine import InferenceEngine
 from infini_train.parallel.layout import Layout, initialize_layout, initialize_process_group
 from infini_train.parallel.pipeline import SegmentPipeline
-from infini_train.results import write_json
-from infini_train.training.checkpoint import find_damage, newest_checkpoint
-from infini_train.training.weights import load_weights
+from infini_train.report.run_results import perplexity, shown_perplexity
+from infini_train.runtime.errors import UserError
+from infini_train.runtime.files import write_json
+from infini_train.tokenizers.tokenizer_file import tokenizer_of
 
 MEASURED_SHARE = 0.9
 """Smallest fraction of the tokens in a position range that must be measured for its loss to be reported."""

@@ -10,17 +10,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from infini_train import platform
 from infini_train.config import RunConfig
-from infini_train.data.task_data import make_filler
-from infini_train.data.tokenizer_file import tokenizer_of
-from infini_train.errors import UserError
+from infini_train.data.task_samples import make_filler
 from infini_train.evaluation.commands import load_model
-from infini_train.evaluation.records import read_json
-from infini_train.evaluation.retrieval import Cell, measure_cell
+from infini_train.measurement.retrieval import Cell, measure_cell
 from infini_train.parallel.pipeline import SegmentPipeline
-from infini_train.results import write_json
+from infini_train.report.run_results import read_json
+from infini_train.runtime import platform
+from infini_train.runtime.errors import UserError
+from infini_train.runtime.files import write_json
 from infini_train.tasks import Task
+from infini_train.tokenizers.tokenizer_file import tokenizer_of
 
 RESULT_FILE = "passkey.json"
 FORWARD_TOKENS = {"cpu": 8_192, "cuda": 65_536}

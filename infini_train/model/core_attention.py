@@ -16,7 +16,7 @@ from torch import Tensor
 from infini_train.attention import build_attention, memory_type
 from infini_train.attention.short_convolution import ConvolutionTail, MemoryWithTail, ShortConvolution
 from infini_train.config import RunConfig
-from infini_train.model.micro_batch import MicroBatch
+from infini_train.model.layer_context import MicroBatch
 
 
 @dataclass(frozen=True)

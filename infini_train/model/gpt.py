@@ -19,10 +19,10 @@ from torch.nn import functional
 from infini_train.config import RunConfig
 from infini_train.model.core_attention import CoreAttention
 from infini_train.model.feed_forward import FeedForward
-from infini_train.model.fused import FusedFeedForward, FusedRMSNorm, fused_cross_entropy, takes_fused
-from infini_train.model.linear import ColumnLinear, RowLinear
+from infini_train.model.fused_layers import FusedFeedForward, FusedRMSNorm, fused_cross_entropy, takes_fused
+from infini_train.model.linear_layers import ColumnLinear, RowLinear
 from infini_train.model.loss import ChunkedLossGPTModel
-from infini_train.model.memory_tokens import FeedbackLayer, RecurrentMemoryModel
+from infini_train.model.memory_token_layers import FeedbackLayer, RecurrentMemoryModel
 from infini_train.model.norm import RMSNorm
 from infini_train.model.recompute import RecomputedLayer
 from infini_train.model.self_attention import SplitSelfAttention
@@ -139,5 +139,5 @@ def build_stage(run: RunConfig, stage: int) -> StageModel:
                 token_losses=fused_cross_entropy if fused and layout.tensor_parallel_size == 1 else None,
             )
         )
-    device = torch.cuda.current_device()  # the CPU where there is no CUDA: see infini_train.platform
+    device = torch.cuda.current_device()  # the CPU where there is no CUDA: see infini_train.runtime.platform
     return StageModel(chunks).to(device=device, dtype=DTYPES[run.training.precision])

@@ -11,8 +11,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from infini_kernels.parts import counted_as
-from infini_train.model.micro_batch import MicroBatch
+from infini_kernels.timing import counted_as
+from infini_train.model.layer_context import MicroBatch
 
 TokenLosses: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from infini_train.model.micro_batch import MicroBatch
+from infini_train.model.layer_context import MicroBatch
 
 
 class RecomputedLayer(TransformerLayer):

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from infini_train import platform
 from infini_train.config import RunConfig
-from infini_train.errors import AgreedError, UserError
+from infini_train.runtime import platform
+from infini_train.runtime.errors import AgreedError, UserError
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,17 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from infini_kernels.segments import to_device
-from infini_train import platform
 from infini_train.attention import LayerMemory, detached, map_parts, without_tail
 from infini_train.config import RunConfig
 from infini_train.data.streams import StreamBatch
 from infini_train.model.gpt import DTYPES
-from infini_train.model.micro_batch import Memory, MicroBatch
-from infini_train.parallel.activity import Activity
-from infini_train.parallel.engine import Engine, InferenceEngine
+from infini_train.model.layer_context import Memory, MicroBatch
+from infini_train.parallel.deepspeed.engine import Engine, InferenceEngine
 from infini_train.parallel.layout import Layout
 from infini_train.parallel.schedule import Operation, segment_schedule
 from infini_train.parallel.transport import StageTransport
+from infini_train.runtime import platform
+from infini_train.runtime.activity import Activity
 
 
 @dataclass

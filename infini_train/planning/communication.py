@@ -13,7 +13,7 @@ from math import gcd
 from typing import Literal
 
 from infini_train.planning import activations
-from infini_train.planning.parameters import count, stage_parameters
+from infini_train.planning.parameter_counts import count, stage_parameters
 from infini_train.planning.sizes import FLOAT32, Sizes
 
 Kind = Literal["tensor", "context", "pipeline", "data"]

@@ -9,18 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from infini_train.hardware import Gpu
+from infini_train.model.flops import core_flops_per_token, linear_parameters, output_matrix_parameters, training_flops_per_token
 from infini_train.parallel.schedule import pipeline_bubble
 from infini_train.planning import activations
 from infini_train.planning.communication import Traffic, stage_traffic
-from infini_train.planning.parameters import count, stage_parameters
+from infini_train.planning.parameter_counts import count, stage_parameters
 from infini_train.planning.sizes import FLOAT32, Sizes
-from infini_train.training.flops import (
-    core_flops_per_token,
-    linear_parameters,
-    output_matrix_parameters,
-    training_flops_per_token,
-)
+from infini_train.runtime.hardware import Gpu
 
 MATMUL_SHARE = 0.70
 """Share of the peak that large matrix products reach. FlashAttention-3 (arXiv 2407.08608, section 1) puts optimised products on
@@ -149,7 +144,7 @@ def _stage_time(sizes: Sizes, stage: int, gpu: Gpu) -> StepTime:
 
 
 def model_flops_utilization(sizes: Sizes, gpu: Gpu, seconds: float) -> float:
-    """MFU of a step that takes so long: the convention of `infini_train.training.flops`, which metrics.jsonl reports too.
+    """MFU of a step that takes so long: the convention of `infini_train.model.flops`, which metrics.jsonl reports too.
 
     The denominator is the bfloat16 peak whatever the precision, as there.
     """

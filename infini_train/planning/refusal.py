@@ -7,11 +7,11 @@ from itertools import islice
 from typing import NoReturn
 
 from infini_train.config import RunConfig
-from infini_train.errors import UserError
-from infini_train.hardware import GPUS, find_gpu
-from infini_train.planning.plan import Plan, plan, with_training
-from infini_train.planning.report import GB
+from infini_train.planning.layout_plan import Plan, plan, with_training
+from infini_train.planning.plan_text import GB
 from infini_train.planning.search import doubled, layouts, remedies, search
+from infini_train.runtime.errors import UserError
+from infini_train.runtime.hardware import GPUS, find_gpu
 
 
 def refuse_too_large(planned: Plan) -> None:

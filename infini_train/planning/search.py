@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from itertools import product
 
 from infini_train.config import RunConfig
-from infini_train.errors import UserError
-from infini_train.hardware import find_gpu
-from infini_train.planning.plan import Plan, plan, with_layout, with_training
-from infini_train.validation import validate_data, validate_model, validate_optimizer, validate_task
+from infini_train.config.validation import validate_data, validate_model, validate_optimizer, validate_task
+from infini_train.planning.layout_plan import Plan, plan, with_layout, with_training
+from infini_train.runtime.errors import UserError
+from infini_train.runtime.hardware import find_gpu
 
 MOST_GPUS = 8192
 """More are not suggested."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from infini_train.data.tokenizer import Tokenizer
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
+from infini_train.tokenizers.tokenizer import Tokenizer
 
 SENTENCES = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 """Mohtashami and Jaggi, Landmark Attention (arXiv 2305.16300), section 4.2; the Infini-attention paper uses the same."""

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import numpy as np
 
 from infini_train.config import TaskConfig
-from infini_train.data.tokenizer import Tokenizer
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
 from infini_train.tasks.draws import Draws, Purpose, sample_seed
 from infini_train.tasks.filler import TextFiller
 from infini_train.tasks.placement import Placement, Room
 from infini_train.tasks.sample import Fixed, Part, Sample
 from infini_train.tasks.stories import STORIES, Story
 from infini_train.tasks.words import OBJECTS
+from infini_train.tokenizers.tokenizer import Tokenizer
 
 
 class EncodedStory(NamedTuple):

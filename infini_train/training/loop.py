@@ -7,32 +7,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from infini_train import platform
 from infini_train.attention import state_numbers
-from infini_train.attention.kernels import kernels_in_words
+from infini_train.attention.kernel_choice import kernels_in_words
+from infini_train.checkpoint.checkpointer import newest_checkpoint
 from infini_train.checkpoint.folder import list_checkpoints
+from infini_train.checkpoint.weights import load_initial_weights
 from infini_train.config import RunConfig, save_config
 from infini_train.data.dataset import TokenDataset
-from infini_train.errors import UserError
-from infini_train.evaluation.perplexity import held_out_loss
-from infini_train.evaluation.read_back import ReadBack
+from infini_train.measurement.perplexity import held_out_loss
+from infini_train.measurement.read_back import ReadBack
 from infini_train.model.gpt import DTYPES
 from infini_train.parallel.layout import raise_everywhere
-from infini_train.training.checkpoint import newest_checkpoint
-from infini_train.training.health import loss_spiked, roll_back, stop_after_skips
+from infini_train.resilience.health import loss_spiked, roll_back, stop_after_skips
+from infini_train.resilience.run_lock import RunDirectoryLock
+from infini_train.resilience.stop_request import RESUMABLE_EXIT_CODE, StopRequest
+from infini_train.resilience.watchdog import Watchdog
+from infini_train.runtime import platform
+from infini_train.runtime.errors import UserError
+from infini_train.training.memory_statistics import memory_statistics
 from infini_train.training.memory_warnings import memory_warnings
 from infini_train.training.metrics import MetricsWriter
 from infini_train.training.profile import StepProfiler
 from infini_train.training.progress import TrainingProgress
-from infini_train.training.run_lock import RunDirectoryLock
 from infini_train.training.self_test import self_test
-from infini_train.training.setup import Parts, build_parts
 from infini_train.training.shard_check import open_training_data
-from infini_train.training.signals import RESUMABLE_EXIT_CODE, StopRequest
-from infini_train.training.statistics import memory_statistics
 from infini_train.training.step import train_step
-from infini_train.training.watchdog import Watchdog
-from infini_train.training.weights import load_initial_weights
+from infini_train.training.training_run import Parts, build_parts
 
 
 def pretrain(run: RunConfig) -> int:
@@ -54,7 +54,11 @@ def pretrain(run: RunConfig) -> int:
         activity = parts.pipeline.activity = watchdog.activity
         state, main = parts.state, parts.layout.is_main
         resumed_from = _resume(parts, warnings)
-        started_from = load_initial_weights(parts) if resumed_from is None and run.training.initial_weights else None
+        started_from = (
+            load_initial_weights(run, parts.engine, parts.checkpointer.placements)
+            if resumed_from is None and run.training.initial_weights
+            else None
+        )
         _open_run_directory(parts)
         with (
             _wait_for_pending_save(parts),
@@ -74,12 +78,12 @@ def pretrain(run: RunConfig) -> int:
                 record, stopped = train_step(parts, stop)
                 profiler.after_step(record, last=stopped)
                 lock.check_held()
-                spiked = loss_spiked(parts, record)
+                spiked = loss_spiked(run.health, state.health, record)
                 _evaluate_when_due(parts, record, progress)
                 record["spike"] = int(spiked)
                 record["documents_left_out"] = int((~dataset.available).sum())
                 _log_when_due(parts, record, metrics, progress)
-                stop_after_skips(parts)
+                stop_after_skips(run, state, parts.checkpointer)
                 rolled_back_to = _on_spike(parts, record, progress) if spiked else None
                 if rolled_back_to is not None:
                     save_due = False
@@ -168,7 +172,7 @@ def _on_spike(parts: Parts, record: dict[str, Any], progress: TrainingProgress) 
     progress.say(line + f"median of {health.spike_window} steps")
     if health.on_spike == "report":
         return None
-    checkpoint = roll_back(parts, progress.say)
+    checkpoint = roll_back(parts.run, parts.engine, parts.state, parts.checkpointer, parts.pipeline.activity, progress.say)
     if checkpoint is None:
         progress.say("there is no checkpoint to roll back to yet: training goes on")
     else:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infini_train.config import RunConfig
-from infini_train.errors import UserError, one_line
-from infini_train.results import without_nan
+from infini_train.runtime.errors import UserError, one_line
+from infini_train.runtime.files import without_nan
 
 FINISH_SECONDS = 60.0
 """Longest wait at the end of a run for uploads to Weights & Biases: a job must end before its time limit."""

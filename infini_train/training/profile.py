@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from infini_train import platform
 from infini_train.config import RunConfig
 from infini_train.parallel.layout import Layout
-from infini_train.training.time_by_part import PartTime, time_by_part
+from infini_train.runtime import platform
+from infini_train.training.step_times import PartTime, time_by_part
 
 WARMUP_STEPS = 3
 """Steps before the measured ones: the first steps allocate GPU memory and compile kernels."""

@@ -11,15 +11,15 @@ import torch.distributed as dist
 
 from infini_train.config import ModelConfig, RunConfig
 from infini_train.data.dataset import TokenDataset
-from infini_train.errors import AgreedError
 from infini_train.model.gpt import DTYPES
-from infini_train.model.parameters import ParameterPlacement, initial_value
+from infini_train.model.parameter_placement import ParameterPlacement, initial_value
+from infini_train.parallel.deepspeed.optimizer_state import read_optimizer_state
 from infini_train.parallel.layout import initialize_process_group
-from infini_train.parallel.optimizer_state import read_optimizer_state
-from infini_train.training.plain_model import train_plainly
-from infini_train.training.setup import Parts, build_parts
-from infini_train.training.signals import StopRequest
+from infini_train.reference.plain_model import train_plainly
+from infini_train.resilience.stop_request import StopRequest
+from infini_train.runtime.errors import AgreedError
 from infini_train.training.step import train_step
+from infini_train.training.training_run import Parts, build_parts
 
 STEPS = 2
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset, shard_damage
 from infini_train.data.manifest import REMEDY, SPLITS, load_manifest
-from infini_train.errors import UserError
+from infini_train.runtime.errors import UserError
 
 
 def open_training_data(run: RunConfig, say: Callable[[str], None]) -> TokenDataset:

@@ -8,18 +8,18 @@ from typing import Any
 
 from torch.profiler import record_function
 
-from infini_kernels.parts import part
-from infini_train import platform
+from infini_kernels.timing import part
 from infini_train.data.streams import StreamBatch
-from infini_train.errors import UserError
-from infini_train.parallel.context import context_share
+from infini_train.model.flops import peak_flops, training_flops_per_token
+from infini_train.model.memory_ageing import memory_repeats
+from infini_train.parallel.context_parallel import context_share
 from infini_train.parallel.layout import all_reduce_sum, raise_everywhere
-from infini_train.training.flops import peak_flops, training_flops_per_token
-from infini_train.training.health import memory_after_skip
-from infini_train.training.memory_ageing import memory_repeats
-from infini_train.training.setup import Parts
-from infini_train.training.signals import StopRequest
-from infini_train.training.time_by_part import STEP
+from infini_train.resilience.health import memory_after_skip
+from infini_train.resilience.stop_request import StopRequest
+from infini_train.runtime import platform
+from infini_train.runtime.errors import UserError
+from infini_train.training.step_times import STEP
+from infini_train.training.training_run import Parts
 
 
 @record_function(STEP)

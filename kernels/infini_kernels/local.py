@@ -17,9 +17,9 @@ from torch.nn.attention import SDPBackend
 
 from infini_kernels.arguments import Rotary, check_choice, check_heads, check_lengths, check_rotary, check_segment_length
 from infini_kernels.backend import BACKENDS, takes_kernels
-from infini_kernels.parts import counted_as
 from infini_kernels.rotary import apply_rotary
 from infini_kernels.segments import SegmentLayout, padding_mask
+from infini_kernels.timing import counted_as
 
 
 def installed(name: str) -> bool:

@@ -25,8 +25,8 @@ from infini_kernels.arguments import (
 )
 from infini_kernels.backend import BACKENDS, takes_kernels
 from infini_kernels.memory import MemoryState
-from infini_kernels.parts import part
 from infini_kernels.reference import infini_attention_reference
+from infini_kernels.timing import part
 from infini_kernels.variants import FEATURE_MAPS
 
 

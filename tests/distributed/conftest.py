@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from infini_train.config import RunConfig
-from infini_train.data.prepare import prepare
-from tests.corpus import small_run, write_corpus
-from tests.distributed.processes import Ranks
-from tests.warm.interpreter import warm_python
+from infini_train.data.preparation import prepare
+from tests.support.corpus import small_run, write_corpus
+from tests.support.distributed.processes import Ranks
+from tests.support.warm.interpreter import warm_python
 
 
 @pytest.fixture(scope="session", autouse=True)

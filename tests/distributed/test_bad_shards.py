@@ -10,11 +10,11 @@ import pytest
 
 from infini_train.config import CheckpointConfig
 from infini_train.data.dataset import TokenDataset
-from infini_train.data.prepare import prepare
-from tests.corpus import small_run, write_corpus
-from tests.distributed.cases import Case
+from infini_train.data.preparation import prepare
 from tests.distributed.test_checkpoint import finish, start, wait_for_step
 from tests.distributed.test_failures import pretrain
+from tests.support.corpus import small_run, write_corpus
+from tests.support.distributed.cases import Case
 
 
 @pytest.fixture
@@ -86,5 +86,5 @@ def test_data_replaced_during_the_run_is_an_error(run):
 
 def test_read_error_on_one_rank_stops_all_ranks_with_its_message(run, pool):
     """Otherwise the others would wait for it; and only rank 0 prints to the user."""
-    first, second = pool(2).run("tests.distributed.health_jobs", "damage_next_document", run, 1)
+    first, second = pool(2).run("tests.support.distributed.health_jobs", "damage_next_document", run, 1)
     assert first == second and ".tar is damaged in document" in first

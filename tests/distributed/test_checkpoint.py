@@ -22,12 +22,12 @@ import torch
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.checkpoint.reader import describe_tensors
 from infini_train.config import CheckpointConfig, LayoutConfig, RunConfig, save_config
-from infini_train.planning.disk import checkpoint_bytes
-from infini_train.validation import ATTENTION
-from tests.distributed.assemble import global_memory, global_weights
-from tests.distributed.cases import Case
-from tests.unit.test_checkpoint_folder import recommit
-from tests.warm.interpreter import launcher
+from infini_train.config.validation import ATTENTION
+from infini_train.planning.disk_space import checkpoint_bytes
+from tests.support.distributed.assemble import global_memory, global_weights
+from tests.support.distributed.cases import Case
+from tests.support.warm.interpreter import launcher
+from tests.unit.checkpoint.test_folder import recommit
 
 REPOSITORY = Path(__file__).parents[2]
 TIMED = {
@@ -208,8 +208,8 @@ def test_checkpoint_of_other_data_or_order_is_refused(run, undisturbed):
 def test_state_loads_in_another_layout(saved, loaded, pool, run_config, tmp_path):
     """A checkpoint does not depend on its layout: weights, moments, memory and positions are all restored."""
     run = replace(run_config, run_dir=str(tmp_path / "run"))
-    before = pool(saved.processes).run("tests.distributed.jobs", "save_after", saved.apply(run), 3, 2)
-    after = pool(loaded.processes).run("tests.distributed.jobs", "load_and_train", loaded.apply(run), 2)
+    before = pool(saved.processes).run("tests.support.distributed.jobs", "save_after", saved.apply(run), 3, 2)
+    after = pool(loaded.processes).run("tests.support.distributed.jobs", "load_and_train", loaded.apply(run), 2)
     assert after[0]["loss"] == pytest.approx(before[0]["loss"], rel=1e-5)
     assert after[0]["grad_norm"] == pytest.approx(before[0]["grad_norm"], rel=1e-5)
     expected, weights = global_weights(before), global_weights(after)
@@ -221,8 +221,8 @@ def test_state_loads_in_another_layout(saved, loaded, pool, run_config, tmp_path
 def test_every_attention_resumes_exactly(attention, pool, run_config, tmp_path):
     model = replace(run_config.model, attention=attention)
     run = Case().apply(replace(run_config, run_dir=str(tmp_path / "run"), model=model))
-    before = pool(1).run("tests.distributed.jobs", "save_after", run, 3, 2)
-    after = pool(1).run("tests.distributed.jobs", "load_and_train", run, 2)
+    before = pool(1).run("tests.support.distributed.jobs", "save_after", run, 3, 2)
+    after = pool(1).run("tests.support.distributed.jobs", "load_and_train", run, 2)
     assert after[0]["loss"] == before[0]["loss"]
     expected, weights = global_weights(before), global_weights(after)
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
@@ -250,7 +250,7 @@ def test_resharding_keeps_the_state_and_reads_each_token_once(chain, options, po
     def leg(case: Case, folder: str, steps: int) -> list[dict[str, Any]]:
         model = replace(run_config.model, **options)
         run = replace(case.apply(replace(run_config, model=model)), run_dir=str(tmp_path / folder))
-        return pool(case.processes).run("tests.distributed.jobs", "resume_train_save", run, steps)
+        return pool(case.processes).run("tests.support.distributed.jobs", "resume_train_save", run, steps)
 
     reads, losses = [], []
     before: list[dict[str, Any]] | None = None

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from infini_train.config import save_config
-from tests.corpus import small_run, write_corpus
-from tests.distributed.command import call
+from tests.support.corpus import small_run, write_corpus
+from tests.support.distributed.command import call
 
 
 @pytest.fixture(scope="module")

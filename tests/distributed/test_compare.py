@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from infini_train.config import CompareConfig, LayoutConfig, save_config
-from infini_train.data.prepare import prepare
-from infini_train.training.signals import RESUMABLE_EXIT_CODE
-from tests.corpus import small_run, write_corpus
-from tests.distributed.command import call
-from tests.warm.interpreter import python
+from infini_train.data.preparation import prepare
+from infini_train.resilience.stop_request import RESUMABLE_EXIT_CODE
+from tests.support.corpus import small_run, write_corpus
+from tests.support.distributed.command import call
+from tests.support.warm.interpreter import python
 
 VARIANTS = [
     "infini",

@@ -9,7 +9,7 @@ import pytest
 @pytest.mark.parametrize("processes,segments", [(2, 2), (2, 6), (4, 8)])
 def test_equals_one_process(rule, processes, segments, pool):
     """With resets, padding inside the row and an incoming memory, whose gradient is the sum over the processes."""
-    for result in pool(processes).run("tests.distributed.jobs", "context_parallel_operation", rule, 5, segments):
+    for result in pool(processes).run("tests.support.distributed.jobs", "context_parallel_operation", rule, 5, segments):
         for name, difference in result["differences"].items():
             assert difference < 1e-9, f"{name} differs by {difference}"
 
@@ -20,7 +20,7 @@ def test_bytes_do_not_depend_on_the_segments(rule, pool):
     counts = {
         result["bytes"]
         for size, segments in ((4, 4), (32, 4), (8, 16))
-        for result in pool(2).run("tests.distributed.jobs", "context_parallel_operation", rule, size, segments)
+        for result in pool(2).run("tests.support.distributed.jobs", "context_parallel_operation", rule, size, segments)
     }
     B, G, D, Dv, double = 2, 2, 6, 5, 8
     factor = 1 if rule == "linear" else D
@@ -30,7 +30,7 @@ def test_bytes_do_not_depend_on_the_segments(rule, pool):
 @pytest.mark.parametrize("rule", ["linear", "delta"])
 def test_the_exchange_overlaps_with_the_local_attention(rule, pool):
     """It is under way while the local attention runs, in the forward and in the backward; with the delta rule z goes before."""
-    for result in pool(2).run("tests.distributed.jobs", "context_parallel_operation", rule, 5, 4):
+    for result in pool(2).run("tests.support.distributed.jobs", "context_parallel_operation", rule, 5, 4):
         forward = ["gather started", "gather started", "local attention", "gather waited for", "gather waited for"]
         if rule == "delta":
             forward = ["gather started", "gather waited for", "gather started", "local attention", "gather waited for"]

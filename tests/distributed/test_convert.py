@@ -16,19 +16,19 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from infini_train.checkpoint.folder import list_checkpoints
+from infini_train.cli.parser import read_config
 from infini_train.config import RunConfig, save_config
+from infini_train.config.validation import ATTENTION
 from infini_train.convert.llama import SCALED_LIKE_LLAMA_3
-from infini_train.data.manifest import tokenizer_file
-from infini_train.data.tokenizer_file import tokenizer_of
-from infini_train.parser import read_config
-from infini_train.planning.parameters import model_parameters
-from infini_train.validation import ATTENTION
-from tests.distributed.assemble import global_weights
-from tests.distributed.cases import Case
-from tests.distributed.command import call
-from tests.llama3 import write_llama_3_tokenizer
+from infini_train.planning.parameter_counts import model_parameters
+from infini_train.tokenizers.tokenizer import tokenizer_file
+from infini_train.tokenizers.tokenizer_file import tokenizer_of
+from tests.support.distributed.assemble import global_weights
+from tests.support.distributed.cases import Case
+from tests.support.distributed.command import call
+from tests.support.llama3 import write_llama_3_tokenizer
 
-JOBS = "tests.distributed.convert_jobs"
+JOBS = "tests.support.distributed.convert_jobs"
 SIZES = {
     "hidden_size": 40,
     "intermediate_size": 56,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.command import REPOSITORY, call
+from tests.support.distributed.command import REPOSITORY, call
 
 TOLERANCE = 1e-4
 SHORT = 12

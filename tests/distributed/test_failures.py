@@ -13,9 +13,9 @@ import pytest
 
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import CheckpointConfig, LayoutConfig, RunConfig, save_config
-from tests.distributed.command import REPOSITORY
 from tests.distributed.test_checkpoint import elsewhere, metrics
-from tests.warm.interpreter import launcher, python
+from tests.support.distributed.command import REPOSITORY
+from tests.support.warm.interpreter import launcher, python
 
 RUN_WITH_A_FAULT = """
 import os, sys
@@ -32,7 +32,7 @@ def pretrain(run: RunConfig, processes: int, fault: str | None = None) -> subpro
     path.mkdir(parents=True, exist_ok=True)
     config = path.with_suffix(".yaml")
     save_config(run, config)
-    module = ["infini_train"] if fault is None else ["tests.distributed.faults", fault]
+    module = ["infini_train"] if fault is None else ["tests.support.distributed.faults", fault]
     return subprocess.run(
         [python(), "-c", RUN_WITH_A_FAULT, str(processes), *module, "pretrain", "--config", str(config)],
         stdout=subprocess.PIPE,

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from infini_train.config import CheckpointConfig, LayoutConfig, RunConfig, save_config
-from infini_train.data.prepare import prepare
-from tests.corpus import small_run, write_corpus
-from tests.distributed.command import REPOSITORY
+from infini_train.data.preparation import prepare
 from tests.distributed.test_checkpoint import finish, metrics, start, wait_for_step
-from tests.free_port import free_port
-from tests.warm.interpreter import launcher
+from tests.support.corpus import small_run, write_corpus
+from tests.support.distributed.command import REPOSITORY
+from tests.support.free_port import free_port
+from tests.support.warm.interpreter import launcher
 
 HOSTS = ["127.0.0.1", "127.0.0.2"]
 

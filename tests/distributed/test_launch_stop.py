@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.stop_signals import STOP_SIGNALS
-from tests.distributed.command import REPOSITORY
+from infini_train.runtime.signals import STOP_SIGNALS
 from tests.distributed.test_checkpoint import finish
-from tests.free_port import free_port
+from tests.support.distributed.command import REPOSITORY
+from tests.support.free_port import free_port
 
 HELD = """
 import os, pathlib, signal, sys, time

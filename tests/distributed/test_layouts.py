@@ -13,11 +13,11 @@ import torch
 from infini_train.attention import ATTENTION_VARIANTS
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.data.dataset import TokenDataset
-from infini_train.training.flops import linear_parameters
-from infini_train.training.plain_model import train_plainly
-from tests.corpus import small_run
-from tests.distributed.assemble import global_memory, global_weights
-from tests.distributed.cases import Case, pairwise_cases
+from infini_train.model.flops import linear_parameters
+from infini_train.reference.plain_model import train_plainly
+from tests.support.corpus import small_run
+from tests.support.distributed.assemble import global_memory, global_weights
+from tests.support.distributed.cases import Case, pairwise_cases
 
 STEPS = 4
 RELATIVE = 1e-5
@@ -72,7 +72,7 @@ def reference(pool, run_config):
 
     @cache
     def compute(case: Case) -> list[dict[str, Any]]:
-        return pool(1).run("tests.distributed.jobs", "train", case.apply(run_config), STEPS)
+        return pool(1).run("tests.support.distributed.jobs", "train", case.apply(run_config), STEPS)
 
     return compute
 
@@ -87,7 +87,7 @@ def test_clipping_and_resets_are_active(reference, run_config):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_way_of_computing_equals_one_process(case, pool, reference, run_config):
-    results = pool(case.processes).run("tests.distributed.jobs", "train", case.apply(run_config), STEPS)
+    results = pool(case.processes).run("tests.support.distributed.jobs", "train", case.apply(run_config), STEPS)
     assert_same_run(results, reference(case.reference()))
 
 
@@ -113,8 +113,8 @@ def test_what_is_beyond_the_paper_in_every_kind_of_layout(case, reach, pool, run
         short_convolution_reach=reach,
     )
     run = replace(run_config, model=beyond)
-    one = pool(1).run("tests.distributed.jobs", "train", case.reference().apply(run), STEPS)
-    assert_same_run(pool(case.processes).run("tests.distributed.jobs", "train", case.apply(run), STEPS), one)
+    one = pool(1).run("tests.support.distributed.jobs", "train", case.reference().apply(run), STEPS)
+    assert_same_run(pool(case.processes).run("tests.support.distributed.jobs", "train", case.apply(run), STEPS), one)
     gates = {name: value for name, value in global_weights(one).items() if name.endswith("write_gate")}
     assert len(gates) == run.model.num_layers and all(value.abs().max() > 1e-3 for value in gates.values())
 
@@ -129,7 +129,7 @@ def test_rivals_train_in_the_same_pipeline(attention, pool, run_config):
     # A bank that documents overflow.
     model = replace(run_config.model, attention=attention, bank_tokens=40, bank_top_k=5, memory_tokens=5, initial_gate=0.3)
     run = replace(run_config, model=model, training=training)
-    one = pool(1).run("tests.distributed.jobs", "train", run, STEPS)
+    one = pool(1).run("tests.support.distributed.jobs", "train", run, STEPS)
     plain = train_plainly(run, TokenDataset(Path(run.data.path), "train"), global_weights(one, "initial"), STEPS)
     assert one[0]["loss"] == pytest.approx(plain["loss"], rel=RELATIVE)
     assert one[0]["grad_norm"] == pytest.approx(plain["grad_norm"], rel=RELATIVE)
@@ -139,16 +139,16 @@ def test_rivals_train_in_the_same_pipeline(attention, pool, run_config):
     stages = 1 if attention in ("memorizing", "recurrent_memory") else 2
     recompute = "stage" if attention in ("feedback", "recurrent_memory") else "layer"
     many = with_layout(replace(run, training=replace(training, recompute=recompute)), 2, stages, 1)
-    assert_same_run(pool(2 * stages).run("tests.distributed.jobs", "train", many, STEPS), one)
+    assert_same_run(pool(2 * stages).run("tests.support.distributed.jobs", "train", many, STEPS), one)
 
 
 @pytest.mark.parametrize("stages,virtual,window", [(4, 2, (1, 4)), (2, 4, (1, 2)), (4, 2, (1, 3))])
 def test_virtual_stages_of_a_deeper_model(stages, virtual, window, pool, run_config):
     """Middle stages, several rounds, and windows that the number of stages does not divide."""
     run = replace(run_config, model=replace(run_config.model, num_layers=8))
-    one = pool(1).run("tests.distributed.jobs", "train", Case(window=window).apply(run), STEPS)
+    one = pool(1).run("tests.support.distributed.jobs", "train", Case(window=window).apply(run), STEPS)
     case = Case(pp=stages, virtual=virtual, window=window)
-    assert_same_run(pool(stages).run("tests.distributed.jobs", "train", case.apply(run), STEPS), one)
+    assert_same_run(pool(stages).run("tests.support.distributed.jobs", "train", case.apply(run), STEPS), one)
 
 
 @pytest.mark.parametrize("rule", ["linear", "delta"])
@@ -156,16 +156,16 @@ def test_window_of_micro_batches_equals_one_large_micro_batch(rule, pool, run_co
     """Gradients through the memory between micro-batches are exact: splitting a window does not change a step."""
     run = replace(run_config, model=replace(run_config.model, update_rule=rule))
     whole = replace(run.training, segments_per_micro_batch=4, micro_batches_per_window=1)
-    split = pool(1).run("tests.distributed.jobs", "train", run, STEPS)
-    together = pool(1).run("tests.distributed.jobs", "train", replace(run, training=whole), STEPS)
+    split = pool(1).run("tests.support.distributed.jobs", "train", run, STEPS)
+    together = pool(1).run("tests.support.distributed.jobs", "train", replace(run, training=whole), STEPS)
     assert_same_run(split, together)
 
 
 def test_truncation_matters(pool, run_config):
     """Half the window gives other gradients, so the test above would notice a memory gradient that is lost."""
     shorter = replace(run_config.training, micro_batches_per_window=2, windows_per_step=4)
-    one = pool(1).run("tests.distributed.jobs", "train", run_config, 1)[0]
-    two = pool(1).run("tests.distributed.jobs", "train", replace(run_config, training=shorter), 1)[0]
+    one = pool(1).run("tests.support.distributed.jobs", "train", run_config, 1)[0]
+    two = pool(1).run("tests.support.distributed.jobs", "train", replace(run_config, training=shorter), 1)[0]
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
     assert one["grad_norm"] != pytest.approx(two["grad_norm"], rel=1e-4)
 
@@ -174,9 +174,9 @@ def test_truncation_matters(pool, run_config):
 def test_tied_embeddings(layout, pool, run_config):
     tp, pp, dp = layout
     run = replace(run_config, model=replace(run_config.model, tie_embeddings=True))
-    one = pool(1).run("tests.distributed.jobs", "train", run, STEPS)
+    one = pool(1).run("tests.support.distributed.jobs", "train", run, STEPS)
     assert not any("output_layer" in name for name in one[0]["weights"])
-    results = pool(tp * pp * dp).run("tests.distributed.jobs", "train", with_layout(run, tp, pp, 1), STEPS)
+    results = pool(tp * pp * dp).run("tests.support.distributed.jobs", "train", with_layout(run, tp, pp, 1), STEPS)
     assert_same_run(results, one)
 
 
@@ -195,8 +195,8 @@ def test_bfloat16_stays_near_bfloat16_in_one_process(case, pool, run_config):
     """Gradients accumulate in float32, so only the rounding of activations differs. Adam makes much of it where gradients are
     small; a gradient that is counted twice or not at all would still change a weight's whole course."""
     run = replace(run_config, training=replace(run_config.training, precision="bfloat16"))
-    one = pool(1).run("tests.distributed.jobs", "train", case.reference().apply(run), STEPS)
-    results = pool(case.processes).run("tests.distributed.jobs", "train", case.apply(run), STEPS)
+    one = pool(1).run("tests.support.distributed.jobs", "train", case.reference().apply(run), STEPS)
+    results = pool(case.processes).run("tests.support.distributed.jobs", "train", case.apply(run), STEPS)
     for result in results:
         assert result["loss"] == pytest.approx(one[0]["loss"], rel=1e-3)
         assert result["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-2)
@@ -213,7 +213,7 @@ def test_bfloat16_stays_near_bfloat16_in_one_process(case, pool, run_config):
 def test_bfloat16_stays_near_float32(pool, reference, run_config):
     """The bfloat16 path computes the same thing, not merely the same thing everywhere."""
     run = replace(run_config, training=replace(run_config.training, precision="bfloat16"))
-    result = pool(1).run("tests.distributed.jobs", "train", run, STEPS)[0]
+    result = pool(1).run("tests.support.distributed.jobs", "train", run, STEPS)[0]
     assert result["loss"] == pytest.approx(reference(Case(window=(1, 4)))[0]["loss"], rel=5e-3)
     assert result["grad_norm"] == pytest.approx(reference(Case(window=(1, 4)))[0]["grad_norm"], rel=5e-2)
     for _, _, matrix, _ in result["memory"].values():
@@ -222,7 +222,7 @@ def test_bfloat16_stays_near_float32(pool, reference, run_config):
 
 def test_flop_formula_counts_the_models_own_matrices(pool, run_config):
     """Linear parameters of the MFU formula against the parameters of the built model."""
-    weights = global_weights(pool(1).run("tests.distributed.jobs", "train", run_config, 1))
+    weights = global_weights(pool(1).run("tests.support.distributed.jobs", "train", run_config, 1))
     matrices = {name: value.numel() for name, value in weights.items() if value.ndim == 2}
     embedding = matrices.pop("embedding.word_embeddings.weight")
     assert embedding == run_config.data.vocab_size * run_config.model.hidden_size
@@ -232,7 +232,7 @@ def test_flop_formula_counts_the_models_own_matrices(pool, run_config):
 def test_logits_never_exist_for_a_whole_micro_batch(pool, run_config):
     """The output layer sees at most loss_chunk_tokens positions of a row at a time, in the forward and in the backward."""
     run = Case(tp=2, loss_chunk=13).apply(run_config)
-    for positions in pool(2).run("tests.distributed.jobs", "output_layer_positions", run):
+    for positions in pool(2).run("tests.support.distributed.jobs", "output_layer_positions", run):
         assert set(positions) == {13, 32 - 2 * 13}
         assert len(positions) == 2 * 3 * run.micro_batches_per_step
 
@@ -242,4 +242,4 @@ def test_offloaded_optimizer(zero, pool, reference, run_config):
     case = Case(dp=2, zero=zero)
     run = case.apply(run_config)
     run = replace(run, layout=replace(run.layout, offload_optimizer=True))
-    assert_same_run(pool(2).run("tests.distributed.jobs", "train", run, STEPS), reference(case.reference()))
+    assert_same_run(pool(2).run("tests.support.distributed.jobs", "train", run, STEPS), reference(case.reference()))

@@ -11,11 +11,11 @@ import torch
 from infini_train.attention import detached
 from infini_train.data.dataset import TokenDataset
 from infini_train.data.streams import StreamReader
-from infini_train.training.plain_model import token_losses
-from tests.distributed.assemble import global_weights
-from tests.distributed.cases import Case
+from infini_train.reference.plain_model import token_losses
+from tests.support.distributed.assemble import global_weights
+from tests.support.distributed.cases import Case
 
-JOB = ("tests.distributed.jobs", "memory_gradient_norms")
+JOB = ("tests.support.distributed.jobs", "memory_gradient_norms")
 
 
 def expected_norms(run, initial):

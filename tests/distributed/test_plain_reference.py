@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from infini_train.data.dataset import TokenDataset
-from infini_train.training.plain_model import train_plainly
-from tests.distributed.assemble import global_memory, global_weights
+from infini_train.reference.plain_model import train_plainly
+from tests.support.distributed.assemble import global_memory, global_weights
 
 STEPS = 4
 
@@ -35,7 +35,7 @@ def test_a_run_equals_plain_torch(rule, first_segment, ageing, more, pool, run_c
     curriculum = 0.5 if more else 0.0
     training = replace(run_config.training, memory_ageing=ageing, memory_ageing_rise=0.0, length_curriculum=curriculum)
     run = replace(run_config, model=model, training=training)
-    results = pool(1).run("tests.distributed.jobs", "train", run, STEPS)
+    results = pool(1).run("tests.support.distributed.jobs", "train", run, STEPS)
     dataset = TokenDataset(Path(run.data.path), "train")
     expected = train_plainly(run, dataset, global_weights(results, "initial"), STEPS)
     assert results[0]["loss"] == pytest.approx(expected["loss"], rel=1e-5)

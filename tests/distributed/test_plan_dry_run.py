@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.command import REPOSITORY, call
+from tests.support.distributed.command import REPOSITORY, call
 
 LAYOUT = "--layout.tensor_parallel_size={} --layout.context_parallel_size={} --layout.pipeline_parallel_size={}"
 SHORT = "--training.micro_batches_per_window=2 --training.windows_per_step=2"

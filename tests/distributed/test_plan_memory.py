@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from infini_train.config import RunConfig
-from infini_train.planning.compare import message_differences
-from infini_train.planning.memory import REDUCE_BUCKET, stage_memory
-from infini_train.planning.parameters import stage_parameters
+from infini_train.planning.dry_run.differences import message_differences
+from infini_train.planning.gpu_memory import REDUCE_BUCKET, stage_memory
+from infini_train.planning.parameter_counts import stage_parameters
 from infini_train.planning.sizes import Sizes
-from tests.distributed.cases import Case
+from tests.support.distributed.cases import Case
 
 WITHIN = {"weights": 0.01, "gradients": 0.01, "optimizer": 0.01, "activations": 0.02, "memory_states": 0.01, "peak": 0.10}
 
@@ -70,7 +70,7 @@ def test_plan_of_what_is_beyond_the_paper(precision, case, reach, pool, run_conf
 def _check(precision, case, run, pool):
     run = replace(run, training=replace(run.training, precision=precision))
     sizes = Sizes(run, case.processes)
-    for measured in pool(case.processes).run("tests.distributed.plan_jobs", "measured_step", run):
+    for measured in pool(case.processes).run("tests.support.distributed.plan_jobs", "measured_step", run):
         stage = measured["stage"]
         assert stage_parameters(sizes, stage) == measured["parameters"]
         memory = stage_memory(sizes, stage)

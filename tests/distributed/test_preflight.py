@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.command import REPOSITORY
-from tests.free_port import free_port
-from tests.warm.interpreter import python
+from tests.support.distributed.command import REPOSITORY
+from tests.support.free_port import free_port
+from tests.support.warm.interpreter import python
 
 PREFLIGHT = str(REPOSITORY / "launch" / "preflight.py")
 
@@ -53,7 +53,7 @@ def preflight(folder: Path, *options: str, nodes: int = 3, fault: str = "none", 
             "TMPDIR": str(temp),
             **(environment if rank == at else {}),
         }
-        program = ["-m", "tests.distributed.preflight_fault", fault] if rank == at else [PREFLIGHT]
+        program = ["-m", "tests.support.distributed.preflight_fault", fault] if rank == at else [PREFLIGHT]
         ranks.append(
             subprocess.Popen(
                 [python(), *program, "--folder", str(folder / "run"), *options],

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from infini_train.data.dataset import TokenDataset
-from infini_train.training.plain_model import train_plainly
-from tests.distributed.assemble import global_weights
-from tests.distributed.random_cases import random_case
+from infini_train.reference.plain_model import train_plainly
 from tests.distributed.test_layouts import RELATIVE, assert_same_run
+from tests.support.distributed.assemble import global_weights
+from tests.support.distributed.random_cases import random_case
 
 CASES = int(os.environ.get("INFINI_TRAIN_RANDOM_CASES", "4"))
 
@@ -24,7 +24,7 @@ CASES = int(os.environ.get("INFINI_TRAIN_RANDOM_CASES", "4"))
 @pytest.mark.parametrize("seed", range(CASES))
 def test_a_random_run_is_the_same_in_random_layouts(seed, pool, run_config, tmp_path):
     case = random_case(replace(run_config, run_dir=str(tmp_path)), seed)
-    one = pool(1).run("tests.distributed.jobs", "train", case.one, 4)
+    one = pool(1).run("tests.support.distributed.jobs", "train", case.one, 4)
     plain = train_plainly(case.one, TokenDataset(Path(case.one.data.path), "train"), global_weights(one, "initial"), 4)
     for name in ("loss", "grad_norm"):
         assert one[0][name] == pytest.approx(plain[name], rel=RELATIVE)
@@ -32,7 +32,8 @@ def test_a_random_run_is_the_same_in_random_layouts(seed, pool, run_config, tmp_
         torch.testing.assert_close(value, plain["weights"][name], rtol=RELATIVE, atol=1e-6)
 
     begun, ended = (
-        pool(processes).run("tests.distributed.jobs", "train", run, 2, True) for run, processes in (case.first, case.second)
+        pool(processes).run("tests.support.distributed.jobs", "train", run, 2, True)
+        for run, processes in (case.first, case.second)
     )
     for result in ended:
         for name in ("loss", "grad_norm"):

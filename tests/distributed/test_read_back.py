@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.distributed.cases import Case
+from tests.support.distributed.cases import Case
 
-JOB = ("tests.distributed.jobs", "read_back")
+JOB = ("tests.support.distributed.jobs", "read_back")
 
 
 @pytest.mark.parametrize(

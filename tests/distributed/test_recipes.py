@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.command import call
+from tests.support.distributed.command import call
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = sorted(path.parent for path in (REPOSITORY / "benchmarks" / "results").glob("*/seed-*.safetensors"))

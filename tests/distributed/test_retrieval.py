@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from infini_train.config import LayoutConfig, RunConfig, TaskConfig, save_config
-from infini_train.data.prepare import prepare
-from tests.corpus import small_run
-from tests.distributed.command import call
+from infini_train.data.preparation import prepare
+from tests.support.corpus import small_run
+from tests.support.distributed.command import call
 
-JOBS = "tests.distributed.retrieval_jobs"
+JOBS = "tests.support.distributed.retrieval_jobs"
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from infini_train.config import RunConfig
-from infini_train.errors import UserError
-from infini_train.training import run_lock
-from infini_train.training.run_lock import RunDirectoryLock
+from infini_train.resilience import run_lock
+from infini_train.resilience.run_lock import RunDirectoryLock
+from infini_train.runtime.errors import UserError
 
 HOLD = """
 import sys, time
 from infini_train.config import RunConfig
-from infini_train.training.run_lock import RunDirectoryLock
+from infini_train.resilience.run_lock import RunDirectoryLock
 RunDirectoryLock(RunConfig(run_dir=sys.argv[1])).acquire()
 print("held", flush=True)
 time.sleep(600)

@@ -12,12 +12,12 @@ import torch
 
 from infini_kernels import MemoryState
 from infini_train.attention import MemoryWithTail
-from infini_train.data.prepare import prepare
-from infini_train.evaluation.perplexity import memory_of_other_rows
-from tests.corpus import small_run, write_corpus
-from tests.distributed.cases import Case
+from infini_train.data.preparation import prepare
+from infini_train.measurement.perplexity import memory_of_other_rows
+from tests.support.corpus import small_run, write_corpus
+from tests.support.distributed.cases import Case
 
-JOB = ("tests.distributed.jobs", "held_out_losses")
+JOB = ("tests.support.distributed.jobs", "held_out_losses")
 
 
 def test_rows_take_the_memory_of_the_next_row_that_has_one():
@@ -108,5 +108,5 @@ def test_shuffling_changes_the_loss_unless_rows_read_equal_documents(pool, run_c
 
 def test_the_own_memory_of_a_row_is_carried_on_unread(pool, run_config):
     run = replace(run_config, training=replace(run_config.training, rows=2, segments_per_micro_batch=1))
-    ((by_hand, found),) = pool(1).run("tests.distributed.jobs", "shuffled_by_hand", run)
+    ((by_hand, found),) = pool(1).run("tests.support.distributed.jobs", "shuffled_by_hand", run)
     assert by_hand > 0 and found == pytest.approx(by_hand, rel=1e-6)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from infini_train.config import CheckpointConfig, HealthConfig, LayoutConfig
-from infini_train.validation import ATTENTION
-from tests.distributed.cases import Case
+from infini_train.config.validation import ATTENTION
+from tests.support.distributed.cases import Case
 
 MATRIX, NORM = "mlp.linear_fc2.weight", "input_layernorm.weight"
 CASES = [
@@ -45,7 +45,7 @@ def configure(case, options, run_config):
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_every_attention_skips_a_step(attention, pool, run_config):
     run = configure(Case(), {}, replace(run_config, model=replace(run_config.model, attention=attention)))
-    (result,) = pool(1).run("tests.distributed.health_jobs", "skip_a_step", run, 0, MATRIX, float("inf"))
+    (result,) = pool(1).run("tests.support.distributed.health_jobs", "skip_a_step", run, 0, MATRIX, float("inf"))
     assert result["skipped"] == [0, 0, 1, 0] and result["changed_by_the_skipped_step"] == []
 
 
@@ -54,7 +54,7 @@ def test_all_ranks_skip_a_step_with_one_bad_gradient(case, options, pool, run_co
     """A replicated vector is poisoned on the last tensor rank, whose copy is not part of the gradient norm."""
     parameter, value = (NORM, float("nan")) if case.tp > 1 else (MATRIX, float("inf"))
     results = pool(case.processes).run(
-        "tests.distributed.health_jobs",
+        "tests.support.distributed.health_jobs",
         "skip_a_step",
         configure(case, options, run_config),
         case.processes - 1,
@@ -80,7 +80,7 @@ def test_all_ranks_skip_a_step_with_one_bad_gradient(case, options, pool, run_co
 @pytest.mark.parametrize("case", [Case(dp=2), Case(pp=2), Case(tp=2, zero=0)], ids=name)
 def test_memory_of_a_poisoned_row_is_emptied_and_others_keep_theirs(case, pool, run_config):
     """NaN in the forward of one row on the last rank must not stay in the streams."""
-    results = pool(2).run("tests.distributed.health_jobs", "skip_a_step", case.apply(run_config), 1, None, 0.0)
+    results = pool(2).run("tests.support.distributed.health_jobs", "skip_a_step", case.apply(run_config), 1, None, 0.0)
     poisoned = results[1]["rows"][0]
     for result in results:
         assert result["skipped"] == [0, 0, 1, 0]
@@ -101,7 +101,7 @@ def pretrain(pool, run_config, folder, first, last, **training):
         checkpoint=CheckpointConfig(every=2),
         health=HealthConfig(max_consecutive_skips=3),
     )
-    results = pool(2).run("tests.distributed.health_jobs", "pretrain_with_bad_gradients", run, 1, first, last)
+    results = pool(2).run("tests.support.distributed.health_jobs", "pretrain_with_bad_gradients", run, 1, first, last)
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return results, records, sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
 
@@ -140,7 +140,7 @@ def test_run_continues_after_fewer_skips(pool, run_config, tmp_path):
 
 def test_checkpoint_keeps_skip_counts_and_adam_steps(pool, run_config, tmp_path):
     run = replace(Case(dp=2).apply(run_config), run_dir=str(tmp_path / "run"))
-    for result in pool(2).run("tests.distributed.health_jobs", "load_after_a_skip", run):
+    for result in pool(2).run("tests.support.distributed.health_jobs", "load_after_a_skip", run):
         assert result["different"] == []
         assert (result["health"]["skipped_steps"], result["health"]["consecutive_skips"]) == (1, 1)
         assert result["adam_steps"] == {1.0}

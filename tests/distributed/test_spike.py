@@ -11,7 +11,7 @@ import torch
 
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import CheckpointConfig, HealthConfig
-from tests.distributed.cases import Case
+from tests.support.distributed.cases import Case
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def records(run):
 
 def test_spike_rolls_back_to_the_checkpoint_and_skips_its_data(run, pool):
     """The fault is on one rank. All ranks go back from step 7 to step 4, and continue reading after step 7."""
-    for result in pool(2).run("tests.distributed.health_jobs", "pretrain_with_spikes", run, 1, [7]):
+    for result in pool(2).run("tests.support.distributed.health_jobs", "pretrain_with_spikes", run, 1, [7]):
         assert result["end"] == 0
         seen = result["seen"]
         assert [each["step"] for each in seen] == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9]
@@ -44,14 +44,14 @@ def test_spike_rolls_back_to_the_checkpoint_and_skips_its_data(run, pool):
         read = [each["positions"] for each in seen]
         assert not any(torch.equal(after["positions"], each) for each in read[:7])
         # Each step reads the same number of segments. Seven steps were read before training continued from step 4.
-        undisturbed = pool(2).run("tests.distributed.health_jobs", "positions_after", run, 7)
+        undisturbed = pool(2).run("tests.support.distributed.health_jobs", "positions_after", run, 7)
         assert any(torch.equal(after["positions"], each) for each in undisturbed)
     found = [(each["step"], each["spike"]) for each in records(run)]
     assert found == [*((n, 0) for n in range(1, 7)), (7, 1), *((n, 0) for n in range(5, 11))]
 
 
 def test_spike_after_the_last_rollback_stops_the_run(run, pool):
-    results = pool(2).run("tests.distributed.health_jobs", "pretrain_with_spikes", run, 0, [7, 11])
+    results = pool(2).run("tests.support.distributed.health_jobs", "pretrain_with_spikes", run, 0, [7, 11])
     message, code = results[0]["end"]
     assert results[1]["end"] == (message, code)
     assert code == 87 and "step 8 is a spike after 1 rollbacks (health.max_rollbacks)" in message and "\n" not in message
@@ -60,7 +60,7 @@ def test_spike_after_the_last_rollback_stops_the_run(run, pool):
 def test_save_in_progress_completes_before_the_run_stops(run, pool):
     """The last spike is at step 8, which is the eleventh trained step after the rollback of step 7."""
     run = replace(run, checkpoint=replace(run.checkpoint, every=1))
-    results = pool(2).run("tests.distributed.health_jobs", "pretrain_with_spikes", run, 0, [7, 11], 1.5)
+    results = pool(2).run("tests.support.distributed.health_jobs", "pretrain_with_spikes", run, 0, [7, 11], 1.5)
     message, code = results[0]["end"]
     assert code == 87 and "is a spike after 1 rollbacks" in message
     last = int(message.split("step ")[1].split()[0])
@@ -70,7 +70,7 @@ def test_save_in_progress_completes_before_the_run_stops(run, pool):
 
 def test_spike_is_only_reported_by_default(run, pool):
     run = replace(run, health=replace(run.health, on_spike="report"))
-    results = pool(2).run("tests.distributed.health_jobs", "pretrain_with_spikes", run, 1, [7])
+    results = pool(2).run("tests.support.distributed.health_jobs", "pretrain_with_spikes", run, 1, [7])
     assert [result["end"] for result in results] == [0, 0]
     assert [each["spike"] for each in records(run)] == [0] * 6 + [1] + [0] * 3
     assert [each["step"] for each in records(run)] == list(range(1, 11))

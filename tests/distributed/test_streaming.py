@@ -26,7 +26,7 @@ def test_a_prompt_of_40_segments(rule, normaliser, options, tensor_parallel, poo
     run = replace(run_config, model=model, layout=LayoutConfig(tensor_parallel_size=tensor_parallel))
     length = 39 * model.segment_length + 7
     tokens = torch.randint(0, run.data.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
-    for streamed, whole in pool(tensor_parallel).run("tests.distributed.jobs", "streaming_logits", run, tokens):
+    for streamed, whole in pool(tensor_parallel).run("tests.support.distributed.jobs", "streaming_logits", run, tokens):
         assert streamed.shape == whole.shape == (length, run.data.vocab_size)
         assert float((streamed - whole).abs().max()) < 1e-4
         assert float(whole.std()) > 1e-2, "logits that are all alike would agree whatever the code did"
@@ -41,5 +41,5 @@ def test_the_rivals_stream_too(attention, convolution, pool, run_config):
     # Full attention starts anew after each micro-batch; inside one the two must agree.
     length = 4 * run.model.segment_length - 3
     tokens = torch.randint(0, run.data.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
-    (streamed, whole), *_ = pool(1).run("tests.distributed.jobs", "streaming_logits", run, tokens)
+    (streamed, whole), *_ = pool(1).run("tests.support.distributed.jobs", "streaming_logits", run, tokens)
     assert float((streamed - whole).abs().max()) < 1e-4

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.warm.interpreter import python, warm_python
+from tests.support.warm.interpreter import python, warm_python
 
 LOADED = "import sys; assert 'deepspeed' in sys.modules; "
 

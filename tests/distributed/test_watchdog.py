@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from infini_train.config import CheckpointConfig, HealthConfig
-from infini_train.training.watchdog import HANG_EXIT_CODE
-from tests.distributed.cases import Case
+from infini_train.resilience.watchdog import HANG_EXIT_CODE
 from tests.distributed.test_checkpoint import finish, start, wait_for_step
 from tests.distributed.test_failures import pretrain
+from tests.support.distributed.cases import Case
 
 
 @pytest.fixture
@@ -81,5 +81,5 @@ def test_rank_that_left_but_does_not_exit_is_named(step, run):
 def test_slow_first_step_and_slow_save_raise_no_alarm(run, pool):
     """On one rank, each takes much longer than the limit of an ordinary operation; the other rank waits for it."""
     run = replace(run, training=replace(run.training, steps=3), checkpoint=CheckpointConfig(every=2, asynchronous=False))
-    assert pool(2).run("tests.distributed.health_jobs", "pretrain_slowly", run, 1, 9.0) == [0, 0]
+    assert pool(2).run("tests.support.distributed.health_jobs", "pretrain_slowly", run, 1, 9.0) == [0, 0]
     assert not list(Path(run.run_dir).glob("heartbeats-*")) and not (Path(run.run_dir) / "stacks").exists()

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from tests import fused_cases
+from tests.support import fused_cases
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs a CUDA device, and no interpreter"

@@ -14,9 +14,9 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("deepspeed")
 
 from infini_train.config import RunConfig, save_config
-from tests.corpus import small_run, write_corpus
-from tests.distributed.command import call
-from tests.distributed.processes import Ranks
+from tests.support.corpus import small_run, write_corpus
+from tests.support.distributed.command import call
+from tests.support.distributed.processes import Ranks
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs a CUDA device, and no interpreter"
@@ -83,4 +83,4 @@ def test_evaluates_and_generates(run: RunConfig) -> None:
 @pytest.mark.parametrize("name", ["1b.yaml", "8b.yaml", "8b-1m.yaml", "paper.yaml"])
 def test_the_self_test_raises_no_false_alarm(name: str, precision: str) -> None:
     """It stands before every run on several GPUs; its tolerances were found on CPUs."""
-    assert Ranks(1).run("tests.gpu.jobs", "found_by_self_test", name, precision) == [None]
+    assert Ranks(1).run("tests.support.gpu_jobs", "found_by_self_test", name, precision) == [None]

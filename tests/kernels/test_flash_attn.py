@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from infini_kernels import document_attention, documents, local, local_attention
-from tests.kernel_cases import SMALL, TOLERANCE, agrees_with_float64, local_agrees_with_float64
+from tests.support.kernel_cases import SMALL, TOLERANCE, agrees_with_float64, local_agrees_with_float64
 
 FOLDER = Path(sys.prefix) / "flash-attn"
 CASES = {name: case for name, case in SMALL.items() if case.rotary}

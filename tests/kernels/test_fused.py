@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from infini_train import platform
-from infini_train.errors import UserError
-from infini_train.model import fused
-from tests import fused_cases
-from tests.corpus import small_run
+from infini_train.model import fused_layers as fused
+from infini_train.runtime import platform
+from infini_train.runtime.errors import UserError
+from tests.support import fused_cases
+from tests.support.corpus import small_run
 
 
 @pytest.mark.parametrize("dtype", fused_cases.TOLERANCE, ids=str)

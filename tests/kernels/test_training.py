@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from infini_train.cli.parser import read_config
 from infini_train.config import RunConfig
-from infini_train.data.prepare import prepare
-from infini_train.parser import read_config
-from tests.corpus import small_run, write_corpus
-from tests.distributed.processes import Ranks
-from tests.warm.interpreter import warm_python
+from infini_train.data.preparation import prepare
+from tests.support.corpus import small_run, write_corpus
+from tests.support.distributed.processes import Ranks
+from tests.support.warm.interpreter import warm_python
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ["1b", "8b", "8b-1m", "paper"]
@@ -34,7 +34,7 @@ def test_steps_are_the_same_whatever_is_computed_again(options: dict[str, Any], 
     run.model = replace(run.model, num_layers=2, head_dim=16, **options)
     run.training = replace(run.training, rows=2, micro_batches_per_window=2, windows_per_step=1)
     prepare(run)
-    (found,) = Ranks(1).run("tests.kernels.training_jobs", "steps", run, WAYS, 1)
+    (found,) = Ranks(1).run("tests.support.kernel_training_jobs", "steps", run, WAYS, 1)
     plain = found.pop("plain")
     assert len(found) == len(WAYS)
     first = found.pop("none 0")
@@ -76,7 +76,7 @@ def test_what_is_shipped_for_gpus_trains_with_the_kernels(name: str, tmp_path: P
     run = small_twin(shipped, tmp_path)
     prepare(run)
     way = (run.training.recompute, run.training.recompute_layers)
-    for found in Ranks(run.layout.model_processes).run("tests.kernels.training_jobs", "steps", run, [way], 1):
+    for found in Ranks(run.layout.model_processes).run("tests.support.kernel_training_jobs", "steps", run, [way], 1):
         for kernels, plain in zip(found[f"{way[0]} {way[1]}"], found["plain"], strict=True):
             assert kernels == pytest.approx(plain, rel=2e-2)
 
@@ -86,5 +86,5 @@ def test_what_is_shipped_for_gpus_trains_with_the_kernels(name: str, tmp_path: P
 def test_the_self_test_raises_no_false_alarm_about_the_kernels(name: str, precision: str, tmp_path: Path) -> None:
     """It stands before every run on several GPUs."""
     run = small_twin(read_config(ROOT / "configs" / f"{name}.yaml"), tmp_path)
-    found = Ranks(run.layout.model_processes).run("tests.kernels.training_jobs", "found_by_self_test", run, precision)
+    found = Ranks(run.layout.model_processes).run("tests.support.kernel_training_jobs", "found_by_self_test", run, precision)
     assert found == [None] * run.layout.model_processes

@@ -22,7 +22,7 @@ from infini_kernels.triton.removal import segment_removals
 from infini_kernels.triton.rotary import rotate, with_rotated
 from infini_kernels.triton.states import segment_states
 from infini_kernels.triton.walk import walk_segments
-from tests import kernel_cases
+from tests.support import kernel_cases
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm.cluster import PROGRAMS, SlurmCluster
-from tests.slurm.requirement import require_programs
+from tests.support.slurm.cluster import PROGRAMS, SlurmCluster
+from tests.support.slurm.requirement import require_programs
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import SlurmCluster
-from tests.slurm.configuration import NODE_MARK
-from tests.slurm.processes import node_processes, process_table, read
-from tests.slurm.records import parse_records
+from tests.support.slurm.cluster import SlurmCluster
+from tests.support.slurm.configuration import NODE_MARK
+from tests.support.slurm.processes import node_processes, process_table, read
+from tests.support.slurm.records import parse_records
 
 LOST_SECONDS = 120.0
 
@@ -183,7 +183,8 @@ def test_two_clusters_live_side_by_side_and_one_ends_without_a_trace(cluster):
 def test_daemons_end_with_the_process_that_started_them():
     """A test run that is killed closes nothing."""
     script = (
-        "import time; from tests.slurm.cluster import SlurmCluster as C; print(C(nodes=1).folder, flush=True); time.sleep(600)"
+        "import time; from tests.support.slurm.cluster import SlurmCluster as C; "
+        "print(C(nodes=1).folder, flush=True); time.sleep(600)"
     )
     python = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
     assert python.stdout is not None

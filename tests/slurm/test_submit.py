@@ -20,10 +20,10 @@ import pytest
 import yaml
 
 from infini_train.config import CheckpointConfig, LayoutConfig, RunConfig, save_config
-from infini_train.data.prepare import prepare
-from tests.corpus import small_run, write_corpus
+from infini_train.data.preparation import prepare
 from tests.distributed.test_checkpoint import metrics
-from tests.slurm.cluster import SlurmCluster
+from tests.support.corpus import small_run, write_corpus
+from tests.support.slurm.cluster import SlurmCluster
 
 REPOSITORY = Path(__file__).parents[2]
 START_SECONDS = 240.0
@@ -265,7 +265,7 @@ def test_a_job_that_always_crashes_stops_and_says_why(runs, cluster, tmp_path):
     python.write_text(
         f"#!/bin/bash\n# Rank 1 is killed while it writes the checkpoint of step 10.\n"
         f'if [ "$1 $2" = "-m infini_train" ]; then shift 2; '
-        f'exec {shlex.quote(sys.executable)} -m tests.distributed.faults kill_before_shards@1@10 "$@"; fi\n'
+        f'exec {shlex.quote(sys.executable)} -m tests.support.distributed.faults kill_before_shards@1@10 "$@"; fi\n'
         f'exec {shlex.quote(sys.executable)} "$@"\n',
         encoding="utf-8",
     )

@@ -21,7 +21,18 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 20
-COMMON = ["--training.steps", str(STEPS), "--training.self_test", "false", "--optimizer.warmup_steps", "5", "--evaluation.every", "20", "--logging.wandb", "off"]
+COMMON = [
+    "--training.steps",
+    str(STEPS),
+    "--training.self_test",
+    "false",
+    "--optimizer.warmup_steps",
+    "5",
+    "--evaluation.every",
+    "20",
+    "--logging.wandb",
+    "off",
+]
 ONE_STAGE = ["--layout.pipeline_parallel_size", "1"]
 LAYOUTS = {
     "one_process": (1, ONE_STAGE),
@@ -46,7 +57,10 @@ def record(tree: Path, folder: Path) -> dict[str, Any]:
         subprocess.run([sys.executable, *words], cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
 
     run("-m", "infini_train", "prepare", *data)
-    result: dict[str, Any] = {"shards": _digests(folder / "data", "*.tar"), "golden": _digests(tree / "tests", "**/golden/**/*.sh")}
+    result: dict[str, Any] = {
+        "shards": _digests(folder / "data", "*.tar"),
+        "golden": _digests(tree / "tests", "**/golden/**/*.sh"),
+    }
     for name, (processes, options) in LAYOUTS.items():
         run_dir = folder / name
         run("launch/local.py", str(processes), "pretrain", *data, *COMMON, *options, "--run_dir", str(run_dir))

@@ -1,0 +1,1 @@
+"""Other attentions with the same interface, for comparison with Infini-attention."""

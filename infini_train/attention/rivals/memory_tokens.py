@@ -1,0 +1,107 @@
+"""Rivals whose memory is tokens: what their attention does inside one segment that is extended by memory tokens.
+
+What the memory tokens are, and where they go, is the model's matter: `infini_train.model.memory_token_layers`. Each call here
+has one segment, whose hidden states stand before or between the memory tokens.
+
+Shapes: B rows, S segment length, P memory tokens, T = S + P or S + 2 P, H query heads, G key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from infini_kernels.rotary import apply_rotary
+from infini_train.attention.base import Attention
+from infini_train.attention.layer_memory import CarriedTensor, LayerMemory
+from infini_train.config import ModelConfig
+from infini_train.runtime.errors import UserError
+
+
+class MemoryTokens(NamedTuple):
+    """Hidden states of memory tokens; zeros in a row whose memory is empty, which goes on with those of a document's start."""
+
+    tokens: Tensor  # [B, P, h] float32
+
+
+class _MemoryTokenAttention(Attention):
+    """Rotary embedding by the place in the extended segment, softmax where `sees` allows it."""
+
+    memory_type = MemoryTokens
+
+    def sees(self, lengths: Tensor) -> Tensor:
+        """[B, 1, T, T] bool, given the valid tokens [B] of the segment: which key a query attends to."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        reset: Tensor,
+        lengths: Tensor,
+        memory: LayerMemory | None,
+        group: ProcessGroup | None = None,
+        repeats: Tensor | None = None,
+    ) -> tuple[Tensor, LayerMemory | None]:
+        cos, sin = self.rotary(q.shape[1], q.device)
+        queries, keys = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        out = F.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=self.sees(lengths[:, 0].to(q.device)),
+            enable_gqa=q.shape[2] != k.shape[2],
+        )
+        return out.transpose(1, 2), None
+
+    def new_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> Any:
+        raise UserError(
+            f"model.attention is {self.model.attention}, which cannot stream token by token; generate with another attention"
+        )
+
+
+class RecurrentMemoryAttention(_MemoryTokenAttention):
+    """Recurrent Memory Transformer (Bulatov et al., arXiv 2207.06881): read tokens, segment, write tokens; causal.
+
+    The write tokens stand behind the segment, so they see all of it; the read tokens see themselves.
+    """
+
+    @classmethod
+    def carried(cls, model: ModelConfig, layer_number: int) -> dict[str, CarriedTensor]:
+        if layer_number != 1:  # one memory for the whole stack
+            return {}
+        return {"tokens": CarriedTensor((model.memory_tokens, model.hidden_size), by_head=False)}
+
+    def sees(self, lengths: Tensor) -> Tensor:
+        S, P = self.model.segment_length, self.model.memory_tokens
+        place = torch.arange(S + 2 * P, device=lengths.device)
+        there = (place < P + lengths[:, None]) | (place >= P + S)  # [B, T]
+        # A padding token sees itself, so that no row of the softmax is empty.
+        return ((place <= place[:, None]) & (there[:, None] | (place == place[:, None]))).unsqueeze(1)
+
+
+class FeedbackAttention(_MemoryTokenAttention):
+    """TransformerFAM (Hwang et al., arXiv 2404.09173): the segment, then feedback tokens, in every layer.
+
+    The segment's tokens see the feedback of the segments before and, causally, themselves; the feedback tokens see themselves
+    and the whole segment. Without the paper's further sliding window over earlier blocks.
+    """
+
+    @classmethod
+    def carried(cls, model: ModelConfig, layer_number: int) -> dict[str, CarriedTensor]:
+        return {"tokens": CarriedTensor((model.memory_tokens, model.hidden_size), by_head=False)}
+
+    def sees(self, lengths: Tensor) -> Tensor:
+        S, P = self.model.segment_length, self.model.memory_tokens
+        place = torch.arange(S + P, device=lengths.device)
+        feedback = place >= S
+        there = (place < lengths[:, None]) | feedback  # [B, T]
+        # The feedback tokens stand last, so causal they see the whole segment already.
+        seen = feedback | (place <= place[:, None])  # [T, T]
+        return (seen & (there[:, None] | (place == place[:, None]))).unsqueeze(1)

@@ -1,0 +1,67 @@
+"""Arguments and output of `infini-train plan`."""
+
+from __future__ import annotations
+
+from jsonargparse import ArgumentParser, Namespace
+
+from infini_train.config import RunConfig
+from infini_train.planning.layout_plan import PLANNED_ATTENTION, plan
+from infini_train.planning.plan_text import plan_lines, search_lines
+from infini_train.planning.refusal import refuse_no_layout, refuse_too_large
+from infini_train.planning.search import layout_options, search
+from infini_train.runtime.errors import UserError
+
+
+def add_arguments(command: ArgumentParser) -> None:
+    """Options of `plan`, beside the run's own."""
+    command.add_argument("--gpus", type=int, required=True, help="GPUs of the job, one process each")
+    command.add_argument("--gpu", type=str, required=True, help="a100-40gb, a100-80gb, h100-80gb or h200-141gb")
+    command.add_argument("--search", action="store_true", help="rank the layouts of this run that fit")
+    command.add_argument("--top", type=int, default=10, help="layouts that --search shows")
+    command.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="run the real code of one rank on meta tensors and compare it with the plan",
+    )
+    command.add_argument("--rank", type=int, default=0, help="the rank of --dry-run")
+
+
+def run_plan(run: RunConfig, arguments: Namespace) -> int:
+    """Print the plan, the search or the comparison.
+
+    Raises:
+        UserError: the run is not valid, or does not fit; the line says what would make it so.
+    """
+    if arguments.gpus < 1 or arguments.top < 1:
+        raise UserError(f"--gpus is {arguments.gpus} and --top {arguments.top}; both must be positive")
+    if run.model.attention not in PLANNED_ATTENTION:
+        raise UserError(
+            f"model.attention is {run.model.attention}, whose memory and time no plan knows; it knows "
+            f"{', '.join(PLANNED_ATTENTION)}"
+        )
+    if arguments.search:
+        found = search(run, arguments.gpus, arguments.gpu, arguments.top)
+        if not found:
+            refuse_no_layout(run, arguments.gpus, arguments.gpu)
+        print(*search_lines(found), sep="\n")
+        print(f"the first: {' '.join(layout_options(found[0], run)) or 'as the run has it'}")
+        return 0
+    planned = plan(run, arguments.gpus, arguments.gpu)
+    if arguments.dry_run:
+        if not 0 <= arguments.rank < arguments.gpus:
+            raise UserError(f"--rank is {arguments.rank}; the job has ranks 0 to {arguments.gpus - 1}")
+        layout = run.layout
+        if layout.zero_stage == 3 or layout.offload_optimizer:
+            key = "offload_optimizer is true" if layout.offload_optimizer else "zero_stage is 3"
+            raise UserError(
+                f"layout.{key}, for which DeepSpeed reads values on the host that tensors of a dry run do not have; plan it "
+                "without --dry_run"
+            )
+        # Torch, Megatron-core and DeepSpeed take seconds to import; the rest needs none of them.
+        from infini_train.planning.dry_run.check import rehearse
+
+        return rehearse(planned, arguments.rank)
+    refuse_too_large(planned)
+    print(*plan_lines(planned), sep="\n")
+    return 0

@@ -1,0 +1,50 @@
+"""`infini-train convert`: between a folder of Hugging Face transformers and weights of this package, whichever is given."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from infini_train.checkpoint.folder import is_committed
+from infini_train.checkpoint.weights_file import SUFFIX
+from infini_train.convert.from_hugging_face import convert_from
+from infini_train.convert.to_hugging_face import convert_to
+from infini_train.runtime.errors import UserError
+from infini_train.runtime.files import writing
+
+
+def convert(source: Path, output: Path) -> list[str]:
+    """Write the folder `output`, which appears finished or not at all.
+
+    Args:
+        source: a folder with config.json; or a checkpoint's folder, or a weights file.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        UserError: what `source` holds cannot be converted, or `output` cannot be written.
+    """
+    if source.suffix == SUFFIX or is_committed(source):
+        write = convert_to
+    elif (source / "config.json").is_file():
+        write = convert_from
+    else:
+        raise UserError(
+            f"--source {source} is neither a folder of Hugging Face transformers (with config.json), nor a finished checkpoint "
+            f"step_XXXXXXXX, nor a {SUFFIX} file of weights"
+        )
+    if output.exists():
+        raise UserError(f"--output {output} exists; name another folder, or delete it")
+    partial = output.with_name(output.name + ".partial")
+    try:
+        with writing(f"--output {output}", "free space there, or name another folder", SafetensorError):
+            shutil.rmtree(partial, ignore_errors=True)  # of a program that was killed
+            partial.mkdir(parents=True)
+            lines = write(source, partial, output)
+            partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return lines

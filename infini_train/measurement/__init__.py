@@ -1,0 +1,1 @@
+"""Measure a model: perplexity, retrieval, memory read-back and generation."""

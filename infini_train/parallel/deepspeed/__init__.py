@@ -1,0 +1,1 @@
+"""DeepSpeed under the segment pipeline: engine, optimizer state, gradients, learning rate."""

@@ -1,0 +1,1 @@
+"""Run the real code of one rank on tensors without values, and compare it with the plan."""

@@ -1,0 +1,1 @@
+"""The plain PyTorch model that defines a training run's results."""

@@ -1,0 +1,1 @@
+"""Read the results of a run and render them as HTML pages and charts."""

@@ -1,0 +1,1 @@
+"""Detect and survive failures: watchdog, run lock, stop requests and training health."""

@@ -1,0 +1,1 @@
+"""Errors, device, signals, files and streams: what every process needs, without torch where possible."""

@@ -1,0 +1,1 @@
+"""Tokenizers: the interface, SentencePiece, Hugging Face, and reading one from a file."""

@@ -1,0 +1,175 @@
+"""Segment-local attention against the oracle, and the hand-over to FlashAttention."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from infini_kernels import local, local_attention
+from tests.unit.kernels.test_oracle import oracle
+
+
+def inputs(tokens: int, heads: int, groups: int, key_width: int, value_width: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = ((heads, key_width), (groups, key_width), (groups, value_width))
+    return [torch.randn(2, tokens, *shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("lengths", [None, (13, 6), ((5, 2, 3), (0, 4, 1))])
+@pytest.mark.parametrize("heads, groups, key_width, value_width", [(4, 2, 4, 4), (6, 1, 4, 7), (2, 2, 6, 3)])
+def test_outputs_and_gradients_agree_with_the_oracle(
+    heads: int, groups: int, key_width: int, value_width: int, lengths: tuple[int, ...] | None
+) -> None:
+    tensors = inputs(13, heads, groups, key_width, value_width)
+    angle = torch.arange(5)[:, None] / 3.0 ** torch.arange(key_width // 2)
+    options = {
+        "segment_length": 5,
+        "rotary": (angle.cos().double(), angle.sin().double()),
+        "lengths": None if lengths is None else torch.tensor(lengths),
+    }
+    gate = torch.full((heads,), -1e4, dtype=torch.float64)  # no memory is read
+    wanted = oracle(*tensors, gate, **options)[0]
+    out = local_attention(*tensors, **options)
+    torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
+    direction = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradients = [torch.autograd.grad((x * direction).sum(), tensors) for x in (out, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_padding_may_hold_nan() -> None:
+    clean = inputs(7, 2, 1, 4, 4)
+    lengths = torch.tensor([[3, 2], [5, 0]])
+    padding = torch.tensor([[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1, 1]], dtype=torch.bool)
+    dirty = [x.detach().clone().masked_fill(padding[:, :, None, None], torch.nan).requires_grad_() for x in clean]
+    results = []
+    for tensors in (clean, dirty):
+        out = local_attention(*tensors, segment_length=5, lengths=lengths)
+        assert not out[padding].any()
+        results.append((out, torch.autograd.grad(out.sum(), tensors)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_half_types_come_back() -> None:
+    tensors = [x.detach().bfloat16() for x in inputs(7, 2, 1, 4, 3)]
+    assert local_attention(*tensors, segment_length=5).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("heads, groups, key_width, value_width", [(4, 4, 8, 8), (4, 2, 8, 5), (6, 1, 4, 7)])
+def test_short_bfloat16_rows_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, heads: int, groups: int, key_width: int, value_width: int
+) -> None:
+    exact = [x.detach().bfloat16().double().requires_grad_() for x in inputs(13, heads, groups, key_width, value_width)]
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+    direction = torch.randn(2, 13, heads, value_width, generator=torch.Generator().manual_seed(1)).bfloat16()
+    wanted = local_attention(*exact, segment_length=5)
+    gradients = torch.autograd.grad((wanted * direction).sum(), exact)
+    worst = {}
+    for longest in (0, local.SHORT_ROW_ON_CPU):
+        monkeypatch.setattr(local, "SHORT_ROW_ON_CPU", longest)
+        out = local_attention(*half, segment_length=5)
+        torch.testing.assert_close(out.double(), wanted, rtol=8e-3, atol=8e-3)
+        found = torch.autograd.grad((out * direction).sum(), half)
+        for x, y in zip(found, gradients, strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=2e-2, atol=2e-2)
+        worst[longest] = max((x - y).abs().max().item() for x, y in zip(found, gradients, strict=True))
+    assert 0 < worst[local.SHORT_ROW_ON_CPU] <= 1.5 * worst[0]
+
+
+class FlashStandIn:
+    """Takes FlashAttention's call and answers it with scaled_dot_product_attention."""
+
+    calls = 0
+    deterministic: bool | None = None
+
+    def flash_attn_func(
+        self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool, deterministic: bool
+    ) -> Tensor:
+        self.deterministic = deterministic
+        assert causal and q.shape[-1] == k.shape[-1] == v.shape[-1]
+        self.calls += 1
+        return torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            is_causal=True,
+            scale=softmax_scale,
+            enable_gqa=True,
+        ).transpose(1, 2)
+
+
+@pytest.mark.parametrize("key_width, value_width, deterministic", [(4, 4, False), (4, 7, True), (6, 3, False)])
+def test_flash_attention_is_called_with_one_width_the_true_scale_and_what_pytorch_was_told(
+    monkeypatch: pytest.MonkeyPatch, key_width: int, value_width: int, deterministic: bool
+) -> None:
+    tensors = inputs(13, 4, 2, key_width, value_width)
+    wanted = local_attention(*tensors, segment_length=5)
+    stand_in = FlashStandIn()
+    monkeypatch.setattr(local, "flash_attention_for", lambda q, v: stand_in)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    torch.testing.assert_close(local_attention(*tensors, segment_length=5), wanted, rtol=1e-12, atol=1e-12)
+    assert stand_in.calls == 1 and stand_in.deterministic is deterministic
+
+
+def test_flash_attention_is_left_alone_on_the_cpu() -> None:
+    half = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
+    assert local.flash_attention_for(half, half) is None
+
+
+def test_the_choice_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
+    assert local.local_attention_choice(half, half) == f"PyTorch {torch.__version__} on cpu"
+    monkeypatch.setattr(local, "flash_attention_for", lambda q, v: SimpleNamespace(__name__="flash_attn", __version__="2.8"))
+    assert local.local_attention_choice(half, half) == "flash_attn 2.8"
+
+
+def test_flash_attention_4_alone_is_not_taken_for_version_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies in flash_attn/cute, and flash_attn has no `flash_attn_func` then."""
+    (tmp_path / "a_folder" / "cute").mkdir(parents=True)
+    (tmp_path / "a_folder" / "cute" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert local.installed("a_folder.cute") and not local.installed("a_folder") and not local.installed("no_such_package")
+
+
+def test_the_newest_flash_attention_that_the_card_can_run_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 1, 1, 128), device="cuda:0")
+    modules = {name: SimpleNamespace(__name__=name) for name in ("flash_attn", "flash_attn_interface")}
+    monkeypatch.setattr(local, "_FAILURES", {})
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def taken(two: bool, three: bool, capability: int, **changes: object) -> str | None:
+        monkeypatch.setattr(local, "FLASH_ATTENTION_2", two)
+        monkeypatch.setattr(local, "FLASH_ATTENTION_3", three)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+        found = local.flash_attention_for(SimpleNamespace(**{**vars(q), **changes}), q)
+        return None if found is None else found.__name__
+
+    assert taken(True, True, 9) == "flash_attn_interface"
+    assert taken(True, True, 8) == "flash_attn" and taken(True, False, 9) == "flash_attn"
+    assert taken(False, True, 8) is None and taken(False, False, 9) is None
+    assert taken(True, True, 9, dtype=torch.float32) is None and taken(True, True, 9, shape=(1, 1, 1, 512)) is None
+
+
+def test_a_flash_attention_that_cannot_be_imported_is_named_and_the_next_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where its kernels were built for another PyTorch."""
+    (tmp_path / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol:\\n_ZN3c104')")
+    (tmp_path / "flash_attn.py").write_text("__version__ = '2.8'")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(local, "_FAILURES", {})
+    candidates = ["flash_attn_interface", "flash_attn"]
+    monkeypatch.setattr(local, "_candidates", lambda q, v: candidates)
+    half = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
+    try:
+        assert local.flash_attention_for(half, half).__name__ == "flash_attn"
+    finally:
+        sys.modules.pop("flash_attn", None)
+    why = "(flash_attn_interface cannot be imported: undefined symbol: _ZN3c104)"
+    assert local.local_attention_choice(half, half) == f"flash_attn 2.8 {why}"
+    candidates.pop()
+    assert local.flash_attention_for(half, half) is None
+    assert local.local_attention_choice(half, half) == f"PyTorch {torch.__version__} on cpu {why}"
