@@ -139,7 +139,7 @@ def fail_alone() -> None:
 def leave_with_a_hang() -> None:
     """As where NCCL waits for the others while this process leaves: its watchdog is over, and it does not end."""
     atexit.register(time.sleep, 3600)
-    cli._leave = lambda code: sys.exit(code)
+    cli._exit_immediately = lambda code: sys.exit(code)
     raise RuntimeError("on purpose")
 
 
