@@ -86,7 +86,7 @@ def evaluate_passkey(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
     left = sum(length - 1 for length, _ in cells[len(report["cells"]) :]) * batches
     if report["cells"] and layout.is_main:
         print(f"resuming after {len(report['cells'])} of {len(cells)} cells found in {target}", file=sys.stderr)
-    unwritten: UserError | None = None
+    write_error: UserError | None = None
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -105,20 +105,20 @@ def evaluate_passkey(run: RunConfig, checkpoint: Path) -> dict[str, Any]:
             report["cells"].append(asdict(cell))
             report["complete"] = len(report["cells"]) == len(cells)
             if layout.is_main:
-                unwritten = _unwritten(target, report)
+                write_error = _try_write(target, report)
                 if not console.is_terminal:
                     done = progress.tasks[line]
                     minutes = (done.elapsed or 0.0) / 60 * (left / done.completed - 1)
                     print(f"{name}: {cell.exact_match:.1%} exact, {minutes:.1f} min left", file=sys.stderr, flush=True)
     if layout.is_main:
         print(*table(report), sep="\n")
-        if unwritten is not None:
-            raise unwritten
+        if write_error is not None:
+            raise write_error
         print(f"all cells: {target}", file=sys.stderr)
     return report
 
 
-def _unwritten(target: Path, report: dict[str, Any]) -> UserError | None:
+def _try_write(target: Path, report: dict[str, Any]) -> UserError | None:
     """Write the file and return the error if that fails. The measurement continues, and its results are printed at the end."""
     try:
         write_json(target, report)

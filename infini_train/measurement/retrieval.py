@@ -74,11 +74,11 @@ def measure_cell(
             for number in numbers
         ]
         forced, greedy = _answers(run, pipeline, samples, on_tokens)
-        for number, sample, by_force, by_greed in zip(numbers, samples, forced, greedy, strict=True):
+        for number, sample, forced_tokens, greedy_tokens in zip(numbers, samples, forced, greedy, strict=True):
             if number >= config.samples_per_cell:
                 continue  # only fills the rows of the last batch
-            right = (by_greed == sample.answer)[sample.scored]
-            forced_right = (by_force == sample.answer)[sample.scored].sum()
+            right = (greedy_tokens == sample.answer)[sample.scored]
+            forced_right = (forced_tokens == sample.answer)[sample.scored].sum()
             counts += np.array([sample.scored.sum(), forced_right, right.sum(), right.all()], dtype=float)
     if layout.tp_rank != 0:
         counts[:] = 0
@@ -116,36 +116,36 @@ def _answers(
     for start in starts[:answers_from]:
         memory, _ = pipeline.predict([_micro_batch(run, samples, start, None)], memory, None)
         on_tokens(T)
-    said = [sample.answer for sample in samples]
+    answers = [sample.answer for sample in samples]
     forced: list[np.ndarray] | None = None
     while True:
-        batches = [_micro_batch(run, samples, start, said) for start in starts[answers_from:]]
+        batches = [_micro_batch(run, samples, start, answers) for start in starts[answers_from:]]
         _, predictions = pipeline.predict(batches, memory, first - starts[answers_from])
         found = predictions.cpu().numpy()  # [B, positions from `first` on]: the predicted next tokens
-        now = [found[b, s.answer_start - 1 - first :][: s.answer_length] for b, s in enumerate(samples)]
-        forced = forced or now
+        predicted = [found[b, s.answer_start - 1 - first :][: s.answer_length] for b, s in enumerate(samples)]
+        forced = forced or predicted
         # The last answer token is never an input, so it cannot change the predictions.
-        if all(np.array_equal(a[:-1], b[:-1]) for a, b in zip(now, said, strict=True)):
+        if all(np.array_equal(a[:-1], b[:-1]) for a, b in zip(predicted, answers, strict=True)):
             on_tokens(last - starts[answers_from])
-            return forced, now
-        said = now
+            return forced, predicted
+        answers = predicted
 
 
-def _micro_batch(run: RunConfig, samples: Sequence[Sample], start: int, said: Sequence[np.ndarray] | None) -> StreamBatch:
+def _micro_batch(run: RunConfig, samples: Sequence[Sample], start: int, answers: Sequence[np.ndarray] | None) -> StreamBatch:
     """Return positions start .. start + T - 1 of each text as a micro-batch.
 
     The last token of a text is left out, because it has no target.
 
     Args:
-        said: tokens that replace the answers; None keeps the answers.
+        answers: answer tokens to insert; None keeps the true answers.
     """
     S, N = run.model.segment_length, run.training.segments_per_micro_batch
     count = min(N * S, samples[0].length - 1 - start)
     tokens = np.zeros((len(samples), N * S), dtype=np.int64)
     for b, sample in enumerate(samples):
         tokens[b, :count] = sample.read(start, count)
-        if said is not None:
-            for place, token in enumerate(said[b][:-1], sample.answer_start - start):
+        if answers is not None:
+            for place, token in enumerate(answers[b][:-1], sample.answer_start - start):
                 if 0 <= place < count:
                     tokens[b, place] = token
     lengths = np.clip(count - S * np.arange(N), 0, S)

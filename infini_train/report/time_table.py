@@ -36,7 +36,7 @@ def _stage(number: int, stage: dict[str, Any], stages: int) -> str:
         if operation["forward"] + operation["backward"]
     ]
     rest = step - sum(operation["forward"] + operation["backward"] for operation in stage["parts"])
-    rows.append(("waiting" if stage["device"] != "cpu" else "Python and waiting", "", "", *_total(rest, step)))
+    rows.append(("waiting" if stage["device"] != "cpu" else "Python, and waiting", "", "", *_total(rest, step)))
     steps = f"mean of steps {stage['first_step']:,} to {stage['last_step']:,}"
     where = f"Pipeline stage {number}, " if stages > 1 else ""
     caption = f"{where}{steps}, {step:,.1f} ms each, on {stage['device']}"

@@ -139,7 +139,7 @@ def fail_alone() -> None:
 def leave_with_a_hang() -> None:
     """Fail and hang at exit, as with NCCL waiting for the other ranks: the watchdog has ended, but the process has not."""
     atexit.register(time.sleep, 3600)
-    cli._leave = lambda code: sys.exit(code)
+    cli._exit_immediately = lambda code: sys.exit(code)
     raise RuntimeError("on purpose")
 
 

@@ -48,7 +48,7 @@ def test_values_of_a_variant_are_converted_to_numbers():
 
 
 @pytest.mark.parametrize(
-    "variant,said",
+    "variant,message",
     [
         ("", "write for example infini or"),
         ("infini delta", "write for example infini or"),
@@ -58,8 +58,8 @@ def test_values_of_a_variant_are_converted_to_numbers():
         ("infini tie_embeddings=1", "model.tie_embeddings is 1; it must be true or false"),
     ],
 )
-def test_invalid_keys_and_values_of_a_variant_are_named(variant, said):
-    with pytest.raises(UserError, match=f"compare.variants has {variant!r}.*{said}"):
+def test_invalid_keys_and_values_of_a_variant_are_named(variant, message):
+    with pytest.raises(UserError, match=f"compare.variants has {variant!r}.*{message}"):
         variant_model(RUN, variant)
 
 
@@ -94,7 +94,7 @@ def test_an_earlier_run_on_other_documents_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "variants,said",
+    "variants,message",
     [
         (
             "[infini, infinite]",
@@ -104,10 +104,10 @@ def test_an_earlier_run_on_other_documents_is_refused(tmp_path, monkeypatch):
         ("['local head_dim=7']", "compare.variants 'local head_dim=7': model.head_dim is 7; rotary embedding needs an even"),
     ],
 )
-def test_invalid_variants_are_refused_before_any_run_starts(variants, said, tmp_path, capsys):
+def test_invalid_variants_are_refused_before_any_run_starts(variants, message, tmp_path, capsys):
     assert main(["evaluate", "compare", "--run_dir", str(tmp_path / "run"), "--compare.variants", variants]) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -206,12 +206,12 @@ NO_OBJECT = '{"config": {}, "dataset": null, "runs": [1]}'
 
 
 @pytest.mark.parametrize(
-    "text,said",
+    "text,message",
     [("{", "is not readable"), *((text, "is not a record of") for text in ("{}", NO_RUN, NO_OBJECT))],
 )
-def test_a_damaged_record_is_never_replaced(recorded, text, said):
+def test_a_damaged_record_is_never_replaced(recorded, text, message):
     record_path(recorded).write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         compare(recorded)
     assert record_path(recorded).read_text() == text
 

@@ -58,7 +58,7 @@ def test_the_report_says_the_numbers_before_it_cannot_write_the_page(tmp_path, f
 
 
 def test_a_cell_that_cannot_be_written_does_not_end_the_measurement(tmp_path: Path, full_disk: None) -> None:
-    error = retrieval_command._unwritten(tmp_path / "passkey.json", {"cells": []})
+    error = retrieval_command._try_write(tmp_path / "passkey.json", {"cells": []})
     assert isinstance(error, UserError) and "passkey.json cannot be written" in str(error)
 
 

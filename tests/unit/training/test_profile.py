@@ -152,7 +152,7 @@ def test_report_shows_the_profile(tmp_path: Path) -> None:
     assert "Mean of steps 4 to 6, 4.0 ms each, on cpu" in page and "<td>data</td>" not in page
     (run_dir / "profile" / "stage_0.json").write_text("{", encoding="utf-8")
     page = write_report(run_dir).read_text(encoding="utf-8")
-    assert "stage_0.json is not readable JSON" in page and "Where the time of a step goes" not in page
+    assert "stage_0.json is not readable JSON" in page and "Time of a training step" not in page
 
 
 def test_profile_steps_flag_has_an_alias() -> None:
