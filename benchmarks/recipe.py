@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks.run import RESULTS, environment
 from infini_train.checkpoint.folder import list_checkpoints
-from infini_train.cli.parser import read_config
+from infini_train.cli.configuration import read_config
 from infini_train.config import RunConfig, difference_from
 from infini_train.data.manifest import MANIFEST_FILE
 from infini_train.evaluation.comparison import run_forwarding_signals

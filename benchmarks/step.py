@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.one_process import OneDocument, import_trainer, in_own_process
 from benchmarks.run import progress
-from infini_train.cli.parser import read_config
+from infini_train.cli.configuration import read_config
 from infini_train.config import LayoutConfig, RunConfig
 from infini_train.config.overrides import with_overrides
 

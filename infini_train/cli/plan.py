@@ -1,10 +1,10 @@
-"""Arguments and output of `infini-train plan`."""
+"""`infini-train plan`: show the resources that a run needs."""
 
 from __future__ import annotations
 
 from jsonargparse import ArgumentParser, Namespace
 
-from infini_train.config import RunConfig
+from infini_train.cli.configuration import add_config_keys, add_config_option, run_config
 from infini_train.planning.layout_plan import PLANNED_ATTENTION, plan
 from infini_train.planning.plan_text import plan_lines, search_lines
 from infini_train.planning.refusal import refuse_no_layout, refuse_too_large
@@ -12,27 +12,30 @@ from infini_train.planning.search import layout_options, search
 from infini_train.runtime.errors import UserError
 
 
-def add_arguments(command: ArgumentParser) -> None:
-    """Options of `plan`, beside the run's own."""
-    command.add_argument("--gpus", type=int, required=True, help="GPUs of the job, one process each")
-    command.add_argument("--gpu", type=str, required=True, help="a100-40gb, a100-80gb, h100-80gb or h200-141gb")
-    command.add_argument("--search", action="store_true", help="rank the layouts of this run that fit")
-    command.add_argument("--top", type=int, default=10, help="layouts that --search shows")
-    command.add_argument(
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of the command."""
+    add_config_option(parser)
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs of the job, one process each")
+    parser.add_argument("--gpu", type=str, required=True, help="a100-40gb, a100-80gb, h100-80gb or h200-141gb")
+    parser.add_argument("--search", action="store_true", help="rank the layouts of this run that fit")
+    parser.add_argument("--top", type=int, default=10, help="layouts that --search shows")
+    parser.add_argument(
         "--dry_run",
         "--dry-run",
         action="store_true",
         help="run the real code of one rank on meta tensors and compare it with the plan",
     )
-    command.add_argument("--rank", type=int, default=0, help="the rank of --dry-run")
+    parser.add_argument("--rank", type=int, default=0, help="the rank of --dry-run")
+    add_config_keys(parser)
 
 
-def run_plan(run: RunConfig, arguments: Namespace) -> int:
+def run_command(arguments: Namespace) -> int:
     """Print the plan, the search or the comparison.
 
     Raises:
-        UserError: the run is not valid, or does not fit; the line says what would make it so.
+        UserError: the run is invalid, or does not fit; the line says how to make it fit.
     """
+    run = run_config(arguments)
     if arguments.gpus < 1 or arguments.top < 1:
         raise UserError(f"--gpus is {arguments.gpus} and --top {arguments.top}; both must be positive")
     if run.model.attention not in PLANNED_ATTENTION:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from infini_train.checkpoint.folder import list_checkpoints
-from infini_train.cli.parser import read_config
+from infini_train.cli.configuration import read_config
 from infini_train.config import RunConfig, save_config
 from infini_train.config.validation import ATTENTION
 from infini_train.convert.llama import SCALED_LIKE_LLAMA_3

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from infini_train.cli.parser import read_config
+from infini_train.cli.configuration import read_config
 from tests.support.distributed.cases import Case
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from infini_train.cli.parser import read_config
+from infini_train.cli.configuration import read_config
 from infini_train.config import RunConfig
 from infini_train.data.preparation import prepare
 from tests.support.corpus import small_run, write_corpus

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from infini_train.cli.parser import read_config
+from infini_train.cli.configuration import read_config
 from infini_train.config import LayoutConfig
 from infini_train.parallel.layout import initialize_process_group
 from infini_train.runtime.errors import AgreedError

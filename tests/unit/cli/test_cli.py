@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from infini_train.cli import main as cli
+from infini_train.cli import generate
 from infini_train.cli.command_list import COMMANDS
+from infini_train.cli.configuration import read_config
 from infini_train.cli.main import main
-from infini_train.cli.parser import WITHOUT_CONFIG, build_parser, read_config
+from infini_train.cli.parser import build_parser
 from infini_train.config.messages import USAGE
 from infini_train.config.validation import validate
 from infini_train.data.documents import DocumentSource
@@ -138,7 +139,7 @@ def test_invalid_sampling_options_are_refused_before_the_model_is_loaded(options
 def test_a_prompt_from_a_file_is_read_as_prepare_reads_text(tmp_path, monkeypatch):
     found = []
     monkeypatch.setattr(
-        cli, "_with_model", lambda run, arguments, action, check: action(SimpleNamespace(generate=take), run, None)
+        generate, "with_model", lambda run, arguments, action, check: action(SimpleNamespace(generate=take), run, None)
     )
 
     def take(run, checkpoint, prompt, *sampling):
@@ -222,7 +223,7 @@ def test_checkpoint_takes_the_run_directory_of_a_file(options, found, tmp_path, 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_and_prints_its_config(command):
     checks = [("--help", "segments_per_micro_batch"), ("--print_config", "segments_per_micro_batch: 1")]
-    if command in WITHOUT_CONFIG:
+    if f"{command} --print_config" not in command_flags():
         words = {"checkpoint": "consolidate", "convert": "folder of transformers"}
         checks = [("--help", words.get(command, "folder of the run"))]
     for flag, expected in checks:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from infini_train.cli.configuration import read_config
 from infini_train.cli.main import main
-from infini_train.cli.parser import read_config
 from infini_train.cluster.git_state import write_git_state
 from infini_train.cluster.secrets import redact
 from infini_train.cluster.submit_job import SubmitOptions, prepare_job, submit

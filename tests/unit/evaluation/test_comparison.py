@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from infini_train.checkpoint.folder import COMMIT_FILE, MANIFEST_FILE, STATE_FILE
+from infini_train.cli.configuration import read_config
 from infini_train.cli.main import main
-from infini_train.cli.parser import read_config
 from infini_train.config import CheckpointConfig, CompareConfig, RunConfig, save_config
 from infini_train.evaluation.comparison import compare, compare_runs, run_forwarding_signals, variant_model
 from infini_train.report.compare_page import compare_page, markdown_table

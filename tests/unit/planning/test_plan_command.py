@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from infini_train.cli.configuration import run_config
 from infini_train.cli.main import main
-from infini_train.cli.parser import parse, run_config
+from infini_train.cli.parser import parse
 from infini_train.config.validation import validate
 from infini_train.planning.layout_plan import plan
 from infini_train.planning.plan_text import headline, layout_text
