@@ -162,5 +162,5 @@ def test_the_flag_has_two_names() -> None:
 
 
 def test_fewer_than_no_steps_are_refused() -> None:
-    with pytest.raises(UserError, match=r"profiling\.steps is -1; use 0 to profile none"):
+    with pytest.raises(UserError, match=r"profiling\.steps is -1; use 0 to turn profiling off"):
         validate(RunConfig(profiling=ProfilingConfig(steps=-1)), world_size=1)
