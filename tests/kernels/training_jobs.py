@@ -25,14 +25,14 @@ from infini_train.training.step import train_step  # noqa: E402
 def kernels_everywhere() -> Iterator[None]:
     """What asks whether to take kernels with backend 'auto' is told so, as on CUDA."""
     places = (backend, local, operation, self_attention)
-    originals = [place.takes_kernels for place in places]
+    originals = [place.uses_triton for place in places]
     for place in places:
-        place.takes_kernels = lambda *_: True  # type: ignore[attr-defined]
+        place.uses_triton = lambda *_: True  # type: ignore[attr-defined]
     try:
         yield
     finally:
         for place, original in zip(places, originals, strict=True):
-            place.takes_kernels = original  # type: ignore[attr-defined]
+            place.uses_triton = original  # type: ignore[attr-defined]
 
 
 def steps(run: RunConfig, ways: list[tuple[str, int]], count: int) -> dict[str, list[tuple[float, float]]]:

@@ -38,60 +38,60 @@ def halves(x):
 
 
 @triton.jit
-def dot(a, b, acc, WAY: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b, for results that are rounded to the type of the tokens.
 
-    WAY (`product_way`): 'bf16' rounds both to bfloat16; 'emulated' does the same where the interpreter knows no bfloat16
+    PRECISION (`dot_precision`): 'bf16' rounds both to bfloat16; 'emulated' does the same where the interpreter knows no bfloat16
     products; else a precision of Triton's for float32.
     """
-    if WAY == "bf16":
+    if PRECISION == "bf16":
         acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
-    elif WAY == "emulated":
+    elif PRECISION == "emulated":
         acc = tl.dot(a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32), acc)
     else:
-        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=WAY)
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def high_half(x, WAY: tl.constexpr):
+def high_half(x, PRECISION: tl.constexpr):
     """Float32 x as `dot` takes it."""
-    return x.to(tl.bfloat16) if WAY == "bf16" else x
+    return x.to(tl.bfloat16) if PRECISION == "bf16" else x
 
 
 @triton.jit
-def rounded(a, WAY: tl.constexpr):
+def rounded(a, PRECISION: tl.constexpr):
     """Float32 a as `dot` rounds it."""
-    if WAY == "bf16" or WAY == "emulated":
+    if PRECISION == "bf16" or PRECISION == "emulated":
         a = a.to(tl.bfloat16).to(tl.float32)
     return a
 
 
 @triton.jit
-def dot_exact(a, b, acc, WAY: tl.constexpr):
+def dot_exact(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b for float32 a, and b as it was read, as exact as in float32.
 
-    WAY (`exact_way`): 'bf16' multiplies both halves of a as bfloat16, the type of b, at twice the cost of one such product;
+    PRECISION (`exact_dot_precision`): 'bf16' multiplies both halves of a as bfloat16, the type of b, at twice the cost of one such product;
     'emulated' does the same where the interpreter knows no bfloat16 products; else a precision of Triton's.
     """
-    if WAY == "bf16" or WAY == "emulated":
+    if PRECISION == "bf16" or PRECISION == "emulated":
         high, low = halves(a)
-        acc = dot(low, b, dot(high, b, acc, WAY), WAY)
+        acc = dot(low, b, dot(high, b, acc, PRECISION), PRECISION)
     else:
-        acc = tl.dot(a, b.to(tl.float32), acc, input_precision=WAY)
+        acc = tl.dot(a, b.to(tl.float32), acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def dot_exact_both(a, b, acc, WAY: tl.constexpr):
-    """acc + a b for float32 a and b, as exact as in float32; WAY as for `dot_exact`."""
-    if WAY == "bf16" or WAY == "emulated":
+def dot_exact_both(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b for float32 a and b, as exact as in float32; PRECISION as for `dot_exact`."""
+    if PRECISION == "bf16" or PRECISION == "emulated":
         a_high, a_low = halves(a)
         b_high, b_low = halves(b)
-        acc = dot(a_high, b_low, dot(a_low, b_high, acc, WAY), WAY)
-        acc = dot(a_high, b_high, acc, WAY)
+        acc = dot(a_high, b_low, dot(a_low, b_high, acc, PRECISION), PRECISION)
+        acc = dot(a_high, b_high, acc, PRECISION)
     else:
-        acc = tl.dot(a, b, acc, input_precision=WAY)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
 
 
@@ -113,15 +113,15 @@ observers: list[Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, int],
 """The last of them, if there is one, takes a launch in place of the device."""
 
 
-def exact_way(dtype: torch.dtype) -> str:
-    """WAY of `dot_exact` for tokens of this type. Halves of float16 would lose σ(k) of keys below -17."""
+def exact_dot_precision(dtype: torch.dtype) -> str:
+    """PRECISION of `dot_exact` for tokens of this type. Halves of float16 would lose σ(k) of keys below -17."""
     if dtype == torch.bfloat16:
         return "emulated" if INTERPRETED else "bf16"
     return "tf32x3" if dtype == torch.float16 else "ieee"
 
 
-def product_way(dtype: torch.dtype) -> str:
-    """WAY of `dot` for tokens of this type. Float16 would not hold the sums in a memory."""
+def dot_precision(dtype: torch.dtype) -> str:
+    """PRECISION of `dot` for tokens of this type. Float16 would not hold the sums in a memory."""
     if dtype == torch.bfloat16:
         return "emulated" if INTERPRETED else "bf16"
     return "tf32" if dtype == torch.float16 else "ieee"

@@ -57,7 +57,7 @@ def infini_attention_triton(
         reset = None if none else to_device(reset, q.device).to(torch.int8).contiguous()
     queries, keys = q, k
     if rotary is not None:
-        q, k, queries, keys = beside_rotated(q, k, rotary, tokens, layout)
+        q, k, queries, keys = original_and_rotated(q, k, rotary, tokens, layout)
     width = compiled_width(layout, segment_length)
     with full_precision(q):
         # What stands at padding may be NaN, and its gradient 0 * NaN.
@@ -174,7 +174,7 @@ def tokens_by_segment(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, 
 
 
 @counted_as("local attention")
-def beside_rotated(
+def original_and_rotated(
     q: Tensor, k: Tensor, rotary: Rotary, tokens: Tensor, layout: SegmentLayout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries and keys as they are, and both rotated."""

@@ -51,7 +51,7 @@ class Operator(Generic[R]):
         self._function = type(self._implementation.__name__, (torch.autograd.Function,), methods)
 
     def __call__(self, *args: Any) -> R:
-        if torch.compiler.is_compiling() or not _plain(args):
+        if torch.compiler.is_compiling() or not _is_plain_call(args):
             return self.custom(*args)
         if not (torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in args)):
             return self._implementation(*args)
@@ -60,7 +60,7 @@ class Operator(Generic[R]):
         return self._function.apply(*args, *self._defaults[len(args) :])
 
 
-def _plain(args: tuple[Any, ...]) -> bool:
+def _is_plain_call(args: tuple[Any, ...]) -> bool:
     """Whether nothing watches or replaces operations: no mode, no tensors of a kind of their own."""
     return (
         _direct[-1]

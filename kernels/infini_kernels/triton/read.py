@@ -20,11 +20,11 @@ from infini_kernels.triton.blocks import (
     by_token,
     cdiv,
     dot,
+    dot_precision,
     halves,
     launch,
     load_state,
     on_hopper,
-    product_way,
     rounded,
     tile,
 )
@@ -39,9 +39,9 @@ def _read_kernel(
     q_row, q_token, q_head, local_row, local_token, local_head, out_row, out_token,
     eps, T, N, H, R, W: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PER: tl.constexpr,
-    LOCAL_ONLY: tl.constexpr, WAY: tl.constexpr,
+    LOCAL_ONLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    HALVES: tl.constexpr = WAY == "bf16" or WAY == "emulated"
+    HALVES: tl.constexpr = PRECISION == "bf16" or PRECISION == "emulated"
     program = tl.program_id(0)
     h = program % H
     n = (program // H) % N
@@ -67,7 +67,7 @@ def _read_kernel(
         mask = here[:, None] & in_d[None, :]
         query = tl.load(q_ptr + (w[:, None] * q_token + d[None, :]), mask=mask, other=0.0)
         s = tl.where(mask, sigma(query, shift_ptr, place + (w * H)[:, None], here[:, None]), 0.0)  # [BW, BD]
-        s = rounded(s, WAY)  # once, for both sums: their quotient weighs what was written with one set of features
+        s = rounded(s, PRECISION)  # once, for both sums: their quotient weighs what was written with one set of features
         scale = share / (tl.sum(s * z[None, :], axis=1) + eps)  # [BW]
         for start in range(0, DV, BV):
             e = start + tl.arange(0, BV)
@@ -77,9 +77,9 @@ def _read_kernel(
                 memory = load_state(state_ptr, state, d, e, D, DV)
                 if HALVES:
                     memory, low = halves(memory)
-            read = dot(s, memory, None, WAY)
+            read = dot(s, memory, None, PRECISION)
             if HALVES:
-                read = dot(s, low, read, WAY)
+                read = dot(s, low, read, PRECISION)
             mixed = tl.where(here[:, None], read * scale[:, None] + (1 - share) * local.to(tl.float32), 0.0)
             tl.store(
                 out_ptr + (w[:, None] * out_token + e[None, :]),
@@ -173,7 +173,7 @@ def _read_and_mix(
         _read_kernel, (B * N * H, cdiv(width, BW * per)),
         q, local, gate.contiguous(), M.contiguous(), z.contiguous(), tokens, shift, out, *q_strides, *local_strides,
         out.stride(0), out.stride(1), eps, T, N, H, H // M.shape[2], W=width, D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per,
-        LOCAL_ONLY=local_only, WAY=product_way(q.dtype), num_warps=warps, num_stages=stages,
+        LOCAL_ONLY=local_only, PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

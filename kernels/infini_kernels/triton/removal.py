@@ -21,10 +21,10 @@ from infini_kernels.triton.blocks import (
     cdiv,
     dot,
     dot_exact_both,
-    exact_way,
+    dot_precision,
+    exact_dot_precision,
     launch,
     load_state,
-    product_way,
     tile,
 )
 from infini_kernels.triton.features import sigma, sigma_backward
@@ -58,7 +58,7 @@ def _scale_kernel(
 def _removal_kernel(
     k_ptr, scale_ptr, rows_ptr, tokens_ptr, shift_ptr, strength_ptr, removed_ptr,
     k_row, k_token, k_head, T, N, G, W: tl.constexpr,
-    D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, WAY: tl.constexpr,
+    D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     g, x = program % G, program // G
@@ -81,7 +81,7 @@ def _removal_kernel(
             scale *= tl.load(strength_ptr + places, mask=here, other=0.0)
         left = tl.where(left_mask, sigma(left, shift_ptr, places[None, :], here[None, :]), 0.0) * scale[None, :]
         right = tl.where(right_mask, sigma(right, shift_ptr, places[:, None], here[:, None]), 0.0)
-        removed = dot_exact_both(left, right, removed, WAY)
+        removed = dot_exact_both(left, right, removed, PRECISION)
     out = removed_ptr + program.to(tl.int64) * D * D + i[:, None] * D + j[None, :]
     tl.store(out, removed, mask=(i < D)[:, None] & (j < D)[None, :])
 
@@ -91,7 +91,7 @@ def _removal_backward_kernel(
     k_ptr, z_ptr, scale_ptr, symmetric_ptr, rows_ptr, tokens_ptr, shift_ptr, strength_ptr, dk_ptr, dz_ptr, dstrength_ptr,
     k_row, k_token, k_head, T, N, G, W: tl.constexpr,
     D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BJ: tl.constexpr, PER: tl.constexpr, WHOLE: tl.constexpr,
-    WAY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys, of z by program [X, G, programs, D], and of strength, from that of what is removed plus its transpose.
 
@@ -119,7 +119,7 @@ def _removal_backward_kernel(
         key = tl.load(keys + place[:, None] * k_token + d[None, :], mask=mask, other=0.0)
         s = tl.where(mask, sigma(key, shift_ptr, places[:, None], here[:, None]), 0.0)
         if BJ >= D:
-            product = dot(s, symmetric, None, WAY)
+            product = dot(s, symmetric, None, PRECISION)
         else:
             product = tl.zeros((BW, BD), tl.float32)
             for first in range(0, D, BJ):
@@ -127,7 +127,7 @@ def _removal_backward_kernel(
                 piece_mask = here[:, None] & (j < D)[None, :]
                 piece = tl.load(keys + place[:, None] * k_token + j[None, :], mask=piece_mask, other=0.0)
                 piece = tl.where(piece_mask, sigma(piece, shift_ptr, places[:, None], here[:, None]), 0.0)
-                product = dot(piece, load_state(symmetric_ptr, matrix, j, d, D, D), product, WAY)
+                product = dot(piece, load_state(symmetric_ptr, matrix, j, d, D, D), product, PRECISION)
         scale = tl.load(scale_ptr + program.to(tl.int64) * W + w, mask=here, other=0.0)
         by_scale = scale * tl.sum(product * s, axis=1) / 2
         if WHOLE:
@@ -144,8 +144,8 @@ def _removal_backward_kernel(
         dkey = tl.where(mask, dkey, 0.0).to(dk_ptr.dtype.element_ty)
         tl.store(dk_ptr + out[:, None] * D + d[None, :], dkey, mask=inside[:, None] & in_d[None, :])
         dz += tl.sum(s * dnorm[:, None], axis=0)
-    part = program.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(dz_ptr + part * D + d, dz, mask=in_d)
+    slot = program.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(dz_ptr + slot * D + d, dz, mask=in_d)
 
 
 @Operator
@@ -176,7 +176,7 @@ def segment_removals(
     launch(
         _removal_kernel, (X * G, cdiv(D, BD), cdiv(D, BD)),
         k, scale, rows, tokens, shift, strength, removed, *strides, T, N, G, W=width,
-        D=D, BW=block(width, BW), BD=BD, WAY=exact_way(k.dtype), num_warps=warps, num_stages=stages,
+        D=D, BW=block(width, BW), BD=BD, PRECISION=exact_dot_precision(k.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return removed, scale
 
@@ -222,14 +222,14 @@ def segment_removals_backward(
     BW, BJ = block(width, min(BW, 32)), block(D, BJ)
     per = blocks_of_a_program(width, BW, X * G, warps) if BJ >= D else 1
     programs = cdiv(width, BW * per)
-    parts = dz.new_empty(X, G, programs, D)
+    partials = dz.new_empty(X, G, programs, D)
     launch(
         _removal_backward_kernel, (X * G, programs),
-        k, z.contiguous(), scale, symmetric, rows, tokens, shift, strength, dk, parts, dstrength, *strides, T, N, G, W=width,
-        D=D, BW=BW, BD=block(D), BJ=BJ, PER=per, WHOLE=whole, WAY=product_way(k.dtype), num_warps=warps,
+        k, z.contiguous(), scale, symmetric, rows, tokens, shift, strength, dk, partials, dstrength, *strides, T, N, G, W=width,
+        D=D, BW=BW, BD=block(D), BJ=BJ, PER=per, WHOLE=whole, PRECISION=dot_precision(k.dtype), num_warps=warps,
         num_stages=stages,
     )  # fmt: skip
-    return dk, torch.sum(parts, dim=2, out=dz), dstrength
+    return dk, torch.sum(partials, dim=2, out=dz), dstrength
 
 
 def _backward_outputs(k: Tensor, z: Tensor, strength: Tensor | None, width: int, whole: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,12 +22,12 @@ from infini_kernels.triton.operator import Operator
 
 @triton.jit
 def _rotary_kernel(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, tokens_ptr, beside_q_ptr, beside_k_ptr, out_q_ptr, out_k_ptr,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, tokens_ptr, addend_q_ptr, addend_k_ptr, out_q_ptr, out_k_ptr,
     q_row, q_token, q_head, k_row, k_token, k_head,
-    beside_q_row, beside_q_token, beside_q_head, beside_k_row, beside_k_token, beside_k_head, T, N, H, G, W, DIRECTION,
+    addend_q_row, addend_q_token, addend_q_head, addend_k_row, addend_k_token, addend_k_head, T, N, H, G, W, DIRECTION,
     HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Where they are given, `beside_q` and `beside_k` are added to what was rotated, at padding too."""
+    """Where they are given, `addend_q` and `addend_k` are added to what was rotated, at padding too."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)  # the one dimension of a grid that may be longer than 65,535
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
@@ -44,17 +44,17 @@ def _rotary_kernel(
     token = t.to(tl.int64)[:, None]
     if head < H:
         q_at = q_ptr + b * q_row + token * q_token + head * q_head + i[None, :]
-        q_other = beside_q_ptr
-        if beside_q_ptr is not None:
-            q_other += b * beside_q_row + token * beside_q_token + head * beside_q_head + i[None, :]
+        q_other = addend_q_ptr
+        if addend_q_ptr is not None:
+            q_other += b * addend_q_row + token * addend_q_token + head * addend_q_head + i[None, :]
         q_out = out_q_ptr + ((b * T + token) * H + head) * 2 * HALF + i[None, :]
         _turn(q_at, q_other, q_out, cos, sin, read, mask, HALF)
     else:
         g = head - H
         k_at = k_ptr + b * k_row + token * k_token + g * k_head + i[None, :]
-        k_other = beside_k_ptr
-        if beside_k_ptr is not None:
-            k_other += b * beside_k_row + token * beside_k_token + g * beside_k_head + i[None, :]
+        k_other = addend_k_ptr
+        if addend_k_ptr is not None:
+            k_other += b * addend_k_row + token * addend_k_token + g * addend_k_head + i[None, :]
         k_out = out_k_ptr + ((b * T + token) * G + g) * 2 * HALF + i[None, :]
         _turn(k_at, k_other, k_out, cos, sin, read, mask, HALF)
 
@@ -76,8 +76,8 @@ def _turn(at, other, out, cos, sin, read, mask, HALF: tl.constexpr):
 def rotate(
     q: Tensor,
     k: Tensor,
-    beside_q: Tensor | None,
-    beside_k: Tensor | None,
+    addend_q: Tensor | None,
+    addend_k: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     tokens: Tensor,
@@ -86,19 +86,19 @@ def rotate(
 ) -> tuple[Tensor, Tensor]:
     """q [B, T, H, D] and k [B, T, G, D] rotated by cos and sin [W or more, D/2]; direction -1 rotates them back.
 
-    beside_q and beside_k, like q and k, are added afterwards, and the sum is rounded once. tokens [B, N], width W.
+    addend_q and addend_k, like q and k, are added afterwards, and the sum is rounded once. tokens [B, N], width W.
     """
     (B, T, H, D), G, N = q.shape, k.shape[2], tokens.shape[1]
     (q, q_strides), (k, k_strides) = by_token(q), by_token(k)
-    beside_q, beside_q_strides = (None, (0, 0, 0)) if beside_q is None else by_token(beside_q)
-    beside_k, beside_k_strides = (None, (0, 0, 0)) if beside_k is None else by_token(beside_k)
+    addend_q, addend_q_strides = (None, (0, 0, 0)) if addend_q is None else by_token(addend_q)
+    addend_k, addend_k_strides = (None, (0, 0, 0)) if addend_k is None else by_token(addend_k)
     out_q, out_k = _like(q, k)
     BH = next_power_of_2(D // 2)
     BT = max(1, 4096 // BH)
     launch(
         _rotary_kernel, (cdiv(T, BT), H + G, B),
-        q, k, cos.contiguous(), sin.contiguous(), tokens, beside_q, beside_k, out_q, out_k,
-        *q_strides, *k_strides, *beside_q_strides, *beside_k_strides, T, N, H, G, width, direction,
+        q, k, cos.contiguous(), sin.contiguous(), tokens, addend_q, addend_k, out_q, out_k,
+        *q_strides, *k_strides, *addend_q_strides, *addend_k_strides, T, N, H, G, width, direction,
         HALF=D // 2, BT=BT, BH=BH,
     )  # fmt: skip
     return out_q, out_k
@@ -114,14 +114,14 @@ def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, beside_q, beside_k, cos, sin, tokens, ctx.width, ctx.direction = inputs
-    ctx.beside = beside_q is not None, beside_k is not None
+    _, _, addend_q, addend_k, cos, sin, tokens, ctx.width, ctx.direction = inputs
+    ctx.has_addend = addend_q is not None, addend_k is not None
     ctx.save_for_backward(cos, sin, tokens)
 
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     back = rotate(dq, dk, None, None, *ctx.saved_tensors, ctx.width, -ctx.direction)
-    return *back, *(each if given else None for each, given in zip((dq, dk), ctx.beside, strict=True)), *[None] * 5
+    return *back, *(each if given else None for each, given in zip((dq, dk), ctx.has_addend, strict=True)), *[None] * 5
 
 
 rotate.register_autograd(_backward, setup_context=_save)
@@ -137,8 +137,8 @@ class _WithRotated(torch.autograd.Function):
         return q.view_as(q), k.view_as(k), *rotate(q, k, None, None, cos, sin, tokens, width, 1)
 
     @staticmethod
-    def backward(ctx: Any, beside_q: Tensor, beside_k: Tensor, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-        return *rotate(dq, dk, beside_q, beside_k, *ctx.saved_tensors, ctx.width, -1), None, None, None, None
+    def backward(ctx: Any, addend_q: Tensor, addend_k: Tensor, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        return *rotate(dq, dk, addend_q, addend_k, *ctx.saved_tensors, ctx.width, -1), None, None, None, None
 
 
 def with_rotated(

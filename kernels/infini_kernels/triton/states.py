@@ -21,10 +21,10 @@ from infini_kernels.triton.blocks import (
     cdiv,
     dot,
     dot_exact,
-    exact_way,
+    dot_precision,
+    exact_dot_precision,
     launch,
     load_state,
-    product_way,
     sum_tile,
     tile,
 )
@@ -37,7 +37,7 @@ def _states_kernel(
     k_ptr, v_ptr, tokens_ptr, shift_ptr, strength_ptr, state_ptr, z_ptr,
     k_row, k_token, k_head, v_row, v_token, v_head,
     T, N, G, W: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     segment, d_block, v_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = segment % G
@@ -61,7 +61,7 @@ def _states_kernel(
         if strength_ptr is not None:
             s *= tl.load(strength_ptr + place + w * G, mask=here, other=0.0)[None, :]
         value = tl.load(v_ptr + w[:, None] * v_token + e[None, :], mask=here[:, None] & (e < DV)[None, :], other=0.0)
-        state = dot_exact(s, value, state, WAY)
+        state = dot_exact(s, value, state, PRECISION)
         z += tl.sum(s, axis=1)
     out = segment.to(tl.int64) * D
     tl.store(state_ptr + (out + d[:, None]) * DV + e[None, :], state, mask=(d < D)[:, None] & (e < DV)[None, :])
@@ -75,7 +75,7 @@ def _states_backward_kernel(
     k_row, k_token, k_head, v_row, v_token, v_head,
     T, N, G, W: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PER: tl.constexpr,
-    WAY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
     g = segment % G
@@ -106,8 +106,8 @@ def _states_backward_kernel(
                 dstate = load_state(dstate_ptr, state, d, e, D, DV)
             values = v_ptr + row * v_row + place[:, None] * v_token + g * v_head + e[None, :]
             value = tl.load(values, mask=here[:, None] & in_e[None, :], other=0.0)
-            ds = dot(value, tl.trans(dstate), ds, WAY)
-            dvalue = dot(s, dstate, None, WAY)
+            ds = dot(value, tl.trans(dstate), ds, PRECISION)
+            dvalue = dot(s, dstate, None, PRECISION)
             if strength_ptr is not None:
                 dvalue *= strength[:, None]
             mask_v = inside[:, None] & in_e[None, :]
@@ -134,7 +134,7 @@ def segment_states(
     launch(
         _states_kernel, grid,
         k, v, tokens, shift, strength, state, z, *k_strides, *v_strides, T, N, G, W=width,
-        D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, WAY=exact_way(v.dtype), num_warps=warps,
+        D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, PRECISION=exact_dot_precision(v.dtype), num_warps=warps,
         num_stages=2 if k.dtype == torch.float16 else 3,
     )  # fmt: skip
     return state, z
@@ -165,7 +165,7 @@ def segment_states_backward(
         _states_backward_kernel, (B * N * G, cdiv(width, BW * per)),
         k, v, tokens, shift, strength, dstate.contiguous(), dz.contiguous(), dk, dv, dstrength,
         *k_strides, *v_strides, T, N, G, W=width,
-        D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per, WAY=product_way(k.dtype), num_warps=warps, num_stages=stages,
+        D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per, PRECISION=dot_precision(k.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return dk, dv, dstrength
 

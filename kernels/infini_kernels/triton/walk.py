@@ -67,7 +67,7 @@ def _running_sums(
 def _recurrence_kernel(
     start_ptr, added_ptr, removed_ptr, reset_ptr, entering_ptr, leaving_ptr, N, G,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BACKWARD: tl.constexpr,
-    WAY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """state <- (I - removed) state + added; BACKWARD has the transposed matrices, from the last segment on."""
     program = tl.program_id(0)
@@ -97,7 +97,7 @@ def _recurrence_kernel(
             matrix = tl.load(removed_ptr + segment * D * D + at, mask=(d < D)[:, None] & in_j[None, :], other=0.0)
             piece_at = segment * D * DV + j[:, None] * DV + e[None, :]
             piece = tl.load(entering_ptr + piece_at, mask=in_j[:, None] & (e < DV)[None, :], other=0.0)
-            after -= tl.dot(matrix, piece, input_precision=WAY)
+            after -= tl.dot(matrix, piece, input_precision=PRECISION)
         tl.debug_barrier()
         state = after
         if BACKWARD and reset_ptr is not None:
@@ -126,7 +126,7 @@ def walk_segments(
         launch(
             _recurrence_kernel, (B * G, cdiv(DV, BV)),
             start, added, removed.contiguous(), reset, entering, leaving, N, G,
-            D=D, DV=DV, BD=block(D), BK=block(D, BK), BV=BV, BACKWARD=backward, WAY="tf32x3", num_warps=8,
+            D=D, DV=DV, BD=block(D), BK=block(D, BK), BV=BV, BACKWARD=backward, PRECISION="tf32x3", num_warps=8,
         )  # fmt: skip
     return entering, leaving
 
