@@ -1,7 +1,7 @@
-"""The backward of `read`: in one pass over the tokens where a program holds a whole state and its gradient, else in two.
+"""Backward of `read`: one pass over the tokens if a program can hold a whole state and its gradient, otherwise two.
 
-Shapes: B rows, T tokens, N segments, W tokens of a segment, H query heads, G key/value heads, R = H / G, D key width, Dv value
-width. `tokens` [B, N] int32 says how many of a segment's tokens are no padding; for `shift` see `features`.
+Shapes: B rows, T tokens, N segments, W tokens of a segment, H query heads, G key/value heads, R = H / G, D key width, Dv
+value width. `tokens` [B, N] int32 is the number of valid (not padding) tokens of each segment. For `shift` see `features`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from infini_kernels.triton.features import sigma, sigma_backward
 from infini_kernels.triton.operator import Operator
 
 TILE_OF_ONE_PASS = Tile(32, 128, 8, 3)
-"""For one pass, which takes the registers of a Hopper card and heads of up to 128 columns."""
+"""Tile of the single pass, which needs the registers of a Hopper GPU and heads of at most 128 columns."""
 
 
 @triton.jit
 def share_of_memory(gate_ptr, z, h, LOCAL_ONLY: tl.constexpr):
-    """Share of the memory in head h: sigmoid(β), and 0 where LOCAL_ONLY finds the memory empty."""
+    """Return the memory's share in head h: sigmoid(β), and 0 under LOCAL_ONLY if the memory is empty."""
     share = tl.sigmoid(tl.load(gate_ptr + h).to(tl.float32))
     if LOCAL_ONLY:
         share = tl.where(tl.max(tl.abs(z), axis=0) > 0, share, 0.0)
@@ -51,9 +51,10 @@ def _read_backward_kernel(
     D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PER: tl.constexpr,
     ONE_PASS: tl.constexpr, LOCAL_ONLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries, A_dot and the memory's share.
+    """Compute the gradients of queries, A_dot and the memory's share.
 
-    ONE_PASS: those of states too, by head and program; else it leaves what `_read_backward_states_kernel` needs.
+    With ONE_PASS also compute the gradients of states, for each head and program. Otherwise store scale and dnorm for
+    `_read_backward_states_kernel`.
     """
     program = tl.program_id(0)
     h = program % H
@@ -62,7 +63,7 @@ def _read_backward_kernel(
     tokens = tl.load(tokens_ptr + b * N + n)
     d = tl.arange(0, BD)
     row, first, in_d = b.to(tl.int64), (n * W).to(tl.int64), d < D
-    # Of the segment's first token; offsets within a segment are of 32 bits.
+    # Pointers to the segment's first token; offsets within a segment have 32 bits.
     q_ptr += row * q_row + first * q_token + h * q_head
     local_ptr += row * local_row + first * local_token + h * local_head
     grad_ptr += row * grad_row + first * grad_token + h * grad_head
@@ -72,7 +73,7 @@ def _read_backward_kernel(
     state = ((row * N + n) * (H // R) + h // R) * D
     z = tl.load(z_ptr + state + d, mask=in_d, other=0.0)
     share = share_of_memory(gate_ptr, z, h, LOCAL_ONLY)
-    if BV >= DV:  # all of the state at once, for all of the program's tokens
+    if BV >= DV:  # load the whole state once, for all tokens of the program
         memory = high_half(load_state(state_ptr, state, d, tl.arange(0, BV), D, DV), PRECISION)
     if ONE_PASS:
         dstate = tl.zeros((BD, BV), tl.float32)
@@ -142,7 +143,7 @@ def _read_backward_states_kernel(
     dstate = tl.zeros((BD, BV), tl.float32)
     dz = tl.zeros((BD,), tl.float32)
     BLOCKS: tl.constexpr = (W + BW - 1) // BW
-    for step in range(0, R * BLOCKS):  # one loop, which the compiler can pipeline, over the heads of the group and their tokens
+    for step in range(0, R * BLOCKS):  # one loop over heads and tokens, so that the compiler can pipeline it
         h = g * R + step // BLOCKS
         w = (step % BLOCKS) * BW + tl.arange(0, BW)
         here = w < tokens
@@ -177,7 +178,7 @@ def read_and_mix_backward(
     local_only: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, A_dot, gate, M and z."""
+    """Return the gradients of q, A_dot, gate, M and z."""
     (B, N), (_, T, H, D), DV, G = tokens.shape, q.shape, local.shape[-1], M.shape[2]
     (q, q_strides), (local, local_strides), (grad, grad_strides) = (
         by_token(q, width),
@@ -190,7 +191,7 @@ def read_and_mix_backward(
     BW, BV = block(width, BW), block(DV, BV)
     per = blocks_of_a_program(width, BW, B * N * H, warps) if BV >= DV else 1
     programs = cdiv(width, BW * per)
-    # In one pass a gradient of the states for each head and program of a group; else two numbers for each token and head.
+    # In one pass: a gradient of the states for each head and program of a group. In two: two numbers per token and head.
     partials = [x.new_empty(B, N, G, H // G * programs, *x.shape[3:]) for x in (dM, dz)] if one_pass else [None, None]
     scale, dnorm = (None if one_pass else dM.new_empty(B, T, H) for _ in range(2))
     dshare = torch.empty(B, N, H, programs, dtype=torch.float32, device=q.device)

@@ -1,10 +1,11 @@
-"""Rotary position embedding of queries and keys by position in their segment, in one pass that leaves zeros at padding.
+"""Rotary position embedding of queries and keys, by position in the segment, in one pass that zeroes padding.
 
-Queries and keys go to local attention rotated and to the memory as they are; `with_rotated` sums the two gradients in the pass
-that rotates one of them back. Both go in one launch: what a launch costs the host is more than what it costs the device.
+Local attention gets queries and keys rotated, and the memory gets them unchanged. `with_rotated` sums the two gradients in
+the pass that rotates one of them back. Queries and keys share one launch, because a launch costs the host more time than
+the device.
 
-Shapes: B rows, T tokens, N segments, W tokens of a segment, H query heads, G key heads, D key width. `tokens` [B, N] int32 says
-how many of a segment's tokens are no padding.
+Shapes: B rows, T tokens, N segments, W tokens of a segment, H query heads, G key heads, D key width. `tokens` [B, N] int32
+is the number of valid (not padding) tokens of each segment.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def _rotary_kernel(
     addend_q_row, addend_q_token, addend_q_head, addend_k_row, addend_k_token, addend_k_head, T, N, H, G, W, DIRECTION,
     HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Where they are given, `addend_q` and `addend_k` are added to what was rotated, at padding too."""
-    t = tl.program_id(0) * BT + tl.arange(0, BT)  # the one dimension of a grid that may be longer than 65,535
+    """Rotate q and k. If `addend_q` and `addend_k` are given, add them to the rotated tensors, at padding too."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)  # the only grid dimension that may exceed 65,535
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     n = t // W
@@ -61,7 +62,7 @@ def _rotary_kernel(
 
 @triton.jit
 def _turn(at, other, out, cos, sin, read, mask, HALF: tl.constexpr):
-    """Rotate the numbers at `at`, add those at `other` unless it is None, and store them at `out`."""
+    """Rotate the numbers at `at`, add those at `other` unless it is None, and store the result at `out`."""
     first = tl.load(at, mask=read, other=0.0).to(tl.float32)
     second = tl.load(at + HALF, mask=read, other=0.0).to(tl.float32)
     turned_first, turned_second = first * cos - second * sin, second * cos + first * sin
@@ -84,9 +85,21 @@ def rotate(
     width: int,
     direction: int,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, T, H, D] and k [B, T, G, D] rotated by cos and sin [W or more, D/2]; direction -1 rotates them back.
+    """Rotate q [B, T, H, D] and k [B, T, G, D] by cos and sin [W or more, D/2].
 
-    addend_q and addend_k, like q and k, are added afterwards, and the sum is rounded once. tokens [B, N], width W.
+    Args:
+        q: [B, T, H, D].
+        k: [B, T, G, D].
+        addend_q: added to the rotated q, with the shape of q; the sum is rounded once. None for nothing.
+        addend_k: the same for k.
+        cos: [W or more, D/2].
+        sin: as cos.
+        tokens: [B, N] int32.
+        width: W.
+        direction: 1, or -1 to rotate back.
+
+    Returns:
+        Rotated q and k.
     """
     (B, T, H, D), G, N = q.shape, k.shape[2], tokens.shape[1]
     (q, q_strides), (k, k_strides) = by_token(q), by_token(k)
@@ -144,7 +157,10 @@ class _WithRotated(torch.autograd.Function):
 def with_rotated(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q and k as they are, and both rotated as by `rotate`; the two gradients of each reach it as one sum, made in one pass."""
+    """Return q and k unchanged, and both rotated as by `rotate`.
+
+    In the backward, one pass sums the two gradients of each.
+    """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return _WithRotated.apply(q, k, cos, sin, tokens, width)
     return q, k, *rotate(q, k, None, None, cos, sin, tokens, width, 1)
