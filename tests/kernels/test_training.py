@@ -69,7 +69,7 @@ def small_twin(run: RunConfig, folder: Path) -> RunConfig:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_is_shipped_for_gpus_trains_with_the_kernels(name: str, tmp_path: Path) -> None:
+def test_gpu_configurations_train_with_the_kernels(name: str, tmp_path: Path) -> None:
     """In bfloat16, in processes of its own layout; losses are those of plain PyTorch within rounding."""
     shipped = read_config(ROOT / "configs" / f"{name}.yaml")
     assert shipped.training.precision == "bfloat16"
@@ -84,7 +84,7 @@ def test_what_is_shipped_for_gpus_trains_with_the_kernels(name: str, tmp_path: P
 
 # tests/gpu has all of them.
 @pytest.mark.parametrize(("name", "precision"), [("1b", "bfloat16"), ("8b", "float32"), ("paper", "bfloat16")])
-def test_the_self_test_raises_no_false_alarm_about_the_kernels(name: str, precision: str, tmp_path: Path) -> None:
+def test_self_test_passes_with_the_kernels(name: str, precision: str, tmp_path: Path) -> None:
     """It runs before every training run on several GPUs."""
     run = small_twin(read_config(ROOT / "configs" / f"{name}.yaml"), tmp_path)
     found = Ranks(run.layout.model_processes).run("tests.kernels.training_jobs", "found_by_self_test", run, precision)

@@ -60,7 +60,10 @@ REFUSALS = {
     "write gate": ({"write_gate": zeros(H, D)}, r"write_gate has shape \[4, 4\], but k \[2, 7, 2, 4\] needs \[2, 4\]"),
     "write gate of integers": ({"write_gate": zeros(G, D, dtype=torch.int64)}, "write_gate is torch.int64"),
     "normaliser": ({"normaliser": "none"}, "normaliser is 'none', but must be one of paper, corrected"),
-    "normaliser of the linear rule": ({"normaliser": "corrected"}, "which needs update_rule 'delta', but update_rule is 'linear'"),
+    "normaliser of the linear rule": (
+        {"normaliser": "corrected"},
+        "which needs update_rule 'delta'",
+    ),
     "memory of a corrected normaliser": (
         {"normaliser": "corrected", "update_rule": "delta"},
         r"memory.M has shape \[2, 2, 4, 3\], but k .* need \[2, 2, 4, 4\]",
