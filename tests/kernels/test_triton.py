@@ -149,7 +149,7 @@ def test_operators_pass_opcheck() -> None:
 
 
 def layer_with_everything() -> tuple[list[torch.Tensor], Callable[[], tuple[torch.Tensor, ...]]]:
-    """Leaves, and outputs of a call that takes every operator."""
+    """Return leaves, and a function that calls every operator on them."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 10, 2, 16), (2, 10, 1, 16), (2, 10, 1, 16), (2,), (1, 16)]
     leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]

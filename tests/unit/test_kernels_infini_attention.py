@@ -393,9 +393,7 @@ def test_checkpointed_windows_give_the_same_gradients(update_rule: str) -> None:
 def test_memory_writes_need_two_segments_for_a_gradient() -> None:
     for tokens, trains in ((5, False), (10, True)):
         inputs = Case(tokens, memory=False, rotary=False).inputs(torch.float64)
-        inputs["gate"] = torch.full(
-            (4,), 50.0, requires_grad=True
-        )  # only the memory gives k and v a gradient
+        inputs["gate"] = torch.full((4,), 50.0, requires_grad=True)  # only the memory gives k and v a gradient
         out = call(inputs, segment_length=5)[0]
         (gradient,) = torch.autograd.grad(out.sum(), [inputs["v"]])
         assert (gradient.abs().max().item() > 1e-3) == trains

@@ -1,4 +1,4 @@
-"""The plain oracle of Infini-attention, and checks of it by hand.
+"""Plain oracle of Infini-attention, and its comparison with hand calculations.
 
 The oracle evaluates arXiv 2404.07143, Eq. 3 to 10, with loops over row, head, segment and token, and shares no code with
 the kernels. Given float64 it is exact to rounding, and autograd differentiates it.
