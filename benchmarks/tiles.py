@@ -43,7 +43,7 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "_states_kernel": BY_STATE,
     "_read_backward_states_kernel": BY_STATE,
     "_removal_kernel": {"BW": (32, 64, 128), "BD": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
-    "_recurrence_kernel": {"BV": (16, 32), "BK": (32, 64, 128), "num_warps": (4, 8), "WAY": ("ieee", "tf32x3")},
+    "_recurrence_kernel": {"BV": (16, 32), "BK": (32, 64, 128), "num_warps": (4, 8), "PRECISION": ("ieee", "tf32x3")},
 }
 """Values to try, by kernel and by name of a constant or of an option. Others are timed as they are."""
 BY_PROGRAM = {"_read_backward_kernel": ("dshare_ptr", "dstate_ptr", "dz_ptr"), "_removal_backward_kernel": ("dz_ptr",)}

@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from infini_kernels import MemoryState
-from infini_kernels.context_parallel import hand_on
+from infini_kernels.context_parallel import pass_to_next_rank
 from infini_kernels.segments import to_device, values_known
 from infini_train.attention.layer_memory import CarriedTensor, LayerMemory
 from infini_train.config import ModelConfig
@@ -110,7 +110,7 @@ class ShortConvolution(nn.Module):
         leaving = ends[:, -1].to(dtype, copy=True)  # a view would keep the tails of all segments alive
         entering = torch.zeros_like(leaving) if tail is None else tail
         if group is not None:
-            entering, leaving = hand_on(entering, leaving, group)
+            entering, leaving = pass_to_next_rank(entering, leaving, group)
         before = torch.cat([entering.to(q.dtype).unsqueeze(1), ends[:, :-1]], dim=1)
         if not values_known(reset) or bool(reset.any()):
             before = before.masked_fill(to_device(reset, q.device)[..., None, None, None, None], 0)

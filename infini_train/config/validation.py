@@ -1,6 +1,8 @@
-"""Refuses a run that cannot work, lose data or be inexact, with the key, its value and the remedy in one line.
+"""Checks of a run's configuration.
 
-Like `config` this imports neither torch nor a library that needs one."""
+They refuse a run that cannot work, would lose data or would be inexact. The error is one line that names the key, its value
+and the remedy. Like `config`, this module imports neither torch nor any library that needs torch.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,16 @@ from infini_train.config import ModelConfig, RunConfig
 from infini_train.runtime.errors import UserError
 
 LARGEST, LONGEST = 3e38, 1e9
-"""Of numbers, which become float32, and of seconds, which a clock must hold."""
+"""Largest number, because numbers become float32, and longest time in seconds, because a clock must be able to hold it."""
 SMALLEST_MEMORY_EPS = 1e-12
-"""What the memory's operation takes; a test compares them."""
+"""Smallest ε that the memory operation accepts. A test compares it with `infini_kernels`."""
 MOST_AGEING = 1 << 62
-"""Counts are 64-bit numbers."""
+"""Largest memory_ageing, because counts are 64-bit integers."""
 MOST_WORDS = 109
-"""Words at hand; a test compares them with the list."""
+"""Length of the word list of the tasks. A test compares it with the list."""
 WORDS_OF_A_FACT = {"multi_key": 1, "associative_recall": 2}
 ASKS_SEVERAL = ("multi_key", "associative_recall")
-"""Tasks whose facts can each be asked."""
+"""Tasks in which each fact can be asked for."""
 
 
 def _positive(section: str, config: Any, names: str) -> None:
@@ -45,7 +47,7 @@ def _share(section: str, config: Any, names: str) -> None:
 
 
 def validate_values(config: RunConfig) -> None:
-    """Refuse a key without a value, which YAML reads as null, and numbers that are none.
+    """Refuse keys without a value, which YAML reads as null, and numbers that are infinite, NaN or too large.
 
     Raises:
         UserError: naming the key.
@@ -93,20 +95,22 @@ def validate_model(config: RunConfig) -> None:
         raise UserError(f"model.head_dim is {model.head_dim}; rotary embedding needs an even width")
     if model.attention == "infini" and model.normaliser == "corrected" and model.update_rule != "delta":
         raise UserError(
-            f"model.normaliser is corrected, but model.update_rule {model.update_rule} has nothing to correct; set "
+            f"model.normaliser is corrected, which needs update_rule delta, but model.update_rule is {model.update_rule}; set "
             "normaliser to paper or update_rule to delta"
         )
     _validate_short_convolution(model)
     if model.rotary_scaling < 1:
-        raise UserError(f"model.rotary_scaling is {model.rotary_scaling}; use 1 to turn it off, or more")
+        raise UserError(f"model.rotary_scaling is {model.rotary_scaling}; use 1 to turn it off, or a larger factor")
     if training.recompute_layers < 0:
         raise UserError(
-            f"training.recompute_layers is {training.recompute_layers}; use 0 for all layers of a chunk, or how many"
+            f"training.recompute_layers is {training.recompute_layers}; use 0 for all layers of a chunk, or a positive number"
         )
     if not 1 <= training.memory_ageing <= MOST_AGEING:
         raise UserError(f"training.memory_ageing is {training.memory_ageing}; use 1 to turn it off, and at most {MOST_AGEING}")
     if training.memory_ageing == 2:
-        raise UserError("training.memory_ageing is 2, and updates count fewer times: use 3 or more, or 1 to turn it off")
+        raise UserError(
+            "training.memory_ageing is 2, an exclusive bound, so it has no effect; use 3 or more, or 1 to turn it off"
+        )
     if training.memory_ageing > 1 and config.model.attention != "infini":
         raise UserError(
             f"training.memory_ageing is {training.memory_ageing}, but model.attention {config.model.attention} has no "
@@ -118,7 +122,7 @@ def validate_model(config: RunConfig) -> None:
     if segments < 2:
         raise UserError(
             "training.micro_batches_per_window × training.segments_per_micro_batch is "
-            f"{segments} segment a window; the writing of memory gets no gradient below 2: raise micro_batches_per_window"
+            f"{segments} segment per window; below 2, memory writes get no gradient: raise micro_batches_per_window"
         )
 
 
@@ -130,13 +134,13 @@ def _validate_short_convolution(model: ModelConfig) -> None:
         return
     if reach == "document" and model.attention != "infini":
         raise UserError(
-            f"model.short_convolution_reach is document, but model.attention {model.attention} carries no tokens for it; "
-            "set it to segment"
+            f"model.short_convolution_reach is document, but model.attention {model.attention} does not carry the previous "
+            "tokens that it needs; set it to segment"
         )
     if model.attention in ("recurrent_memory", "feedback"):
         raise UserError(
-            f"model.short_convolution is {width}, but model.attention {model.attention} puts memory tokens among those of the "
-            "text; set it to 0"
+            f"model.short_convolution is {width}, but model.attention {model.attention} puts memory tokens between the "
+            "tokens of the text; set it to 0"
         )
     if not 2 <= width < model.segment_length:
         raise UserError(
@@ -172,11 +176,11 @@ def validate_optimizer(config: RunConfig) -> None:
         )
     _positive("checkpoint", config.checkpoint, "every timeout_seconds")
     if config.checkpoint.keep_every < 0:
-        raise UserError(f"checkpoint.keep_every is {config.checkpoint.keep_every}; use 0 to keep only the newest")
+        raise UserError(f"checkpoint.keep_every is {config.checkpoint.keep_every}; use 0 to keep none permanently")
     if config.checkpoint.copy_to is not None and "@" in urlsplit(config.checkpoint.copy_to).netloc:
         raise UserError(
-            "checkpoint.copy_to has a user or password in it, which would be written into the run directory; leave them "
-            "out, and give them as fsspec's backend reads them from the environment or its own files"
+            "checkpoint.copy_to has a user or password in it, which would be written to the run directory; remove them from "
+            "the URL, and set them in the environment variables or credential files that the fsspec backend reads"
         )
     if config.checkpoint.keep < 2:
         raise UserError(
@@ -187,7 +191,7 @@ def validate_optimizer(config: RunConfig) -> None:
         raise UserError(f"evaluation.every is {config.evaluation.every}; use 0 to turn evaluation off")
     _positive("evaluation", config.evaluation, "micro_batches")
     if config.profiling.steps < 0:
-        raise UserError(f"profiling.steps is {config.profiling.steps}; use 0 to profile none")
+        raise UserError(f"profiling.steps is {config.profiling.steps}; use 0 to turn profiling off")
     _validate_health(config)
 
 
@@ -195,7 +199,7 @@ def _validate_health(config: RunConfig) -> None:
     health = config.health
     _positive("health", health, "max_consecutive_skips max_rollbacks")
     if health.spike_zscore < 0:
-        raise UserError(f"health.spike_zscore is {health.spike_zscore}; use 0 to look for no spikes")
+        raise UserError(f"health.spike_zscore is {health.spike_zscore}; use 0 to turn spike detection off")
     if health.spike_window < 4:
         raise UserError(f"health.spike_window is {health.spike_window}; a median needs at least 4 steps")
     if health.hang_seconds < 0:
@@ -203,11 +207,13 @@ def _validate_health(config: RunConfig) -> None:
     for name in ("first_step_seconds", "save_seconds"):
         if getattr(health, name) < health.hang_seconds:
             raise UserError(
-                f"health.{name} is {getattr(health, name)}, less than health.hang_seconds {health.hang_seconds}, which is for "
+                f"health.{name} is {getattr(health, name)}, less than health.hang_seconds {health.hang_seconds}, the limit for "
                 f"shorter operations; raise {name}"
             )
     if health.on_spike == "rollback" and health.spike_zscore == 0:
-        raise UserError("health.on_spike is rollback with health.spike_zscore 0, which finds no spike; set spike_zscore to 8")
+        raise UserError(
+            "health.on_spike is rollback, but spike_zscore 0 turns spike detection off; set health.spike_zscore to 8"
+        )
 
 
 def validate_layout(config: RunConfig, world_size: int) -> None:
@@ -226,13 +232,13 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
         raise UserError(f"layout.zero_stage is {layout.zero_stage}; ZeRO has stages 0, 1, 2 and 3")
     if pp > 1 and layout.zero_stage == 3:
         raise UserError(
-            f"layout.zero_stage is 3 with pipeline_parallel_size {pp}: stage 3 gathers weights in an order that a pipeline "
-            "breaks, and hangs; use zero_stage 2 or 1"
+            f"layout.zero_stage is 3 with pipeline_parallel_size {pp}: a pipeline breaks the order in which stage 3 gathers "
+            "weights, and the run hangs; use zero_stage 2 or 1"
         )
     if layout.offload_optimizer and (layout.zero_stage == 0 or pp > 1 or config.training.precision != "float32"):
         raise UserError(
             f"layout.offload_optimizer is true with zero_stage {layout.zero_stage}, pipeline_parallel_size {pp} and precision "
-            f"{config.training.precision}; it is verified for ZeRO 1 to 3 in float32 with one pipeline stage: set it to false"
+            f"{config.training.precision}; it supports only ZeRO 1 to 3 in float32 with one pipeline stage: set it to false"
         )
     if config.training.precision == "bfloat16" and layout.zero_stage != 1:
         raise UserError(
@@ -245,8 +251,8 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
     _divides("layout.tensor_parallel_size", tp, "data.vocab_size", config.data.vocab_size)
     if layout.virtual_stages > 1 and pp == 1:
         raise UserError(
-            f"layout.virtual_stages is {layout.virtual_stages} with pipeline_parallel_size 1, where no stage waits for "
-            "another; set it to 1"
+            f"layout.virtual_stages is {layout.virtual_stages} with pipeline_parallel_size 1, which has no idle time "
+            "to reduce; set it to 1"
         )
     stages = "layout.pipeline_parallel_size" + " × virtual_stages" * (layout.virtual_stages > 1)
     _divides(stages, layout.num_virtual_stages, "model.num_layers", model.num_layers)
@@ -257,7 +263,7 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
     if cp > 1 and model.attention not in ("infini", "local"):
         raise UserError(
             f"layout.context_parallel_size is {cp} with model.attention {model.attention}, which needs all segments of a "
-            "micro-batch on one process; use 1"
+            "micro-batch on one process; set it to 1"
         )
     if model.attention in ("recurrent_memory", "feedback"):
         if layout.sequence_parallel:
@@ -267,18 +273,18 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
             )
         if config.training.recompute == "layer":
             raise UserError(
-                f"training.recompute is layer with model.attention {model.attention}, which runs segment by segment; use none "
-                "or stage"
+                f"training.recompute is layer with model.attention {model.attention}, which runs segment by segment; set it "
+                "to none or stage"
             )
     if pp > 1 and model.attention == "recurrent_memory":
         raise UserError(
-            f"layout.pipeline_parallel_size is {pp} with model.attention recurrent_memory: the last layer's output enters the "
-            "first layer with the next segment, so stages would wait for each other; use 1"
+            f"layout.pipeline_parallel_size is {pp} with model.attention recurrent_memory: the first layer needs the output of "
+            "the last layer for the next segment, so stages would wait for each other; set it to 1"
         )
     if pp > 1 and model.attention == "memorizing":
         raise UserError(
             f"layout.pipeline_parallel_size is {pp} with model.attention memorizing: its gates are in one layer, so stages "
-            "would have different parameter groups, and DeepSpeed waits for ever where they add up the gradient norm; use 1"
+            "would have different parameter groups, and DeepSpeed would hang when it sums the gradient norm; set it to 1"
         )
     _divides("layout.context_parallel_size", cp, "training.segments_per_micro_batch", config.training.segments_per_micro_batch)
     if model.tie_embeddings and pp > 1:
@@ -296,7 +302,7 @@ def validate_layout(config: RunConfig, world_size: int) -> None:
 
 
 def validate_data(config: RunConfig) -> None:
-    """Refuse impossible values of the data section (the files themselves are checked by `infini_train.data`).
+    """Refuse impossible values of the data section. `infini_train.data` checks the files.
 
     Raises:
         UserError: naming the key, its value and the remedy.
@@ -324,12 +330,12 @@ def validate_task(config: RunConfig) -> None:
     if not 1 <= task.words <= MOST_WORDS:
         raise UserError(f"task.words is {task.words}; it must lie between 1 and {MOST_WORDS}")
     if task.kind in (None, "passkey") and task.keys > 1:
-        raise UserError(f"task.keys is {task.keys} with task.kind passkey, which has at most 1")
+        raise UserError(f"task.keys is {task.keys} with task.kind passkey, which has at most 1; set it to 1")
     words = WORDS_OF_A_FACT.get(task.kind or "passkey", 0)
     if words * task.keys > task.words:
         raise UserError(
             f"task.keys is {task.keys} with task.kind {task.kind}, which has at most {task.words // words} with task.words "
-            f"{task.words}"
+            f"{task.words}; lower it"
         )
     if task.min_keys is not None and not 1 <= task.min_keys <= task.keys:
         raise UserError(f"task.min_keys is {task.min_keys}; it must lie between 1 and task.keys ({task.keys})")
@@ -340,7 +346,7 @@ def validate_task(config: RunConfig) -> None:
             f"asks for at most {asks}; lower it"
         )
     if task.max_tokens < task.min_tokens:
-        raise UserError(f"task.max_tokens is {task.max_tokens}, less than task.min_tokens {task.min_tokens}; exchange them")
+        raise UserError(f"task.max_tokens is {task.max_tokens}, less than task.min_tokens {task.min_tokens}; raise max_tokens")
     shares = ("late_share", "border_share", "own_segment_share")
     _share("task", task, " ".join(shares))
     if sum(getattr(task, name) for name in shares) > 1:
@@ -354,7 +360,7 @@ def validate_task(config: RunConfig) -> None:
 
 
 def validate_compare(config: RunConfig) -> None:
-    """Refuse a comparison of nothing.
+    """Refuse a comparison without variants or seeds.
 
     Raises:
         UserError: naming the key.

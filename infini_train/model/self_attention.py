@@ -12,7 +12,7 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infini_kernels.backend import takes_kernels
+from infini_kernels.backend import uses_triton
 
 
 class SplitHeads(torch.autograd.Function):
@@ -27,7 +27,7 @@ class SplitHeads(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None, None]:
-        if takes_kernels("auto", q, k, v):
+        if uses_triton("auto", q, k, v):
             from infini_kernels.triton.heads import join_heads
 
             return join_heads(q, k, v), None, None

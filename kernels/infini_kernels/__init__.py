@@ -1,4 +1,4 @@
-"""The memory operations of Infini-attention (arXiv 2404.07143) and the plain attentions beside it. Knows only torch."""
+"""Memory operations of Infini-attention (arXiv 2404.07143) and plain attentions. Depends only on torch."""
 
 from infini_kernels.documents import document_attention
 from infini_kernels.local import local_attention, local_attention_choice

@@ -1,7 +1,7 @@
 """Memory ageing: a segment's update counts as if the segment had come several times in a row.
 
-In training it shows the gradient a memory as diluted as that of a very long stream, at the cost of a short one. Not part of the
-paper.
+In training, gradients then see a memory as diluted as that of a very long stream, at the cost of a short one. Not part of
+the paper.
 
 Shapes: B batch, N segments, W tokens of a segment, G key/value heads, D key width, Dv value width.
 """
@@ -18,25 +18,40 @@ from infini_kernels.maps import RunsOfMaps
 from infini_kernels.segments import to_device
 
 SERIES_FROM = 8
-"""Equal applications from which on a series takes fewer products than squares."""
+"""Number of equal applications from which a series needs fewer products than repeated squaring."""
 
 
 class Removals(Protocol):
-    """The delta rule's removal in X segments, I - T = σ(K)^T diag(1 / (σ(K) z + ε)) σ(K) for a normaliser z that enters."""
+    """Removal of the delta rule in X segments, I - T = σ(K)^T diag(1 / (σ(K) z + ε)) σ(K).
+
+    z is the normaliser that enters the segment.
+    """
 
     def removal(self, z: Tensor, eps: float) -> Tensor:
-        """z [X, G, D] -> [X, G, D, D]."""
+        """Return the removal [X, G, D, D] for z [X, G, D]."""
         ...
 
     def removals(self, z: Tensor, dz: Tensor, times: list[Tensor], eps: float) -> list[Tensor]:
-        """For each of several z + t Δz, of all segments and then of ever fewer: t [n] for the first n -> [n, G, D, D]."""
+        """Return the removals for several normalisers z + t Δz.
+
+        Args:
+            z: [X, G, D].
+            dz: Δz [X, G, D].
+            times: t [n] for the first n segments, for each of the normalisers; n is X in the first and never rises.
+            eps: ε.
+
+        Returns:
+            For each entry of times, [n, G, D, D].
+        """
         ...
 
 
 class PlainRemovals:
-    """`Removals` in PyTorch's own operations.
+    """`Removals` in PyTorch operations.
 
-    sigma_k_t [X, G, D, W], zero at padding; strength [X, G, 1, W] of each write, None for 1
+    Args:
+        sigma_k_t: σ(K)^T [X, G, D, W], zero at padding.
+        strength: strength of each write [X, G, 1, W]; None for 1.
     """
 
     def __init__(self, sigma_k_t: Tensor, strength: Tensor | None = None) -> None:
@@ -46,7 +61,7 @@ class PlainRemovals:
         return self._grams(z.unsqueeze(-2) @ self._sigma_k_t + eps)[0]
 
     def removals(self, z: Tensor, dz: Tensor, times: list[Tensor], eps: float) -> list[Tensor]:
-        # Products with the keys once, and not for each time.
+        # Multiply with the keys once instead of once per entry of times.
         at_z, at_dz = (x.unsqueeze(-2) @ self._sigma_k_t for x in (z, dz))  # [X, G, 1, W]
         return self._grams(*(at_z[: len(t)] + t[:, None, None, None] * at_dz[: len(t)] + eps for t in times))
 
@@ -56,7 +71,7 @@ class PlainRemovals:
 
 
 class Updates(Protocol):
-    """The parts of `compressive.SegmentUpdates` that are needed here."""
+    """Subset of `compressive.SegmentUpdates` that ageing needs."""
 
     written: Tensor
     z: Tensor
@@ -65,22 +80,24 @@ class Updates(Protocol):
 
 
 def repeated_removal(updates: Updates, entering_z: Tensor, repeats: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The delta rule applied r times with the same keys and values, M <- (I - removed) M + added.
+    """Apply the delta rule r times with the same keys and values, M <- (I - removed) M + added.
 
-    Application j sees the normaliser z + j Δz. The applications are walked in runs of 1, 2, 4, ... that share the normaliser at
-    their middle: exact for r of 1 and 2. A run of c applications after j others removes at most c / (j + (c - 1) / 2) times
-    what is there, with c = 8 and more less than once: the series of `map_series` holds for it, and log(r) products suffice.
+    Application j sees the normaliser z + j Δz. The applications are grouped into runs of 1, 2, 4, ... that share the
+    normaliser of their middle, which is exact for r of 1 and 2. A run of c applications after j others removes at most c /
+    (j + (c - 1) / 2) times the content of the memory. From c = 8 on that is less than once, so that the series of
+    `map_series` is valid, and log(r) products suffice.
 
     Args:
         updates: σ(K)^T V and Δz of one application.
         entering_z: z that enters each segment, [B, N, G, D].
         repeats: r, [B, N] whole numbers of at least 1.
+        eps: ε.
 
     Returns:
         removed [B, N, G, D, D] and added [B, N, G, D, Dv] of all r applications together.
     """
     num_groups, width = entering_z.shape[2:]
-    # Sorted by falling r, the segments that are not done are always the first ones, and the others cost nothing.
+    # Sorted by falling r, the unfinished segments always come first, and finished segments cost nothing.
     left, order = repeats.long().cpu().flatten().sort(descending=True, stable=True)
     places = to_device(order, entering_z.device)
     v, z, dz = (x.flatten(0, 1).index_select(0, places) for x in (updates.written, entering_z, updates.z))

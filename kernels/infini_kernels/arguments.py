@@ -1,4 +1,4 @@
-"""Refusals of wrong arguments: each error names the offending thing and what it conflicts with.
+"""Validation of arguments. Each error names the wrong argument and the value that it conflicts with.
 
 Shapes: B batch, T tokens, N segments, H query heads, G key/value heads, D key width, Dv value width.
 """
@@ -33,11 +33,11 @@ def check_segment_length(segment_length: int) -> None:
 
 def check_eps(eps: float) -> None:
     if not (math.isfinite(eps) and eps >= SMALLEST_EPS):
-        raise ValueError(f"eps is {eps}, but must be finite and at least {SMALLEST_EPS}: float32 holds 1 / eps**2")
+        raise ValueError(f"eps is {eps}, but must be finite and at least {SMALLEST_EPS}: float32 must hold 1 / eps**2")
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q [B, T, H, D], k [B, T, G, D], v [B, T, G, Dv], H a multiple of G, one floating type, one device."""
+    """Check q [B, T, H, D], k [B, T, G, D] and v [B, T, G, Dv]: H is a multiple of G; one floating type, one device."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, but 4 dimensions are needed: batch, tokens, heads, width")
@@ -65,26 +65,26 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_gate(gate: Tensor | None, q: Tensor) -> None:
-    """gate [H]: one scalar β per query head, before the sigmoid."""
+    """Check gate [H]: one scalar β per query head, before the sigmoid."""
     if gate is None:
-        raise ValueError("gate is None, but mixing memory into q's heads needs one β per head; see local_attention")
+        raise ValueError("gate is None, but infini_attention needs one β per query head; use local_attention for no memory")
     if list(gate.shape) != [q.shape[2]]:
         raise ValueError(f"gate has shape {list(gate.shape)} but q has {q.shape[2]} heads: [{q.shape[2]}] is needed")
     if not gate.is_floating_point():
-        raise ValueError(f"gate is {gate.dtype}, but β is a floating-point number (q is {q.dtype})")
+        raise ValueError(f"gate is {gate.dtype}, but must have a floating-point type (q is {q.dtype})")
     if gate.device != q.device:
         raise ValueError(f"gate is on {gate.device} but q is on {q.device}")
 
 
 def check_write_gate(write_gate: Tensor | None, k: Tensor) -> None:
-    """write_gate [G, D]."""
+    """Check write_gate [G, D]."""
     if write_gate is None:
         return
     needed = list(k.shape[2:])
     if list(write_gate.shape) != needed:
         raise ValueError(f"write_gate has shape {list(write_gate.shape)}, but k {list(k.shape)} needs {needed}")
     if not write_gate.is_floating_point():
-        raise ValueError(f"write_gate is {write_gate.dtype}, but scores keys of {k.dtype}: it is floating-point")
+        raise ValueError(f"write_gate is {write_gate.dtype}, but must have a floating-point type (k is {k.dtype})")
     if write_gate.device != k.device:
         raise ValueError(f"write_gate is on {write_gate.device} but k is on {k.device}")
 
@@ -92,12 +92,16 @@ def check_write_gate(write_gate: Tensor | None, k: Tensor) -> None:
 def check_normaliser(normaliser: str, update_rule: str) -> None:
     check_choice("normaliser", normaliser, NORMALISERS)
     if normaliser == "corrected" and update_rule != "delta":
-        raise ValueError(f"normaliser is 'corrected', which is the paper's under update_rule {update_rule!r}: write 'paper'")
+        raise ValueError(
+            f"normaliser is 'corrected', which needs update_rule 'delta', but update_rule is {update_rule!r}: write 'paper'"
+        )
 
 
 def check_memory(memory: MemoryState | None, k: Tensor, v: Tensor, normaliser: str = "paper") -> None:
-    """M [B, G, D, Dv] and z [B, G, D], in the memory type that goes with k, on k's device; M [B, G, D, Dv + 1] for a
-    corrected normaliser."""
+    """Check the memory: M [B, G, D, Dv] and z [B, G, D], in the memory type for k's type, on k's device.
+
+    With the corrected normaliser M is [B, G, D, Dv + 1].
+    """
     if memory is None:
         return
     batch_size, _, num_groups, key_width = k.shape
@@ -118,7 +122,7 @@ def check_memory(memory: MemoryState | None, k: Tensor, v: Tensor, normaliser: s
 
 
 def check_rotary(rotary: Rotary | None, q: Tensor, positions: int, positions_name: str) -> None:
-    """cos and sin, each [positions, D/2], on q's device."""
+    """Check cos and sin: each [positions, D/2], on q's device."""
     if rotary is None:
         return
     width = q.shape[3]
@@ -133,13 +137,13 @@ def check_rotary(rotary: Rotary | None, q: Tensor, positions: int, positions_nam
                 f"need {[positions, width // 2]}"
             )
         if not table.is_floating_point():
-            raise ValueError(f"rotary {name} is {table.dtype}, but q of {q.dtype} is rotated by floating-point numbers")
+            raise ValueError(f"rotary {name} is {table.dtype}, but must have a floating-point type (q is {q.dtype})")
         if table.device != q.device:
             raise ValueError(f"rotary {name} is on {table.device} but q is on {q.device}")
 
 
 def check_reset(reset: Tensor | None, batch_size: int, num_segments: int) -> None:
-    """reset [B, N] bool."""
+    """Check reset: [B, N] bool."""
     if reset is None:
         return
     if reset.dtype != torch.bool:
@@ -152,7 +156,7 @@ def check_reset(reset: Tensor | None, batch_size: int, num_segments: int) -> Non
 
 
 def check_repeats(repeats: Tensor | None, batch_size: int, num_segments: int) -> None:
-    """repeats [B, N], whole numbers of at least 1; values are checked where they are on the CPU."""
+    """Check repeats: [B, N], whole numbers of at least 1. Values are checked only if they are on the CPU."""
     if repeats is None:
         return
     if list(repeats.shape) != [batch_size, num_segments]:
@@ -162,20 +166,20 @@ def check_repeats(repeats: Tensor | None, batch_size: int, num_segments: int) ->
         )
     if values_known(repeats) and bool((repeats < 1).any()):
         raise ValueError(f"repeats holds {float(repeats.min())}, but a segment is written at least once")
-    if values_known(repeats) and (parts := repeats[repeats != repeats.round()]).numel():
-        raise ValueError(f"repeats holds {float(parts[0])}, but a segment is written a whole number of times")
+    if values_known(repeats) and (fractions := repeats[repeats != repeats.round()]).numel():
+        raise ValueError(f"repeats holds {float(fractions[0])}, but a segment is written a whole number of times")
 
 
 def check_lengths(lengths: Tensor | None, batch_size: int, num_tokens: int, segment_length: int) -> None:
-    """lengths [B] in 0 .. T or [B, N] in 0 .. tokens of the segment.
+    """Check lengths: [B] in 0 .. T, or [B, N] in 0 .. tokens of the segment.
 
-    The range is checked only where reading it does not stall an accelerator's queue: for lengths on the CPU.
+    The range is checked only if lengths is on the CPU, because reading it from an accelerator would stall its queue.
     """
     if lengths is None:
         return
     num_segments = -(-num_tokens // segment_length)
     if lengths.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"lengths is {lengths.dtype}, but counts tokens: torch.int64 or torch.int32")
+        raise ValueError(f"lengths is {lengths.dtype}, but counts tokens: use torch.int64 or torch.int32")
     if list(lengths.shape) not in ([batch_size], [batch_size, num_segments]):
         raise ValueError(
             f"lengths has shape {list(lengths.shape)}, but {batch_size} rows of {num_segments} segments need "
@@ -183,7 +187,7 @@ def check_lengths(lengths: Tensor | None, batch_size: int, num_tokens: int, segm
         )
     if not values_known(lengths):
         return
-    # As Python's numbers: a layer has a few, and each of torch's operations on them takes as long as all of this.
+    # Python numbers: there are only a few, and a single torch operation takes as long as this whole check.
     counts = lengths.flatten().tolist()
     if lengths.dim() == 1:
         most = [num_tokens] * batch_size
@@ -199,5 +203,5 @@ def check_lengths(lengths: Tensor | None, batch_size: int, num_tokens: int, segm
 
 
 def values_known(x: Tensor) -> bool:
-    """Whether values can be read without stalling an accelerator's queue or breaking torch.compile's graph."""
+    """Return whether values can be read without stalling an accelerator's queue or breaking torch.compile's graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,8 +1,8 @@
-"""Steps of the memory's arithmetic whose backward keeps less than PyTorch would, and passes over the tokens fewer times.
+"""Autograd functions of the memory whose backward saves less than PyTorch's own and passes over the tokens fewer times.
 
-What PyTorch would keep for each, and these do not, is one number per token and key or value of a head.
+Each saves GPU memory of one number per token and per key or value of a head.
 
-Shapes: W tokens, D key width, Dv value width; before them any batch dimensions, the same for all arguments.
+Shapes: W tokens, D key width, Dv value width. Any batch dimensions come first and are the same for all arguments.
 """
 
 from typing import Any
@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 
 
 class FeatureMap(torch.autograd.Function):
-    """σ(x) = ELU(x) + 1 = exp(min(x, 0)) + max(x, 0).
+    """Feature map σ(x) = ELU(x) + 1 = exp(min(x, 0)) + max(x, 0).
 
-    Its derivative is min(σ(x), 1), and σ(x) is kept by the products that follow in any case.
+    Its derivative is min(σ(x), 1). The products that follow save σ(x) in any case, so it costs nothing to save it here.
     """
 
     @staticmethod
@@ -32,9 +32,10 @@ class FeatureMap(torch.autograd.Function):
 
 
 class WeightedGrams(torch.autograd.Function):
-    """X diag(s) X^T of the first n of the X, for each of several s: x_t [N, ..., D, W], s [n, ..., 1, W] -> [n, ..., D, D].
+    """Products X diag(s) X^T of the first n matrices X, for each of several scales s.
 
-    n is N in the first of them. With S = (G + G^T) X for the gradient G of a result: dX = S diag(s), ds = Σ_D S X / 2.
+    x_t [N, ..., D, W], s [n, ..., 1, W] -> [n, ..., D, D]. n is N in the first scale. With S = (G + G^T) X for the gradient
+    G of a result: dX = S diag(s), ds = Σ_D S X / 2.
     """
 
     @staticmethod
@@ -61,10 +62,10 @@ class WeightedGrams(torch.autograd.Function):
 
 
 class ScaledProduct(torch.autograd.Function):
-    """diag(s) X Y: x [..., W, D], s [..., W, 1], y [..., D, Dv] -> [..., W, Dv].
+    """Product diag(s) X Y: x [..., W, D], s [..., W, 1], y [..., D, Dv] -> [..., W, Dv].
 
-    With P = G Y^T for the gradient G of the result: dX = diag(s) P, ds = Σ_D P X (as Σ_Dv G (X Y), but without X Y),
-    dY = X^T diag(s) G.
+    With P = G Y^T for the gradient G of the result: dX = diag(s) P, dY = X^T diag(s) G, and ds = Σ_D P X. The last equals
+    Σ_Dv G (X Y), but does not need X Y.
     """
 
     @staticmethod

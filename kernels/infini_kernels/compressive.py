@@ -1,9 +1,9 @@
-"""Reading, writing and carrying the compressive memory (arXiv 2404.07143, Eq. 3, 4, 8, 9 and 10).
+"""Compressive memory: write, read, and recurrence over segments (arXiv 2404.07143, Eq. 3, 4, 8, 9 and 10).
 
-Everything here runs in the memory's own type, float32 (float64 for verification), whatever surrounds it.
+All of it computes in the type of the memory, float32 (float64 for verification), independent of the type of the model.
 
-Shapes: B batch, N segments, W tokens of a segment in this call, H query heads, G key/value heads, R = H/G, D key width,
-Dv value width.
+Shapes: B batch, N segments, W tokens of a segment in this call, H query heads, G key/value heads, R = H/G, D key width, Dv
+value width.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +23,10 @@ from infini_kernels.variants import sharp_features
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
-    """Switches off an autocast around memory arithmetic: it would run the matrix products in a half type."""
+    """Return a context that turns off autocast for x's device type.
+
+    Autocast would run the matrix products of the memory in a half-precision type.
+    """
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
@@ -31,20 +34,26 @@ def full_precision(x: Tensor) -> AbstractContextManager[None]:
 
 
 def sigma(x: Tensor, dtype: torch.dtype, feature_map: str = "elu") -> Tensor:
-    """σ(x) over the last dimension in the memory's type: the paper's ELU(x) + 1, or `variants.sharp_features`."""
+    """Return σ(x) over the last dimension, in the type of the memory.
+
+    σ is the paper's ELU(x) + 1, or `variants.sharp_features`.
+    """
     x = x.to(dtype)
     return FeatureMap.apply(x) if feature_map == "elu" else sharp_features(x)
 
 
 class CarriedMemory(NamedTuple):
-    """Memory along N segments: what enters each (None: nothing enters the only one), and what leaves the last."""
+    """Memory along N segments: the states that enter the segments, and the state after the last.
+
+    entering is None if there is only one segment and its memory is empty.
+    """
 
     entering: MemoryState | None  # M [B, N, G, D, Dv], z [B, N, G, D]
     leaving: MemoryState  # M [B, G, D, Dv], z [B, G, D]
 
 
 class SegmentUpdates(Protocol):
-    """What each segment does to the memory; made once for all segments, from keys and values.
+    """Effect of each segment on the memory, computed once for all segments from keys and values.
 
     Attributes:
         written: σ(K)^T V, [B, N, G, D, Dv].
@@ -55,24 +64,34 @@ class SegmentUpdates(Protocol):
     z: Tensor
 
     def select(self, places: Tensor | None) -> Removals:
-        """What the segments b N + n of these places [X] remove, in their order; None takes all."""
+        """Return the removals of the segments b N + n listed in places [X], in that order.
+
+        None selects all segments.
+        """
         ...
 
     def walk(self, state: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `recurrence.walk`."""
+        """Run `recurrence.walk`."""
         ...
 
     def walk_both(self, memory: MemoryState, added: MemoryState, reset: Tensor | None) -> tuple[MemoryState, MemoryState]:
-        """`walk` of M and of z where nothing is removed: what enters each segment, and what leaves the last."""
+        """Run `walk` on M and z without removals.
+
+        Returns:
+            The memory that enters each segment, and the memory after the last.
+        """
         ...
 
 
 class PlainUpdates:
-    """`SegmentUpdates` in PyTorch's own operations.
+    """`SegmentUpdates` in PyTorch operations.
 
-    sigma_k [B, N, W, G, D], zero at padding; v [B, N, W, G, Dv]; strength [B, N, W, G, 1] of each write, None for 1
+    With a strength s of each write, σ(K)^T diag(s) replaces every σ(K)^T that writes.
 
-    With strengths s, σ(K)^T diag(s) stands in every place of the σ(K)^T that writes.
+    Args:
+        sigma_k: σ(K) [B, N, W, G, D], zero at padding.
+        v: [B, N, W, G, Dv].
+        strength: [B, N, W, G, 1]; None for 1.
     """
 
     def __init__(self, sigma_k: Tensor, v: Tensor, strength: Tensor | None = None) -> None:
@@ -100,17 +119,25 @@ class PlainUpdates:
 
 
 class SegmentMemory:
-    """Carries the memory over the segments: both rules are M_s = T_s M_{s-1} + B_s once z is known (Eq. 8 and 9).
+    """Recurrence of the memory over segments.
+
+    Both rules are M_s = T_s M_{s-1} + B_s once z is known (Eq. 8 and 9):
 
         linear  B_s = σ(K)^T V, T_s = I
         delta   B_s = σ(K)^T V, T_s = I - σ(K)^T diag(1 / (σ(K) z_{s-1} + ε)) σ(K)
 
-    B_s and T_s come for all segments at once from the keys; only states of D x Dv are walked. With a group the exchange
-    between its processes is under way from here to `carry`, so that other work can overlap with it.
+    B_s and T_s are computed from the keys for all segments at once; only the recurrence of D x Dv states is sequential.
+    With a group, the exchange between its processes runs from the constructor to `carry`, so that other work can overlap
+    with it.
 
-    memory that enters the first segment, None for zeros; reset [B, N] bool, the memory is zeroed before that segment; group:
-    processes over which the segments are spread, None if they are all here; repeats [B, N], how often each segment's update
-    counts, None for once.
+    Args:
+        updates: effect of each segment on the memory.
+        memory: memory that enters the first segment; None for zeros.
+        reset: [B, N] bool: the memory is zeroed before that segment.
+        update_rule: 'linear' or 'delta'.
+        eps: ε.
+        group: processes over which the segments are spread; None if all segments are on this process.
+        repeats: [B, N], how often each segment's update counts; None for once.
     """
 
     def __init__(
@@ -139,12 +166,12 @@ class SegmentMemory:
             memory = MemoryState.zeros(*size, device=updates.z.device, dtype=updates.z.dtype)
         self._memory = memory
         if group is not None:
-            kept = _kept(reset, self._written)[:, None, None].expand(-1, num_groups, 1)
+            kept = _rows_without_reset(reset, self._written)[:, None, None].expand(-1, num_groups, 1)
             _, run_z = self._walk(torch.zeros_like(memory.z), self._written_z, reset)
             self._exchange_z = RunExchange(kept, run_z, group)
         self._carried_z: tuple[Tensor, Tensor] | None = None
         self._removed = None
-        if update_rule == "delta":  # M needs z here, so z is waited for
+        if update_rule == "delta":  # M needs z, so wait for the exchange of z
             self._carried_z = self._carry_z()
             entering_z = self._carried_z[0]
             if repeats is None:
@@ -159,14 +186,14 @@ class SegmentMemory:
             self._exchange_M = RunExchange(factor, run_M, group)
 
     def _carry_z(self) -> tuple[Tensor, Tensor]:
-        """z that enters each segment [B, N, G, D], and that leaves the last."""
+        """Return z that enters each segment [B, N, G, D], and z after the last."""
         if self._group is None:
             return self._walk(self._memory.z, self._written_z, self._reset)
         first, leaving = self._exchange_z.fold(self._memory.z)
         return self._walk(first, self._written_z, self._reset)[0], leaving
 
     def carry(self) -> CarriedMemory:
-        """Waits for the exchange and walks the memory over the segments."""
+        """Wait for the exchange and run the recurrence over the segments."""
         if self._nothing_enters:
             return CarriedMemory(None, MemoryState(self._written[:, 0], self._written_z[:, 0]))
         if self._group is None and self._carried_z is None:
@@ -178,13 +205,16 @@ class SegmentMemory:
         return CarriedMemory(MemoryState(entering_M, entering_z), MemoryState(leaving_M, leaving_z))
 
     def _transition(self, removed: Tensor) -> Tensor:
-        """T of all segments together under the delta rule, [B, G, D, D]: what they do to the memory that enters the first."""
+        """Return the product of T over all segments under the delta rule, [B, G, D, D].
+
+        It maps the memory that enters the first segment to its share of the memory after the last.
+        """
         identity = torch.eye(removed.shape[-1], dtype=removed.dtype, device=removed.device).expand_as(removed[:, 0])
         return self._walk(identity, torch.zeros_like(removed), self._reset, removed)[1]
 
 
-def _kept(reset: Tensor | None, like: Tensor) -> Tensor:
-    """1 for rows in which no segment resets, else 0: [B], in the memory's type."""
+def _rows_without_reset(reset: Tensor | None, like: Tensor) -> Tensor:
+    """Return 1 for rows in which no segment resets and 0 for others: [B], in the type of the memory."""
     if reset is None:
         return torch.ones(like.shape[0], dtype=like.dtype, device=like.device)
     return (~reset.any(dim=1)).to(like)
@@ -198,17 +228,26 @@ def read_and_mix(
     first_segment: str,
     eps: float,
 ) -> Tensor:
-    """A = sigmoid(β) σ(Q) M_{s-1} / (σ(Q) z_{s-1} + ε) + (1 - sigmoid(β)) A_dot (Eq. 3 and 10).
+    """Read the memory and mix it with local attention (Eq. 3 and 10).
 
-    sigma_q [B, N, W, H, D]; local A_dot [B, N, W, H, Dv]; gate [H]; entering M [B, N, G, D, Dv], z [B, N, G, D], or
-    None for an empty memory -> [B, N, W, H, Dv] in the memory's type. With first_segment 'local_only', heads whose
-    memory is empty (z = 0) keep A_dot unscaled.
+    A = sigmoid(β) σ(Q) M_{s-1} / (σ(Q) z_{s-1} + ε) + (1 - sigmoid(β)) A_dot
+
+    Args:
+        sigma_q: σ(Q) [B, N, W, H, D].
+        local: A_dot [B, N, W, H, Dv].
+        gate: β [H].
+        entering: M [B, N, G, D, Dv] and z [B, N, G, D]; None for an empty memory.
+        first_segment: 'paper', or 'local_only' to leave A_dot unscaled in heads with an empty memory (z = 0).
+        eps: ε.
+
+    Returns:
+        A [B, N, W, H, Dv], in the type of the memory.
     """
     num_heads = gate.shape[0]
     share = gate.to(sigma_q.dtype).sigmoid()  # [H]
     if entering is None:
         if first_segment == "local_only":
-            share = share * 0  # a product and not a constant: the gate stays in the graph, its gradient is zero
+            share = share * 0  # not a constant: the gate stays in the graph with gradient zero
         return local * (1 - share).unsqueeze(-1)
 
     num_groups = entering.z.shape[2]
@@ -221,7 +260,7 @@ def read_and_mix(
     width = sigma_q.shape[2]
     grouped_q = sigma_q.unflatten(3, (num_groups, heads_per_group)).transpose(2, 3).flatten(3, 4)  # [B, N, G, W*R, D]
     scale = (grouped_q @ entering.z.unsqueeze(-1) + eps).reciprocal()  # [B, N, G, W*R, 1]
-    # The share goes into the scale, one number per token and head, to save a pass over the values.
+    # Multiply the share into the scale (one number per token and head), which saves a pass over the values.
     scale = (scale.unflatten(3, (width, heads_per_group)) * share.transpose(2, 3)).flatten(3, 4)
     read = ScaledProduct.apply(grouped_q, scale, entering.M)  # [B, N, G, W*R, Dv]
     read = read.unflatten(3, (width, heads_per_group)).transpose(2, 3)  # [B, N, W, G, R, Dv]

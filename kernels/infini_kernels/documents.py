@@ -1,7 +1,7 @@
-"""Causal softmax attention over whole documents: the full-attention rival, without a T x T mask.
+"""Causal softmax attention over whole documents without a T x T mask: the full-attention baseline.
 
-Shapes: B batch, T tokens, N segments, P valid tokens of all rows, H query heads, G key/value heads, D key width,
-Dv value width.
+Shapes: B batch, T tokens, N segments, P valid tokens of all rows, H query heads, G key/value heads, D key width, Dv value
+width.
 """
 
 import torch
@@ -24,15 +24,25 @@ def document_attention(
     lengths: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> Tensor:
-    """Causal attention over the whole call, never across documents.
+    """Compute causal attention over the whole call, but never across documents.
 
-    q [B, T, H, D], k [B, T, G, D], v [B, T, G, Dv] -> out [B, T, H, Dv] in v's type, zero at padding. A document
-    begins at each row's start and at each segment where reset [B, N] is True (None: nowhere else). Padding, given by
-    lengths as for `infini_attention`, is attended by nothing. rotary: (cos, sin), each [T, D/2], by position in the
-    call.
+    A document begins at the start of each row and at each segment that has reset. Padding is not attended to. The host
+    needs to know where documents end: keep `reset` and `lengths` on the CPU, otherwise the host waits for the accelerator.
 
-    Where documents end is needed on the host: keep `reset` and `lengths` on the CPU, or an accelerator is waited for.
-    Raises ValueError for shapes, types or values that do not fit.
+    Args:
+        q: [B, T, H, D].
+        k: [B, T, G, D].
+        v: [B, T, G, Dv].
+        segment_length: tokens of a segment.
+        reset: [B, N] bool, a document begins at that segment; None for none.
+        lengths: valid tokens, as for `infini_attention`.
+        rotary: (cos, sin), each [T, D/2], by position in the call.
+
+    Returns:
+        out [B, T, H, Dv] in v's type, zero at padding.
+
+    Raises:
+        ValueError: shapes, types or values do not fit.
     """
     check_heads(q, k, v)
     batch_size, num_tokens = q.shape[:2]
@@ -45,7 +55,7 @@ def document_attention(
     if rotary is not None:
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
     spans = _document_lengths(reset, lengths, batch_size, num_tokens, segment_length)
-    if not spans:  # nothing but padding: zeros that stay in the graph
+    if not spans:  # only padding: return zeros that stay in the graph
         return local_attention(q, k, v, segment_length=segment_length, lengths=lengths)
     padding = padding_mask(lengths, num_tokens, segment_length, torch.device("cpu"))  # [B, T, 1, 1]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B*T, heads, width]
@@ -62,7 +72,7 @@ def document_attention(
 def _document_lengths(
     reset: Tensor | None, lengths: Tensor | None, batch_size: int, num_tokens: int, segment_length: int
 ) -> list[int]:
-    """Valid tokens of every document, rows one after another; documents without any are left out."""
+    """Return the number of valid tokens of every document, row after row, without empty documents."""
     if lengths is None:
         lengths = torch.full((batch_size,), num_tokens)
     segment_tokens = lengths_by_segment(lengths, num_tokens, segment_length).tolist()
@@ -79,11 +89,11 @@ def _document_lengths(
 
 @counted_as("local attention")
 def _packed_attention(q: Tensor, k: Tensor, v: Tensor, spans: list[int]) -> Tensor:
-    """Causal attention inside each of the spans that make up P tokens.
+    """Compute causal attention inside each of the spans that make up P tokens.
 
     q [P, H, D], k [P, G, D], v [P, G, Dv] -> [P, H, Dv]
     """
-    if len(set(spans)) == 1:  # as where no document ends inside a row: one call for all
+    if len(set(spans)) == 1:  # for example no document ends inside a row: one call for all
         rows = (len(spans), spans[0])
         return causal_attention(q.unflatten(0, rows), k.unflatten(0, rows), v.unflatten(0, rows)).flatten(0, 1)
     flash_attn = flash_attention_for(q, v)

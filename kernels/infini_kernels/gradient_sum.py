@@ -1,4 +1,4 @@
-"""Sums of gradients over micro-batches: float32, whatever the type of a gradient."""
+"""Sum of gradients over micro-batches, in float32 for any type of gradient."""
 
 import torch
 from torch import Tensor
@@ -6,15 +6,18 @@ from torch import Tensor
 from infini_kernels.backend import TRITON_USABLE
 
 LARGE = 2**20
-"""Numbers from which a pass less over them is worth a launch of Triton's, which takes the host several times as long."""
+"""Number of elements from which one pass less is worth a Triton launch.
+
+The host time of a Triton launch is several times that of a PyTorch call.
+"""
 
 
 def add_to_sum(total: Tensor, gradient: Tensor) -> None:
-    """total += gradient, converted to float32 without a copy of it.
+    """Add a gradient to its sum, total += gradient, without a float32 copy of the gradient.
 
     Args:
         total: float32, contiguous.
-        gradient: as many numbers, of any floating type.
+        gradient: the same number of elements, of any floating type.
     """
     large = total.numel() >= LARGE and gradient.dtype != torch.float32
     if large and total.is_cuda and gradient.is_contiguous() and TRITON_USABLE:

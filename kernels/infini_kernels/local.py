@@ -1,7 +1,7 @@
 """Causal softmax attention inside each segment: the local half of Infini-attention.
 
-Shapes: B batch, T tokens, N segments, W tokens of a segment in this call, H query heads, G key/value heads,
-D key width, Dv value width; X rows of any kind.
+Shapes: B batch, T tokens, N segments, W tokens of a segment in this call, H query heads, G key/value heads, D key width, Dv
+value width; X rows of any kind.
 """
 
 from importlib import import_module
@@ -16,26 +16,29 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
 from infini_kernels.arguments import Rotary, check_choice, check_heads, check_lengths, check_rotary, check_segment_length
-from infini_kernels.backend import BACKENDS, takes_kernels
+from infini_kernels.backend import BACKENDS, uses_triton
 from infini_kernels.rotary import apply_rotary
 from infini_kernels.segments import SegmentLayout, padding_mask
 from infini_kernels.timing import counted_as
 
 
 def installed(name: str) -> bool:
-    """Whether there is such a package, and not only packages within a folder of this name: flash-attn 4 lies in flash_attn/cute
-    and leaves flash_attn itself to version 2."""
+    """Return whether a package of this name itself is installed.
+
+    A folder of this name with packages in it does not count: flash-attn 4 installs flash_attn/cute and leaves flash_attn to
+    version 2.
+    """
     spec = find_spec(name)
     return spec is not None and spec.origin is not None
 
 
 FLASH_ATTENTION_2 = installed("flash_attn")
 FLASH_ATTENTION_3 = installed("flash_attn_interface")
-"""For Hopper alone."""
-# The widest head for which FlashAttention has a kernel.
+"""Only for Hopper GPUs."""
+# Width of the widest head for which FlashAttention has a kernel.
 FLASH_WIDEST_HEAD = 256
-# Up to this many tokens a row, PyTorch's backward on a CPU is faster in float32 than in bfloat16: 3.5 times at 64 tokens
-# (width 32, 4 heads), 0.75 times at 512 (width 64).
+# Up to this many tokens per row, PyTorch's backward on a CPU is faster in float32 than in bfloat16: 3.5 times as fast at 64
+# tokens (width 32, 4 heads), 0.75 times at 512 (width 64).
 SHORT_ROW_ON_CPU = 128
 
 
@@ -44,7 +47,10 @@ _FAILURES: dict[str, str] = {}
 
 @torch.compiler.assume_constant_result
 def _failure(name: str) -> str:
-    """Why a package cannot be imported, often because its kernels were built for another PyTorch; nothing if it can be."""
+    """Return why a package cannot be imported, or an empty string if it can be.
+
+    A frequent reason is that its kernels were built for another version of PyTorch.
+    """
     if name not in _FAILURES:
         try:
             import_module(name)
@@ -55,7 +61,7 @@ def _failure(name: str) -> str:
 
 
 def _candidates(q: Tensor, v: Tensor) -> list[str]:
-    """What is installed of flash-attn and has a kernel for these tensors, the newest first."""
+    """Return the installed flash-attn packages that have a kernel for these tensors, newest first."""
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or max(q.shape[-1], v.shape[-1]) > FLASH_WIDEST_HEAD:
         return []
     on_hopper = FLASH_ATTENTION_3 and torch.cuda.get_device_capability(q.device)[0] == 9
@@ -63,11 +69,14 @@ def _candidates(q: Tensor, v: Tensor) -> list[str]:
 
 
 def flash_attention_for(q: Tensor, v: Tensor) -> ModuleType | None:
-    """The newest flash-attn that can be imported and has a kernel for these tensors (last dimension the width)."""
+    """Return the newest flash-attn that can be imported and has a kernel for these tensors; None if there is none.
+
+    The last dimension of the tensors is the head width.
+    """
     for name in _candidates(q, v):
         if _failure(name):
             continue
-        if name == "flash_attn":  # import statements, which torch.compile follows
+        if name == "flash_attn":  # import statements, because torch.compile can trace them
             import flash_attn
 
             return flash_attn
@@ -78,15 +87,20 @@ def flash_attention_for(q: Tensor, v: Tensor) -> ModuleType | None:
 
 
 def deterministic() -> bool:
-    """Whether a backward must have the same bits twice: by default the fused kernels sum the gradient of queries in the order
-    in which their blocks end. PyTorch's own kernels ask the same."""
+    """Return whether the backward pass must give the same bits every time.
+
+    By default the fused kernels sum the gradient of queries in the order in which their blocks finish. PyTorch's own
+    kernels read the same setting.
+    """
     return torch.are_deterministic_algorithms_enabled()
 
 
 def local_attention_choice(q: Tensor, v: Tensor, grouped: bool = False) -> str:
-    """What computes the attention of tensors like these, for a log.
+    """Return the name of the implementation that computes attention of such tensors, for a log.
 
     Args:
+        q: [..., D].
+        v: [..., Dv].
         grouped: there are fewer key/value heads than query heads.
     """
     failed = "".join(f" ({failure})" for failure in map(_failure, _candidates(q, v)) if failure)
@@ -95,21 +109,24 @@ def local_attention_choice(q: Tensor, v: Tensor, grouped: bool = False) -> str:
         return f"{flash_attn.__name__} {getattr(flash_attn, '__version__', '')}".strip() + failed
     if not q.is_cuda:
         return f"PyTorch {torch.__version__} on {q.device.type}{failed}"
-    grouped = grouped and _takes_groups(q)
+    grouped = grouped and _has_grouped_kernel(q)
     q, k, v = (q.new_empty(1, heads, 16, max(q.shape[-1], v.shape[-1])) for heads in ((2, 1, 1) if grouped else (2, 2, 2)))
     number = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=grouped)
     return f"PyTorch {torch.__version__}, {SDPBackend(number).name.lower()}{failed}"
 
 
-def _takes_groups(q: Tensor) -> bool:
-    """Whether PyTorch has a fused kernel for grouped heads: on CUDA not in float32, where it would hold all scores."""
+def _has_grouped_kernel(q: Tensor) -> bool:
+    """Return whether PyTorch has a fused kernel for grouped heads.
+
+    On CUDA it has none for float32, and would hold all scores in GPU memory.
+    """
     return not q.is_cuda or q.dtype in (torch.float16, torch.bfloat16)
 
 
 def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Fills the narrower of keys and values up with zeros, which changes neither scores nor kept outputs.
+    """Pad the narrower of keys and values with zeros, which changes neither scores nor the outputs that are used.
 
-    The fused kernels want one width; without it PyTorch falls back to the full matrix of scores on the CPU.
+    The fused kernels need one width. With two widths PyTorch would fall back to the full matrix of scores on the CPU.
     """
     missing = q.shape[-1] - v.shape[-1]
     if missing > 0:
@@ -121,7 +138,7 @@ def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 @counted_as("local attention")
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(mask(Q K^T) / sqrt(D)) V, row by row, with memory linear in the tokens.
+    """Compute softmax(mask(Q K^T) / sqrt(D)) V for each row, with GPU or host memory linear in the number of tokens.
 
     q [X, T, H, D], k [X, T, G, D], v [X, T, G, Dv] -> [X, T, H, Dv]
     """
@@ -130,27 +147,27 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     flash_attn = flash_attention_for(q, v)
     if flash_attn is not None:
         out = flash_attn.flash_attn_func(q, k, v, softmax_scale=scale, causal=True, deterministic=deterministic())
-        out = out[0] if isinstance(out, tuple) else out  # some versions give the normaliser too
+        out = out[0] if isinstance(out, tuple) else out  # some versions return the normaliser too
     elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] <= SHORT_ROW_ON_CPU:
         out = _ShortRowsOnCpu.apply(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale).transpose(1, 2)
     else:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         grouped = q.shape[1] != k.shape[1]
-        if grouped and not _takes_groups(q):
-            k, v, grouped = _for_each_head(k, q), _for_each_head(v, q), False
+        if grouped and not _has_grouped_kernel(q):
+            k, v, grouped = _repeat_for_query_heads(k, q), _repeat_for_query_heads(v, q), False
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
     return out if out.shape[-1] == value_width else out[..., :value_width]
 
 
 class _ShortRowsOnCpu(torch.autograd.Function):
-    """Causal attention of short bfloat16 rows on a CPU; only its backward computes in float32.
+    """Causal attention of short bfloat16 rows on a CPU, with a backward in float32.
 
     q [X, H, T, D], k, v [X, G, T, D] -> [X, H, T, D]
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        heads = q, _for_each_head(k, q), _for_each_head(v, q)
+        heads = q, _repeat_for_query_heads(k, q), _repeat_for_query_heads(v, q)
         out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, True, scale=scale)
         ctx.save_for_backward(q, k, v, out, log_sum)
         ctx.scale = scale
@@ -162,23 +179,32 @@ class _ShortRowsOnCpu(torch.autograd.Function):
         *tensors, log_sum = ctx.saved_tensors
         q, k, v, out = (x.float() for x in tensors)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient.float(), q, _for_each_head(k, q), _for_each_head(v, q), out, log_sum, 0.0, True, scale=ctx.scale
+            gradient.float(),
+            q,
+            _repeat_for_query_heads(k, q),
+            _repeat_for_query_heads(v, q),
+            out,
+            log_sum,
+            0.0,
+            True,
+            scale=ctx.scale,
         )
         if (groups := k.shape[1]) != q.shape[1]:
             dk, dv = (x.unflatten(1, (groups, -1)).sum(dim=2) for x in (dk, dv))
         return *(x.to(gradient.dtype) for x in (dq, dk, dv)), None
 
 
-def _for_each_head(x: Tensor, q: Tensor) -> Tensor:
-    """Keys or values [X, G, T, D], each as often as q [X, H, T, D] has heads for it."""
+def _repeat_for_query_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Repeat keys or values [X, G, T, D] so that each query head of q [X, H, T, D] has its own."""
     return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 @counted_as("local attention")
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None) -> Tensor:
-    """A_dot of arXiv 2404.07143, Section 2.2, for all segments at once: segments are rows of a larger batch.
+    """Compute A_dot (arXiv 2404.07143, Section 2.2) for all segments at once, as rows of a larger batch.
 
-    q [B, N, W, H, D], k [B, N, W, G, D], v [B, N, W, G, Dv] -> [B, N, W, H, Dv]; rotary tables of at least W positions.
+    q [B, N, W, H, D], k [B, N, W, G, D], v [B, N, W, G, Dv] -> [B, N, W, H, Dv]. The rotary tables have at least W
+    positions.
     """
     batch_size, num_segments, width = q.shape[:3]
     if rotary is not None:
@@ -198,11 +224,22 @@ def local_attention(
     lengths: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Segment-local causal softmax attention alone, without any memory.
+    """Compute segment-local causal softmax attention without memory.
 
-    q [B, T, H, D], k [B, T, G, D], v [B, T, G, Dv] -> out [B, T, H, Dv] in v's type, zero at padding.
-    rotary, lengths and backend (which turns queries and keys here) as for `infini_attention`. Raises ValueError for shapes,
-    types or values that do not fit.
+    Args:
+        q: [B, T, H, D].
+        k: [B, T, G, D].
+        v: [B, T, G, Dv].
+        segment_length: tokens of a segment.
+        rotary: as for `infini_attention`.
+        lengths: as for `infini_attention`.
+        backend: implementation of the rotation of queries and keys; values as for `infini_attention`.
+
+    Returns:
+        out [B, T, H, Dv] in v's type, zero at padding.
+
+    Raises:
+        ValueError: shapes, types or values do not fit.
     """
     check_choice("backend", backend, BACKENDS)
     check_heads(q, k, v)
@@ -212,7 +249,7 @@ def local_attention(
 
     layout = SegmentLayout.of(q.shape[1], segment_length)
     padding = padding_mask(lengths, q.shape[1], segment_length, q.device)
-    if rotary is not None and takes_kernels(backend, q, k, v):
+    if rotary is not None and uses_triton(backend, q, k, v):
         from infini_kernels.triton.operation import local_half, tokens_by_segment
 
         out = local_half(q, k, v, rotary, tokens_by_segment(lengths, layout, q, segment_length), padding, layout).to(v.dtype)

@@ -1,4 +1,4 @@
-"""A run of equal maps by repeated squaring: exact, in one product of maps for each binary digit of the count.
+"""Powers of affine maps by repeated squaring: exact, with one product of maps per binary digit of the count.
 
 For shapes and names see `maps`.
 """
@@ -9,19 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infini_kernels.maps import Maps, kept, of_later
+from infini_kernels.maps import Maps, identity_minus, later_factor_gradient
 from infini_kernels.segments import to_device
 
 
 class Squares:
-    """`maps.Run`, for any maps."""
+    """`maps.Run` for any maps."""
 
     def __init__(self, counts: list[int], heads: int) -> None:
         self._counts, self._heads = counts, heads
 
     def forward(self, removed: Tensor, added: Tensor, total: Maps) -> list[Tensor]:
         saved: list[Tensor] = []
-        power = Maps(kept(removed), added)
+        power = Maps(identity_minus(removed), added)
         for bit in self._bits(added.device):
             if bit.number:
                 power = power.first(bit.size).after(power.first(bit.size))
@@ -40,15 +40,15 @@ class Squares:
             of_power = _of_squared(power, of_power)
             if bit.rows is not None and before is not None:
                 after = of_total.at(bit.rows)
-                _add(of_power, bit.rows, Maps(of_later(before, after), after.added))
-                of_total.put(bit.rows, power.at(bit.rows).of_earlier(after))
+                _add(of_power, bit.rows, Maps(later_factor_gradient(before, after), after.added))
+                of_total.put(bit.rows, power.at(bit.rows).earlier_gradient(after))
         assert of_power is not None
         return Maps(of_power.factor.neg_(), of_power.added)
 
     def _bits(self, device: torch.device) -> Iterator["_Bit"]:
         counts, heads = self._counts, self._heads
         for number in range(counts[0].bit_length()):
-            # Counts fall, so those that need a higher power are always the first ones.
+            # Counts never rise, so the segments that need a higher power always come first.
             size = sum(count >> number > 0 for count in counts)
             places = [x for x in range(size) if counts[x] >> number & 1]
             rows: slice | Tensor | None = None
@@ -60,15 +60,15 @@ class Squares:
 
 
 class _Bit(NamedTuple):
-    """A binary digit of the counts."""
+    """One binary digit of the counts."""
 
     number: int
-    size: int  # the first rows, whose counts have this digit or a higher one
-    rows: slice | Tensor | None  # those that have this digit
+    size: int  # number of first rows whose counts have this digit or a higher one
+    rows: slice | Tensor | None  # rows whose count has a one at this digit
 
 
 def _of_squared(power: Maps, gradient: Maps | None) -> Maps:
-    """Gradient of a power from that of its square, which has been taken of the first rows only.
+    """Return the gradient of a power from the gradient of its square, which was computed for the first rows only.
 
     dA = G A^T + g a^T + A^T G, da = g + A^T g
     """
@@ -76,7 +76,7 @@ def _of_squared(power: Maps, gradient: Maps | None) -> Maps:
     if gradient is not None:
         size = len(gradient.factor)
         squared, transposed = power.first(size), power.factor[:size].transpose(1, 2)
-        result.factor[:size] = of_later(squared, gradient).baddbmm_(transposed, gradient.factor)
+        result.factor[:size] = later_factor_gradient(squared, gradient).baddbmm_(transposed, gradient.factor)
         result.added[:size] = torch.baddbmm(gradient.added, transposed, gradient.added)
     return result
 

@@ -1,11 +1,11 @@
-"""A run of many equal maps that together change little, by a short series in place of repeated squaring.
+"""Powers of affine maps that change little in all, by a short series instead of repeated squaring.
 
-With c applications of M -> (I - R) M + a and Y = c R, what they add is S a with
+c applications of M -> (I - R) M + a add S a, where, with Y = c R,
 
     S = sum over i < c of (I - R)^i = c phi(Y),   phi(y) = (1 - (1 - y/c)^c) / y,
 
-and the factor of M is I - R S. For eigenvalues of Y in [0, 1] phi is interpolated between its values at the Chebyshev nodes of
-that range, to within the rounding of the number type. The products are as many for any c.
+and the factor of M is I - R S. For eigenvalues of Y in [0, 1], phi is interpolated between its values at the Chebyshev
+nodes of that interval, accurate to the rounding of the number type. The number of products does not depend on c.
 
 For shapes and names see `maps`.
 """
@@ -15,15 +15,15 @@ import math
 import torch
 from torch import Tensor
 
-from infini_kernels.maps import Maps, of_later
+from infini_kernels.maps import Maps, later_factor_gradient
 from infini_kernels.segments import to_device
 
 BLOCKS = {torch.float32: 2, torch.float64: 3}
-"""Degree of the series, in steps of three: by 6 the error of phi is below 3e-9, by 9 below 5e-14."""
+"""Degree of the series divided by three. At degree 6 the error of phi is below 3e-9, at degree 9 below 5e-14."""
 
 
 class Series:
-    """`maps.Run`, for maps whose `removed`, times its count, has eigenvalues between 0 and 1."""
+    """`maps.Run` for maps whose `removed`, multiplied by its count, has eigenvalues between 0 and 1."""
 
     def __init__(self, counts: list[int], heads: int) -> None:
         self._counts, self._heads = counts, heads
@@ -50,8 +50,8 @@ class Series:
 
     def backward(self, saved: list[Tensor], of_total: Maps) -> Maps:
         removed, added, count, c, y2, y3, *partials, factor, before_factor, before_added = saved
-        of_factor, of_run_added = of_later(Maps(before_factor, before_added), of_total), of_total.added.clone()
-        of_total.put(slice(None), Maps(factor, added).of_earlier(of_total))
+        of_factor, of_run_added = later_factor_gradient(Maps(before_factor, before_added), of_total), of_total.added.clone()
+        of_total.put(slice(None), Maps(factor, added).earlier_gradient(of_total))
         series_t, removed_t = partials[-1].transpose(1, 2), removed.transpose(1, 2)
         of_added = torch.bmm(series_t, of_run_added)
         of_removed = torch.bmm(of_factor, series_t).neg_()
@@ -71,7 +71,7 @@ class Series:
         return Maps(of_removed.addcmul_(count, of_y), of_added)
 
     def _coefficients(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """c [X G, 1, 1], and the coefficients of c phi for 1, Y, Y^2, ... [degree + 1, X G, 1, 1]."""
+        """Return c [X G, 1, 1], and the coefficients of c phi for 1, Y, Y^2, ... [degree + 1, X G, 1, 1]."""
         degree = 3 * BLOCKS[like.dtype]
         nodes = (1 + torch.cos((2 * torch.arange(degree + 1, dtype=torch.float64) + 1) * math.pi / (2 * degree + 2))) / 2
         count = torch.tensor(self._counts, dtype=torch.float64)

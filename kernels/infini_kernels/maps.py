@@ -1,7 +1,7 @@
-"""Affine maps that are applied many times, for a segment whose update counts many times (`ageing`).
+"""Affine maps that are applied many times, for segments whose update counts many times (see `ageing`).
 
-Shapes: X segments, G key/value heads, D key width, Dv value width. A map M -> A M + a is two tensors, [X G, D, D] and
-[X G, D, Dv].
+Shapes: X segments, G key/value heads, D key width, Dv value width. A map M -> A M + a is two tensors, [X G, D, D] and [X G,
+D, Dv].
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Maps(NamedTuple):
-    """M -> A M + a of each segment and head; or the gradients of such."""
+    """Affine map M -> A M + a of each segment and head, or the gradients of such maps."""
 
     factor: Tensor  # A [X G, D, D]
     added: Tensor  # a [X G, D, Dv]
@@ -31,53 +31,66 @@ class Maps(NamedTuple):
         return Maps(self.factor.clone(), self.added.clone())
 
     def after(self, earlier: "Maps") -> "Maps":
-        """M -> A (B M + b) + a. Sums are left to the products: on small matrices each pass costs as much as a product."""
+        """Return the composition M -> A (B M + b) + a.
+
+        The products do the additions too: on small matrices, each extra pass costs as much as a product.
+        """
         return Maps(torch.bmm(self.factor, earlier.factor), torch.baddbmm(self.added, self.factor, earlier.added))
 
-    def of_earlier(self, gradient: "Maps") -> "Maps":
-        """Gradient of `earlier` in `after`: A^T G and A^T g."""
+    def earlier_gradient(self, gradient: "Maps") -> "Maps":
+        """Return the gradient of `earlier` in `after`: A^T G and A^T g."""
         factor = self.factor.transpose(1, 2)
         return Maps(torch.bmm(factor, gradient.factor), torch.bmm(factor, gradient.added))
 
 
-def of_later(earlier: Maps, gradient: Maps) -> Tensor:
-    """Gradient of A in `later.after(earlier)`, G B^T + g b^T; that of a is g."""
+def later_factor_gradient(earlier: Maps, gradient: Maps) -> Tensor:
+    """Return the gradient of A in `later.after(earlier)`, G B^T + g b^T. The gradient of a is g."""
     factor = torch.bmm(gradient.factor, earlier.factor.transpose(1, 2))
     return factor.baddbmm_(gradient.added, earlier.added.transpose(1, 2))
 
 
-def kept(removed: Tensor) -> Tensor:
-    """I - removed, of each segment and head."""
+def identity_minus(removed: Tensor) -> Tensor:
+    """Return I - removed for each segment and head."""
     factor = removed.neg()
     factor.diagonal(dim1=-2, dim2=-1).add_(1)
     return factor
 
 
 class Run(Protocol):
-    """M -> (I - removed) M + added, as often as counts says. counts: at least 1 for each segment, none larger than the one
-    before."""
+    """Repeated application of M -> (I - removed) M + added, as often as counts says.
+
+    counts has one number of at least 1 per segment, and they never rise.
+    """
 
     def __init__(self, counts: list[int], heads: int) -> None: ...
 
     def forward(self, removed: Tensor, added: Tensor, total: Maps) -> list[Tensor]:
-        """Applies the run after `total`, in place -> what the backward needs."""
+        """Apply the run after `total`, in place.
+
+        Returns:
+            The tensors that the backward needs.
+        """
         ...
 
     def backward(self, saved: list[Tensor], of_total: Maps) -> Maps:
-        """Makes of the gradient of what `total` has become that of what it was -> gradients of removed and added."""
+        """Replace the gradient of the new `total` by that of the old one, in place.
+
+        Returns:
+            The gradients of removed and added.
+        """
         ...
 
 
 class RunsOfMaps(torch.autograd.Function):
-    """Runs of equal maps, one run after the other: run e is M -> (I - removed_e) M + added, as often as counts_e says.
+    """Runs of equal maps, one after another: run e applies M -> (I - removed_e) M + added as often as counts_e says.
 
-    One node of the graph, and not some for each of the products.
+    It is one node of the autograd graph, instead of several for each product.
 
     Args:
         added: [X, G, D, Dv], the same in all runs.
-        counts: for each run a list of whole numbers of at least 1, one a segment, none larger than the one before it. A run has
-            no more segments than the run before, so those whose runs end sooner stand last. All of the first run are 1.
-        kinds: for each run but the first, how it is computed.
+        counts: for each run a list with one number of at least 1 per segment, which never rise. No run has more segments
+            than the previous one, so that the segments with fewer runs come last. In the first run all counts are 1.
+        kinds: implementation of each run except the first.
         removed: for each run [X_e, G, D, D].
 
     Returns:
@@ -89,7 +102,7 @@ class RunsOfMaps(torch.autograd.Function):
         ctx: Any, added: Tensor, counts: list[list[int]], kinds: list[type[Run]], *removed: Tensor
     ) -> tuple[Tensor, Tensor]:
         heads, constant = added.shape[1], added.flatten(0, 1)
-        total = Maps(kept(removed[0].flatten(0, 1)), constant.clone())
+        total = Maps(identity_minus(removed[0].flatten(0, 1)), constant.clone())
         ctx.runs = [kind(numbers, heads) for kind, numbers in zip(kinds, counts[1:], strict=True)]
         saved = [
             run.forward(taken.flatten(0, 1), constant[: len(taken) * heads], total.first(len(taken) * heads))
@@ -103,7 +116,7 @@ class RunsOfMaps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         heads = gradients[0].shape[1]
-        saved = list(ctx.saved_tensors)  # once: a checkpoint gives them a single time
+        saved = list(ctx.saved_tensors)  # read once: under checkpointing a second access fails
         of_total = Maps(*(x.flatten(0, 1).clone(memory_format=torch.contiguous_format) for x in gradients))
         of_added = torch.zeros_like(of_total.added)
         of_removed: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""The public operation: checks its arguments and hands them to a backend."""
+"""Public operation: validates its arguments and calls a backend."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ from infini_kernels.arguments import (
     check_segment_length,
     check_write_gate,
 )
-from infini_kernels.backend import BACKENDS, takes_kernels
+from infini_kernels.backend import BACKENDS, uses_triton
 from infini_kernels.memory import MemoryState
 from infini_kernels.reference import infini_attention_reference
 from infini_kernels.timing import part
@@ -51,44 +51,46 @@ def infini_attention(
     normaliser: str = "paper",
     feature_map: str = "elu",
 ) -> tuple[Tensor, MemoryState]:
-    """Local softmax attention mixed with a compressive memory of all earlier segments (arXiv 2404.07143, Eq. 3 to 10).
+    """Mix local softmax attention with a compressive memory of all earlier segments (arXiv 2404.07143, Eq. 3 to 10).
+
+    Matrix products that end in the memory are full float32 only if PyTorch does not round them: leave
+    `torch.set_float32_matmul_precision` at 'highest', otherwise M is accurate to three digits only.
 
     Args:
-        q: [B, T, H, D], not rotated. H is a multiple of G. q, k and v share a floating type and a device.
-        k: [B, T, G, D], not rotated.
+        q: [B, T, H, D], before rotary embedding. H is a multiple of G. q, k and v have the same floating type and device.
+        k: [B, T, G, D], before rotary embedding.
         v: [B, T, G, Dv].
-        gate: [H], β. The memory's share of the output is sigmoid(β): half of it where β is 0.
-        memory: what enters the first segment, M [B, G, D, Dv] and z [B, G, D] in float32 (float64 beside float64
-            queries); None for zeros.
-        segment_length: tokens of a segment. T need not be a multiple: a partial last segment is a segment of its own,
-            and the memory returned holds it.
+        gate: β [H]. The memory's share of the output is sigmoid(β): one half for β = 0.
+        memory: memory that enters the first segment, M [B, G, D, Dv] and z [B, G, D], float32 (float64 for float64
+            queries). None for zeros.
+        segment_length: tokens of a segment. T need not be a multiple of it: a partial last segment is a segment of its own,
+            and the returned memory contains it.
         update_rule: 'linear' (Eq. 8) or 'delta' (Eq. 9).
-        rotary: (cos, sin), each [segment_length, D/2], applied to the local part only, halves rotated.
-        reset: [B, ceil(T / segment_length)] bool: memory is zeroed before that segment.
-        lengths: valid tokens, the rest is padding: of each row [B] with padding at its end, or of each segment
-            [B, ceil(T / segment_length)] with padding at the end of each.
+        rotary: (cos, sin), each [segment_length, D/2]. Applied to local attention only; rotates halves.
+        reset: [B, ceil(T / segment_length)] bool: the memory is zeroed before that segment.
+        lengths: number of valid tokens; the rest is padding. Either of each row, [B], with padding at the end of the row,
+            or of each segment, [B, ceil(T / segment_length)], with padding at the end of the segment.
         first_segment: 'paper', or 'local_only' to leave A_dot unscaled where the memory that enters is empty (z = 0).
         eps: ε of the normaliser.
         backend: 'auto', 'reference' or 'triton'.
-        group: processes over which the segments are spread: each passes a contiguous run of whole segments, in rank order, and
-            the same memory; each gets the memory after the last process's run. Its gradient is the sum over the processes.
-        repeats: [B, ceil(T / segment_length)], whole numbers of at least 1: how often each segment is written, as if it came so
-            many times in a row ('delta' walks more than two in runs that share a normaliser). None writes each once.
-        write_gate: u [G, D]: a token is written with strength 2 sigmoid(k · u) and not with 1. Not in the paper.
-        normaliser: 'paper', or for 'delta' 'corrected', which is not in the paper: see `variants.read_state`. The memory's M is
+        group: processes over which the segments are spread. Each passes a contiguous run of whole segments, in rank order,
+            and the same memory. Each gets the memory after the last process's run. The gradient of `memory` is the sum over
+            the processes.
+        repeats: [B, ceil(T / segment_length)], whole numbers of at least 1: how often each segment is written, as if it
+            came that many times in a row ('delta' groups more than two writes into runs that share a normaliser). None
+            writes each once.
+        write_gate: u [G, D]: a token is written with strength 2 sigmoid(k · u) instead of 1. Not in the paper.
+        normaliser: 'paper', or with 'delta' also 'corrected', which is not in the paper: see `variants.read_state`. M is
             then [B, G, D, Dv + 1].
-        feature_map: σ, 'elu' for ELU + 1, or 'softmax', which is not in the paper: see `variants.sharp_features`.
-
-    Products that end in the memory are float32's own only while PyTorch is not told to round them: leave
-    `torch.set_float32_matmul_precision` at 'highest', or M is good to three digits.
+        feature_map: σ: 'elu' for ELU + 1, or 'softmax', which is not in the paper: see `variants.sharp_features`.
 
     Returns:
-        out [B, T, H, Dv] in v's type, zero at padding, and the memory after the last segment. Gradients flow through q,
-        k, v, gate and both ends of the memory; those of padding are zero.
+        out [B, T, H, Dv] in v's type, zero at padding, and the memory after the last segment. Gradients flow through q, k,
+        v, gate and both memories. Gradients of padding are zero.
 
     Raises:
-        ValueError: shapes, types or values that do not fit, named together with what they conflict with. Values of
-            `lengths` are checked where it is on the CPU; it and `reset` may be there whatever q's device.
+        ValueError: shapes, types or values do not fit; the message names both sides of the conflict. Values of `lengths`
+            are checked only on the CPU. `lengths` and `reset` may be on the CPU for any device of q.
     """
     check_choice("backend", backend, BACKENDS)
     check_choice("update_rule", update_rule, UPDATE_RULES)
@@ -129,7 +131,7 @@ def infini_attention(
 
 
 def memory_choice(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """What computes the memory of tensors like these with backend 'auto', for a log."""
+    """Return the name of the implementation that backend 'auto' uses for the memory of such tensors, for a log."""
     if _operation("auto", q, k, v) is infini_attention_reference:
         return f"PyTorch {torch.__version__}"
     import triton
@@ -138,8 +140,12 @@ def memory_choice(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def _operation(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, MemoryState]]:
-    """The backend's version. Raises ValueError as `takes_kernels` does."""
-    if not takes_kernels(backend, q, k, v):
+    """Return the backend's implementation.
+
+    Raises:
+        ValueError: as for `uses_triton`.
+    """
+    if not uses_triton(backend, q, k, v):
         return infini_attention_reference
     from infini_kernels.triton import infini_attention_triton
 

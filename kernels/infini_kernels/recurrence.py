@@ -1,4 +1,4 @@
-"""The walk over a micro-batch's segments, the only part of the memory that has to go one segment after the other.
+"""Recurrence over a micro-batch's segments, the only sequential computation of the memory.
 
 Shapes: B batch, N segments, G key/value heads, D key width.
 """
@@ -13,17 +13,24 @@ from infini_kernels.arguments import values_known
 
 
 def walk(state: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """state_s = state_{s-1} - removed_s state_{s-1} + added_s, from zero where a reset stands before s.
+    """Compute state_s = state_{s-1} - removed_s state_{s-1} + added_s; the state is zeroed before a segment with a reset.
 
-    state [B, G, D, ...]; added [B, N, G, D, ...] of its type; reset [B, N] bool; removed [B, N, G, D, D] -> what enters each
-    segment [B, N, G, D, ...], and what leaves the last [B, G, D, ...].
+    Args:
+        state: state that enters the first segment, [B, G, D, ...].
+        added: [B, N, G, D, ...], in the type of state.
+        reset: [B, N] bool; None for no resets.
+        removed: [B, N, G, D, D]; None for zeros.
+
+    Returns:
+        The state that enters each segment [B, N, G, D, ...], and the state after the last [B, G, D, ...].
     """
     entering, leaving = _Walk.apply(state, added, reset, removed)
     return entering, leaving
 
 
 class _Walk(torch.autograd.Function):
-    """One node in the graph in place of a few for each segment: with short segments those cost more than the sums."""
+    """One node of the autograd graph instead of several per segment, which would cost more than the sums if segments are
+    short."""
 
     @staticmethod
     def forward(ctx: Any, state: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -50,7 +57,7 @@ class _Walk(torch.autograd.Function):
         added_gradient = torch.empty_like(by_entering, memory_format=torch.contiguous_format)
         state_gradient = torch.empty_like(by_leaving, memory_format=torch.contiguous_format)
         masks = [None] * by_entering.shape[1] if reset is None else _masks(reset, state_gradient)
-        # segments[s + 1] is the gradient of what leaves s, and with that of what s adds.
+        # segments[s + 1] is the gradient of the state after s, which is also the gradient of added_s.
         segments = [state_gradient, *added_gradient.unbind(1)]
         segments[-1].copy_(by_leaving)
         for s in reversed(range(len(segments) - 1)):
@@ -65,9 +72,9 @@ class _Walk(torch.autograd.Function):
 
 
 def _masks(reset: Tensor, state: Tensor) -> list[Tensor | None]:
-    """reset [B, N] -> for each segment [B, 1, ...], as wide as a state has dimensions, or None where nothing resets.
+    """Split reset [B, N] into one mask per segment, [B, 1, ...] with the dimensions of a state; None for no reset.
 
-    On a GPU that is not looked at: to know it the host would have to wait for the device.
+    On a GPU every segment has a mask: to know the values, the host would have to wait for the device.
     """
     masks = reset.view(*reset.shape, *[1] * (state.dim() - 1)).unbind(1)
     needed = reset.any(dim=0).tolist() if values_known(reset) else [True] * len(masks)

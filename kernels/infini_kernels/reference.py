@@ -1,7 +1,7 @@
-"""Infini-attention in plain PyTorch operations: the specification that faster versions are compared with.
+"""Infini-attention in plain PyTorch operations: the specification for faster implementations.
 
-Shapes: B batch, T tokens, N segments, W tokens of a segment in this call, H query heads, G key/value heads,
-D key width, Dv value width.
+Shapes: B batch, T tokens, N segments, W tokens of a segment in this call, H query heads, G key/value heads, D key width, Dv
+value width.
 """
 
 from torch import Tensor
@@ -35,15 +35,15 @@ def infini_attention_reference(
     normaliser: str = "paper",
     feature_map: str = "elu",
 ) -> tuple[Tensor, MemoryState]:
-    """`infini_attention` for arguments that have been checked."""
+    """Compute `infini_attention` for arguments that have been checked."""
     dtype = memory_dtype(v.dtype)
     layout = SegmentLayout.of(q.shape[1], segment_length)
     padding = padding_mask(lengths, q.shape[1], segment_length, q.device)  # [B, T, 1, 1]
     if padding is not None:
-        # Zeroed rather than only left out of sums: what stands at padding may be NaN, and 0 * NaN is NaN.
+        # Zero the padding instead of only masking it in sums: padding may contain NaN, and 0 * NaN is NaN.
         q, k, v = (x.masked_fill(padding, 0) for x in (q, k, v))
     if v.requires_grad:
-        # v alone is kept as it came. Where it is a part of one tensor with q and k, its copy lets theirs go.
+        # Autograd saves v itself. If q, k and v are views of one tensor, a copy of v lets that tensor be freed.
         v = v.contiguous()
     if reset is not None:
         reset = None if values_known(reset) and not bool(reset.any()) else to_device(reset, q.device)
@@ -51,12 +51,12 @@ def infini_attention_reference(
     with full_precision(q):
         sigma_k = sigma(k, dtype, feature_map)  # [B, T, G, D]
         if padding is not None:
-            sigma_k = sigma_k.masked_fill(padding, 0)  # σ(0) is not 0: a zero key would still be written
+            sigma_k = sigma_k.masked_fill(padding, 0)  # σ(0) is not 0, so a zero key would still be written
         strength = write_strength(k, write_gate, dtype)  # [B, T, G, 1]
         values = layout.fold(remembered_values(v.to(dtype), normaliser))
         updates = PlainUpdates(layout.fold(sigma_k), values, None if strength is None else layout.fold(strength))
         written = SegmentMemory(updates, memory, reset, update_rule, eps, group, repeats)
-    # Here, so that the exchange of a group that is now under way overlaps with it.
+    # Computed here so that it overlaps with the exchange of a group, which is now in progress.
     local = segment_attention(layout.fold(q), layout.fold(k), layout.fold(v), rotary)  # [B, N, W, H, Dv]
     with full_precision(q):
         carried = written.carry()

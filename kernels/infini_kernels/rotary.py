@@ -1,4 +1,4 @@
-"""Rotary position embedding of the local attention (arXiv 2104.09864), halves rotated as in Llama."""
+"""Rotary position embedding of local attention (arXiv 2104.09864); rotates halves as Llama does."""
 
 from typing import Any
 
@@ -8,16 +8,21 @@ from torch.autograd.function import once_differentiable
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (x[i], x[i + D/2]) of every head.
+    """Rotate the pairs (x[i], x[i + D/2]) of every head.
 
-    x [..., T, heads, D]; cos and sin [T, D/2], or [..., T, D/2] with x's first dimensions. Computed in the wider of the two
-    types, returned in x's. The tables are constants: they get no gradient.
+    Args:
+        x: [..., T, heads, D].
+        cos: [T, D/2], or [..., T, D/2] with x's leading dimensions. A constant: it gets no gradient.
+        sin: as cos.
+
+    Returns:
+        The rotated x in x's type, computed in the wider of the types of x and cos.
     """
     return _Rotation.apply(x, cos.unsqueeze(-2), sin.unsqueeze(-2))  # [T, 1, D/2]
 
 
 class _Rotation(torch.autograd.Function):
-    """Its backward is the rotation by the opposite angle, so that nothing of x is kept."""
+    """Rotation whose backward is the rotation by the opposite angle, so that autograd does not save x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -32,7 +37,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    """(first cos - second sin, second cos + first sin), with sin's sign turned for direction -1."""
+    """Return (first cos - second sin, second cos + first sin); direction -1 changes the sign of sin."""
     rotated = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, cos.dtype), device=x.device)
     for source, target in zip(x.chunk(2, dim=-1), rotated.chunk(2, dim=-1), strict=True):
         torch.mul(source, cos, out=target)

@@ -1,6 +1,6 @@
-"""Inference over a stream that arrives in chunks: constant memory, whatever the stream's length.
+"""Inference over a stream that arrives in chunks, with constant GPU memory for any length of the stream.
 
-Shapes: B batch, S segment length, t tokens of a chunk, n tokens already held of the current segment, H query heads,
+Shapes: B batch, S segment length, t tokens of a chunk, n tokens of the current segment already in the cache, H query heads,
 G key/value heads, D key width, Dv value width.
 """
 
@@ -32,14 +32,14 @@ from infini_kernels.variants import FEATURE_MAPS, read_state, remembered_values,
 
 @dataclass(frozen=True)
 class SegmentCache:
-    """What one layer keeps of its stream: the memory of finished segments, and the unfinished segment itself.
+    """State of one layer for its stream: the memory of finished segments, and the unfinished segment.
 
-    A step writes into `keys` and `values` and returns a cache that shares them, so the cache it was given is spent. To
-    continue one stream in several ways, `clone` it first.
+    A step writes into `keys` and `values` and returns a cache that shares them, so the old cache must not be used again. To
+    continue one stream in several ways, `clone` the cache first.
     """
 
-    memory: MemoryState | None  # None where the layer has no memory
-    keys: Tensor  # [B, S, G, D], not rotated; the first `length` are held
+    memory: MemoryState | None  # None if the layer has no memory
+    keys: Tensor  # [B, S, G, D], before rotary embedding; the first `length` tokens are valid
     values: Tensor  # [B, S, G, Dv]
     length: int = 0
 
@@ -57,7 +57,7 @@ class SegmentCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "SegmentCache":
-        """The cache with which a stream begins; `dtype` is that of keys and values."""
+        """Return the cache at the start of a stream. `dtype` is the type of keys and values."""
         check_segment_length(segment_length)
         memory = None
         if with_memory:
@@ -71,11 +71,11 @@ class SegmentCache:
 
     @property
     def remaining(self) -> int:
-        """Tokens until the current segment ends: the longest chunk that the next step takes."""
+        """Number of tokens until the current segment ends: the longest chunk that the next step accepts."""
         return self.keys.shape[1] - self.length
 
     def clone(self) -> "SegmentCache":
-        """A cache of its own storage."""
+        """Return a copy with its own storage."""
         memory = None if self.memory is None else MemoryState(self.memory.M.clone(), self.memory.z.clone())
         return SegmentCache(memory, self.keys.clone(), self.values.clone(), self.length)
 
@@ -97,12 +97,24 @@ def infini_attention_step(
     normaliser: str = "paper",
     feature_map: str = "elu",
 ) -> tuple[Tensor, SegmentCache]:
-    """The next t tokens of a stream: equal to `infini_attention` on the whole stream. No gradients.
+    """Compute the next t tokens of a stream, equal to `infini_attention` on the whole stream. No gradients.
 
-    q [B, t, H, D], k [B, t, G, D], v [B, t, G, Dv], none of them rotated -> out [B, t, H, Dv] in v's type, and the
-    cache after them. The chunk that ends a segment writes it to memory and empties the cache. Other arguments as for
-    `infini_attention`. Raises ValueError for shapes, types or values that do not fit, and for a chunk that crosses the
-    end of the current segment.
+    The chunk that ends a segment writes the segment to memory and empties the cache. Other arguments are as for
+    `infini_attention`.
+
+    Args:
+        q: [B, t, H, D], before rotary embedding.
+        k: [B, t, G, D], before rotary embedding.
+        v: [B, t, G, Dv].
+        gate: β [H].
+        cache: state of the stream before the chunk.
+        segment_length: tokens of a segment.
+
+    Returns:
+        out [B, t, H, Dv] in v's type, and the cache after the chunk.
+
+    Raises:
+        ValueError: shapes, types or values do not fit, or the chunk crosses the end of the current segment.
     """
     check_choice("update_rule", update_rule, UPDATE_RULES)
     check_choice("first_segment", first_segment, FIRST_SEGMENT_MIXES)
@@ -113,7 +125,7 @@ def infini_attention_step(
     check_normaliser(normaliser, update_rule)
     check_choice("feature_map", feature_map, FEATURE_MAPS)
     if cache.memory is None:
-        raise ValueError("cache has no memory, but infini_attention_step reads one; see local_attention_step")
+        raise ValueError("cache has no memory, but infini_attention_step reads one; use local_attention_step")
     check_memory(cache.memory, k, v, normaliser)
 
     memory, cache = cache.memory, _append(cache, k, v)
@@ -144,9 +156,9 @@ def local_attention_step(
     segment_length: int,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, SegmentCache]:
-    """The next t tokens of a stream under `local_attention`; a memory in the cache stays as it is. No gradients.
+    """Compute the next t tokens of a stream under `local_attention`. No gradients.
 
-    Shapes and errors as for `infini_attention_step`.
+    A memory in the cache stays unchanged. Shapes and errors are as for `infini_attention_step`.
     """
     _check_step(q, k, v, cache, segment_length, rotary)
     cache = _append(cache, k, v)
@@ -182,7 +194,10 @@ def _append(cache: SegmentCache, k: Tensor, v: Tensor) -> SegmentCache:
 
 
 def _chunk_attention(q: Tensor, cache: SegmentCache, rotary: Rotary | None) -> Tensor:
-    """Causal attention of the segment's last t tokens over all it holds so far: q [B, t, H, D] -> [B, t, H, Dv]."""
+    """Compute causal attention of the segment's last t tokens over all its tokens so far.
+
+    q [B, t, H, D] -> [B, t, H, Dv]
+    """
     end, num_tokens = cache.length, q.shape[1]
     start = end - num_tokens
     k, v = cache.keys[:, :end], cache.values[:, :end]  # [B, n + t, G, ...]

@@ -1,4 +1,4 @@
-"""Names for what takes time, seen by torch's profiler; without one they cost next to nothing."""
+"""Named phases for torch's profiler. Without a profiler they cost almost nothing."""
 
 import functools
 from collections.abc import Callable
@@ -13,13 +13,16 @@ R = TypeVar("R")
 
 
 def part(name: str) -> AbstractContextManager:
-    """What runs in this context, and its backward, is counted under this name; the innermost name counts."""
-    # Asked first, because the name alone takes ten microseconds, with and without a profiler.
+    """Return a context that counts the operations in it, and their backward, under a name.
+
+    In nested contexts the innermost name counts.
+    """
+    # Check first, because record_function takes ten microseconds, even without a profiler.
     return torch.profiler.record_function(PREFIX + name) if torch.autograd.profiler._is_profiler_enabled else nullcontext()
 
 
 def counted_as(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """`part` for all of a function."""
+    """Return a decorator that runs a whole function in `part`."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)

@@ -1,8 +1,8 @@
-"""What is not in the paper: a learned strength of each write, a normaliser that suits the delta rule, sharper features.
+"""Variants that are not in the paper: learned write strength, corrected normaliser of the delta rule, softmax feature map.
 
-All are off unless asked for.
+All are off by default.
 
-Shapes: B batch, T tokens, G key/value heads, D key width, Dv value width; before them any batch dimensions.
+Shapes: B batch, T tokens, G key/value heads, D key width, Dv value width. Any batch dimensions come first.
 """
 
 import torch
@@ -16,35 +16,35 @@ FEATURE_MAPS = ("elu", "softmax")
 
 
 def sharp_features(x: Tensor) -> Tensor:
-    """softmax(2 x) over the last dimension, as in Hedgehog (arXiv 2402.04347) but without features of -x.
+    """Return softmax(2 x) over the last dimension, as in Hedgehog (arXiv 2402.04347) but without features of -x.
 
-    ELU + 1 is linear in what is large, so that a memory weighs many facts almost alike; here the weight of a key that fits
-    grows exponentially with how well it fits.
+    ELU + 1 is linear for large x, so that a memory gives many facts almost the same weight. Here the weight of a key grows
+    exponentially with its match to the query.
     """
     return (2 * x).softmax(dim=-1)
 
 
 def write_strength(k: Tensor, write_gate: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """2 sigmoid(K u), in 0 to 2: how much of each token's key and value is written.
+    """Return 2 sigmoid(K u), between 0 and 2: the strength with which each token's key and value are written.
 
-    k [B, T, G, D], write_gate u [G, D] -> [B, T, G, 1] in `dtype`; 1 everywhere where u is 0. None without a gate.
+    k [B, T, G, D], write_gate u [G, D] -> [B, T, G, 1] in `dtype`. It is 1 everywhere for u = 0. None without a gate.
     """
     if write_gate is None:
         return None
-    # A copy is kept, as of v: where k is a part of one tensor with q and v, that lets theirs go.
+    # Autograd saves the copy, as for v: if q, k and v are views of one tensor, the copy lets that tensor be freed.
     return 2 * (k.to(dtype).contiguous() * write_gate.to(dtype)).sum(dim=-1, keepdim=True).sigmoid()
 
 
 def remembered_values(v: Tensor, normaliser: str) -> Tensor:
-    """The values that the memory holds: [..., Dv], with a one behind them under 'corrected' [..., Dv + 1]."""
+    """Return the values that the memory stores: [..., Dv], or [..., Dv + 1] with a column of ones for 'corrected'."""
     return v if normaliser == "paper" else F.pad(v, (0, 1), value=1.0)
 
 
 def read_state(memory: MemoryState, normaliser: str) -> MemoryState:
-    """The M and z of a read, σ(Q) M / (σ(Q) z + ε).
+    """Return the M and z for a read, σ(Q) M / (σ(Q) z + ε).
 
-    The paper divides by the sum of all keys ever written. Under the delta rule M does not grow with what it holds already, but
-    that sum does: a value that is written twice reads as half of itself. 'corrected' divides by what the same rule made of
-    values of one, so that the weights of a read sum to one, however often something was written.
+    The paper divides by the sum of all keys ever written. Under the delta rule, M does not grow when a value is written
+    again, but that sum does: a value that is written twice reads as half of itself. 'corrected' divides by the result of
+    the same rule for values of 1, so that the weights of a read sum to one however often something was written.
     """
     return memory if normaliser == "paper" else MemoryState(memory.M[..., :-1], memory.M[..., -1])

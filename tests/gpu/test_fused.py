@@ -1,4 +1,4 @@
-"""The fused layers compiled, on CUDA."""
+"""Compiled fused layers on CUDA."""
 
 from __future__ import annotations
 

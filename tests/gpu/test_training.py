@@ -1,4 +1,4 @@
-"""A whole run on CUDA, command by command: the same losses as on a CPU, and the same bits after a restart."""
+"""A whole run on CUDA, command by command: the losses of a CPU run, and the same bits after a restart."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A tiny delta model with learned writes on a prepared corpus."""
+    """Prepare a corpus and return a run of a tiny delta model with learned writes."""
     folder = tmp_path_factory.mktemp("gpu")
     write_corpus(folder / "text")
     run = small_run(folder)
@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 def trained(run: RunConfig, name: str, *arguments: str) -> list[dict]:
-    """Records of a run of its own name."""
+    """Train the run under a new name and return its records."""
     folder = Path(run.run_dir).parent
     run = replace(run, run_dir=str(folder / name))
     save_config(run, folder / f"{name}.yaml")
@@ -45,7 +45,7 @@ def trained(run: RunConfig, name: str, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_computes_the_run_of_a_cpu(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_equal_those_of_a_cpu_run(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     run = replace(run, model=replace(run.model, short_convolution=3, short_convolution_reach="document"))
     run = replace(run, training=replace(run.training, recompute="layer", recompute_layers=2))  # of 4
     on_gpu = trained(run, "gpu", "--profile.steps", "2")
@@ -59,7 +59,7 @@ def test_computes_the_run_of_a_cpu(run: RunConfig, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("layers", ["plain", "fused"])
-def test_bfloat16_goes_on_with_the_same_bits(run: RunConfig, layers: str) -> None:
+def test_bfloat16_restart_gives_the_same_bits(run: RunConfig, layers: str) -> None:
     training = replace(run.training, precision="bfloat16", fused_layers=layers, memory_ageing=20, recompute="layer")
     run = replace(run, training=training, checkpoint=replace(run.checkpoint, every=4))
     whole = trained(run, f"whole-{layers}")
@@ -81,6 +81,6 @@ def test_evaluates_and_generates(run: RunConfig) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["1b.yaml", "8b.yaml", "8b-1m.yaml", "paper.yaml"])
-def test_the_self_test_raises_no_false_alarm(name: str, precision: str) -> None:
-    """It stands before every run on several GPUs; its tolerances were found on CPUs."""
+def test_self_test_passes_for_shipped_configurations(name: str, precision: str) -> None:
+    """The self-test runs before every run on several GPUs. Its tolerances were chosen on CPUs."""
     assert Ranks(1).run("tests.support.gpu_jobs", "found_by_self_test", name, precision) == [None]

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled, on CUDA: the bodies of tests/kernels/test_triton.py, larger cases, and CUDA graphs."""
+"""Compiled Triton kernels on CUDA: the checks of tests/kernels/test_triton.py, larger cases, and CUDA graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels compiled without a card: no spilled registers, and no more shared memory than the card has."""
+"""Kernels compiled without a GPU: no spilled registers, and no more shared memory than the GPU has."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CODE = "import json; from benchmarks.compiled import measure; print('RESULT', json.dumps(measure()[0]))"
 
 
-def test_nothing_spills_on_a100_and_h100(tmp_path: Path) -> None:
+def test_kernels_do_not_spill_on_a100_and_h100(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)  # in a process of its own, because triton reads it once
+    environment.pop("TRITON_INTERPRET", None)  # in a separate process, because triton reads it once
     ran = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     rows = json.loads(ran.stdout.split("RESULT ", 1)[1])

@@ -1,6 +1,8 @@
-"""Local attention in flash-attn itself: its Python and, in place of its CUDA kernels, those in Triton that it brings for AMD's
-cards, which run under the interpreter, in float16: the interpreter multiplies their bfloat16 as if it were whole numbers.
-Its CUDA kernels need a card."""
+"""Local attention with the flash-attn package.
+
+Its Python code is used unchanged. Its CUDA kernels need a GPU, so its Triton kernels for AMD GPUs replace them, under the
+interpreter. The tests use float16, because the interpreter multiplies bfloat16 as if it were integers.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,13 @@ CASES = {name: case for name, case in SMALL.items() if case.rotary}
 @pytest.fixture(scope="module")
 def flash_attn() -> Iterator[ModuleType]:
     if not (FOLDER / ".installed").exists():
-        pytest.skip("flash-attn's Python is not there: make .venv/flash-attn/.installed")
+        pytest.skip("the Python code of flash-attn is missing: run make .venv/flash-attn/.installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLASH_ATTENTION_TRITON_AMD_ENABLE", "TRUE")
         patch.syspath_prepend(FOLDER)
         module = importlib.import_module("flash_attn")
         for operation in ("forward", "backward", "varlen_forward", "varlen_backward"):
-            # They are registered for GPUs alone.
+            # They are registered only for GPUs.
             operator = getattr(module.flash_attn_interface, f"_flash_attn_{operation}")
             operator.register_kernel("cpu")(operator._init_fn)
         yield module
@@ -39,7 +41,7 @@ def flash_attn() -> Iterator[ModuleType]:
 
 @pytest.fixture
 def calls(flash_attn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """flash-attn is taken as on a GPU; the names of its functions that were called."""
+    """Make the code use flash-attn as on a GPU, and return the names of its functions that were called."""
     called: list[str] = []
     for name in ("flash_attn_func", "flash_attn_varlen_func"):
 
@@ -56,20 +58,20 @@ def calls(flash_attn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_segments_are_rows_of_its_batch(name: str, calls: list[str]) -> None:
+def test_segments_become_rows_of_one_call(name: str, calls: list[str]) -> None:
     local_agrees_with_float64(CASES[name], torch.float16, "cpu")
     assert calls == ["flash_attn_func"]
 
 
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])
 @pytest.mark.parametrize("name", ["odd widths, partial last segment", "one key head for three, one block too long"])
-def test_the_operation_mixes_its_output_with_memory(name: str, update_rule: str, calls: list[str]) -> None:
+def test_infini_attention_uses_its_output(name: str, update_rule: str, calls: list[str]) -> None:
     agrees_with_float64(SMALL[name], torch.float16, "cpu", update_rule, 1)
     assert calls == ["flash_attn_func"]
 
 
-def test_rows_may_lie_within_tokens(calls: list[str]) -> None:
-    """As the layers around have them: a micro-batch's rows lie within its tokens."""
+def test_rows_inside_tokens(calls: list[str]) -> None:
+    """Rows lie inside tokens, as in a model's layers."""
     leaves = [torch.randn(13, 3, heads, 16, dtype=torch.float16) for heads in (4, 2, 2)]
     found = [
         local_attention(*(x.transpose(0, 1).to(kind) for x in leaves), segment_length=5) for kind in (torch.half, torch.double)
@@ -79,7 +81,7 @@ def test_rows_may_lie_within_tokens(calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize("value_width", [16, 24])
-def test_documents_of_all_rows_are_one_call(value_width: int, calls: list[str]) -> None:
+def test_documents_of_all_rows_become_one_call(value_width: int, calls: list[str]) -> None:
     generator = torch.Generator().manual_seed(4)
     shapes = (2, 40, 4, 16), (2, 40, 2, 16), (2, 40, 2, value_width)
     tokens = [torch.randn(shape, generator=generator).half() for shape in shapes]
@@ -97,8 +99,8 @@ def test_documents_of_all_rows_are_one_call(value_width: int, calls: list[str]) 
         assert (found.double() - wanted).abs().max() <= TOLERANCE[torch.float16] * wanted.abs().max()
 
 
-def test_torch_compile_follows_into_it(flash_attn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past a newer one that cannot be imported."""
+def test_torch_compile_traces_it(flash_attn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile skips a newer version that cannot be imported."""
     monkeypatch.setattr(local, "_candidates", lambda q, v: ["flash_attn_interface", "flash_attn"])
     monkeypatch.setattr(local, "_FAILURES", {})
     leaves = [torch.randn(2, 13, heads, 16, dtype=torch.float16) for heads in (4, 2, 2)]
@@ -108,8 +110,11 @@ def test_torch_compile_follows_into_it(flash_attn: ModuleType, monkeypatch: pyte
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
-def test_version_3_takes_the_same_calls(flash_attn: ModuleType) -> None:
-    """By its source, which the sources of version 2 come with: it cannot be imported without its kernels."""
+def test_version_3_has_the_same_signatures(flash_attn: ModuleType) -> None:
+    """Compare signatures in the source of version 3, which comes with that of version 2.
+
+    Version 3 cannot be imported without its kernels.
+    """
     tree = ast.parse((FOLDER / "hopper" / "flash_attn_interface.py").read_text())
     functions = {node.name: [x.arg for x in node.args.args] for node in tree.body if isinstance(node, ast.FunctionDef)}
     packed = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]

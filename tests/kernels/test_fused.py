@@ -1,4 +1,4 @@
-"""The choice of the fused layers, and SwiGLU under Triton's interpreter, and the loss uncompiled."""
+"""Selection of the fused layers, SwiGLU under Triton's interpreter, and the loss without compilation."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.support.corpus import small_run
 @pytest.mark.parametrize("dtype", fused_cases.TOLERANCE, ids=str)
 @pytest.mark.parametrize("agrees", [fused_cases.swiglu_agrees, fused_cases.losses_agree])
 def test_agrees_with_the_plain_layer(agrees: Callable[[torch.dtype, str], None], dtype: torch.dtype) -> None:
-    with torch.compiler.set_stance("force_eager"):  # a compiler for the CPU need not be there
+    with torch.compiler.set_stance("force_eager"):  # a compiler for the CPU may be missing
         agrees(dtype, "cpu")
 
 
-def test_fused_layers_are_taken_on_cuda_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_layers_are_used_only_on_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = small_run(tmp_path)
     asked = replace(run, training=replace(run.training, fused_layers="fused"))
     assert not fused.takes_fused(asked)

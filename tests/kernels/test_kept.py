@@ -1,4 +1,4 @@
-"""What the kernels keep for the backward is what a plan for GPUs says."""
+"""Bytes that autograd saves for the kernels, compared with the plan for GPUs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def without_launches() -> Iterator[None]:
 
 
 def kept_bytes(work: Callable[[], Any], known: list[Tensor]) -> int:
-    """Bytes of the storages that autograd saves, apart from those of known tensors."""
+    """Return the bytes of the storages that autograd saves, without those of known tensors."""
     found: dict[int, tuple[int, Tensor]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def kept_bytes(work: Callable[[], Any], known: list[Tensor]) -> int:
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_layers_attention_keeps_what_is_planned(kind: str, precision: str) -> None:
+def test_attention_saves_the_planned_bytes(kind: str, precision: str) -> None:
     model = ModelConfig(
         **{"num_attention_heads": 4, "num_query_groups": 2, "head_dim": 32, "segment_length": 64, **KINDS[kind]}
     )
@@ -65,8 +65,8 @@ def test_a_layers_attention_keeps_what_is_planned(kind: str, precision: str) -> 
     mixed = torch.randn(SEGMENTS * length, ROWS, (4 + 2 * groups) * width, dtype=dtype, requires_grad=True)
     gate, write_gate = torch.zeros(4, requires_grad=True), torch.zeros(groups, width, requires_grad=True)
     memory = MemoryState.zeros(ROWS, groups, width, model.memory_value_width)
-    for part in memory:
-        part.requires_grad_()
+    for state in memory:
+        state.requires_grad_()
     angle = torch.randn(length, width // 2)
     rotary = angle.cos(), angle.sin()
 

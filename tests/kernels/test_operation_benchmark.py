@@ -1,4 +1,4 @@
-"""What `make bench-gpu` measures of one layer, under Triton's interpreter: the figures mean nothing, the code runs."""
+"""Measurements of one layer for `make bench-gpu`, under Triton's interpreter: only checks that the code runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_every_variant_is_measured(rule: str, monkeypatch: pytest.MonkeyPatch) -
     assert math.isclose(row["floor ms"], 1000 * sum(operation.bytes_moved(geometry, 24, 4)) / 1e9)
 
 
-def test_the_memory_path_is_the_operation_without_local_attention() -> None:
+def test_memory_path_equals_infini_attention_without_local_attention() -> None:
     geometry = operation.Geometry("tiny", heads=2, groups=1, width=16, segment=8)
     q, k, v, gate = operation.inputs(geometry, 24, torch.device("cpu"), torch.float32)
     rotary = operation.rotary_tables(geometry, torch.device("cpu"))
@@ -31,11 +31,11 @@ def test_the_memory_path_is_the_operation_without_local_attention() -> None:
     torch.testing.assert_close(found, wanted)
 
 
-def test_other_tiles_start_and_cover_the_same_outputs() -> None:
+def test_other_tiles_run_and_write_the_same_outputs() -> None:
     geometry = operation.Geometry("tiny", heads=2, groups=1, width=16, segment=150)
     launches = tiles.recorded(geometry, 300, "delta", device="cpu")
     assert set(tiles.CHOICES) - {"_read_backward_states_kernel"} <= {now.kernel.__name__ for now in launches}
-    # Inputs stay what they are, because time depends on what is in them; only two kernels have outputs by program.
+    # Inputs are not copied, because the time depends on their values. Only two kernels have outputs per program.
     for now in launches:
         for trial in tiles.others(now):
             pairs = zip(now.kernel.arg_names, now.arguments, trial.arguments, strict=False)

@@ -1,4 +1,4 @@
-"""Whole training steps with the kernels, in every way to compute again, against plain PyTorch."""
+"""Training steps with the kernels, with every recompute setting, compared with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def interpreter() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("options", [{}, {"update_rule": "delta", "write_strength": "learned"}], ids=["linear", "delta"])
-def test_steps_are_the_same_whatever_is_computed_again(options: dict[str, Any], tmp_path: Path) -> None:
+def test_steps_are_the_same_with_every_recompute_setting(options: dict[str, Any], tmp_path: Path) -> None:
     write_corpus(tmp_path / "text", documents=20)
     run = small_run(tmp_path)
     run.model = replace(run.model, num_layers=2, head_dim=16, **options)
@@ -45,7 +45,8 @@ def test_steps_are_the_same_whatever_is_computed_again(options: dict[str, Any], 
 
 
 def small_twin(run: RunConfig, folder: Path) -> RunConfig:
-    """The run's options in its own kind of layout, at most two processes along each side, around the smallest model."""
+    """Return a run with the options of `run` and its kind of layout (at most two processes per dimension), and the smallest
+    model."""
     small, layout, training = small_run(folder), run.layout, run.training
     tp, cp, pp = (
         min(size, 2) for size in (layout.tensor_parallel_size, layout.context_parallel_size, layout.pipeline_parallel_size)
@@ -68,7 +69,7 @@ def small_twin(run: RunConfig, folder: Path) -> RunConfig:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_is_shipped_for_gpus_trains_with_the_kernels(name: str, tmp_path: Path) -> None:
+def test_gpu_configurations_train_with_the_kernels(name: str, tmp_path: Path) -> None:
     """In bfloat16, in processes of its own layout; losses are those of plain PyTorch within rounding."""
     shipped = read_config(ROOT / "configs" / f"{name}.yaml")
     assert shipped.training.precision == "bfloat16"
@@ -83,8 +84,8 @@ def test_what_is_shipped_for_gpus_trains_with_the_kernels(name: str, tmp_path: P
 
 # tests/gpu has all of them.
 @pytest.mark.parametrize(("name", "precision"), [("1b", "bfloat16"), ("8b", "float32"), ("paper", "bfloat16")])
-def test_the_self_test_raises_no_false_alarm_about_the_kernels(name: str, precision: str, tmp_path: Path) -> None:
-    """It stands before every run on several GPUs."""
+def test_self_test_passes_with_the_kernels(name: str, precision: str, tmp_path: Path) -> None:
+    """It runs before every training run on several GPUs."""
     run = small_twin(read_config(ROOT / "configs" / f"{name}.yaml"), tmp_path)
     found = Ranks(run.layout.model_processes).run("tests.support.kernel_training_jobs", "found_by_self_test", run, precision)
     assert found == [None] * run.layout.model_processes

@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter; tests/gpu runs the same bodies compiled."""
+"""The Triton kernels under Triton's interpreter. tests/gpu runs the same checks with compiled kernels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 CHECKPOINTED = ("odd widths, partial last segment", "learned writes", "corrected normaliser", "sharp features")
-"""Between them they take every operator."""
+"""Cases that together use every operator."""
 CASES = [(name, rule) for name, case in kernel_cases.SMALL.items() for rule in ("linear", "delta") if case.suits(rule)]
 
 
@@ -40,16 +40,16 @@ def test_agrees_with_float64(name: str, update_rule: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])
-def test_a_program_of_several_blocks(update_rule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where there are segments enough; in the cases above every block has a program of its own."""
+def test_program_with_several_blocks(update_rule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This is the case with many segments; in the cases above every block has its own program."""
     monkeypatch.setattr(blocks, "WARPS_OF_A_FULL_CARD", 1)
     case = kernel_cases.SMALL["sharp features, learned writes, aged"]
     assert blocks.blocks_of_a_program(case.segment, 16, case.segments, 4) == 3
     kernel_cases.agrees_with_float64(case, dtype, "cpu", update_rule, seed=2)
 
 
-def test_a_card_is_filled_where_segments_are_few() -> None:
-    """At the geometry of 8B: as measured from 32,768 tokens on, and fewer tokens a program below."""
+def test_few_segments_still_fill_the_gpu() -> None:
+    """Geometry of 8B: the measured choice from 32,768 tokens on, and fewer tokens per program below."""
     assert blocks.blocks_of_a_program(2048, 64, segments=512, warps=4) == 32
     assert blocks.blocks_of_a_program(2048, 64, segments=128, warps=4) == 16
     assert blocks.blocks_of_a_program(2048, 64, segments=32, warps=8) == 8
@@ -59,9 +59,11 @@ def test_a_card_is_filled_where_segments_are_few() -> None:
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])
-def test_a_segment_of_several_programs_and_blocks(update_rule: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 64 tokens a block and two blocks a program; the last block is not full. With what is chosen
-    for A100 (back in two passes) and for H100."""
+def test_segment_with_several_programs_and_blocks(update_rule: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use 64 tokens per block and two blocks per program, with a partial last block.
+
+    Covers the choices for A100 (backward in two passes) and for H100.
+    """
     monkeypatch.setattr(blocks, "TOKENS_OF_A_PROGRAM", 128)
     monkeypatch.setattr(blocks, "WARPS_OF_A_FULL_CARD", 1)
     monkeypatch.setattr(blocks, "compiled_for", [capability])
@@ -72,12 +74,12 @@ def test_a_segment_of_several_programs_and_blocks(update_rule: str, capability: 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])
 @pytest.mark.parametrize("keys", ["equal", "far below zero"])
-def test_memory_of_inputs_that_hurt(keys: str, update_rule: str, dtype: torch.dtype) -> None:
+def test_memory_of_difficult_inputs(keys: str, update_rule: str, dtype: torch.dtype) -> None:
     kernel_cases.holds_memory(keys, 40, 16, "cpu", update_rule, dtype)
 
 
 def test_memory_of_many_segments() -> None:
-    """On CUDA there are ten thousand; here they would take minutes."""
+    """On CUDA there are ten thousand segments, which would take minutes here."""
     kernel_cases.holds_memory("usual", 400, 2, "cpu", "linear", torch.bfloat16)
 
 
@@ -103,8 +105,8 @@ def test_same_bits_under_a_checkpoint(name: str, update_rule: str) -> None:
     kernel_cases.same_bits_under_a_checkpoint(kernel_cases.SMALL[name], torch.float32, "cpu", update_rule)
 
 
-def test_operators_are_registered_soundly() -> None:
-    """Schemas, fake implementations and autograd of every operator, as torch checks them."""
+def test_operators_pass_opcheck() -> None:
+    """torch checks the schema, fake implementation and autograd of every operator."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -147,7 +149,7 @@ def test_operators_are_registered_soundly() -> None:
 
 
 def layer_with_everything() -> tuple[list[torch.Tensor], Callable[[], tuple[torch.Tensor, ...]]]:
-    """Leaves, and outputs of a call that takes every operator."""
+    """Return leaves, and a function that calls every operator on them."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 10, 2, 16), (2, 10, 1, 16), (2, 10, 1, 16), (2,), (1, 16)]
     leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
@@ -162,7 +164,7 @@ def layer_with_everything() -> tuple[list[torch.Tensor], Callable[[], tuple[torc
     return leaves, call
 
 
-def test_operators_called_directly_are_those_that_compilers_see() -> None:
+def test_direct_calls_equal_custom_operators() -> None:
     leaves, call = layer_with_everything()
 
     def everything() -> tuple[torch.Tensor, ...]:
@@ -178,7 +180,7 @@ def test_operators_called_directly_are_those_that_compilers_see() -> None:
             torch.testing.assert_close(call(), without, rtol=0, atol=0)
 
 
-def test_operators_are_called_directly_where_nothing_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_are_called_directly_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     _, call = layer_with_everything()
     asked: list[str] = []
     for operator in (segment_states, walk_segments, read_and_mix, segment_removals, rotate, softmax_shift):
@@ -202,7 +204,7 @@ def test_operators_are_called_directly_where_nothing_watches(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("way", [nullcontext, as_custom_operators])
-def test_a_second_derivative_is_refused(way: Callable[[], AbstractContextManager[None]]) -> None:
+def test_second_derivative_is_refused(way: Callable[[], AbstractContextManager[None]]) -> None:
     k, v = (torch.randn(1, 4, 1, 16).requires_grad_() for _ in range(2))
     tokens = torch.tensor([[4]], dtype=torch.int32)
     with way():
@@ -214,10 +216,10 @@ def test_a_second_derivative_is_refused(way: Callable[[], AbstractContextManager
 
 @pytest.mark.parametrize("way", [nullcontext, as_custom_operators])
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])
-def test_a_second_derivative_through_the_walk_is_refused(
+def test_second_derivative_of_the_recurrence_is_refused(
     update_rule: str, way: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    """Its backward is the same operator, whose gradient torch would take for that of the forward."""
+    """Its backward is the same operator, and torch would use the forward's gradient for it."""
     q, k, v = (torch.randn(1, 12, 1, 16) for _ in range(3))
     M, z = torch.randn(1, 1, 16, 16, requires_grad=True), torch.rand(1, 1, 16)
     with way():
@@ -230,8 +232,8 @@ def test_a_second_derivative_through_the_walk_is_refused(
 
 
 @pytest.mark.parametrize("wanted", [(0, 1, 2, 3), (0, 2, 3), (1, 2, 3), (2, 3), (0, 1), (1,)])
-def test_gradients_of_what_is_rotated_and_of_what_is_not_are_one_sum(wanted: tuple[int, ...]) -> None:
-    """Of queries and keys as they are (0 and 1) and of both rotated (2 and 3)."""
+def test_gradients_of_rotated_and_original_tensors_are_summed(wanted: tuple[int, ...]) -> None:
+    """Outputs 0 and 1 are queries and keys unchanged, and 2 and 3 are both rotated."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.tensor([[5, 3], [5, 0]], dtype=torch.int32)
     angle = torch.randn(5, 8, generator=generator)
@@ -240,7 +242,7 @@ def test_gradients_of_what_is_rotated_and_of_what_is_not_are_one_sum(wanted: tup
     leaves, same = (
         [torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_() for shape in shapes] for _ in "ab"
     )
-    q, k = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in leaves)  # any strides
+    q, k = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in leaves)  # permuted strides
     found = with_rotated(q, k, *tables, tokens, 5)
     full = torch.where(torch.arange(9)[None, :, None, None] % 5 < tokens.repeat_interleave(5, 1)[:, :9, None, None], 1.0, 0.0)
     cos, sin = (x.repeat(2, 1)[:9, None] for x in tables)
@@ -262,8 +264,8 @@ def test_gradients_of_what_is_rotated_and_of_what_is_not_are_one_sum(wanted: tup
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_a_gradient_is_added_to_its_sum_to_the_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over several programs, of which the last is not full."""
+def test_gradient_sum_is_bitwise_exact(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs, with a partial last one."""
     monkeypatch.setattr(gradient_sum, "BLOCK", 64)
     generator = torch.Generator().manual_seed(0)
     total = torch.randn(150, generator=generator)
@@ -283,15 +285,15 @@ def test_a_gradient_is_added_to_its_sum_to_the_bit(dtype: torch.dtype, monkeypat
         ("corrected normaliser", "delta"),  # with learned writes
     ],
 )
-def test_torch_compile_takes_it_whole(name: str, update_rule: str) -> None:
-    """No graph break, and the same numbers, forward and backward."""
+def test_torch_compile_makes_one_graph(name: str, update_rule: str) -> None:
+    """There is no graph break, and forward and backward give the same numbers."""
     case = kernel_cases.SMALL[name]
     kernel_cases.compiles_whole(case, torch.float32, "cpu", update_rule, "aot_eager")
 
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_sums_over_ten_thousand_equal_segments(backward: bool) -> None:
-    """Rounding does not add up: plain sums in float32 are off by more than 1e-4 at some of these places."""
+    """Rounding errors do not add up. Plain float32 sums are off by more than 1e-4 in some elements."""
     added = torch.full((1, 10_000, 1, 2), 2.6)
     added[..., 1] = 1 / 3
     start, reset = torch.zeros(1, 1, 2), torch.zeros(1, 10_000, dtype=torch.int8)
@@ -302,8 +304,8 @@ def test_sums_over_ten_thousand_equal_segments(backward: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_a_read_keeps_what_is_small_beside_what_cancels(dtype: torch.dtype) -> None:
-    """Two large numbers of the memory whose sum is 1, far below what one bfloat16 number would keep of either."""
+def test_read_keeps_small_values_under_cancellation(dtype: torch.dtype) -> None:
+    """Two large numbers of the memory sum to 1, which is far below the bfloat16 precision of either."""
     M, z = torch.zeros(1, 1, 16, 16), torch.full((1, 1, 16), 1 / 16)
     M[:, :, 0], M[:, :, 1] = 1000.3, -999.3
     tokens = [torch.zeros(1, 4, 1, 16, dtype=dtype) for _ in range(3)]  # σ(0) = 1
@@ -313,7 +315,7 @@ def test_a_read_keeps_what_is_small_beside_what_cancels(dtype: torch.dtype) -> N
 
 
 def test_full_segments_need_no_copy_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lengths on the host that turn out to be full are counted on the device, as if there were none."""
+    """Lengths on the host that turn out to be full are computed on the device, as without lengths."""
 
     def copy(x: Tensor, device: torch.device) -> Tensor:
         raise AssertionError("a copy")
@@ -329,7 +331,7 @@ def test_full_segments_need_no_copy_from_the_host(monkeypatch: pytest.MonkeyPatc
     assert found.tolist() == [[5, 5, 3], [5, 3, 0]]
 
 
-def test_arguments_need_not_be_contiguous() -> None:
+def test_arguments_may_be_strided() -> None:
     kernel_cases.takes_any_strides("cpu")
 
 
@@ -341,40 +343,40 @@ def test_swiglu_agrees_with_float64(width: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", kernel_cases.TOLERANCE, ids=str)
 @pytest.mark.parametrize(("heads", "groups", "width"), [(4, 2, 20), (3, 3, 128), (2, 1, 16)])
-def test_heads_are_joined_as_by_a_concatenation(heads: int, groups: int, width: int, dtype: torch.dtype) -> None:
+def test_join_heads_equals_concatenation(heads: int, groups: int, width: int, dtype: torch.dtype) -> None:
     kernel_cases.joins_heads(heads, groups, width, dtype, "cpu")
 
 
 @pytest.mark.parametrize("feature_map", ["elu", "softmax"])
-def test_rows_may_lie_within_tokens(feature_map: str) -> None:
+def test_rows_inside_tokens(feature_map: str) -> None:
     kernel_cases.takes_tokens_before_rows(feature_map, "cpu")
 
 
-def test_the_output_has_the_values_type_under_autocast() -> None:
+def test_output_has_the_type_of_values_under_autocast() -> None:
     kernel_cases.keeps_its_type_under_autocast("cpu")
 
 
-def test_tokens_too_far_from_each_other_are_copied_closer() -> None:
+def test_distant_tokens_are_copied() -> None:
     far = torch.empty_strided((1, 16, 1, 16), (16 * 150_000_000, 150_000_000, 16, 1), device="meta")
     assert by_token(far, 14)[1] == (16 * 150_000_000, 150_000_000, 16)
     assert by_token(far, 16)[1] == (256, 16, 16)
 
 
-def test_heads_too_far_from_each_other_are_copied_closer() -> None:
-    """As of [B, H, T, D] transposed: the products of a head's number and its stride are of 32 bits."""
+def test_distant_heads_are_copied() -> None:
+    """As in a transposed [B, H, T, D]: the product of head index and stride has 32 bits."""
     tokens = 2**20
     for heads, copied in ((16, False), (17, True)):
         far = torch.empty(1, heads, tokens, 128, device="meta").transpose(1, 2)
         assert (by_token(far)[1][2] == 128) == copied
 
 
-def test_a_segment_that_is_too_large_for_32_bits_is_refused() -> None:
+def test_segment_too_large_for_32_bits_is_refused() -> None:
     with pytest.raises(ValueError, match="a segment has 1048576 tokens of 32 heads of 128"):
         by_token(torch.empty(1, 2**20, 32, 128, device="meta"), 2**20)
 
 
 class Recorded:
-    """In place of a kernel: where it was launched."""
+    """Replacement for a kernel that records the device of each launch."""
 
     def __init__(self) -> None:
         self.devices: list[object] = []
@@ -385,8 +387,8 @@ class Recorded:
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_kernels_run_where_the_tensors_are(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton launches on the current device, which need not be theirs."""
+def test_kernels_run_on_the_device_of_the_tensors(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which may not be that of the tensors."""
     kernel = Recorded()
 
     @contextmanager
@@ -401,7 +403,7 @@ def test_kernels_run_where_the_tensors_are(index: int, monkeypatch: pytest.Monke
     assert kernel.devices == [index] and kernel.current == [0]
 
 
-def test_cards_with_little_shared_memory_take_the_kernels_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_shared_memory_limits_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_has_little_shared_memory", lambda index: index == 1)
     for index, width, dtype, there in (
         (0, 128, torch.bfloat16, True),
@@ -415,15 +417,15 @@ def test_cards_with_little_shared_memory_take_the_kernels_that_fit(monkeypatch: 
 
 @pytest.fixture
 def launches() -> Iterator[list[tuple[str, tuple[int, ...], dict[str, object]]]]:
-    """What would be launched: kernel, grid and constants."""
+    """Return the kernel, grid and constants of each launch, without launching."""
     found: list[tuple[str, tuple[int, ...], dict[str, object]]] = []
     blocks.observers.append(lambda kernel, grid, _, __, constants: found.append((kernel.__name__, grid, constants)))
     yield found
     blocks.observers.pop()
 
 
-def test_long_calls_stay_within_the_limits_of_a_grid(launches: list[tuple[str, tuple[int, ...], dict[str, object]]]) -> None:
-    """65,535 in all dimensions but the first."""
+def test_long_calls_stay_within_grid_limits(launches: list[tuple[str, tuple[int, ...], dict[str, object]]]) -> None:
+    """The limit is 65,535 in all dimensions except the first."""
     T = 4_194_304
     q, k = (torch.empty(1, T, heads, 256, device="meta") for heads in (2, 1))
     angle = torch.empty(2048, 128, device="meta")
@@ -438,7 +440,7 @@ def test_long_calls_stay_within_the_limits_of_a_grid(launches: list[tuple[str, t
 def test_calls_of_any_length_below_a_segment_share_kernels(
     update_rule: str, launches: list[tuple[str, tuple[int, ...], dict[str, object]]]
 ) -> None:
-    """What is compiled is for a power of two, and not once for each length."""
+    """Kernels are compiled for powers of two, not for each length."""
     for tokens in range(33, 65):
         leaves = [torch.zeros(1, tokens, 1, 16, requires_grad=True) for _ in range(3)]
         out, memory = infini_attention(*leaves, torch.zeros(1), segment_length=100, update_rule=update_rule, backend="triton")  # type: ignore[misc]
@@ -447,7 +449,7 @@ def test_calls_of_any_length_below_a_segment_share_kernels(
     assert len(kinds) == len({name for name, _ in kinds})
 
 
-def test_what_has_no_kernel_is_refused_or_left_to_the_reference() -> None:
+def test_unsupported_tensors_are_refused_or_use_the_reference() -> None:
     tensors = [torch.zeros(1, 4, 1, 8, dtype=torch.float64) for _ in range(3)]
     with pytest.raises(ValueError, match=r"backend is 'triton', which takes CUDA .* q is \(1, 4, 1, 8\) torch.float64"):
         infini_attention(*tensors, torch.zeros(1, dtype=torch.float64), segment_length=2, backend="triton")

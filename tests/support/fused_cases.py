@@ -1,4 +1,4 @@
-"""The fused layers against the plain ones: values and every gradient, within the rounding of the type."""
+"""Checks of fused layers against plain ones: values and every gradient, within the rounding of the type."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def norm_agrees(dtype: torch.dtype, device: str) -> None:
     def through(x: Tensor, weight: Tensor) -> Tensor:
         return torch.func.functional_call(layer, {"weight": weight}, (x,))
 
-    # PyTorch's norm, and Liger's where that is installed.
+    # PyTorch's norm, and Liger's if it is installed.
     for in_torch in {fused.NORM_IN_TORCH, find_spec("liger_kernel") is None}:
         with patch.object(fused, "NORM_IN_TORCH", in_torch):
             _agree(through, lambda x, weight: RMSNormOnHost.apply(x, weight, 1e-5), leaves, dtype)
 
 
 def swiglu_agrees(dtype: torch.dtype, device: str) -> None:
-    for width in (36, 1100):  # within a block, and beyond it
+    for width in (36, 1100):  # inside one block, and more than one
         _agree(FusedFeedForward.join, FeedForward.join, [_normal(5, 3, 2 * width, dtype=dtype, device=device)], dtype)
 
 

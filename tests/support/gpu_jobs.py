@@ -1,4 +1,4 @@
-"""What ranks of the GPU's tests run."""
+"""Functions that the ranks of the GPU tests run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def found_by_self_test(name: str, precision: str) -> str | None:
-    """What the self-test of a shipped configuration finds on one device: nothing, if its tolerances suit the device."""
+    """Return the error that the self-test of a shipped configuration finds on one device, or None."""
     initialize_process_group()
     run = replace(read_config(CONFIGS / name), layout=LayoutConfig(zero_stage=1))
     try:

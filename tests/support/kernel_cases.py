@@ -1,6 +1,6 @@
-"""What the Triton kernels must do, on any device: the same bodies run under Triton's interpreter and on CUDA.
+"""Checks of the Triton kernels on any device: the same functions run under Triton's interpreter and on CUDA.
 
-Needs torch and Triton alone.
+They need only torch and Triton.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from infini_kernels.gradient_sum import add_to_sum
 from infini_kernels.segments import padding_mask
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}
-"""Of what is rounded to the type of the tokens, relative to the largest number of a result."""
+"""Tolerance of results in the type of the tokens, relative to the largest number of a result."""
 MEMORY_TOLERANCE = 1e-4
-"""Of M and z, whatever the type of the tokens."""
+"""Tolerance of M and z for any type of tokens, relative to their largest number."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one call, and what goes with it."""
+    """Sizes and options of one call."""
 
     rows: int
     tokens: int
@@ -78,11 +78,11 @@ LARGE = {
     "width 256, beyond the paper": Case(1, 700, 2, 1, 256, 256, 300, write_gate=True, feature_map="softmax"),
     "corrected normaliser": Case(1, 1100, 4, 2, 128, 128, 512, normaliser="corrected"),
 }
-"""For CUDA alone."""
+"""Cases for CUDA only."""
 
 
 def draw(case: Case, dtype: torch.dtype, device: str, seed: int) -> tuple[list[Tensor], dict[str, Any]]:
-    """Tokens, gate, memory and the gate of writes (leaves), and the options of the call."""
+    """Return the leaves (tokens, gate, memory and write gate) and the options of a call."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -109,7 +109,7 @@ def draw(case: Case, dtype: torch.dtype, device: str, seed: int) -> tuple[list[T
     if case.padding:
         present = torch.tensor([min(W, T - W * n) for n in range(N)])
         options["lengths"] = torch.minimum(present, torch.randint(0, W + 1, (B, N), generator=generator))
-        for x in leaves[:3]:  # padding may hold anything
+        for x in leaves[:3]:  # padding may contain anything
             x.masked_fill_(padding_mask(options["lengths"], T, W, x.device), float("nan"))
     if case.repeats:
         options["repeats"] = torch.randint(1, 40, (B, N), generator=generator)
@@ -119,7 +119,7 @@ def draw(case: Case, dtype: torch.dtype, device: str, seed: int) -> tuple[list[T
 def run(
     leaves: list[Tensor], options: dict[str, Any], seed: int, operation: Callable[..., Any] = infini_attention, **more: Any
 ) -> dict[str, Tensor]:
-    """Outputs and every gradient for one random direction, by name."""
+    """Return the outputs and every gradient, by name, for one random direction."""
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
     memory, write_gate = _beside_tokens(leaves)
     out, leaving = operation(*leaves[:4], memory, write_gate=write_gate, **options, **more)
@@ -132,13 +132,16 @@ def run(
 
 
 def _beside_tokens(leaves: list[Tensor]) -> tuple[MemoryState | None, Tensor | None]:
-    """Memory and gate of writes among the leaves of `draw`, as far as they are there."""
+    """Return the memory and the write gate in the leaves of `draw`; None for those that are missing."""
     write_gate = leaves[-1] if len(leaves) % 2 else None
     return MemoryState(*leaves[4:6]) if len(leaves) >= 6 else None, write_gate
 
 
 def agrees_with_float64(case: Case, dtype: torch.dtype, device: str, update_rule: str, seed: int) -> None:
-    """Outputs, memories and every gradient against the reference in float64, on the CPU; outputs are poisoned beforehand."""
+    """Compare outputs, memories and every gradient with the float64 reference on the CPU.
+
+    Uninitialised outputs are poisoned with NaN.
+    """
     leaves, options = draw(case, dtype, device, seed)
     with poisoned():
         found = run(leaves, options, seed, update_rule=update_rule, backend="triton")
@@ -152,7 +155,7 @@ def agrees_with_float64(case: Case, dtype: torch.dtype, device: str, update_rule
 
 
 def local_agrees_with_float64(case: Case, dtype: torch.dtype, device: str) -> None:
-    """Local attention alone, whose rotation is the kernel's, against plain PyTorch in float64."""
+    """Compare local attention, with rotation by the kernel, with plain PyTorch in float64."""
     leaves, options = draw(case, dtype, device, 8)
     exact = [x.double().cpu() for x in leaves[:3]]
     results = []
@@ -169,7 +172,7 @@ def local_agrees_with_float64(case: Case, dtype: torch.dtype, device: str) -> No
 
 
 def holds_memory(keys: str, segments: int, width: int, device: str, update_rule: str, dtype: torch.dtype) -> None:
-    """M and z after many segments of inputs that hurt, within 1e-4 of float64."""
+    """Compare M and z after many segments of difficult inputs with float64, within 1e-4."""
     T, D = segments * width, 16
     generator = torch.Generator().manual_seed(3)
     k = torch.randn(1, T, 1, D, generator=generator)
@@ -187,7 +190,10 @@ def holds_memory(keys: str, segments: int, width: int, device: str, update_rule:
 
 
 def same_bits(case: Case, dtype: torch.dtype, device: str, update_rule: str) -> None:
-    """The same inputs give the same bits, outputs and gradients, where PyTorch too is told so: for its local attention."""
+    """Check that the same inputs give the same bits, in outputs and gradients.
+
+    PyTorch runs in deterministic mode, because it computes local attention.
+    """
     leaves, options = draw(case, dtype, device, 5)
     with deterministic_pytorch():
         first, *others = (run(leaves, options, 5, update_rule=update_rule, backend="triton") for _ in range(4))
@@ -196,7 +202,10 @@ def same_bits(case: Case, dtype: torch.dtype, device: str, update_rule: str) -> 
 
 
 def same_bits_without_gradients(case: Case, dtype: torch.dtype, device: str, update_rule: str) -> None:
-    """Where no gradient is wanted the output takes the place of the local one, and is the same; inputs stay what they were."""
+    """Compare the outputs with and without gradients.
+
+    Without gradients the output overwrites that of local attention. Inputs must stay unchanged.
+    """
     leaves, options = draw(case, dtype, device, 6)
     before = [x.clone() for x in leaves]
     memory, write_gate = _beside_tokens(leaves)
@@ -211,7 +220,7 @@ def same_bits_without_gradients(case: Case, dtype: torch.dtype, device: str, upd
 
 
 def same_bits_under_a_checkpoint(case: Case, dtype: torch.dtype, device: str, update_rule: str) -> None:
-    """What is computed again in the backward, as with `training.recompute: layer`, gives the same outputs and gradients."""
+    """Check that recomputation in the backward, as with `training.recompute: layer`, gives the same outputs and gradients."""
     leaves, options = draw(case, dtype, device, 9)
 
     def checkpointed(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, memory: MemoryState | None, **more: Any) -> Any:
@@ -234,7 +243,7 @@ def same_bits_under_a_checkpoint(case: Case, dtype: torch.dtype, device: str, up
 
 
 def takes_any_strides(device: str) -> None:
-    """A gate that is a column, and resets that were transposed: kernels count on from their first number."""
+    """Check inputs that are not contiguous: a gate that is a column, and resets that are transposed."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, 13, 2, 16, device=device) for _ in range(3))
     gate, reset = torch.randn(2, 2, device=device)[:, 0], (torch.rand(3, 3, device=device) < 0.4).t()
@@ -245,7 +254,7 @@ def takes_any_strides(device: str) -> None:
 
 
 def takes_tokens_before_rows(feature_map: str, device: str) -> None:
-    """As the layers around have them: a micro-batch's rows lie within its tokens, also in what leaves."""
+    """Check tensors whose rows lie inside their tokens, as in a model's layers. The output has the same order."""
     torch.manual_seed(0)
     leaves = [torch.randn(13, 3, heads, 16, device=device) for heads in (4, 2, 2)]
     gate = torch.randn(4, device=device)
@@ -262,7 +271,7 @@ def takes_tokens_before_rows(feature_map: str, device: str) -> None:
 
 
 def joins_heads(heads: int, groups: int, width: int, dtype: torch.dtype, device: str) -> None:
-    """The concatenation's numbers, of tensors with tokens first, rows first, and numbers that are not neighbours."""
+    """Compare `join_heads` with a concatenation for tensors with tokens first, rows first, and a strided last dimension."""
     from infini_kernels.triton.heads import join_heads
 
     T, B = 70, 3
@@ -277,7 +286,7 @@ def joins_heads(heads: int, groups: int, width: int, dtype: torch.dtype, device:
 
 
 def swiglu_agrees_with_float64(width: int, dtype: torch.dtype, device: str) -> None:
-    """silu(gate) * up and its gradient, of rows that end within a block."""
+    """Compare silu(gate) * up and its gradient with float64, for rows that end inside a block."""
     from infini_kernels.triton.swiglu import swiglu
 
     generator = torch.Generator().manual_seed(0)
@@ -295,7 +304,7 @@ def swiglu_agrees_with_float64(width: int, dtype: torch.dtype, device: str) -> N
 
 
 def keeps_its_type_under_autocast(device: str) -> None:
-    """What leaves has the values' type, also where local attention was cast."""
+    """Check that results have the type of the values even if autocast changes that of local attention."""
     q, k, v = (torch.randn(1, 8, 2, 16, device=device) for _ in range(3))
     with torch.autocast(device, dtype=torch.bfloat16):
         out, memory = infini_attention(q, k, v, torch.zeros(2, device=device), segment_length=4, backend="triton")
@@ -303,7 +312,10 @@ def keeps_its_type_under_autocast(device: str) -> None:
 
 
 def keeps_no_scores_of_grouped_heads() -> None:
-    """In float32 too local attention's memory is linear in the tokens: eight heads' scores of 4,096 tokens would be 537 MB."""
+    """Check that the GPU memory of float32 local attention is linear in the number of tokens.
+
+    The scores of eight heads of 4,096 tokens would take 537 MB.
+    """
     q, k, v = (torch.randn(1, 4096, heads, 64, device="cuda", requires_grad=True) for heads in (8, 2, 2))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -312,17 +324,17 @@ def keeps_no_scores_of_grouped_heads() -> None:
 
 
 def compiles_whole(case: Case, dtype: torch.dtype, device: str, update_rule: str, backend: str) -> None:
-    """torch.compile makes one graph of the operation, which computes the same, gradients included."""
+    """Check that torch.compile makes one graph of the operation, with the same results and gradients."""
     leaves, options = draw(case, dtype, device, 7)
     wanted = run(leaves, options, 7, update_rule=update_rule, backend="triton")
-    torch.compiler.reset()  # else the graphs of other cases count as recompilations of this one
+    torch.compiler.reset()  # otherwise the graphs of other cases count as recompilations of this one
     compiled = torch.compile(infini_attention, fullgraph=True, backend=backend)
     found = run(leaves, options, 7, operation=compiled, update_rule=update_rule, backend="triton")
     torch.testing.assert_close(found, wanted)
 
 
 def replays_from_a_cuda_graph(update_rule: str) -> None:
-    """A captured forward and backward gives the bits of an ordinary one, for inputs that came after the capture."""
+    """Check that a captured forward and backward gives the same bits as an ordinary call, for inputs set after the capture."""
     case = Case(1, 1024, 4, 2, 64, 64, 256, memory=False, padding=False, reset=False)
     first, options = draw(case, torch.bfloat16, "cuda", seed=1)
     second, _ = draw(case, torch.bfloat16, "cuda", seed=2)
@@ -349,7 +361,7 @@ def replays_from_a_cuda_graph(update_rule: str) -> None:
 
 
 def sums_gradients_to_the_bit() -> None:
-    """A gradient added to its float32 sum on CUDA, also where either begins at an odd number."""
+    """Check bit by bit the sum of a gradient and its float32 total on CUDA, also at unaligned addresses."""
     for count, first in ((2_000_003, 0), (2_000_003, 3), (5_003, 3)):
         total, gradient = torch.randn(count, device="cuda"), torch.randn(count, device="cuda").bfloat16()
         wanted = total[first:] + gradient[first:].float()
@@ -358,7 +370,7 @@ def sums_gradients_to_the_bit() -> None:
 
 
 def on_cuda() -> list[tuple[str, Callable[[], None]]]:
-    """Every check of the compiled kernels, by name."""
+    """Return every check of the compiled kernels, with its name."""
     checks: list[tuple[str, Callable[[], None]]] = []
 
     def add(check: Callable[..., None], name: str, *arguments: Any) -> None:
@@ -399,7 +411,7 @@ def on_cuda() -> list[tuple[str, Callable[[], None]]]:
 
 @contextmanager
 def deterministic_pytorch() -> Iterator[None]:
-    """PyTorch takes only operations that give the same bits twice."""
+    """Return a context in which PyTorch uses only deterministic operations."""
     if torch.__version__ < "2.11":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -411,7 +423,7 @@ def deterministic_pytorch() -> Iterator[None]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """What is allocated without being filled holds NaN, so that a place that no kernel writes is seen."""
+    """Return a context in which uninitialised tensors hold NaN, so that elements that no kernel writes are detected."""
     originals = [(owner, name, getattr(owner, name)) for owner, name in POISONED]
 
     def poisons(original: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,4 +1,4 @@
-"""A training step whose memory runs in the kernels, under Triton's interpreter, as on CUDA."""
+"""Training steps whose memory operations run in the kernels under Triton's interpreter, as on CUDA."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from infini_train.training.training_run import build_parts  # noqa: E402
 
 @contextmanager
 def kernels_everywhere() -> Iterator[None]:
-    """What asks whether to take kernels with backend 'auto' is told so, as on CUDA."""
+    """Return a context in which backend 'auto' uses the kernels, as on CUDA."""
     places = (backend, local, operation, self_attention)
-    originals = [place.takes_kernels for place in places]
+    originals = [place.uses_triton for place in places]
     for place in places:
-        place.takes_kernels = lambda *_: True  # type: ignore[attr-defined]
+        place.uses_triton = lambda *_: True  # type: ignore[attr-defined]
     try:
         yield
     finally:
         for place, original in zip(places, originals, strict=True):
-            place.takes_kernels = original  # type: ignore[attr-defined]
+            place.uses_triton = original  # type: ignore[attr-defined]
 
 
 def steps(run: RunConfig, ways: list[tuple[str, int]], count: int) -> dict[str, list[tuple[float, float]]]:
-    """Loss and gradient norm of a few steps: with plain PyTorch, and with kernels for each way to compute again."""
+    """Return loss and gradient norm of a few steps: with plain PyTorch, and with kernels for each recompute setting."""
 
     def trained(run: RunConfig) -> list[tuple[float, float]]:
         parts = build_parts(run)
@@ -52,7 +52,7 @@ def steps(run: RunConfig, ways: list[tuple[str, int]], count: int) -> dict[str, 
 
 
 def found_by_self_test(run: RunConfig, precision: str) -> str | None:
-    """What the self-test of a run finds with the kernels in this process's layout: nothing, if its tolerances suit them."""
+    """Return the error that the self-test finds with the kernels in this process's layout, or None."""
     initialize_process_group()
     with kernels_everywhere():
         try:

@@ -1,4 +1,4 @@
-"""The memory operations as Triton kernels. Imported only where `backend` asks for them: Triton need not be installed."""
+"""Triton kernels of the memory operations. Imported only if `backend` selects them, so that Triton is optional."""
 
 from infini_kernels.triton.blocks import supports
 from infini_kernels.triton.operation import infini_attention_triton

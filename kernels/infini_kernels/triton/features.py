@@ -1,7 +1,8 @@
 """Feature maps inside the kernels: ELU + 1, and softmax(2 x) (`variants.sharp_features`) as exp(2 x - shift).
 
-`shift` [B, T, heads] float32 is the logarithm of the softmax's denominator, so that σ of one number needs no other: a kernel
-may hold a part of a head. Kernels that are given none (a null pointer, which Triton knows when it compiles) take ELU + 1.
+`shift` [B, T, heads] float32 is the logarithm of the softmax's denominator. With it σ of one number does not depend on
+others, so that a kernel may hold only some columns of a head. Without a shift (a null pointer, known at compile time)
+kernels compute ELU + 1.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from infini_kernels.triton.operator import Operator
 
 @triton.jit
 def sigma(x, shift_ptr, places, here):
-    """σ(x), float32. places: of the tokens in `shift`, and here: which of them may be read; both broadcast to x."""
+    """Return σ(x) in float32.
+
+    places are the offsets of the tokens in `shift`, and here tells which of them may be read. Both broadcast to x.
+    """
     x = x.to(tl.float32)
     if shift_ptr is None:
         features = tl.exp(tl.minimum(x, 0.0)) + tl.maximum(x, 0.0)
@@ -28,7 +32,7 @@ def sigma(x, shift_ptr, places, here):
 
 @triton.jit
 def sigma_backward(gradient, s, shift_ptr):
-    """Gradient of x [tokens, D] from that of s = σ(x), of whole heads; zero where s is."""
+    """Return the gradient of x [tokens, D] from that of s = σ(x), for whole heads. It is zero where s is zero."""
     dx = gradient * tl.minimum(s, 1.0)
     if shift_ptr is not None:
         dx = 2 * s * (gradient - tl.sum(gradient * s, axis=1)[:, None])
@@ -52,8 +56,10 @@ def _shift_kernel(
 
 @Operator
 def softmax_shift(x: Tensor) -> Tensor:
-    """log Σ exp(2 x) over the last dimension: x [B, T, heads, D] -> [B, T, heads] float32, without a gradient of its own, which
-    `sigma_backward` holds already."""
+    """Return log Σ exp(2 x) over the last dimension: x [B, T, heads, D] -> [B, T, heads] float32.
+
+    It has no gradient of its own, because `sigma_backward` includes it.
+    """
     B, T, H, D = x.shape
     x, strides = by_token(x)
     shift = torch.empty(B, T, H, dtype=torch.float32, device=x.device)

@@ -1,7 +1,7 @@
-"""Gradients of queries, keys and values, put into the one tensor that they were split from, in one pass.
+"""Join of the gradients of queries, keys and values into the tensor that they were split from, in one pass.
 
-PyTorch's concatenation reads them number by number where one of them is no contiguous tensor: 4 times the time of a copy on an
-H200.
+If an input is not contiguous, PyTorch's concatenation reads it element by element, which takes 4 times as long as a copy on
+an H200.
 
 Shapes: T tokens, B rows, H query heads, G key/value heads, R = H / G, D head width.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from infini_kernels.triton.blocks import by_token, cdiv, launch, next_power_of_2
 
 NUMBERS = 8192
-"""Of a program."""
+"""Number of elements per program."""
 
 
 @triton.jit
@@ -41,7 +41,10 @@ def _join_heads_kernel(
 
 
 def join_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [T, B, H, D], k and v [T, B, G, D], of any strides and one type -> [T, B, G (R + 2) D]: by group R of q, k and v."""
+    """Join q [T, B, H, D], k and v [T, B, G, D] into [T, B, G (R + 2) D]: R heads of q, then k, then v for each group.
+
+    The inputs have one type and any strides.
+    """
     (T, B, H, D), G = q.shape, k.shape[2]
     (q, q_strides), (k, k_strides), (v, v_strides) = (by_token(x.transpose(0, 1)) for x in (q, k, v))
     heads = H + 2 * G

@@ -1,7 +1,7 @@
-"""Infini-attention from the kernels: `infini_kernels.reference` with each pass over the tokens fused.
+"""Infini-attention with Triton kernels: `infini_kernels.reference` with each pass over the tokens fused.
 
-Shapes: B batch, T tokens, N segments, W tokens of a segment in this call, H query heads, G key/value heads, D key width,
-Dv value width.
+Shapes: B batch, T tokens, N segments, W tokens of a segment in this call, H query heads, G key/value heads, D key width, Dv
+value width.
 """
 
 from __future__ import annotations
@@ -47,28 +47,28 @@ def infini_attention_triton(
     normaliser: str = "paper",
     feature_map: str = "elu",
 ) -> tuple[Tensor, MemoryState]:
-    """`infini_attention` for arguments that have been checked, and for which `blocks.supports` holds."""
+    """Compute `infini_attention` for arguments that have been checked and that `blocks.supports`."""
     layout = SegmentLayout.of(q.shape[1], segment_length)
     tokens = tokens_by_segment(lengths, layout, q, segment_length)
     padding = padding_mask(lengths, layout.num_tokens, segment_length, q.device)
     if reset is not None:
-        # Most micro-batches have none; the host knows that without asking the device.
+        # Most micro-batches have no reset, and the host knows that without asking the device.
         none = values_known(reset) and not any(reset.flatten().tolist())
         reset = None if none else to_device(reset, q.device).to(torch.int8).contiguous()
     queries, keys = q, k
     if rotary is not None:
-        q, k, queries, keys = beside_rotated(q, k, rotary, tokens, layout)
+        q, k, queries, keys = original_and_rotated(q, k, rotary, tokens, layout)
     width = compiled_width(layout, segment_length)
     with full_precision(q):
-        # What stands at padding may be NaN, and its gradient 0 * NaN.
+        # Padding may contain NaN, and its gradient would be 0 * NaN.
         real = k if padding is None or write_gate is None else k.masked_fill(padding, 0)
         strength = write_strength(real, write_gate, torch.float32)
         strength = None if strength is None else strength.squeeze(-1)
         shift = _shift(k, feature_map)
         updates = KernelUpdates(k, remembered_values(v, normaliser), tokens, width, shift, strength)
         written = SegmentMemory(updates, memory, reset, update_rule, eps, group, repeats)
-    # Here, so that the exchange of a group that is now under way overlaps with it.
-    local = attend(queries, keys, v, rotary is not None, padding, layout).to(v.dtype)  # under autocast it has another type
+    # Computed here so that it overlaps with the exchange of a group, which is now in progress.
+    local = attend(queries, keys, v, rotary is not None, padding, layout).to(v.dtype)  # its type differs under autocast
     with full_precision(q):
         carried = written.carry()
         entering = carried.entering or MemoryState(torch.zeros_like(updates.written), torch.zeros_like(updates.z))
@@ -81,22 +81,31 @@ def infini_attention_triton(
 
 
 def compiled_width(layout: SegmentLayout, segment_length: int) -> int:
-    """W for kernels that are compiled for it. A single segment that is not full counts as one of the next power of two, which
-    `tokens` masks, so that calls of every length below segment_length take few kernels."""
+    """Return the W for which kernels are compiled.
+
+    A single segment that is not full counts as one with the next power of two tokens, which `tokens` masks. Calls of all
+    lengths below segment_length then need few compiled kernels.
+    """
     if layout.width == segment_length:
         return segment_length
     return min(segment_length, max(SMALLEST, next_power_of_2(layout.width)))
 
 
 def _shift(x: Tensor, feature_map: str) -> Tensor | None:
-    """What `features.sigma` needs for this feature map."""
+    """Return the shift that `features.sigma` needs for this feature map."""
     return None if feature_map == "elu" else softmax_shift(x.detach())
 
 
 class KernelUpdates:
-    """`compressive.SegmentUpdates` from kernels; they read keys as they are.
+    """`compressive.SegmentUpdates` with kernels, which read keys without a copy.
 
-    k [B, T, G, D]; v [B, T, G, Dv]; tokens [B, N] int32; shift and strength [B, T, G], None for ELU + 1 and for writes of 1
+    Args:
+        k: [B, T, G, D].
+        v: [B, T, G, Dv].
+        tokens: [B, N] int32, valid tokens of each segment.
+        width: tokens of a segment.
+        shift: [B, T, G]; None for ELU + 1.
+        strength: [B, T, G]; None for writes of strength 1.
     """
 
     def __init__(
@@ -106,7 +115,10 @@ class KernelUpdates:
         self.written, self.z = segment_states(k, v, tokens, width, shift, strength)
 
     def select(self, places: Tensor | None) -> Removals:
-        """What the segments b N + n of these places remove, in their order; None takes all."""
+        """Return the removals of the segments b N + n listed in places, in that order.
+
+        None selects all segments.
+        """
         tokens = self._tokens.flatten()
         whole = places is None
         if places is None:
@@ -116,8 +128,8 @@ class KernelUpdates:
         return KernelRemovals(self._k, places.int(), tokens, self._width, self._shift, self._strength, whole)
 
     def walk(self, state: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `recurrence.walk`."""
-        if removed is None and added.shape[1] == 1:  # one sum
+        """Run `recurrence.walk`."""
+        if removed is None and added.shape[1] == 1:  # a single addition
             if reset is not None:
                 state = state.masked_fill(reset.bool().view(-1, *[1] * (state.dim() - 1)), 0)
             return state.unsqueeze(1), state + added.squeeze(1)
@@ -125,7 +137,7 @@ class KernelUpdates:
         return entering, leaving
 
     def walk_both(self, memory: MemoryState, added: MemoryState, reset: Tensor | None) -> tuple[MemoryState, MemoryState]:
-        """See `compressive.SegmentUpdates`."""
+        """Run `compressive.SegmentUpdates.walk_both`."""
         if added.M.shape[1] == 1:
             both = (self.walk(state, more, reset) for state, more in ((memory.M, added.M), (memory.z, added.z)))
             (entering_M, leaving_M), (entering_z, leaving_z) = both
@@ -135,9 +147,12 @@ class KernelUpdates:
 
 
 class KernelRemovals:
-    """`ageing.Removals` from kernels: rows [X] int32 names segments b N + n, tokens [X] int32 their tokens.
+    """`ageing.Removals` with kernels.
 
-    whole: these are all segments in their order.
+    Args:
+        rows: [X] int32, the segments as b N + n.
+        tokens: [X] int32, their valid tokens.
+        whole: rows are all segments in order.
     """
 
     def __init__(
@@ -147,17 +162,17 @@ class KernelRemovals:
         self._whole = whole
 
     def removal(self, z: Tensor, eps: float) -> Tensor:
-        """See `ageing.Removals`."""
+        """Implement `ageing.Removals.removal`."""
         rows, tokens = self._rows[: len(z)], self._tokens[: len(z)]
         return segment_removals(self._k, z, rows, tokens, self._width, eps, self._shift, self._strength, self._whole)[0]
 
     def removals(self, z: Tensor, dz: Tensor, times: list[Tensor], eps: float) -> list[Tensor]:
-        """See `ageing.Removals`."""
+        """Implement `ageing.Removals.removals`."""
         return [self.removal(z[: len(t)] + t[:, None, None] * dz[: len(t)], eps) for t in times]
 
 
 def tokens_by_segment(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, segment_length: int) -> Tensor:
-    """Tokens of each segment that are there and no padding, [B, N] int32 on q's device."""
+    """Return the number of valid (not padding) tokens of each segment, [B, N] int32 on q's device."""
     given = None if lengths is None else lengths_by_segment(lengths, layout.num_tokens, segment_length)
     if given is not None and all_full(given, layout.num_tokens):
         given = None
@@ -174,17 +189,17 @@ def tokens_by_segment(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, 
 
 
 @counted_as("local attention")
-def beside_rotated(
+def original_and_rotated(
     q: Tensor, k: Tensor, rotary: Rotary, tokens: Tensor, layout: SegmentLayout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries and keys as they are, and both rotated."""
+    """Return queries and keys unchanged, and both rotated."""
     return with_rotated(q, k, *rotary, tokens, layout.width)
 
 
 def local_half(
     q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, tokens: Tensor, padding: Tensor | None, layout: SegmentLayout
 ) -> Tensor:
-    """Segment-local attention [B, T, H, Dv] of q and k that are not rotated yet."""
+    """Compute segment-local attention [B, T, H, Dv] of q and k before rotary embedding."""
     if rotary is not None:
         with part("local attention"):
             q, k = rotate(q, k, None, None, *rotary, tokens, layout.width, 1)
@@ -193,7 +208,10 @@ def local_half(
 
 @counted_as("local attention")
 def attend(q: Tensor, k: Tensor, v: Tensor, rotated: bool, padding: Tensor | None, layout: SegmentLayout) -> Tensor:
-    """Segment-local attention [B, T, H, Dv]; what stands at padding may be NaN, so it is zeroed first, as rotating does."""
+    """Compute segment-local attention [B, T, H, Dv].
+
+    Padding may contain NaN, so it is zeroed first. Rotation has already zeroed it in q and k.
+    """
     if padding is not None:
         q, k = (q, k) if rotated else (x.masked_fill(padding, 0) for x in (q, k))
         v = v.masked_fill(padding, 0)

@@ -1,7 +1,7 @@
-"""Reading the memory, normalising and mixing with local attention in one pass over the tokens (arXiv 2404.07143, Eq. 3 and 10).
+"""Memory read, normalisation and mix with local attention in one pass over the tokens (arXiv 2404.07143, Eq. 3 and 10).
 
-Shapes: B rows, T tokens, N segments, W tokens of a segment, H query heads, G key/value heads, R = H / G, D key width, Dv value
-width. `tokens` [B, N] int32 says how many of a segment's tokens are no padding; for `shift` see `features`.
+Shapes: B rows, T tokens, N segments, W tokens of a segment, H query heads, G key/value heads, R = H / G, D key width, Dv
+value width. `tokens` [B, N] int32 is the number of valid (not padding) tokens of each segment. For `shift` see `features`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from infini_kernels.triton.blocks import (
     by_token,
     cdiv,
     dot,
+    dot_precision,
     halves,
     launch,
     load_state,
     on_hopper,
-    product_way,
     rounded,
     tile,
 )
@@ -39,9 +39,9 @@ def _read_kernel(
     q_row, q_token, q_head, local_row, local_token, local_head, out_row, out_token,
     eps, T, N, H, R, W: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PER: tl.constexpr,
-    LOCAL_ONLY: tl.constexpr, WAY: tl.constexpr,
+    LOCAL_ONLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    HALVES: tl.constexpr = WAY == "bf16" or WAY == "emulated"
+    HALVES: tl.constexpr = PRECISION == "bf16" or PRECISION == "emulated"
     program = tl.program_id(0)
     h = program % H
     n = (program // H) % N
@@ -49,7 +49,7 @@ def _read_kernel(
     tokens = tl.load(tokens_ptr + b * N + n)
     d = tl.arange(0, BD)
     row, first, in_d = b.to(tl.int64), (n * W).to(tl.int64), d < D
-    # Of the segment's first token; offsets within a segment are of 32 bits.
+    # Pointers to the segment's first token; offsets within a segment have 32 bits.
     q_ptr += row * q_row + first * q_token + h * q_head
     local_ptr += row * local_row + first * local_token + h * local_head
     out_ptr += row * out_row + first * out_token + h * DV
@@ -57,7 +57,7 @@ def _read_kernel(
     state = ((row * N + n) * (H // R) + h // R) * D
     z = tl.load(z_ptr + state + d, mask=in_d, other=0.0)
     share = share_of_memory(gate_ptr, z, h, LOCAL_ONLY)
-    if BV >= DV:  # all of the state at once, for all of the program's tokens
+    if BV >= DV:  # load the whole state once, for all tokens of the program
         memory = load_state(state_ptr, state, d, tl.arange(0, BV), D, DV)
         if HALVES:
             memory, low = halves(memory)
@@ -67,7 +67,7 @@ def _read_kernel(
         mask = here[:, None] & in_d[None, :]
         query = tl.load(q_ptr + (w[:, None] * q_token + d[None, :]), mask=mask, other=0.0)
         s = tl.where(mask, sigma(query, shift_ptr, place + (w * H)[:, None], here[:, None]), 0.0)  # [BW, BD]
-        s = rounded(s, WAY)  # once, for both sums: their quotient weighs what was written with one set of features
+        s = rounded(s, PRECISION)  # round once for both sums, so that their quotient uses the same features
         scale = share / (tl.sum(s * z[None, :], axis=1) + eps)  # [BW]
         for start in range(0, DV, BV):
             e = start + tl.arange(0, BV)
@@ -77,9 +77,9 @@ def _read_kernel(
                 memory = load_state(state_ptr, state, d, e, D, DV)
                 if HALVES:
                     memory, low = halves(memory)
-            read = dot(s, memory, None, WAY)
+            read = dot(s, memory, None, PRECISION)
             if HALVES:
-                read = dot(s, low, read, WAY)
+                read = dot(s, low, read, PRECISION)
             mixed = tl.where(here[:, None], read * scale[:, None] + (1 - share) * local.to(tl.float32), 0.0)
             tl.store(
                 out_ptr + (w[:, None] * out_token + e[None, :]),
@@ -101,8 +101,23 @@ def read_and_mix(
     eps: float,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """q [B, T, H, D], A_dot [B, T, H, Dv], gate [H], M [B, N, G, D, Dv] and z [B, N, G, D] that enter each segment,
-    tokens [B, N], W -> [B, T, H, Dv] in A_dot's type, zero at padding. Its rows lie in each other as those of q do."""
+    """Read the memory and mix it with local attention.
+
+    Args:
+        q: [B, T, H, D].
+        local: A_dot [B, T, H, Dv].
+        gate: [H].
+        M: M that enters each segment, [B, N, G, D, Dv].
+        z: z that enters each segment, [B, N, G, D].
+        tokens: [B, N] int32.
+        width: W.
+        local_only: leave A_dot unscaled where the memory is empty.
+        eps: ε.
+        shift: [B, T, H]; None for ELU + 1.
+
+    Returns:
+        [B, T, H, Dv] in A_dot's type, zero at padding. Rows and tokens have the same memory order as in q.
+    """
     out = _output(q, local, width)
     _read_and_mix(q, local, gate, M, z, tokens, width, local_only, eps, shift, out)
     return out
@@ -121,7 +136,10 @@ def read_and_mix_in_place(
     eps: float,
     shift: Tensor | None = None,
 ) -> None:
-    """`read_and_mix` into A_dot, which must be contiguous; it has no gradient, which would need A_dot as it was."""
+    """Run `read_and_mix` with the result in A_dot, which must be contiguous.
+
+    It has no gradient, because the gradient would need the original A_dot.
+    """
     _read_and_mix(q, local, gate, M, z, tokens, width, local_only, eps, shift, local)
 
 
@@ -142,7 +160,11 @@ def _(
 
 
 def _output(q: Tensor, local: Tensor, width: int) -> Tensor:
-    """Place for the output. Layers have a micro-batch's rows within its tokens, and the next one would copy it otherwise."""
+    """Allocate the output.
+
+    In a layer, the rows of a micro-batch are inside its tokens. The output keeps that order, because the next layer would
+    copy it otherwise.
+    """
     B, T, H, DV = local.shape
     if q.stride(0) < q.stride(1) and (width - 1) * B * H * DV + DV <= MOST_IN_32_BITS:
         return torch.empty((T, B, H, DV), dtype=local.dtype, device=local.device).transpose(0, 1)
@@ -166,14 +188,14 @@ def _read_and_mix(
     (q, q_strides), (local, local_strides) = by_token(q, width), by_token(local, width)
     BW, BV, warps, stages = tile(D, q.dtype, plain=shift is None)
     if q.dtype == torch.bfloat16 and D <= 128 and on_hopper(q):
-        warps = 4  # two programs at once on a multiprocessor
+        warps = 4  # two programs run at the same time on a multiprocessor
     BW, BV = block(width, BW), block(DV, BV)
     per = blocks_of_a_program(width, BW, B * N * H, warps) if BV >= DV else 1
     launch(
         _read_kernel, (B * N * H, cdiv(width, BW * per)),
         q, local, gate.contiguous(), M.contiguous(), z.contiguous(), tokens, shift, out, *q_strides, *local_strides,
         out.stride(0), out.stride(1), eps, T, N, H, H // M.shape[2], W=width, D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per,
-        LOCAL_ONLY=local_only, WAY=product_way(q.dtype), num_warps=warps, num_stages=stages,
+        LOCAL_ONLY=local_only, PRECISION=dot_precision(q.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""The backward of `read`: in one pass over the tokens where a program holds a whole state and its gradient, else in two.
+"""Backward of `read`: one pass over the tokens if a program can hold a whole state and its gradient, otherwise two.
 
-Shapes: B rows, T tokens, N segments, W tokens of a segment, H query heads, G key/value heads, R = H / G, D key width, Dv value
-width. `tokens` [B, N] int32 says how many of a segment's tokens are no padding; for `shift` see `features`.
+Shapes: B rows, T tokens, N segments, W tokens of a segment, H query heads, G key/value heads, R = H / G, D key width, Dv
+value width. `tokens` [B, N] int32 is the number of valid (not padding) tokens of each segment. For `shift` see `features`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from infini_kernels.triton.blocks import (
     by_token,
     cdiv,
     dot,
+    dot_precision,
     high_half,
     launch,
     load_state,
     on_hopper,
-    product_way,
     sum_tile,
     tile,
 )
@@ -30,12 +30,12 @@ from infini_kernels.triton.features import sigma, sigma_backward
 from infini_kernels.triton.operator import Operator
 
 TILE_OF_ONE_PASS = Tile(32, 128, 8, 3)
-"""For one pass, which takes the registers of a Hopper card and heads of up to 128 columns."""
+"""Tile of the single pass, which needs the registers of a Hopper GPU and heads of at most 128 columns."""
 
 
 @triton.jit
 def share_of_memory(gate_ptr, z, h, LOCAL_ONLY: tl.constexpr):
-    """Share of the memory in head h: sigmoid(β), and 0 where LOCAL_ONLY finds the memory empty."""
+    """Return the memory's share in head h: sigmoid(β), and 0 under LOCAL_ONLY if the memory is empty."""
     share = tl.sigmoid(tl.load(gate_ptr + h).to(tl.float32))
     if LOCAL_ONLY:
         share = tl.where(tl.max(tl.abs(z), axis=0) > 0, share, 0.0)
@@ -49,11 +49,12 @@ def _read_backward_kernel(
     q_row, q_token, q_head, local_row, local_token, local_head, grad_row, grad_token, grad_head,
     eps, T, N, H, R, W: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PER: tl.constexpr,
-    ONE_PASS: tl.constexpr, LOCAL_ONLY: tl.constexpr, WAY: tl.constexpr,
+    ONE_PASS: tl.constexpr, LOCAL_ONLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries, A_dot and the memory's share.
+    """Compute the gradients of queries, A_dot and the memory's share.
 
-    ONE_PASS: those of states too, by head and program; else it leaves what `_read_backward_states_kernel` needs.
+    With ONE_PASS also compute the gradients of states, for each head and program. Otherwise store scale and dnorm for
+    `_read_backward_states_kernel`.
     """
     program = tl.program_id(0)
     h = program % H
@@ -62,7 +63,7 @@ def _read_backward_kernel(
     tokens = tl.load(tokens_ptr + b * N + n)
     d = tl.arange(0, BD)
     row, first, in_d = b.to(tl.int64), (n * W).to(tl.int64), d < D
-    # Of the segment's first token; offsets within a segment are of 32 bits.
+    # Pointers to the segment's first token; offsets within a segment have 32 bits.
     q_ptr += row * q_row + first * q_token + h * q_head
     local_ptr += row * local_row + first * local_token + h * local_head
     grad_ptr += row * grad_row + first * grad_token + h * grad_head
@@ -72,8 +73,8 @@ def _read_backward_kernel(
     state = ((row * N + n) * (H // R) + h // R) * D
     z = tl.load(z_ptr + state + d, mask=in_d, other=0.0)
     share = share_of_memory(gate_ptr, z, h, LOCAL_ONLY)
-    if BV >= DV:  # all of the state at once, for all of the program's tokens
-        memory = high_half(load_state(state_ptr, state, d, tl.arange(0, BV), D, DV), WAY)
+    if BV >= DV:  # load the whole state once, for all tokens of the program
+        memory = high_half(load_state(state_ptr, state, d, tl.arange(0, BV), D, DV), PRECISION)
     if ONE_PASS:
         dstate = tl.zeros((BD, BV), tl.float32)
         dz = tl.zeros((BD,), tl.float32)
@@ -94,10 +95,10 @@ def _read_backward_kernel(
             grad = tl.load(grad_ptr + (w[:, None] * grad_token + e[None, :]), mask=wide, other=0.0)
             local = tl.load(local_ptr + (w[:, None] * local_token + e[None, :]), mask=wide, other=0.0).to(tl.float32)
             if BV < DV:
-                memory = high_half(load_state(state_ptr, state, d, e, D, DV), WAY)
-            by_read = dot(grad, tl.trans(memory), by_read, WAY)
+                memory = high_half(load_state(state_ptr, state, d, e, D, DV), PRECISION)
+            by_read = dot(grad, tl.trans(memory), by_read, PRECISION)
             if ONE_PASS:
-                dstate = dot(tl.trans(s * scale[:, None]), grad, dstate, WAY)
+                dstate = dot(tl.trans(s * scale[:, None]), grad, dstate, PRECISION)
             local_grad += tl.sum(local * grad.to(tl.float32), axis=1)
             dlocal = ((1 - share) * grad.to(tl.float32)).to(dlocal_ptr.dtype.element_ty)
             tl.store(dlocal_ptr + ((w * (H * DV))[:, None] + e[None, :]), dlocal, mask=inside[:, None] & (e < DV)[None, :])
@@ -112,14 +113,14 @@ def _read_backward_kernel(
         else:
             tl.store(scale_ptr + (out + w * H), scale, mask=inside)
             tl.store(dnorm_ptr + (out + w * H), dnorm, mask=inside)
-    part = program.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    slot = program.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     if ONE_PASS:
         e = tl.arange(0, BV)
-        at = dstate_ptr + part * D * DV + (d[:, None] * DV + e[None, :])
+        at = dstate_ptr + slot * D * DV + (d[:, None] * DV + e[None, :])
         tl.store(at, dstate, mask=in_d[:, None] & (e < DV)[None, :])
-        tl.store(dz_ptr + part * D + d, dz, mask=in_d)
+        tl.store(dz_ptr + slot * D + d, dz, mask=in_d)
     # Under LOCAL_ONLY the share of a first segment is 0, and so is its gradient.
-    tl.store(dshare_ptr + part, tl.sum(dshare, axis=0) * share * (1 - share))
+    tl.store(dshare_ptr + slot, tl.sum(dshare, axis=0) * share * (1 - share))
 
 
 @triton.jit
@@ -127,7 +128,7 @@ def _read_backward_states_kernel(
     q_ptr, tokens_ptr, shift_ptr, grad_ptr, scale_ptr, dnorm_ptr, dstate_ptr, dz_ptr,
     q_row, q_token, q_head, grad_row, grad_token, grad_head,
     T, N, H, R: tl.constexpr, W: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     segment, d_block, v_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     G = H // R
@@ -142,7 +143,7 @@ def _read_backward_states_kernel(
     dstate = tl.zeros((BD, BV), tl.float32)
     dz = tl.zeros((BD,), tl.float32)
     BLOCKS: tl.constexpr = (W + BW - 1) // BW
-    for step in range(0, R * BLOCKS):  # one loop, which the compiler can pipeline, over the heads of the group and their tokens
+    for step in range(0, R * BLOCKS):  # one loop over heads and tokens, so that the compiler can pipeline it
         h = g * R + step // BLOCKS
         w = (step % BLOCKS) * BW + tl.arange(0, BW)
         here = w < tokens
@@ -155,7 +156,7 @@ def _read_backward_states_kernel(
         grads = grad_ptr + row * grad_row + place[:, None] * grad_token + h * grad_head + e[None, :]
         grad = tl.load(grads, mask=here[:, None] & in_e[None, :], other=0.0)
         scale = tl.load(scale_ptr + each, mask=here, other=0.0)
-        dstate = dot(s * scale[None, :], grad, dstate, WAY)
+        dstate = dot(s * scale[None, :], grad, dstate, PRECISION)
         dz += tl.sum(s * tl.load(dnorm_ptr + each, mask=here, other=0.0)[None, :], axis=1)
     state = segment.to(tl.int64) * D
     tl.store(dstate_ptr + (state + d[:, None]) * DV + e[None, :], dstate, mask=in_d[:, None] & in_e[None, :])
@@ -177,7 +178,7 @@ def read_and_mix_backward(
     local_only: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, A_dot, gate, M and z."""
+    """Return the gradients of q, A_dot, gate, M and z."""
     (B, N), (_, T, H, D), DV, G = tokens.shape, q.shape, local.shape[-1], M.shape[2]
     (q, q_strides), (local, local_strides), (grad, grad_strides) = (
         by_token(q, width),
@@ -190,29 +191,29 @@ def read_and_mix_backward(
     BW, BV = block(width, BW), block(DV, BV)
     per = blocks_of_a_program(width, BW, B * N * H, warps) if BV >= DV else 1
     programs = cdiv(width, BW * per)
-    # In one pass a gradient of the states for each head and program of a group; else two numbers for each token and head.
-    parts = [x.new_empty(B, N, G, H // G * programs, *x.shape[3:]) for x in (dM, dz)] if one_pass else [None, None]
+    # In one pass: a gradient of the states for each head and program of a group. In two: two numbers per token and head.
+    partials = [x.new_empty(B, N, G, H // G * programs, *x.shape[3:]) for x in (dM, dz)] if one_pass else [None, None]
     scale, dnorm = (None if one_pass else dM.new_empty(B, T, H) for _ in range(2))
     dshare = torch.empty(B, N, H, programs, dtype=torch.float32, device=q.device)
     launch(
         _read_backward_kernel, (B * N * H, programs),
         q, local, gate.contiguous(), M.contiguous(), z.contiguous(), tokens, shift, grad,
-        dq, dlocal, dshare, *parts, scale, dnorm,
+        dq, dlocal, dshare, *partials, scale, dnorm,
         *q_strides, *local_strides, *grad_strides, eps, T, N, H, H // G, W=width,
         D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per,
-        ONE_PASS=one_pass, LOCAL_ONLY=local_only, WAY=product_way(q.dtype), num_warps=warps,
+        ONE_PASS=one_pass, LOCAL_ONLY=local_only, PRECISION=dot_precision(q.dtype), num_warps=warps,
         num_stages=stages,
     )  # fmt: skip
     if one_pass:
-        for part, total in zip(parts, (dM, dz), strict=True):
-            torch.sum(part, dim=3, out=total)  # type: ignore[arg-type]
+        for partial, total in zip(partials, (dM, dz), strict=True):
+            torch.sum(partial, dim=3, out=total)  # type: ignore[arg-type]
     else:
         _, BD, BV, _ = sum_tile(D, DV, q.dtype)
         BW = 32 if shift is None or q.dtype == torch.float32 else 16
         launch(
             _read_backward_states_kernel, (B * N * G, cdiv(D, BD), cdiv(DV, BV)),
             q, tokens, shift, grad, scale, dnorm, dM, dz, *q_strides, *grad_strides, T, N, H, R=H // G, W=width,
-            D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, WAY=product_way(q.dtype), num_warps=8,
+            D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, PRECISION=dot_precision(q.dtype), num_warps=8,
         )  # fmt: skip
     return dq, dlocal, dshare.sum(dim=(0, 1, 3)).to(gate.dtype), dM, dz
 

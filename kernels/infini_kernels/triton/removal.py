@@ -1,8 +1,8 @@
-"""What the delta rule removes: σ(K)^T diag(1 / (σ(K) z + ε)) σ(K) of every segment.
+"""Removal of the delta rule: σ(K)^T diag(1 / (σ(K) z + ε)) σ(K) of every segment.
 
-Shapes: X segments of any rows, W tokens of a segment, G key/value heads, D key width. `rows` [X] int32 names the segments, as
-b N + n; `tokens` [X] int32 says how many of their tokens are no padding. `strength` [B, T, G] float32, where it is given,
-stands beside the normaliser: σ(K)^T diag(strength / (σ(K) z + ε)) σ(K); for `shift` see `features`.
+Shapes: X segments of any rows, W tokens of a segment, G key/value heads, D key width. `rows` [X] int32 lists the segments
+as b N + n; `tokens` [X] int32 is the number of valid (not padding) tokens of each. If `strength` [B, T, G] float32 is
+given, the removal is σ(K)^T diag(strength / (σ(K) z + ε)) σ(K). For `shift` see `features`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from infini_kernels.triton.blocks import (
     cdiv,
     dot,
     dot_exact_both,
-    exact_way,
+    dot_precision,
+    exact_dot_precision,
     launch,
     load_state,
-    product_way,
     tile,
 )
 from infini_kernels.triton.features import sigma, sigma_backward
@@ -36,7 +36,7 @@ def _scale_kernel(
     k_ptr, z_ptr, rows_ptr, tokens_ptr, shift_ptr, scale_ptr, k_row, k_token, k_head, eps, T, N, G, W: tl.constexpr,
     D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """1 / (σ(K) z + ε) of each token, 0 at padding: [X, G, W]."""
+    """Compute 1 / (σ(K) z + ε) of each token, 0 at padding: [X, G, W]."""
     program = tl.program_id(0)
     g, x = program % G, program // G
     segment = tl.load(rows_ptr + x)
@@ -58,7 +58,7 @@ def _scale_kernel(
 def _removal_kernel(
     k_ptr, scale_ptr, rows_ptr, tokens_ptr, shift_ptr, strength_ptr, removed_ptr,
     k_row, k_token, k_head, T, N, G, W: tl.constexpr,
-    D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, WAY: tl.constexpr,
+    D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     g, x = program % G, program // G
@@ -81,7 +81,7 @@ def _removal_kernel(
             scale *= tl.load(strength_ptr + places, mask=here, other=0.0)
         left = tl.where(left_mask, sigma(left, shift_ptr, places[None, :], here[None, :]), 0.0) * scale[None, :]
         right = tl.where(right_mask, sigma(right, shift_ptr, places[:, None], here[:, None]), 0.0)
-        removed = dot_exact_both(left, right, removed, WAY)
+        removed = dot_exact_both(left, right, removed, PRECISION)
     out = removed_ptr + program.to(tl.int64) * D * D + i[:, None] * D + j[None, :]
     tl.store(out, removed, mask=(i < D)[:, None] & (j < D)[None, :])
 
@@ -91,11 +91,12 @@ def _removal_backward_kernel(
     k_ptr, z_ptr, scale_ptr, symmetric_ptr, rows_ptr, tokens_ptr, shift_ptr, strength_ptr, dk_ptr, dz_ptr, dstrength_ptr,
     k_row, k_token, k_head, T, N, G, W: tl.constexpr,
     D: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BJ: tl.constexpr, PER: tl.constexpr, WHOLE: tl.constexpr,
-    WAY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys, of z by program [X, G, programs, D], and of strength, from that of what is removed plus its transpose.
+    """Compute the gradients of keys, of strength, and of z for each program [X, G, programs, D].
 
-    WHOLE: all segments are there in their order, and what has tokens is [B, T, G, ...]; else it is [X, W, G, ...].
+    The input is the gradient of the removal plus its transpose. With WHOLE, all segments are present in order and tensors
+    with tokens are [B, T, G, ...]; otherwise they are [X, W, G, ...].
     """
     program = tl.program_id(0)
     g, x = program % G, program // G
@@ -108,7 +109,7 @@ def _removal_backward_kernel(
     matrix = program.to(tl.int64) * D
     z = tl.load(z_ptr + program.to(tl.int64) * D + d, mask=in_d, other=0.0)
     dz = tl.zeros((BD,), tl.float32)
-    if BJ >= D:  # all of the gradient at once, for all of the program's tokens
+    if BJ >= D:  # load the whole gradient once, for all tokens of the program
         symmetric = load_state(symmetric_ptr, matrix, d, d, D, D)
     for step in range(0, PER):
         w = (tl.program_id(1) * PER + step) * BW + tl.arange(0, BW)
@@ -119,7 +120,7 @@ def _removal_backward_kernel(
         key = tl.load(keys + place[:, None] * k_token + d[None, :], mask=mask, other=0.0)
         s = tl.where(mask, sigma(key, shift_ptr, places[:, None], here[:, None]), 0.0)
         if BJ >= D:
-            product = dot(s, symmetric, None, WAY)
+            product = dot(s, symmetric, None, PRECISION)
         else:
             product = tl.zeros((BW, BD), tl.float32)
             for first in range(0, D, BJ):
@@ -127,7 +128,7 @@ def _removal_backward_kernel(
                 piece_mask = here[:, None] & (j < D)[None, :]
                 piece = tl.load(keys + place[:, None] * k_token + j[None, :], mask=piece_mask, other=0.0)
                 piece = tl.where(piece_mask, sigma(piece, shift_ptr, places[:, None], here[:, None]), 0.0)
-                product = dot(piece, load_state(symmetric_ptr, matrix, j, d, D, D), product, WAY)
+                product = dot(piece, load_state(symmetric_ptr, matrix, j, d, D, D), product, PRECISION)
         scale = tl.load(scale_ptr + program.to(tl.int64) * W + w, mask=here, other=0.0)
         by_scale = scale * tl.sum(product * s, axis=1) / 2
         if WHOLE:
@@ -144,8 +145,8 @@ def _removal_backward_kernel(
         dkey = tl.where(mask, dkey, 0.0).to(dk_ptr.dtype.element_ty)
         tl.store(dk_ptr + out[:, None] * D + d[None, :], dkey, mask=inside[:, None] & in_d[None, :])
         dz += tl.sum(s * dnorm[:, None], axis=0)
-    part = program.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(dz_ptr + part * D + d, dz, mask=in_d)
+    slot = program.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(dz_ptr + slot * D + d, dz, mask=in_d)
 
 
 @Operator
@@ -160,8 +161,22 @@ def segment_removals(
     strength: Tensor | None = None,
     whole: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """k [B, T, G, D], z [X, G, D] that enters each segment, rows and tokens [X], W -> removed [X, G, D, D], and
-    1 / (σ(K) z + ε) [X, G, W] for the backward; float32. whole: rows are all segments in their order."""
+    """Compute the removals of the delta rule.
+
+    Args:
+        k: [B, T, G, D].
+        z: z that enters each segment, [X, G, D].
+        rows: [X] int32.
+        tokens: [X] int32.
+        width: W.
+        eps: ε.
+        shift: [B, T, G]; None for ELU + 1.
+        strength: [B, T, G]; None for 1.
+        whole: rows are all segments in order.
+
+    Returns:
+        removed [X, G, D, D], and 1 / (σ(K) z + ε) [X, G, W] for the backward; float32.
+    """
     (X, G, D), T, N = z.shape, k.shape[1], -(-k.shape[1] // width)
     k, strides = by_token(k)
     scale = torch.empty(X, G, width, dtype=torch.float32, device=k.device)
@@ -176,7 +191,7 @@ def segment_removals(
     launch(
         _removal_kernel, (X * G, cdiv(D, BD), cdiv(D, BD)),
         k, scale, rows, tokens, shift, strength, removed, *strides, T, N, G, W=width,
-        D=D, BW=block(width, BW), BD=BD, WAY=exact_way(k.dtype), num_warps=warps, num_stages=stages,
+        D=D, BW=block(width, BW), BD=BD, PRECISION=exact_dot_precision(k.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return removed, scale
 
@@ -210,9 +225,10 @@ def segment_removals_backward(
     width: int,
     whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the keys of these segments, of z [X, G, D], and of their tokens' strength, empty where there is none.
+    """Return the gradients of the keys of these segments, of z [X, G, D], and of strength.
 
-    Those of keys and strength are [B, T, G, ...] in their types if whole, else [X, W, G, ...] in float32.
+    With whole, the gradients of keys and strength are [B, T, G, ...] in their types; otherwise they are [X, W, G, ...] in
+    float32. The gradient of strength is empty if there is no strength.
     """
     (X, G, D), T, N = z.shape, k.shape[1], -(-k.shape[1] // width)
     k, strides = by_token(k)
@@ -222,14 +238,14 @@ def segment_removals_backward(
     BW, BJ = block(width, min(BW, 32)), block(D, BJ)
     per = blocks_of_a_program(width, BW, X * G, warps) if BJ >= D else 1
     programs = cdiv(width, BW * per)
-    parts = dz.new_empty(X, G, programs, D)
+    partials = dz.new_empty(X, G, programs, D)
     launch(
         _removal_backward_kernel, (X * G, programs),
-        k, z.contiguous(), scale, symmetric, rows, tokens, shift, strength, dk, parts, dstrength, *strides, T, N, G, W=width,
-        D=D, BW=BW, BD=block(D), BJ=BJ, PER=per, WHOLE=whole, WAY=product_way(k.dtype), num_warps=warps,
+        k, z.contiguous(), scale, symmetric, rows, tokens, shift, strength, dk, partials, dstrength, *strides, T, N, G, W=width,
+        D=D, BW=BW, BD=block(D), BJ=BJ, PER=per, WHOLE=whole, PRECISION=dot_precision(k.dtype), num_warps=warps,
         num_stages=stages,
     )  # fmt: skip
-    return dk, torch.sum(parts, dim=2, out=dz), dstrength
+    return dk, torch.sum(partials, dim=2, out=dz), dstrength
 
 
 def _backward_outputs(k: Tensor, z: Tensor, strength: Tensor | None, width: int, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,12 +281,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: a checkpoint gives them a single time
+    saved = ctx.saved_tensors  # read once: under checkpointing a second access fails
     k, _, _, rows, _, _, strength = saved
     dk, dz, dstrength = segment_removals_backward(gradient, *saved, ctx.width, ctx.whole)
 
     def at_their_places(x: Tensor) -> Tensor:
-        """x [X, W, ...] at its places among all tokens, [B, T, ...], and zero where no segment is."""
+        """Scatter x [X, W, ...] to all tokens, [B, T, ...], with zeros in the other segments."""
         B, T = k.shape[:2]
         num_segments = -(-T // ctx.width)
         everywhere = torch.zeros(B * num_segments, *x.shape[1:], dtype=torch.float32, device=k.device)

@@ -1,10 +1,11 @@
-"""Rotary position embedding of queries and keys by position in their segment, in one pass that leaves zeros at padding.
+"""Rotary position embedding of queries and keys, by position in the segment, in one pass that zeroes padding.
 
-Queries and keys go to local attention rotated and to the memory as they are; `with_rotated` sums the two gradients in the pass
-that rotates one of them back. Both go in one launch: what a launch costs the host is more than what it costs the device.
+Local attention gets queries and keys rotated, and the memory gets them unchanged. `with_rotated` sums the two gradients in
+the pass that rotates one of them back. Queries and keys share one launch, because a launch costs the host more time than
+the device.
 
-Shapes: B rows, T tokens, N segments, W tokens of a segment, H query heads, G key heads, D key width. `tokens` [B, N] int32 says
-how many of a segment's tokens are no padding.
+Shapes: B rows, T tokens, N segments, W tokens of a segment, H query heads, G key heads, D key width. `tokens` [B, N] int32
+is the number of valid (not padding) tokens of each segment.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from infini_kernels.triton.operator import Operator
 
 @triton.jit
 def _rotary_kernel(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, tokens_ptr, beside_q_ptr, beside_k_ptr, out_q_ptr, out_k_ptr,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, tokens_ptr, addend_q_ptr, addend_k_ptr, out_q_ptr, out_k_ptr,
     q_row, q_token, q_head, k_row, k_token, k_head,
-    beside_q_row, beside_q_token, beside_q_head, beside_k_row, beside_k_token, beside_k_head, T, N, H, G, W, DIRECTION,
+    addend_q_row, addend_q_token, addend_q_head, addend_k_row, addend_k_token, addend_k_head, T, N, H, G, W, DIRECTION,
     HALF: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Where they are given, `beside_q` and `beside_k` are added to what was rotated, at padding too."""
-    t = tl.program_id(0) * BT + tl.arange(0, BT)  # the one dimension of a grid that may be longer than 65,535
+    """Rotate q and k. If `addend_q` and `addend_k` are given, add them to the rotated tensors, at padding too."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)  # the only grid dimension that may exceed 65,535
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     n = t // W
@@ -44,24 +45,24 @@ def _rotary_kernel(
     token = t.to(tl.int64)[:, None]
     if head < H:
         q_at = q_ptr + b * q_row + token * q_token + head * q_head + i[None, :]
-        q_other = beside_q_ptr
-        if beside_q_ptr is not None:
-            q_other += b * beside_q_row + token * beside_q_token + head * beside_q_head + i[None, :]
+        q_other = addend_q_ptr
+        if addend_q_ptr is not None:
+            q_other += b * addend_q_row + token * addend_q_token + head * addend_q_head + i[None, :]
         q_out = out_q_ptr + ((b * T + token) * H + head) * 2 * HALF + i[None, :]
         _turn(q_at, q_other, q_out, cos, sin, read, mask, HALF)
     else:
         g = head - H
         k_at = k_ptr + b * k_row + token * k_token + g * k_head + i[None, :]
-        k_other = beside_k_ptr
-        if beside_k_ptr is not None:
-            k_other += b * beside_k_row + token * beside_k_token + g * beside_k_head + i[None, :]
+        k_other = addend_k_ptr
+        if addend_k_ptr is not None:
+            k_other += b * addend_k_row + token * addend_k_token + g * addend_k_head + i[None, :]
         k_out = out_k_ptr + ((b * T + token) * G + g) * 2 * HALF + i[None, :]
         _turn(k_at, k_other, k_out, cos, sin, read, mask, HALF)
 
 
 @triton.jit
 def _turn(at, other, out, cos, sin, read, mask, HALF: tl.constexpr):
-    """Rotate the numbers at `at`, add those at `other` unless it is None, and store them at `out`."""
+    """Rotate the numbers at `at`, add those at `other` unless it is None, and store the result at `out`."""
     first = tl.load(at, mask=read, other=0.0).to(tl.float32)
     second = tl.load(at + HALF, mask=read, other=0.0).to(tl.float32)
     turned_first, turned_second = first * cos - second * sin, second * cos + first * sin
@@ -76,29 +77,41 @@ def _turn(at, other, out, cos, sin, read, mask, HALF: tl.constexpr):
 def rotate(
     q: Tensor,
     k: Tensor,
-    beside_q: Tensor | None,
-    beside_k: Tensor | None,
+    addend_q: Tensor | None,
+    addend_k: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     tokens: Tensor,
     width: int,
     direction: int,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, T, H, D] and k [B, T, G, D] rotated by cos and sin [W or more, D/2]; direction -1 rotates them back.
+    """Rotate q [B, T, H, D] and k [B, T, G, D] by cos and sin [W or more, D/2].
 
-    beside_q and beside_k, like q and k, are added afterwards, and the sum is rounded once. tokens [B, N], width W.
+    Args:
+        q: [B, T, H, D].
+        k: [B, T, G, D].
+        addend_q: added to the rotated q, with the shape of q; the sum is rounded once. None for nothing.
+        addend_k: the same for k.
+        cos: [W or more, D/2].
+        sin: as cos.
+        tokens: [B, N] int32.
+        width: W.
+        direction: 1, or -1 to rotate back.
+
+    Returns:
+        Rotated q and k.
     """
     (B, T, H, D), G, N = q.shape, k.shape[2], tokens.shape[1]
     (q, q_strides), (k, k_strides) = by_token(q), by_token(k)
-    beside_q, beside_q_strides = (None, (0, 0, 0)) if beside_q is None else by_token(beside_q)
-    beside_k, beside_k_strides = (None, (0, 0, 0)) if beside_k is None else by_token(beside_k)
+    addend_q, addend_q_strides = (None, (0, 0, 0)) if addend_q is None else by_token(addend_q)
+    addend_k, addend_k_strides = (None, (0, 0, 0)) if addend_k is None else by_token(addend_k)
     out_q, out_k = _like(q, k)
     BH = next_power_of_2(D // 2)
     BT = max(1, 4096 // BH)
     launch(
         _rotary_kernel, (cdiv(T, BT), H + G, B),
-        q, k, cos.contiguous(), sin.contiguous(), tokens, beside_q, beside_k, out_q, out_k,
-        *q_strides, *k_strides, *beside_q_strides, *beside_k_strides, T, N, H, G, width, direction,
+        q, k, cos.contiguous(), sin.contiguous(), tokens, addend_q, addend_k, out_q, out_k,
+        *q_strides, *k_strides, *addend_q_strides, *addend_k_strides, T, N, H, G, width, direction,
         HALF=D // 2, BT=BT, BH=BH,
     )  # fmt: skip
     return out_q, out_k
@@ -114,14 +127,14 @@ def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, beside_q, beside_k, cos, sin, tokens, ctx.width, ctx.direction = inputs
-    ctx.beside = beside_q is not None, beside_k is not None
+    _, _, addend_q, addend_k, cos, sin, tokens, ctx.width, ctx.direction = inputs
+    ctx.has_addend = addend_q is not None, addend_k is not None
     ctx.save_for_backward(cos, sin, tokens)
 
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     back = rotate(dq, dk, None, None, *ctx.saved_tensors, ctx.width, -ctx.direction)
-    return *back, *(each if given else None for each, given in zip((dq, dk), ctx.beside, strict=True)), *[None] * 5
+    return *back, *(each if given else None for each, given in zip((dq, dk), ctx.has_addend, strict=True)), *[None] * 5
 
 
 rotate.register_autograd(_backward, setup_context=_save)
@@ -137,14 +150,17 @@ class _WithRotated(torch.autograd.Function):
         return q.view_as(q), k.view_as(k), *rotate(q, k, None, None, cos, sin, tokens, width, 1)
 
     @staticmethod
-    def backward(ctx: Any, beside_q: Tensor, beside_k: Tensor, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-        return *rotate(dq, dk, beside_q, beside_k, *ctx.saved_tensors, ctx.width, -1), None, None, None, None
+    def backward(ctx: Any, addend_q: Tensor, addend_k: Tensor, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        return *rotate(dq, dk, addend_q, addend_k, *ctx.saved_tensors, ctx.width, -1), None, None, None, None
 
 
 def with_rotated(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, tokens: Tensor, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q and k as they are, and both rotated as by `rotate`; the two gradients of each reach it as one sum, made in one pass."""
+    """Return q and k unchanged, and both rotated as by `rotate`.
+
+    In the backward, one pass sums the two gradients of each.
+    """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return _WithRotated.apply(q, k, cos, sin, tokens, width)
     return q, k, *rotate(q, k, None, None, cos, sin, tokens, width, 1)

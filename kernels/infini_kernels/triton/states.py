@@ -1,8 +1,8 @@
 """σ(K)^T V and Σ σ(K) of every segment, all segments at once.
 
 Shapes: B rows, T tokens, N segments, W tokens of a segment, G key/value heads, D key width, Dv value width. `tokens` [B, N]
-int32 says how many of a segment's tokens are no padding. `strength` [B, T, G] float32, where it is given, is what each token's
-key and value are written with in place of 1; for `shift` see `features`.
+int32 is the number of valid (not padding) tokens of each segment. `strength` [B, T, G] float32, if given, replaces the
+write strength of 1 for each token. For `shift` see `features`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from infini_kernels.triton.blocks import (
     cdiv,
     dot,
     dot_exact,
-    exact_way,
+    dot_precision,
+    exact_dot_precision,
     launch,
     load_state,
-    product_way,
     sum_tile,
     tile,
 )
@@ -37,7 +37,7 @@ def _states_kernel(
     k_ptr, v_ptr, tokens_ptr, shift_ptr, strength_ptr, state_ptr, z_ptr,
     k_row, k_token, k_head, v_row, v_token, v_head,
     T, N, G, W: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, WAY: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     segment, d_block, v_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = segment % G
@@ -61,7 +61,7 @@ def _states_kernel(
         if strength_ptr is not None:
             s *= tl.load(strength_ptr + place + w * G, mask=here, other=0.0)[None, :]
         value = tl.load(v_ptr + w[:, None] * v_token + e[None, :], mask=here[:, None] & (e < DV)[None, :], other=0.0)
-        state = dot_exact(s, value, state, WAY)
+        state = dot_exact(s, value, state, PRECISION)
         z += tl.sum(s, axis=1)
     out = segment.to(tl.int64) * D
     tl.store(state_ptr + (out + d[:, None]) * DV + e[None, :], state, mask=(d < D)[:, None] & (e < DV)[None, :])
@@ -75,7 +75,7 @@ def _states_backward_kernel(
     k_row, k_token, k_head, v_row, v_token, v_head,
     T, N, G, W: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PER: tl.constexpr,
-    WAY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
     g = segment % G
@@ -86,7 +86,7 @@ def _states_backward_kernel(
     row, in_d = b.to(tl.int64), d < D
     state = segment.to(tl.int64) * D
     by_z = tl.load(dz_ptr + state + d, mask=in_d, other=0.0)
-    if BV >= DV:  # all of the state's gradient at once, for all of the program's tokens
+    if BV >= DV:  # load the whole gradient once, for all tokens of the program
         dstate = load_state(dstate_ptr, state, d, tl.arange(0, BV), D, DV)
     for piece in range(0, PER):
         w = (tl.program_id(1) * PER + piece) * BW + tl.arange(0, BW)
@@ -106,8 +106,8 @@ def _states_backward_kernel(
                 dstate = load_state(dstate_ptr, state, d, e, D, DV)
             values = v_ptr + row * v_row + place[:, None] * v_token + g * v_head + e[None, :]
             value = tl.load(values, mask=here[:, None] & in_e[None, :], other=0.0)
-            ds = dot(value, tl.trans(dstate), ds, WAY)
-            dvalue = dot(s, dstate, None, WAY)
+            ds = dot(value, tl.trans(dstate), ds, PRECISION)
+            dvalue = dot(s, dstate, None, PRECISION)
             if strength_ptr is not None:
                 dvalue *= strength[:, None]
             mask_v = inside[:, None] & in_e[None, :]
@@ -124,7 +124,16 @@ def _states_backward_kernel(
 def segment_states(
     k: Tensor, v: Tensor, tokens: Tensor, width: int, shift: Tensor | None = None, strength: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """k [B, T, G, D], v [B, T, G, Dv], tokens [B, N], W -> σ(K)^T V [B, N, G, D, Dv] and Σ σ(K) [B, N, G, D], float32."""
+    """Compute σ(K)^T V [B, N, G, D, Dv] and Σ σ(K) [B, N, G, D], float32.
+
+    Args:
+        k: [B, T, G, D].
+        v: [B, T, G, Dv].
+        tokens: [B, N] int32.
+        width: W.
+        shift: [B, T, G]; None for ELU + 1.
+        strength: [B, T, G]; None for 1.
+    """
     (B, N), (_, T, G, D), DV = tokens.shape, k.shape, v.shape[-1]
     (k, k_strides), (v, v_strides) = by_token(k, width), by_token(v, width)
     state = k.new_empty(B, N, G, D, DV, dtype=torch.float32)
@@ -134,7 +143,7 @@ def segment_states(
     launch(
         _states_kernel, grid,
         k, v, tokens, shift, strength, state, z, *k_strides, *v_strides, T, N, G, W=width,
-        D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, WAY=exact_way(v.dtype), num_warps=warps,
+        D=D, DV=DV, BW=block(width, BW), BD=BD, BV=BV, PRECISION=exact_dot_precision(v.dtype), num_warps=warps,
         num_stages=2 if k.dtype == torch.float16 else 3,
     )  # fmt: skip
     return state, z
@@ -152,7 +161,7 @@ def _(
 def segment_states_backward(
     dstate: Tensor, dz: Tensor, k: Tensor, v: Tensor, tokens: Tensor, shift: Tensor | None, strength: Tensor | None, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of k, v and strength, zero at padding; the last one is empty where there is no strength."""
+    """Return the gradients of k, v and strength, zero at padding. The last is empty if there is no strength."""
     (B, N), (_, T, G, D), DV = tokens.shape, k.shape, v.shape[-1]
     (k, k_strides), (v, v_strides) = by_token(k, width), by_token(v, width)
     dk, dv, dstrength = _backward_outputs(k, v, strength)
@@ -165,7 +174,7 @@ def segment_states_backward(
         _states_backward_kernel, (B * N * G, cdiv(width, BW * per)),
         k, v, tokens, shift, strength, dstate.contiguous(), dz.contiguous(), dk, dv, dstrength,
         *k_strides, *v_strides, T, N, G, W=width,
-        D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per, WAY=product_way(k.dtype), num_warps=warps, num_stages=stages,
+        D=D, DV=DV, BW=BW, BD=block(D), BV=BV, PER=per, PRECISION=dot_precision(k.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return dk, dv, dstrength
 
@@ -188,7 +197,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, dstate: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: a checkpoint gives them a single time
+    saved = ctx.saved_tensors  # read once: under checkpointing a second access fails
     dk, dv, dstrength = segment_states_backward(dstate, dz, *saved, ctx.width)
     return dk, dv, None, None, None, None if saved[-1] is None else dstrength
 

@@ -1,6 +1,6 @@
-"""SwiGLU (arXiv 2002.05202), each direction in one pass.
+"""SwiGLU (arXiv 2002.05202), with one pass each for forward and backward.
 
-torch.compile makes as good a kernel, but the host takes several times as long to call it.
+torch.compile makes an equally fast kernel, but its calls cost the host several times as much.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from infini_kernels.triton.blocks import cdiv, launch
 
 BLOCK = 1024
-"""Columns of a program."""
+"""Columns per program."""
 
 
 @triton.jit
@@ -64,5 +64,8 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up for the halves of x [..., 2 F] -> [..., F], in float32 until it is rounded once. Keeps x alone."""
+    """Return silu(gate) * up for the halves of x, [..., 2 F] -> [..., F].
+
+    It computes in float32 and rounds once. Autograd saves only x.
+    """
     return _SwiGLU.apply(x)

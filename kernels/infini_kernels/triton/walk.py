@@ -1,4 +1,4 @@
-"""The walk over the segments: `infini_kernels.recurrence` as one kernel.
+"""Recurrence over the segments: `infini_kernels.recurrence` as one kernel.
 
 Shapes: B rows, N segments, G key/value heads, D key width, Dv value width.
 """
@@ -16,7 +16,7 @@ from infini_kernels.triton.blocks import block, cdiv, launch, next_power_of_2
 from infini_kernels.triton.operator import Operator
 
 ELEMENTS = 1024
-"""Numbers of a state that one program carries where they do not mix."""
+"""Number of elements of a state per program, in sums, where elements are independent."""
 
 
 @triton.jit
@@ -24,7 +24,10 @@ def _sums_kernel(
     start_ptr, added_ptr, entering_ptr, leaving_ptr, z_start_ptr, z_added_ptr, z_entering_ptr, z_leaving_ptr, reset_ptr,
     N, E, E_Z, BLOCKS, BE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Running sums of N states of E numbers, and unless None of N states of E_Z, whose programs come after BLOCKS others."""
+    """Compute running sums of N states of E numbers.
+
+    Unless z_start_ptr is None, also of N states of E_Z numbers, by the programs from number BLOCKS on.
+    """
     if tl.program_id(1) < BLOCKS:
         _running_sums(start_ptr, added_ptr, entering_ptr, leaving_ptr, reset_ptr, tl.program_id(1), N, E, BE, BACKWARD)
     elif z_start_ptr is not None:
@@ -36,9 +39,10 @@ def _sums_kernel(
 def _running_sums(
     start_ptr, added_ptr, entering_ptr, leaving_ptr, reset_ptr, block, N, E, BE: tl.constexpr, BACKWARD: tl.constexpr
 ):  # fmt: skip
-    """From zero at resets; BACKWARD gives the gradients, from the last segment on.
+    """Compute running sums that restart from zero at resets. BACKWARD computes the gradients, from the last segment
+    backwards.
 
-    What rounding takes from one sum goes into the next (Kahan): over ten thousand segments it would add up to more than 1e-4.
+    The sums are compensated (Kahan): over ten thousand segments, rounding errors would add up to more than 1e-4.
     """
     b = tl.program_id(0).to(tl.int64)
     e = block * BE + tl.arange(0, BE)
@@ -52,7 +56,7 @@ def _running_sums(
         place = (b * N + n) * E + e
         if not BACKWARD and reset_ptr is not None:
             state, lost = tl.where(reset, 0.0, state), tl.where(reset, 0.0, lost)
-        # What segment n adds meets the gradient of what leaves n; before n it is that, and n's own reading, or a reset.
+        # Backward: the gradient of added_n is that of the state after n. Before n, add the gradient of n's read, or reset.
         tl.store(entering_ptr + place, state, mask=mask)
         more = tl.load(added_ptr + place, mask=mask, other=0.0) - lost
         total = state + more
@@ -67,9 +71,12 @@ def _running_sums(
 def _recurrence_kernel(
     start_ptr, added_ptr, removed_ptr, reset_ptr, entering_ptr, leaving_ptr, N, G,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BACKWARD: tl.constexpr,
-    WAY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """state <- (I - removed) state + added; BACKWARD has the transposed matrices, from the last segment on."""
+    """Compute state <- (I - removed) state + added.
+
+    BACKWARD uses the transposed matrices, from the last segment backwards.
+    """
     program = tl.program_id(0)
     g = program % G
     b = (program // G).to(tl.int64)
@@ -87,7 +94,7 @@ def _recurrence_kernel(
         segment = (b * N + n) * G + g
         place = segment * D * DV + d[:, None] * DV + e[None, :]
         tl.store(entering_ptr + place, state, mask=mask)
-        # The product takes the state in pieces of BK rows, from where it has just been written.
+        # The product reads the state in pieces of BK rows, from the global memory to which it has just been written.
         tl.debug_barrier()
         after = state + tl.load(added_ptr + place, mask=mask, other=0.0)
         for first in range(0, D, BK):
@@ -97,7 +104,7 @@ def _recurrence_kernel(
             matrix = tl.load(removed_ptr + segment * D * D + at, mask=(d < D)[:, None] & in_j[None, :], other=0.0)
             piece_at = segment * D * DV + j[:, None] * DV + e[None, :]
             piece = tl.load(entering_ptr + piece_at, mask=in_j[:, None] & (e < DV)[None, :], other=0.0)
-            after -= tl.dot(matrix, piece, input_precision=WAY)
+            after -= tl.dot(matrix, piece, input_precision=PRECISION)
         tl.debug_barrier()
         state = after
         if BACKWARD and reset_ptr is not None:
@@ -109,10 +116,18 @@ def _recurrence_kernel(
 def walk_segments(
     start: Tensor, added: Tensor, reset: Tensor | None, removed: Tensor | None, backward: bool
 ) -> tuple[Tensor, Tensor]:
-    """`recurrence.walk`, float32. With backward: its gradients, from those of what leaves and enters.
+    """Run `recurrence.walk` in float32; with backward, compute its gradients from those of its results.
 
-    start [B, G, D, ...]; added [B, N, G, D, ...]; reset [B, N] int8 or None; removed [B, N, G, D, D] or None -> what enters
-    each segment (backward: the gradient of what it adds) and what leaves the last (backward: that of what enters the first).
+    Args:
+        start: [B, G, D, ...], state that enters the first segment; backward: gradient of the state after the last.
+        added: [B, N, G, D, ...]; backward: gradient of the state that enters each segment.
+        reset: [B, N] int8 or None.
+        removed: [B, N, G, D, D] or None.
+        backward: compute the gradients.
+
+    Returns:
+        The state that enters each segment (backward: gradient of added), and the state after the last (backward: gradient
+        of start).
     """
     B, N, G, D = added.shape[:4]
     start, added = start.contiguous(), added.contiguous()
@@ -122,17 +137,20 @@ def walk_segments(
     else:
         DV = added.shape[-1]
         BV = block(DV, 16)
-        BK = 16 if DV % 16 and D > 64 else 64  # rows that are not aligned take more registers
+        BK = 16 if DV % 16 and D > 64 else 64  # unaligned rows need more registers
         launch(
             _recurrence_kernel, (B * G, cdiv(DV, BV)),
             start, added, removed.contiguous(), reset, entering, leaving, N, G,
-            D=D, DV=DV, BD=block(D), BK=block(D, BK), BV=BV, BACKWARD=backward, WAY="tf32x3", num_warps=8,
+            D=D, DV=DV, BD=block(D), BK=block(D, BK), BV=BV, BACKWARD=backward, PRECISION="tf32x3", num_warps=8,
         )  # fmt: skip
     return entering, leaving
 
 
 def _launch_sums(states: tuple[Tensor, ...], z_states: tuple[Tensor | None, ...], reset: Tensor | None, backward: bool) -> None:
-    """Both: what the first segment meets, what each adds, and place for what enters each and leaves the last; contiguous."""
+    """Launch the running sums of states and z_states.
+
+    Each is four contiguous tensors: start, added, and the outputs entering and leaving.
+    """
     B, N = states[1].shape[:2]
     E, E_Z = states[0][0].numel(), 0 if z_states[0] is None else z_states[0][0].numel()
     BE = min(ELEMENTS, next_power_of_2(E))
@@ -167,7 +185,10 @@ def _backward(ctx: Any, by_entering: Tensor, by_leaving: Tensor) -> tuple[Tensor
 
 
 def _refuse_second_derivative(is_backward: bool) -> None:
-    """A backward is the same operator with other matrices, and torch would take its gradient for the forward's."""
+    """Refuse a second derivative.
+
+    The backward calls the same operator with other matrices, and torch would use the forward's gradient for it.
+    """
     if is_backward:
         raise RuntimeError("the kernels have no second derivative; write backend='reference' for one")
 
@@ -179,10 +200,12 @@ walk_segments.register_autograd(_backward, setup_context=_save)
 def walk_sums(
     M: Tensor, z: Tensor, added_M: Tensor, added_z: Tensor, reset: Tensor | None, backward: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`walk_segments` of M and z in one launch, for the linear rule: M, z and reset as there.
+    """Run `walk_segments` on M and z in one launch, for the linear rule.
+
+    M, z and reset are as for `walk_segments`.
 
     Returns:
-        M and z that enter each segment, and that leave the last.
+        M and z that enter each segment, then M and z after the last.
     """
     states, z_states = ((x.contiguous(), y.contiguous()) for x, y in ((M, added_M), (z, added_z)))
     entering_M, entering_z, leaving_M, leaving_z = _like(added_M, added_z, M, z)

@@ -1,4 +1,4 @@
-"""What a configuration refuses: one line that names the key, the value and the remedy."""
+"""Validation of a configuration: an error is one line that names the key, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from infini_train.runtime.errors import UserError
 REPOSITORY = Path(__file__).parents[3]
 
 
-def changed(section: str, **values: object) -> RunConfig:
+def run_with(section: str, **values: object) -> RunConfig:
     run = RunConfig()
     return replace(run, **{section: replace(getattr(run, section), **values)})
 
 
-def test_the_defaults_are_valid():
+def test_defaults_are_valid():
     validate(RunConfig(), 1)
     validate(RunConfig(), 8)
 
@@ -33,7 +33,7 @@ def test_the_defaults_are_valid():
         ("model", {"head_dim": 63}, 1, "model.head_dim is 63"),
         ("model", {"segment_length": -1}, 1, "model.segment_length is -1"),
         ("model", {"memory_eps": 1e-13}, 1, "model.memory_eps is 1e-13; use at least 1e-12"),
-        ("training", {"memory_ageing": 2}, 1, "training.memory_ageing is 2, and updates count fewer times"),
+        ("training", {"memory_ageing": 2}, 1, "training.memory_ageing is 2, an exclusive bound, so it has no effect"),
         ("training", {"memory_ageing": 0}, 1, "training.memory_ageing is 0; use 1 to turn it off"),
         ("training", {"memory_ageing": 10**25}, 1, "training.memory_ageing is 10000000000000000000000000; use 1"),
         ("training", {"micro_batches_per_window": 1}, 1, "raise micro_batches_per_window"),
@@ -79,8 +79,8 @@ def test_the_defaults_are_valid():
         ("layout", {"zero_stage": 4}, 1, "layout.zero_stage is 4"),
     ],
 )
-def test_refusals_name_key_value_and_remedy(section, values, processes, words):
-    run = changed(section, **values)
+def test_error_names_key_value_and_remedy(section, values, processes, words):
+    run = run_with(section, **values)
     if words is None:
         validate(run, processes)
         return
@@ -90,30 +90,32 @@ def test_refusals_name_key_value_and_remedy(section, values, processes, words):
     assert "\n" not in str(error.value)
 
 
-def test_tied_embeddings_need_one_stage():
-    run = changed("model", tie_embeddings=True)
+def test_tied_embeddings_need_one_pipeline_stage():
+    run = run_with("model", tie_embeddings=True)
     validate(run, 1)
     with pytest.raises(UserError, match="tie_embeddings to false or pipeline_parallel_size to 1"):
         validate(replace(run, layout=LayoutConfig(pipeline_parallel_size=2)), 2)
 
 
-def test_full_attention_is_not_spread_over_a_context_group():
-    run = replace(changed("model", attention="full"), layout=LayoutConfig(context_parallel_size=2))
+def test_full_attention_refuses_context_parallelism():
+    run = replace(run_with("model", attention="full"), layout=LayoutConfig(context_parallel_size=2))
     run.training.segments_per_micro_batch = 2
     with pytest.raises(UserError, match=r"layout\.context_parallel_size is 2 with"):
         validate(run, 2)
 
 
 @pytest.mark.parametrize("attention", ["window", "transformer_xl", "memorizing", "linear"])
-def test_rivals_are_not_spread_over_a_context_group(attention):
-    run = replace(changed("model", attention=attention), layout=LayoutConfig(context_parallel_size=2))
+def test_other_attentions_refuse_context_parallelism(attention):
+    run = replace(run_with("model", attention=attention), layout=LayoutConfig(context_parallel_size=2))
     with pytest.raises(UserError, match=rf"layout\.context_parallel_size is 2 with model\.attention {attention}"):
         validate(replace(run, training=replace(run.training, segments_per_micro_batch=2)), 2)
 
 
-def test_a_number_of_layers_to_compute_again_is_none_below_zero() -> None:
-    with pytest.raises(UserError, match=r"training\.recompute_layers is -1; use 0 for all layers of a chunk, or how many"):
-        validate(changed("training", recompute="layer", recompute_layers=-1), 1)
+def test_negative_recompute_layers_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"training\.recompute_layers is -1; use 0 for all layers of a chunk, or a positive number"
+    ):
+        validate(run_with("training", recompute="layer", recompute_layers=-1), 1)
 
 
 @pytest.mark.parametrize("attention", ["recurrent_memory", "feedback"])
@@ -125,46 +127,46 @@ def test_a_number_of_layers_to_compute_again_is_none_below_zero() -> None:
         ("layout", {"context_parallel_size": 2}, "layout.context_parallel_size"),
     ],
 )
-def test_memory_tokens_go_segment_by_segment(attention, section, values, key):
-    run = changed("model", attention=attention)
+def test_memory_tokens_refuse_sequence_parallel_context_parallel_and_layer_recompute(attention, section, values, key):
+    run = run_with("model", attention=attention)
     run = replace(run, **{section: replace(getattr(run, section), **values)})
     with pytest.raises(UserError, match=f"{key} is .* with model.attention {attention}"):
         validate(run, 2)
 
 
 @pytest.mark.parametrize("width", [-1, 1, 64])
-def test_a_convolution_is_shorter_than_a_segment(width):
+def test_short_convolution_must_be_shorter_than_a_segment(width):
     with pytest.raises(UserError, match=rf"model\.short_convolution is {width}; use 0 .* model\.segment_length = 64"):
-        validate(changed("model", segment_length=64, short_convolution=width), 2)
+        validate(run_with("model", segment_length=64, short_convolution=width), 2)
 
 
 @pytest.mark.parametrize("attention", ["recurrent_memory", "feedback"])
-def test_no_convolution_over_memory_tokens(attention):
+def test_short_convolution_refuses_memory_tokens(attention):
     with pytest.raises(UserError, match=rf"model\.short_convolution is 4, but model\.attention {attention}"):
-        validate(changed("model", attention=attention, short_convolution=4), 2)
+        validate(run_with("model", attention=attention, short_convolution=4), 2)
 
 
 @pytest.mark.parametrize("width,attention,rest", [(0, "infini", "short_convolution is 0"), (4, "window", "attention window")])
-def test_a_convolution_across_borders_needs_a_width_and_a_memory(width, attention, rest):
-    run = changed("model", attention=attention, short_convolution=width, short_convolution_reach="document")
+def test_document_reach_needs_a_convolution_and_infini_attention(width, attention, rest):
+    run = run_with("model", attention=attention, short_convolution=width, short_convolution_reach="document")
     with pytest.raises(UserError, match=rf"model\.short_convolution_reach is document, but model\.{rest}"):
         validate(run, 2)
 
 
-def test_recurrent_memory_keeps_to_one_stage():
-    run = replace(changed("model", attention="recurrent_memory"), layout=LayoutConfig(pipeline_parallel_size=2))
+def test_recurrent_memory_needs_one_pipeline_stage():
+    run = replace(run_with("model", attention="recurrent_memory"), layout=LayoutConfig(pipeline_parallel_size=2))
     with pytest.raises(UserError, match=r"layout\.pipeline_parallel_size is 2 with model\.attention recurrent_memory"):
         validate(run, 2)
 
 
-def test_the_bank_of_memorizing_keeps_to_one_stage():
-    run = replace(changed("model", attention="memorizing"), layout=LayoutConfig(pipeline_parallel_size=2))
+def test_memorizing_needs_one_pipeline_stage():
+    run = replace(run_with("model", attention="memorizing"), layout=LayoutConfig(pipeline_parallel_size=2))
     with pytest.raises(UserError, match=r"layout\.pipeline_parallel_size is 2 with model\.attention memorizing"):
         validate(run, 2)
 
 
-def test_the_readmes_layout_table_is_what_the_code_allows():
-    """Every row of the table, and nothing else, passes validation."""
+def test_readme_layout_table_matches_validation():
+    """Validation accepts exactly the layouts in the README table."""
     allowed = set()
     for line in (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Layouts")[1].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -186,7 +188,7 @@ def test_the_readmes_layout_table_is_what_the_code_allows():
             for zero in (0, 1, 2, 3):
                 for precision in ("float32", "bfloat16"):
                     run = replace(
-                        changed("training", precision=precision),
+                        run_with("training", precision=precision),
                         layout=LayoutConfig(tensor_parallel_size=tp, pipeline_parallel_size=pp, zero_stage=zero),
                     )
                     try:
@@ -197,7 +199,7 @@ def test_the_readmes_layout_table_is_what_the_code_allows():
                     assert passes == ((pp, tp, zero, precision) in allowed), (pp, tp, zero, precision)
 
 
-def test_a_saved_config_has_every_key(tmp_path):
+def test_saved_config_has_every_key(tmp_path):
     save_config(RunConfig(), tmp_path / "config.yaml")
     loaded = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
     assert loaded["model"]["segment_length"] == 2048

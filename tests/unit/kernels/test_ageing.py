@@ -1,4 +1,4 @@
-"""Memory ageing: r updates by one segment, against writing it r times."""
+"""Memory ageing: one segment's update counted r times, compared with r separate writes."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def entering(dtype=torch.float64, value_width=V):
 
 
 def written_out(x, memory, repeats, rule, **options):
-    """Segment by segment, each as often as `repeats` says; its output is that of the first time."""
+    """Compute segment by segment, writing each as often as `repeats` says. The output is that of the first write."""
     outs = []
     for segment in range(N):
         part = {name: value[:, segment * S : (segment + 1) * S] for name, value in x.items() if "gate" not in name}
@@ -50,7 +50,7 @@ def written_out(x, memory, repeats, rule, **options):
     [("linear", "paper", "elu"), ("delta", "paper", "elu"), ("delta", "corrected", "elu"), ("delta", "corrected", "softmax")],
 )
 @pytest.mark.parametrize("learned_writes", [False, True])
-def test_up_to_two_writes_are_exact_in_output_memory_and_every_gradient(rule, normaliser, feature_map, learned_writes):
+def test_up_to_two_writes_are_exact(rule, normaliser, feature_map, learned_writes):
     repeats = torch.tensor([[1, 2, 1], [2, 1, 2]])
     results = []
     for aged in (True, False):
@@ -69,7 +69,7 @@ def test_up_to_two_writes_are_exact_in_output_memory_and_every_gradient(rule, no
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_the_linear_rule_is_exact_for_any_number():
+def test_linear_rule_is_exact_for_any_count():
     repeats = torch.tensor([[1, 7, 3], [40, 1, 5]])
     x, memory = inputs(), entering()
     out, state = infini_attention(**x, memory=memory, segment_length=S, repeats=repeats)
@@ -79,8 +79,8 @@ def test_the_linear_rule_is_exact_for_any_number():
 
 
 @pytest.mark.parametrize("times", [3, 7, 20, 100])
-def test_many_writes_by_the_delta_rule_come_near(times):
-    """Runs of applications share a normaliser: M is near, z is exact."""
+def test_many_writes_by_the_delta_rule_are_approximate(times):
+    """Runs of applications share a normaliser, so M is approximate and z is exact."""
     repeats = torch.full((B, N), times)
     x, memory = inputs(), entering()
     _, state = infini_attention(**x, memory=memory, segment_length=S, update_rule="delta", repeats=repeats)
@@ -91,7 +91,7 @@ def test_many_writes_by_the_delta_rule_come_near(times):
 
 
 @pytest.mark.parametrize("rule", ["linear", "delta"])
-def test_once_is_the_operation_without_it(rule):
+def test_repeats_of_one_change_nothing(rule):
     x = inputs(torch.float32)
     out, state = infini_attention(**x, segment_length=S, update_rule=rule)
     aged, aged_state = infini_attention(**x, segment_length=S, update_rule=rule, repeats=torch.ones(B, N))
@@ -117,13 +117,13 @@ def test_four_thousand_writes_into_an_empty_memory_stay_finite(rule):
         (torch.full((B, N), 1.5), "holds 1.5, but .* a whole number of times"),
     ],
 )
-def test_wrong_counts_are_refused(repeats, words):
+def test_wrong_repeats_are_refused(repeats, words):
     with pytest.raises(ValueError, match=words):
         infini_attention(**inputs(), segment_length=S, repeats=repeats)
 
 
-def test_the_delta_rule_walks_runs_of_1_2_4_that_share_a_normaliser():
-    """Segments of every length of the last run, side by side and in any order, against the runs written out."""
+def test_delta_rule_uses_runs_that_share_a_normaliser():
+    """Compare segments that end at every position of the last run, in any order, with an explicit loop over the runs."""
     generator = torch.Generator().manual_seed(0)
     repeats = torch.tensor([[1, 2, 9, 3, 31], [16, 7, 1, 40, 15]])
     shape = (*repeats.shape, G, 4)
@@ -163,8 +163,8 @@ def test_the_delta_rule_walks_runs_of_1_2_4_that_share_a_normaliser():
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
 
 
-def one_map_after_the_other(added, counts, *removed):
-    """What `RunsOfMaps` says, step by step."""
+def step_by_step(added, counts, *removed):
+    """Compute `RunsOfMaps` step by step."""
     maps = []
     for segment in range(len(added)):
         factor, offset = torch.eye(D, dtype=added.dtype).expand(G, D, D), torch.zeros_like(added[0])
@@ -189,27 +189,27 @@ def with_gradients(function, added, *removed):
 @pytest.mark.parametrize(
     "counts",
     [
-        [[1, 1, 1, 1, 1], [13, 8, 6, 5, 1], [8, 8], [1]],  # digits that some have, side by side and apart
+        [[1, 1, 1, 1, 1], [13, 8, 6, 5, 1], [8, 8], [1]],  # binary digits in adjacent and in separate segments
         [[1, 1, 1], [2, 2], [4, 3]],
         [[1, 1], [1000, 1000]],
         [[1]],
     ],
 )
-def test_squares_and_their_gradients_are_those_of_one_map_after_the_other(counts):
+def test_squares_and_their_gradients_equal_step_by_step(counts):
     generator = torch.Generator().manual_seed(len(counts))
     added = torch.randn(len(counts[0]), G, D, V, generator=generator, dtype=torch.float64)
     removed = [torch.randn(len(run), G, D, D, generator=generator, dtype=torch.float64) for run in counts]
     removed = [torch.eye(D, dtype=torch.float64) - 0.4 * x for x in removed]  # I - removed has powers that stay small
     kinds = [Squares] * (len(counts) - 1)
     found = with_gradients(lambda added, *removed: RunsOfMaps.apply(added, counts, kinds, *removed), added, *removed)
-    wanted = with_gradients(lambda added, *removed: one_map_after_the_other(added, counts, *removed), added, *removed)
+    wanted = with_gradients(lambda added, *removed: step_by_step(added, counts, *removed), added, *removed)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("largest", [0.0, 0.3, 1.0])
-def test_a_series_and_its_gradients_are_those_of_one_map_after_the_other(dtype, tolerance, largest):
-    """For all eigenvalues that it is for, and for counts from one to thousands side by side."""
+def test_series_and_its_gradients_equal_step_by_step(dtype, tolerance, largest):
+    """Cover all eigenvalues that the series supports, and counts from one to thousands together."""
     generator = torch.Generator().manual_seed(3)
     counts = [[1, 1, 1, 1, 1], [4096, 4096, 100, 8, 1], [300, 2]]
     added = torch.randn(5, G, D, V, generator=generator, dtype=torch.float64)
@@ -219,7 +219,7 @@ def test_a_series_and_its_gradients_are_those_of_one_map_after_the_other(dtype, 
         values = largest * torch.rand(len(run), G, 1, D, generator=generator, dtype=torch.float64)
         values[..., 0], values[..., 1] = 0, largest
         removed.append((basis * values) @ basis.mT / torch.tensor(run).view(-1, 1, 1, 1))
-    wanted = with_gradients(lambda added, *removed: one_map_after_the_other(added, counts, *removed), added, *removed)
+    wanted = with_gradients(lambda added, *removed: step_by_step(added, counts, *removed), added, *removed)
     found = with_gradients(
         lambda added, *removed: RunsOfMaps.apply(added, counts, [Series, Series], *removed),
         *(x.to(dtype) for x in (added, *removed)),

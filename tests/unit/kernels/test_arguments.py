@@ -1,4 +1,4 @@
-"""What is refused, and that the refusal names what is wrong and what it conflicts with."""
+"""Validation of arguments: each error names the wrong argument and the value that it conflicts with."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ REFUSALS = {
         {"k": zeros(B, T, 3, D), "v": zeros(B, T, 3, DV)},
         "k has 3 heads but q has 4, which is not a multiple",
     ),
-    "no gate": ({"gate": None}, "gate is None, but mixing memory into q's heads"),
+    "no gate": ({"gate": None}, "gate is None, but infini_attention needs one β"),
     "gate": ({"gate": zeros(3)}, r"gate has shape \[3\] but q has 4 heads"),
     "gate of integers": ({"gate": zeros(H, dtype=torch.int64)}, "gate is torch.int64"),
     "memory M": (
@@ -60,7 +60,10 @@ REFUSALS = {
     "write gate": ({"write_gate": zeros(H, D)}, r"write_gate has shape \[4, 4\], but k \[2, 7, 2, 4\] needs \[2, 4\]"),
     "write gate of integers": ({"write_gate": zeros(G, D, dtype=torch.int64)}, "write_gate is torch.int64"),
     "normaliser": ({"normaliser": "none"}, "normaliser is 'none', but must be one of paper, corrected"),
-    "normaliser of the linear rule": ({"normaliser": "corrected"}, "which is the paper's under update_rule 'linear'"),
+    "normaliser of the linear rule": (
+        {"normaliser": "corrected"},
+        "which needs update_rule 'delta'",
+    ),
     "memory of a corrected normaliser": (
         {"normaliser": "corrected", "update_rule": "delta"},
         r"memory.M has shape \[2, 2, 4, 3\], but k .* need \[2, 2, 4, 4\]",
@@ -100,13 +103,13 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_wrong_arguments_are_refused_by_name(name: str) -> None:
+def test_error_names_the_wrong_argument(name: str) -> None:
     changes, message = REFUSALS[name]
     with pytest.raises(ValueError, match=message):
         infini_attention(**{**arguments(), **changes})
 
 
-def test_right_arguments_are_not_refused() -> None:
+def test_valid_arguments_are_accepted() -> None:
     infini_attention(
         **arguments(),
         rotary=(zeros(S, 2), zeros(S, 2)),
@@ -125,7 +128,7 @@ def test_right_arguments_are_not_refused() -> None:
         ({"rotary": (zeros(3, 2), zeros(3, 2))}, r"rotary cos has shape \[3, 2\]"),
     ],
 )
-def test_attentions_without_memory_refuse_alike(changes: dict[str, object], message: str) -> None:
+def test_other_attentions_raise_the_same_errors(changes: dict[str, object], message: str) -> None:
     tensors = {name: x for name, x in arguments().items() if name not in ("gate", "memory")}
     with pytest.raises(ValueError, match=message):
         local_attention(**{**tensors, **changes})
@@ -133,11 +136,11 @@ def test_attentions_without_memory_refuse_alike(changes: dict[str, object], mess
         document_attention(**{**tensors, "reset": None, **changes})
 
 
-def test_rotary_of_documents_has_a_position_for_every_token() -> None:
+def test_document_attention_needs_rotary_for_every_token() -> None:
     tensors = {name: x for name, x in arguments().items() if name not in ("gate", "memory")}
     with pytest.raises(ValueError, match=r"rotary cos has shape \[5, 2\], but tokens 7 and width 4 of q need \[7, 2\]"):
         document_attention(**tensors, reset=None, rotary=(zeros(S, 2), zeros(S, 2)))
 
 
-def test_a_configuration_may_have_no_smaller_epsilon():
+def test_smallest_epsilon_matches_the_configuration():
     assert SMALLEST_MEMORY_EPS == SMALLEST_EPS

@@ -13,7 +13,7 @@ SEGMENT = 4
 def dense(
     q: Tensor, k: Tensor, v: Tensor, *, reset: Tensor | None, lengths: Tensor | None, rotary: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """The same attention through a T x T mask of (same document, not later, not padding)."""
+    """Compute the same attention with a T x T mask (same document, not later, not padding)."""
     batch_size, num_tokens, num_heads, width = q.shape
     q, k = (
         torch.stack(
@@ -89,7 +89,7 @@ def test_outputs_and_gradients_agree_with_a_dense_mask(name: str, value_width: i
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
-def test_a_document_does_not_see_the_one_before_it() -> None:
+def test_attention_does_not_cross_documents() -> None:
     reset = torch.tensor([[0, 0, 1, 0]] * 2, dtype=torch.bool)
     tensors = [x.detach() for x in inputs(13)]
     before = document_attention(*tensors, segment_length=SEGMENT, reset=reset)
@@ -101,7 +101,7 @@ def test_a_document_does_not_see_the_one_before_it() -> None:
     assert (after[:, :8] - before[:, :8]).abs().max() > 1
 
 
-def test_padding_may_hold_nan_and_a_call_of_padding_alone_stays_in_the_graph() -> None:
+def test_padding_may_contain_nan_and_a_call_of_only_padding_stays_in_the_graph() -> None:
     for lengths in ((5, 0), (0, 0)):
         tensors = inputs(7)
         padding = torch.arange(7) >= torch.tensor(lengths)[:, None]
@@ -115,7 +115,7 @@ def test_padding_may_hold_nan_and_a_call_of_padding_alone_stays_in_the_graph() -
 
 
 class FlashStandIn:
-    """Takes FlashAttention's packed call and answers it span by span."""
+    """Replacement for flash-attn: implements its packed call span by span."""
 
     calls = 0
 
@@ -150,7 +150,7 @@ class FlashStandIn:
 
 
 @pytest.mark.parametrize("value_width", [4, 3])
-def test_flash_attention_gets_the_spans_of_all_rows_at_once(monkeypatch: pytest.MonkeyPatch, value_width: int) -> None:
+def test_flash_attention_gets_the_spans_of_all_rows_in_one_call(monkeypatch: pytest.MonkeyPatch, value_width: int) -> None:
     tokens, reset, lengths = CASES["segment lengths and resets"]
     tensors = inputs(tokens, value_width)
     options = {

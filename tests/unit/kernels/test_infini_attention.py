@@ -1,4 +1,4 @@
-"""Infini-attention against its oracle, and the properties on which training leans."""
+"""Infini-attention compared with its oracle, and the properties that training relies on."""
 
 import functools
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Case:
         }
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Numbers that float32 holds exactly, so that one oracle serves both types."""
+        """Return inputs that float32 represents exactly, so that one oracle serves both types."""
         generator = torch.Generator().manual_seed(self.tokens)
         shapes = {
             "q": (self.batch, self.tokens, self.heads, self.key_width),
@@ -68,7 +68,7 @@ class Case:
         values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         values["z"] = values["z"].abs() + 1  # a sum of σ(K) is positive
         if self.normaliser == "corrected":
-            values["M"][..., -1] = values["z"] / 2  # so is what the rule makes of ones
+            values["M"][..., -1] = values["z"] / 2  # and so is the result of the rule for values of 1
         if not self.write_gate:
             del values["write_gate"]
         if not self.memory:
@@ -122,7 +122,7 @@ CASES = {
 
 
 def loss_of(out: Tensor, M: Tensor, z: Tensor) -> Tensor:
-    """A random projection of everything that the operation returns."""
+    """Return a random projection of all results of the operation."""
     generator = torch.Generator().manual_seed(99)
     return sum((x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)).sum() for x in (out, M, z))
 
@@ -166,8 +166,8 @@ def test_results_and_every_gradient_agree_with_the_oracle(name: str, dtype: torc
             assert error < tolerance, f"{kind} of {key} is off by {error:.1e} of its scale"
 
 
-def test_the_oracle_comparison_sees_every_input() -> None:
-    """Each input's gradient is far from zero in some case, so that a lost gradient cannot pass."""
+def test_cases_cover_the_gradient_of_every_input() -> None:
+    """Each input has a gradient far from zero in some case, so that a missing gradient is detected."""
     for name in NAMES:
         case = "learned writes" if name == "write_gate" else "segment lengths"
         assert expected(case)[1][name].abs().max() > 1e-2
@@ -185,7 +185,7 @@ def test_gradcheck(update_rule: str) -> None:
 
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])
 @pytest.mark.parametrize("position", [1, 4, 5, 8, 12])
-def test_no_token_changes_an_earlier_output(update_rule: str, position: int) -> None:
+def test_causality(update_rule: str, position: int) -> None:
     case = Case(13, rule=update_rule)
     inputs, options = case.inputs(torch.float64), case.options(torch.float64)
     before = call(inputs, **options)[0]
@@ -198,7 +198,7 @@ def test_no_token_changes_an_earlier_output(update_rule: str, position: int) -> 
 
 
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])
-def test_three_windows_by_hand_equal_one_call_with_the_gradient_through_the_chain(update_rule: str) -> None:
+def test_three_windows_equal_one_call_with_gradients(update_rule: str) -> None:
     case = Case(25, rule=update_rule, reset=((0, 0, 1, 0, 0), (0, 1, 0, 0, 0)), lengths=(25, 18))
     inputs, options = case.inputs(torch.float64), case.options(torch.float64)
     one_values, one_gradients = with_gradients(call(inputs, **options), inputs)
@@ -235,7 +235,7 @@ def test_three_windows_by_hand_equal_one_call_with_the_gradient_through_the_chai
     rule=st.sampled_from(("linear", "delta")),
     first_segment=st.sampled_from(("paper", "local_only")),
 )
-def test_a_call_split_at_any_segment_start_equals_one_call(
+def test_call_split_at_any_segment_start_equals_one_call(
     segment: int, segments: int, tail: int, split: int, groups: int, repeats: int, rule: str, first_segment: str
 ) -> None:
     tokens = segment * segments + tail % segment
@@ -254,7 +254,7 @@ def test_a_call_split_at_any_segment_start_equals_one_call(
 
 @pytest.mark.parametrize("garbage", [1e30, float("nan"), float("inf")])
 @pytest.mark.parametrize("lengths", [(13, 6), ((5, 2, 3), (0, 4, 1))])
-def test_padding_reaches_nothing_and_gets_no_gradient(garbage: float, lengths: tuple[int, ...]) -> None:
+def test_padding_has_no_effect_and_no_gradient(garbage: float, lengths: tuple[int, ...]) -> None:
     case = Case(13, rule="delta", lengths=lengths)
     options = case.options(torch.float32)
     clean = case.inputs(torch.float32)
@@ -278,7 +278,7 @@ def test_padding_reaches_nothing_and_gets_no_gradient(garbage: float, lengths: t
         assert not gradients[name][padding].any()
 
 
-def test_a_reset_before_the_first_segment_forgets_even_a_broken_memory() -> None:
+def test_reset_clears_a_memory_with_nan() -> None:
     case = Case(7, reset=((1, 0), (1, 0)))
     inputs, options = case.inputs(torch.float64), case.options(torch.float64)
     broken = {**inputs, "M": torch.full_like(inputs["M"], torch.nan), "z": torch.full_like(inputs["z"], torch.nan)}
@@ -287,17 +287,17 @@ def test_a_reset_before_the_first_segment_forgets_even_a_broken_memory() -> None
         torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_only_the_local_part_is_rotated() -> None:
+def test_rotary_applies_only_to_local_attention() -> None:
     case = Case(13)
     inputs, options = case.inputs(torch.float64), case.options(torch.float64)
-    closed = {**inputs, "gate": torch.full_like(inputs["gate"], 50.0)}  # memory alone is read
+    closed = {**inputs, "gate": torch.full_like(inputs["gate"], 50.0)}  # the output is only the memory read
     unrotated = {**options, "rotary": None}
     for actual, wanted in zip(call(closed, **options), call(closed, **unrotated), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
     assert (call(inputs, **options)[0] - call(inputs, **unrotated)[0]).abs().max() > 1e-2
 
 
-def test_a_closed_gate_leaves_local_attention() -> None:
+def test_closed_gate_gives_local_attention() -> None:
     case = Case(13, lengths=((5, 2, 3), (0, 4, 1)))
     inputs, options = case.inputs(torch.float64), case.options(torch.float64)
     out = call({**inputs, "gate": torch.full_like(inputs["gate"], -50.0)}, **options)[0]
@@ -313,7 +313,7 @@ def test_a_closed_gate_leaves_local_attention() -> None:
 
 
 @pytest.mark.parametrize("memory", [True, False])
-def test_first_segment_decides_what_an_empty_memory_leaves_of_local_attention(memory: bool) -> None:
+def test_first_segment_option_with_an_empty_memory(memory: bool) -> None:
     case = Case(5, memory=memory, reset=((1,), (1,)))
     inputs = case.inputs(torch.float64)
     options = case.options(torch.float64)
@@ -326,7 +326,7 @@ def test_first_segment_decides_what_an_empty_memory_leaves_of_local_attention(me
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [5, 13])
-def test_half_types_come_back_and_memory_stays_float32(dtype: torch.dtype, tokens: int) -> None:
+def test_output_keeps_the_half_type_and_memory_is_float32(dtype: torch.dtype, tokens: int) -> None:
     case = Case(tokens, rule="delta")
     full = case.inputs(torch.float32)
     inputs = {
@@ -336,14 +336,14 @@ def test_half_types_come_back_and_memory_stays_float32(dtype: torch.dtype, token
     assert (out.dtype, M.dtype, z.dtype) == (dtype, torch.float32, torch.float32)
     wanted = call({name: x.detach().float() for name, x in inputs.items()}, **case.options(torch.float32))
     torch.testing.assert_close(out.float(), wanted[0], rtol=2e-2, atol=2e-2)
-    # Memory never passes through the half type: it agrees to float32.
+    # The memory is never in the half type, so it agrees to float32.
     torch.testing.assert_close((M, z), wanted[1:], rtol=1e-5, atol=1e-5)
     gradients = torch.autograd.grad(loss_of(out, M, z), list(inputs.values()))
     for (name, x), gradient in zip(inputs.items(), gradients, strict=True):
         assert gradient.dtype == x.dtype and gradient.isfinite().all(), name
 
 
-def test_autocast_does_not_reach_the_memory() -> None:
+def test_autocast_does_not_affect_the_memory() -> None:
     case = Case(13, rule="delta")
     inputs, options = case.inputs(torch.float32), case.options(torch.float32)
     inputs["gate"] = torch.full((4,), 50.0, requires_grad=True)
@@ -356,7 +356,7 @@ def test_autocast_does_not_reach_the_memory() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_memory_holds_sums_of_300_segments_that_a_half_type_cannot(dtype: torch.dtype) -> None:
+def test_memory_of_300_segments_exceeds_half_precision(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     k = (torch.rand(1, 300 * 64, 1, 4, generator=generator) * 8).to(dtype)
     v = torch.rand(1, 300 * 64, 1, 4, generator=generator).to(dtype)
@@ -369,7 +369,7 @@ def test_memory_holds_sums_of_300_segments_that_a_half_type_cannot(dtype: torch.
 
 
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])
-def test_checkpointed_windows_give_the_gradients_of_plain_ones(update_rule: str) -> None:
+def test_checkpointed_windows_give_the_same_gradients(update_rule: str) -> None:
     case = Case(15, rule=update_rule)
     options = case.options(torch.float64)
 
@@ -390,17 +390,17 @@ def test_checkpointed_windows_give_the_gradients_of_plain_ones(update_rule: str)
     torch.testing.assert_close(chain(True), chain(False), rtol=0, atol=0)
 
 
-def test_one_segment_gives_the_writing_of_memory_no_gradient_and_two_do() -> None:
+def test_memory_writes_need_two_segments_for_a_gradient() -> None:
     for tokens, trains in ((5, False), (10, True)):
         inputs = Case(tokens, memory=False, rotary=False).inputs(torch.float64)
-        inputs["gate"] = torch.full((4,), 50.0, requires_grad=True)  # local attention closed: only memory feeds k and v
+        inputs["gate"] = torch.full((4,), 50.0, requires_grad=True)  # only the memory gives k and v a gradient
         out = call(inputs, segment_length=5)[0]
         (gradient,) = torch.autograd.grad(out.sum(), [inputs["v"]])
         assert (gradient.abs().max().item() > 1e-3) == trains
 
 
-def test_the_gate_keeps_a_gradient_where_nothing_is_read() -> None:
-    """A parameter without any gradient would hang data-parallel reduction."""
+def test_gate_has_a_gradient_with_an_empty_memory() -> None:
+    """A parameter without a gradient would hang data-parallel reduction."""
     for memory in (True, False):
         case = Case(5, memory=memory, reset=((1,), (1,)), first_segment="local_only")
         inputs = case.inputs(torch.float64)
@@ -408,7 +408,7 @@ def test_the_gate_keeps_a_gradient_where_nothing_is_read() -> None:
         assert not gradient.any()
 
 
-def test_lengths_and_reset_that_change_nothing_change_nothing() -> None:
+def test_full_lengths_and_false_resets_change_nothing() -> None:
     case = Case(13)
     inputs, options = case.inputs(torch.float32), case.options(torch.float32)
     plain = call(inputs, **options)
@@ -418,7 +418,7 @@ def test_lengths_and_reset_that_change_nothing_change_nothing() -> None:
             assert torch.equal(actual, wanted)
 
 
-def test_inputs_are_left_as_they_were() -> None:
+def test_inputs_are_not_modified() -> None:
     case = Case(13, rule="delta", lengths=(13, 6), reset=((0, 1, 0), (1, 0, 1)))
     inputs = case.inputs(torch.float32)
     copies = {name: x.detach().clone() for name, x in inputs.items()}
@@ -427,7 +427,7 @@ def test_inputs_are_left_as_they_were() -> None:
         assert torch.equal(x, copies[name]), name
 
 
-def test_memory_state_begins_empty_and_detaches() -> None:
+def test_memory_state_zeros_and_detach() -> None:
     state = MemoryState.zeros(2, 3, 4, 5)
     assert (state.M.shape, state.z.shape) == ((2, 3, 4, 5), (2, 3, 4))
     assert state.M.dtype == state.z.dtype == torch.float32 and not state.M.any() and not state.z.any()
@@ -438,12 +438,12 @@ def test_memory_state_begins_empty_and_detaches() -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(6, 6), (2, 6), (6, 2)])
-def test_the_delta_rule_subtracts_too_much_after_a_short_segment(first: int, second: int) -> None:
-    """With equal keys, old values are read with weight (n - m) / (n + m) after m tokens: with the wrong sign where n < m."""
+def test_delta_rule_reads_negative_weights_after_a_short_segment(first: int, second: int) -> None:
+    """With equal keys, old values are read with weight (n - m) / (n + m) after m tokens: negative for n < m."""
     width, old, new = 4, 3.0, 5.0
     values = torch.cat((torch.full((1, first, 1, width), old), torch.full((1, second, 1, width), new)), dim=1).double()
     keys = torch.randn(1, 1, 1, width, dtype=torch.float64).expand_as(values)
-    gate, memory = torch.full((1,), 50.0, dtype=torch.float64), None  # all of what is read
+    gate, memory = torch.full((1,), 50.0, dtype=torch.float64), None  # the whole output is the memory read
     for part in (slice(0, first), slice(first, None)):
         q, k, v = (x[:, part] for x in (keys, keys, values))
         _, memory = infini_attention(q, k, v, gate, memory, segment_length=8, update_rule="delta")

@@ -1,4 +1,4 @@
-"""Segment-local attention against the oracle, and the hand-over to FlashAttention."""
+"""Segment-local attention compared with the oracle, and the use of FlashAttention."""
 
 import sys
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_outputs_and_gradients_agree_with_the_oracle(
         "rotary": (angle.cos().double(), angle.sin().double()),
         "lengths": None if lengths is None else torch.tensor(lengths),
     }
-    gate = torch.full((heads,), -1e4, dtype=torch.float64)  # no memory is read
+    gate = torch.full((heads,), -1e4, dtype=torch.float64)  # the memory has no weight
     wanted = oracle(*tensors, gate, **options)[0]
     out = local_attention(*tensors, **options)
     torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-10)
@@ -39,7 +39,7 @@ def test_outputs_and_gradients_agree_with_the_oracle(
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
-def test_padding_may_hold_nan() -> None:
+def test_padding_may_contain_nan() -> None:
     clean = inputs(7, 2, 1, 4, 4)
     lengths = torch.tensor([[3, 2], [5, 0]])
     padding = torch.tensor([[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1, 1]], dtype=torch.bool)
@@ -52,7 +52,7 @@ def test_padding_may_hold_nan() -> None:
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-def test_half_types_come_back() -> None:
+def test_output_keeps_the_half_type() -> None:
     tensors = [x.detach().bfloat16() for x in inputs(7, 2, 1, 4, 3)]
     assert local_attention(*tensors, segment_length=5).dtype == torch.bfloat16
 
@@ -79,7 +79,7 @@ def test_short_bfloat16_rows_on_a_cpu(
 
 
 class FlashStandIn:
-    """Takes FlashAttention's call and answers it with scaled_dot_product_attention."""
+    """Replacement for flash-attn: implements its call with scaled_dot_product_attention."""
 
     calls = 0
     deterministic: bool | None = None
@@ -101,7 +101,7 @@ class FlashStandIn:
 
 
 @pytest.mark.parametrize("key_width, value_width, deterministic", [(4, 4, False), (4, 7, True), (6, 3, False)])
-def test_flash_attention_is_called_with_one_width_the_true_scale_and_what_pytorch_was_told(
+def test_flash_attention_arguments(
     monkeypatch: pytest.MonkeyPatch, key_width: int, value_width: int, deterministic: bool
 ) -> None:
     tensors = inputs(13, 4, 2, key_width, value_width)
@@ -113,27 +113,27 @@ def test_flash_attention_is_called_with_one_width_the_true_scale_and_what_pytorc
     assert stand_in.calls == 1 and stand_in.deterministic is deterministic
 
 
-def test_flash_attention_is_left_alone_on_the_cpu() -> None:
+def test_flash_attention_is_not_used_on_the_cpu() -> None:
     half = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
     assert local.flash_attention_for(half, half) is None
 
 
-def test_the_choice_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_attention_choice_names_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     half = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
     assert local.local_attention_choice(half, half) == f"PyTorch {torch.__version__} on cpu"
     monkeypatch.setattr(local, "flash_attention_for", lambda q, v: SimpleNamespace(__name__="flash_attn", __version__="2.8"))
     assert local.local_attention_choice(half, half) == "flash_attn 2.8"
 
 
-def test_flash_attention_4_alone_is_not_taken_for_version_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It lies in flash_attn/cute, and flash_attn has no `flash_attn_func` then."""
+def test_flash_attention_4_is_not_mistaken_for_version_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 4 is in flash_attn/cute; flash_attn then has no `flash_attn_func`."""
     (tmp_path / "a_folder" / "cute").mkdir(parents=True)
     (tmp_path / "a_folder" / "cute" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     assert local.installed("a_folder.cute") and not local.installed("a_folder") and not local.installed("no_such_package")
 
 
-def test_the_newest_flash_attention_that_the_card_can_run_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newest_supported_flash_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 1, 1, 128), device="cuda:0")
     modules = {name: SimpleNamespace(__name__=name) for name in ("flash_attn", "flash_attn_interface")}
     monkeypatch.setattr(local, "_FAILURES", {})
@@ -153,10 +153,8 @@ def test_the_newest_flash_attention_that_the_card_can_run_is_taken(monkeypatch: 
     assert taken(True, True, 9, dtype=torch.float32) is None and taken(True, True, 9, shape=(1, 1, 1, 512)) is None
 
 
-def test_a_flash_attention_that_cannot_be_imported_is_named_and_the_next_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As where its kernels were built for another PyTorch."""
+def test_flash_attention_with_an_import_error_is_reported_and_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example, its kernels were built for another PyTorch."""
     (tmp_path / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol:\\n_ZN3c104')")
     (tmp_path / "flash_attn.py").write_text("__version__ = '2.8'")
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,4 +1,4 @@
-"""Peak memory grows with the tokens, not with their square."""
+"""Peak memory use is linear in the number of tokens, not quadratic."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ S, H, G, D, DV = 16, 4, 2, 8, 6
 
 
 class LargestTensor(TorchDispatchMode):
-    """Sees the result of every operation, forward and backward."""
+    """Dispatch mode that records the largest result of all operations, forward and backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def run(operation: Callable[[Tensor, Tensor, Tensor], Tensor], tokens: int) -> L
 
 
 @pytest.mark.parametrize("operation", [linear_rule, delta_rule, local_only, one_document, two_documents])
-def test_twice_the_tokens_take_at_most_twice_the_largest_tensor(
+def test_largest_tensor_is_linear_in_the_tokens(
     operation: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> None:
     tokens = 512
@@ -74,7 +74,7 @@ def test_twice_the_tokens_take_at_most_twice_the_largest_tensor(
         assert not [shape for shape in seen.shapes if sum(size >= length // 2 for size in shape) > 1]
 
 
-def test_the_watch_sees_a_matrix_of_scores() -> None:
+def test_largest_tensor_detects_a_matrix_of_scores() -> None:
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q[0, :, 0] @ k[0, :, 0].T).softmax(-1) @ v[0, :, 0]
 

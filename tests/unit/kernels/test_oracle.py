@@ -1,4 +1,4 @@
-"""The plain oracle of Infini-attention, and checks of it by hand.
+"""Plain oracle of Infini-attention, and its comparison with hand calculations.
 
 The oracle evaluates arXiv 2404.07143, Eq. 3 to 10, with loops over row, head, segment and token, and shares no code with
 the kernels. Given float64 it is exact to rounding, and autograd differentiates it.
@@ -18,7 +18,7 @@ def sigma(x: Tensor, feature_map: str = "elu") -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """One head [D] at one position (cos, sin [D/2]), as a complex number per pair of halves."""
+    """Rotate one head [D] at one position (cos, sin [D/2]), as a complex number per pair of halves."""
     half = x.shape[0] // 2
     turned = torch.complex(x[:half], x[half:]) * torch.complex(cos, sin)
     return torch.cat((turned.real, turned.imag))
@@ -30,7 +30,7 @@ def softmax_read(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Ten
 
 
 def valid_by_segment(lengths: Tensor | None, batch_size: int, num_tokens: int, segment_length: int) -> list[list[int]]:
-    """Valid tokens of every segment of every row."""
+    """Return the number of valid tokens of every segment of every row."""
     starts = range(0, num_tokens, segment_length)
     present = [min(segment_length, num_tokens - start) for start in starts]
     if lengths is None:
@@ -59,7 +59,7 @@ def oracle(
     normaliser: str = "paper",
     feature_map: str = "elu",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, M, z) for the arguments of `infini_attention`, token by token."""
+    """Compute (out, M, z) for the arguments of `infini_attention`, token by token."""
     batch_size, num_tokens, num_heads, key_width = q.shape
     num_groups, value_width = v.shape[2:]
     corrected = normaliser == "corrected"
@@ -117,13 +117,13 @@ HAND_CASES = [
     # σ(0) = 1, so with one token a segment M_1 = 2 and z_1 = 1; in the second A_mem = 2 and A_dot = 4, mixed half and half.
     ("linear", "paper", [1.0, 3.0], 6.0),
     ("linear", "local_only", [2.0, 3.0], 6.0),
-    # The delta rule writes 4 - 2: what the key already retrieves is taken off.
+    # The delta rule writes 4 - 2: it subtracts the value that the key already retrieves.
     ("delta", "paper", [1.0, 3.0], 4.0),
 ]
 
 
 @pytest.mark.parametrize("update_rule, first_segment, outputs, memory", HAND_CASES)
-def test_two_segments_of_one_token_agree_with_a_calculation_by_hand(
+def test_two_segments_of_one_token_agree_with_hand_calculation(
     update_rule: str, first_segment: str, outputs: list[float], memory: float
 ) -> None:
     q = k = torch.zeros(1, 2, 1, 1, dtype=torch.float64)
@@ -140,7 +140,7 @@ def test_two_segments_of_one_token_agree_with_a_calculation_by_hand(
     assert (state.M.item(), state.z.item()) == pytest.approx((memory, 2.0))
 
 
-def test_the_oracle_rotates_halves_as_llama_does() -> None:
+def test_oracle_rotates_halves_as_llama_does() -> None:
     x = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     cos, sin = torch.tensor([0.6, 0.0], dtype=torch.float64), torch.tensor([0.8, 1.0], dtype=torch.float64)
     # (x1, x3) turned by cos 0.6, sin 0.8; (x2, x4) turned by a right angle.

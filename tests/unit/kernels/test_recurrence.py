@@ -1,4 +1,4 @@
-"""The walk over the segments against the loop that PyTorch differentiates itself."""
+"""The recurrence over segments compared with a loop that PyTorch differentiates."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_equals_the_loop(kind: str, with_reset: bool, segments: int) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
-def test_a_reset_leaves_nothing_of_what_was_not_finite() -> None:
+def test_reset_clears_values_that_are_not_finite() -> None:
     state, added = torch.full((2, 1, 3), torch.nan), torch.ones(2, 2, 1, 3)
     entering, leaving = walk(state, added, torch.tensor([[True, False], [False, True]]))
     assert torch.equal(entering[:, 1].isnan().all(dim=-1), torch.tensor([[False], [False]]))

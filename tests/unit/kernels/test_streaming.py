@@ -1,4 +1,4 @@
-"""Streaming inference against one call on the whole stream."""
+"""Streaming inference compared with one call on the whole stream."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def stream(tokens: int, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor
 
 
 def chunks_of(tokens: int, longest: int) -> list[tuple[int, int]]:
-    """Spans of at most `longest` tokens, cut at every segment's end."""
+    """Return spans of at most `longest` tokens that end at every segment's end."""
     spans, start = [], 0
     while start < tokens:
         end = min(start + longest, (start // S + 1) * S, tokens)
@@ -83,7 +83,7 @@ def test_local_chunks_equal_one_call(longest: int) -> None:
     torch.testing.assert_close(torch.cat(outs, dim=1), wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_a_long_stream_keeps_the_cache_at_its_size() -> None:
+def test_cache_size_does_not_grow() -> None:
     tensors, gate, _ = stream(50 * S + 1, torch.bfloat16)
     cache = SegmentCache.empty(2, S, G, D, DV, dtype=torch.bfloat16)
 
@@ -98,7 +98,7 @@ def test_a_long_stream_keeps_the_cache_at_its_size() -> None:
     assert out.dtype == torch.bfloat16 and cache.memory is not None and cache.memory.z.dtype == torch.float32
 
 
-def test_a_clone_continues_the_stream_on_its_own() -> None:
+def test_clone_is_independent() -> None:
     tensors, gate, _ = stream(12)
     cache = SegmentCache.empty(2, S, G, D, DV, dtype=torch.float64)
     for start, end in chunks_of(7, 5):
@@ -110,7 +110,7 @@ def test_a_clone_continues_the_stream_on_its_own() -> None:
     torch.testing.assert_close(again, infini_attention(*tensors, gate, segment_length=S)[0][:, 7:10])
 
 
-def test_a_chunk_that_does_not_fit_is_refused_and_leaves_the_cache_alone() -> None:
+def test_chunk_beyond_the_segment_is_refused_and_cache_is_unchanged() -> None:
     tensors, gate, _ = stream(12)
     cache = SegmentCache.empty(2, S, G, D, DV, dtype=torch.float64)
     _, cache = infini_attention_step(*(x[:, :3] for x in tensors), gate, cache, segment_length=S)
@@ -122,7 +122,7 @@ def test_a_chunk_that_does_not_fit_is_refused_and_leaves_the_cache_alone() -> No
     assert torch.equal(cache.keys, held)
 
 
-def test_a_cache_of_other_sizes_is_refused() -> None:
+def test_cache_of_other_sizes_is_refused() -> None:
     tensors, gate, _ = stream(3)
     with pytest.raises(ValueError, match=r"the cache holds \[2, 6, 2, 4\], but k .* need \[2, 5, 2, 4\]"):
         infini_attention_step(*tensors, gate, SegmentCache.empty(2, 6, G, D, DV, dtype=torch.float64), segment_length=S)

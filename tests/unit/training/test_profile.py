@@ -162,5 +162,5 @@ def test_profile_steps_flag_has_an_alias() -> None:
 
 
 def test_negative_steps_are_refused() -> None:
-    with pytest.raises(UserError, match=r"profiling\.steps is -1; use 0 to profile none"):
+    with pytest.raises(UserError, match=r"profiling\.steps is -1; use 0 to turn profiling off"):
         validate(RunConfig(profiling=ProfilingConfig(steps=-1)), world_size=1)
