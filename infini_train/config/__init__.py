@@ -1,9 +1,9 @@
 """The configuration of a run: schema, validation, messages and overrides. Nothing else in the package reads YAML."""
 
 from infini_train.config.schema import (
-    MEASURES_ALONE,
+    MEASUREMENT_KEYS,
     TASK_KINDS,
-    WHAT_TRAINS,
+    TRAINING_SECTIONS,
     CheckpointConfig,
     CompareConfig,
     DataConfig,
@@ -28,9 +28,9 @@ from infini_train.config.schema import (
 )
 
 __all__ = [
-    "MEASURES_ALONE",
+    "MEASUREMENT_KEYS",
     "TASK_KINDS",
-    "WHAT_TRAINS",
+    "TRAINING_SECTIONS",
     "CheckpointConfig",
     "CompareConfig",
     "DataConfig",
