@@ -44,7 +44,7 @@ def rank(number: int, port: int, root: str, results: Any) -> None:
     from infini_train.parallel.deepspeed.optimizer_state import read_optimizer_state
     from infini_train.resilience.stop_request import StopRequest
     from infini_train.training.step import train_step
-    from infini_train.training.training_run import build_parts
+    from infini_train.training.training_run import build_training_run
 
     torch.set_num_threads(1)
     run = RunConfig(
@@ -58,9 +58,9 @@ def rank(number: int, port: int, root: str, results: Any) -> None:
     dataset = OneDocument(run.data.vocab_size, 1 << 20)
     dataset.document_lengths = dataset.document_lengths.repeat(PROCESSES)  # one for each row
     dataset.available = dataset.available.repeat(PROCESSES)
-    parts = build_parts(run, dataset)
-    train_step(parts, StopRequest())
-    whole = read_optimizer_state(parts.engine)
+    training = build_training_run(run, dataset)
+    train_step(training, StopRequest())
+    whole = read_optimizer_state(training.engine)
     flat = {f"{kind}.{name}": tensor for kind, tensors in whole.items() for name, tensor in tensors.items()}
     gigabytes = sum(tensor.numel() * tensor.element_size() for tensor in flat.values()) / 1e9
     seconds: dict[str, list[float]] = {}
@@ -72,26 +72,26 @@ def rank(number: int, port: int, root: str, results: Any) -> None:
         dist.barrier()
         seconds.setdefault(name, []).append(time.perf_counter() - started)
 
-    writer = parts.checkpointer.writer
+    writer = training.checkpointer.writer
     for round_number in range(ROUNDS):
         for asynchronous in (True, False):
             name = "ours, beside training" if asynchronous else "ours, waiting"
             run.checkpoint.asynchronous = asynchronous
-            parts.state.step += 1
-            timed(f"{name}: pause", lambda: parts.checkpointer.save(parts.engine, parts.state))
-            parts.checkpointer.finish(must_succeed=True)
+            training.state.step += 1
+            timed(f"{name}: pause", lambda: training.checkpointer.save(training.engine, training.state))
+            training.checkpointer.finish(must_succeed=True)
             if number == 0:
                 seconds.setdefault(f"{name}: durable", []).append(writer.report()["checkpoint_durable_seconds"])
         newest: list[Any] = []
         timed("ours: verify", lambda: newest.append(newest_checkpoint(Path(run.run_dir), print)))  # noqa: B023
-        timed("ours: load", lambda: parts.checkpointer.load(newest[-1], parts.engine, parts.state))  # noqa: B023
+        timed("ours: load", lambda: training.checkpointer.load(newest[-1], training.engine, training.state))  # noqa: B023
         plain = f"{root}/dcp{round_number}"
         timed("torch.distributed.checkpoint: save", lambda: dcp.save(flat, checkpoint_id=plain))  # noqa: B023
         timed("torch.distributed.checkpoint: load", lambda: dcp.load(flat, checkpoint_id=plain))  # noqa: B023
         theirs = f"{root}/deepspeed{round_number}"
-        timed("DeepSpeed: save_checkpoint", lambda: parts.engine.deepspeed.save_checkpoint(theirs))  # noqa: B023
+        timed("DeepSpeed: save_checkpoint", lambda: training.engine.deepspeed.save_checkpoint(theirs))  # noqa: B023
     # Once and last: it leaves moments behind that DeepSpeed's own functions no longer find.
-    timed("DeepSpeed: load_checkpoint", lambda: parts.engine.deepspeed.load_checkpoint(f"{root}/deepspeed0"))
+    timed("DeepSpeed: load_checkpoint", lambda: training.engine.deepspeed.load_checkpoint(f"{root}/deepspeed0"))
     if number == 0:
         results.put((gigabytes, seconds))
 

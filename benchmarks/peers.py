@@ -48,7 +48,7 @@ def ours(recompute: str) -> tuple[nn.Module, Callable[[], float], int]:
     from infini_train.runtime import platform
 
     platform.install()
-    from infini_train.training.training_run import build_parts
+    from infini_train.training.training_run import build_training_run
 
     model = ModelConfig(
         num_layers=LAYERS,
@@ -67,15 +67,15 @@ def ours(recompute: str) -> tuple[nn.Module, Callable[[], float], int]:
         recompute=recompute,  # type: ignore[arg-type]
     )
     run = single_stream_run(model, training)
-    parts = build_parts(run, OneDocument(VOCABULARY, SEGMENT * SEGMENTS))
-    parts.engine.adamw.state.clear()  # nothing steps here, and the others hold no moments either
-    batches = [parts.state.reader.next(1) for _ in range(SEGMENTS)]
+    trained = build_training_run(run, OneDocument(VOCABULARY, SEGMENT * SEGMENTS))
+    trained.engine.adamw.state.clear()  # nothing steps here, and the others hold no moments either
+    batches = [trained.state.reader.next(1) for _ in range(SEGMENTS)]
 
     def forward_backward() -> float:
-        loss_sum, _ = parts.pipeline.train_step(batches, {}, 1 / (SEGMENT * SEGMENTS))  # type: ignore[arg-type]
+        loss_sum, _ = trained.pipeline.forward_backward(batches, {}, 1 / (SEGMENT * SEGMENTS))  # type: ignore[arg-type]
         return float(loss_sum) / (SEGMENT * SEGMENTS)
 
-    return parts.engine.module, forward_backward, LAYERS * HEADS * HEAD_WIDTH * (HEAD_WIDTH + 1)
+    return trained.engine.module, forward_backward, LAYERS * HEADS * HEAD_WIDTH * (HEAD_WIDTH + 1)
 
 
 def infini_transformer() -> tuple[nn.Module, Callable[[], float], int]:

@@ -66,12 +66,12 @@ def trainer(model: str, variant: str, steps: int, **training: Any) -> Callable[[
     from infini_train.parallel.layout import initialize_process_group
     from infini_train.resilience.stop_request import StopRequest
     from infini_train.training.step import train_step
-    from infini_train.training.training_run import build_parts
+    from infini_train.training.training_run import build_training_run
 
     run = step_run(model, variant, steps, **training)
     initialize_process_group()
-    parts = build_parts(run, OneDocument(run.data.vocab_size, steps * run.tokens_per_step // ROWS, documents=ROWS))
-    return lambda: train_step(parts, StopRequest())[0]
+    trained = build_training_run(run, OneDocument(run.data.vocab_size, steps * run.tokens_per_step // ROWS, documents=ROWS))
+    return lambda: train_step(trained, StopRequest())[0]
 
 
 def one(model: str, variant: str, fused_layers: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def one(kind: str, tokens: int) -> dict[str, Any]:
     from infini_train.model.layer_context import Memory
     from infini_train.resilience.stop_request import StopRequest
     from infini_train.training.step import train_step
-    from infini_train.training.training_run import build_parts
+    from infini_train.training.training_run import build_training_run
 
     on_gpu = platform.has_cuda()
     model, precision, layers, zero = (ON_GPU, "bfloat16", "fused", 1) if on_gpu else (ON_CPU, "float32", "plain", 0)
@@ -63,20 +63,20 @@ def one(kind: str, tokens: int) -> dict[str, Any]:
     training = replace(training, precision=precision, fused_layers=layers)  # type: ignore[arg-type]
     run = single_stream_run(model, training)
     run.layout.zero_stage = zero
-    parts = build_parts(run, OneDocument(run.data.vocab_size, (steps + 2) * tokens_per_step))
+    trained = build_training_run(run, OneDocument(run.data.vocab_size, (steps + 2) * tokens_per_step))
 
     def train(count: int) -> None:
         for _ in range(count):
-            train_step(parts, StopRequest())
+            train_step(trained, StopRequest())
 
     memory: Memory = {}
 
     def evaluate(count: int) -> None:
         nonlocal memory
         for _ in range(count * WINDOW):
-            batch = parts.state.reader.next(1)
+            batch = trained.state.reader.next(1)
             assert batch is not None
-            memory = parts.pipeline.evaluate([batch], memory, lambda batch, losses: None)
+            memory = trained.pipeline.evaluate([batch], memory, lambda batch, losses: None)
 
     work = train if kind == "train" else evaluate
     work(2)  # the first steps allocate

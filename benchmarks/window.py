@@ -26,14 +26,14 @@ def one(recompute: str, window: int) -> dict[str, Any]:
     platform.install()
     from infini_train.resilience.stop_request import StopRequest
     from infini_train.training.step import train_step
-    from infini_train.training.training_run import build_parts
+    from infini_train.training.training_run import build_training_run
 
     training = TrainingConfig(steps=4, rows=1, micro_batches_per_window=window, recompute=recompute)  # type: ignore[arg-type]
     run = single_stream_run(MODEL, training)
-    parts = build_parts(run, OneDocument(run.data.vocab_size, 4 * window * MODEL.segment_length))
+    trained = build_training_run(run, OneDocument(run.data.vocab_size, 4 * window * MODEL.segment_length))
     # One short window's work first: what the libraries allocate once is not the window's.
     before = current_megabytes()
-    seconds = [timed(lambda: train_step(parts, StopRequest())) for _ in range(2)]
+    seconds = [timed(lambda: train_step(trained, StopRequest())) for _ in range(2)]
     return {"above_start_mb": peak_megabytes() - before, "tokens_per_second": window * MODEL.segment_length / min(seconds)}
 
 

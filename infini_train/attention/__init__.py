@@ -3,7 +3,7 @@
 from infini_train.attention.base import Attention
 from infini_train.attention.full import FullAttention
 from infini_train.attention.infini import InfiniAttention
-from infini_train.attention.layer_memory import CarriedTensor, LayerMemory, detached, map_parts, numbers_carried
+from infini_train.attention.layer_memory import CarriedTensor, LayerMemory, detached, map_tensors, numbers_carried
 from infini_train.attention.local import LocalAttention
 from infini_train.attention.rivals.linear_attention import LinearAttention
 from infini_train.attention.rivals.memorizing import MemorizingAttention
@@ -79,7 +79,7 @@ __all__ = [
     "build_attention",
     "carried_fields",
     "detached",
-    "map_parts",
+    "map_tensors",
     "memory_type",
     "numbers_carried",
     "state_numbers",

@@ -45,11 +45,11 @@ def numbers_carried(fields: dict[str, CarriedTensor]) -> int:
     return sum(prod(each.shape) for each in fields.values() if not each.counter)
 
 
-def map_parts(change: Callable[[Tensor], Tensor], memory: Carried) -> Carried:
+def map_tensors(change: Callable[[Tensor], Tensor], memory: Carried) -> Carried:
     """The same named tuple with every tensor changed."""
     return type(memory)(*map(change, memory))
 
 
 def detached(memory: Carried) -> Carried:
     """The same values, cut from the graph."""
-    return map_parts(Tensor.detach, memory)
+    return map_tensors(Tensor.detach, memory)

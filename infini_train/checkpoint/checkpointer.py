@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from infini_train import __version__
-from infini_train.attention import CarriedTensor, carried_fields, map_parts
+from infini_train.attention import CarriedTensor, carried_fields, map_tensors
 from infini_train.checkpoint import folder
 from infini_train.checkpoint.compatibility import check_same_model
 from infini_train.checkpoint.reader import read_tensors
@@ -70,7 +70,7 @@ class Checkpointer:
         parameter of its tensor and pipeline slice, divided by the number of those ranks, and the memory of its streams.
         """
         weights = read_optimizer_state(engine, keep=self._own_parameters(engine))
-        memory = {layer: map_parts(_copy, each) for layer, each in state.memory.items()}
+        memory = {layer: map_tensors(_copy, each) for layer, each in state.memory.items()}
         return {**optimizer_entries(self.placements, weights), **self._stream_entries(state.reader.state(), memory)}
 
     def _own_parameters(self, engine: Engine) -> set[str]:

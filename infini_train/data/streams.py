@@ -15,7 +15,7 @@ from infini_train.runtime.errors import UserError
 
 
 @dataclass
-class StreamBatch:
+class Batch:
     """The next N segments of every row. A segment holds tokens of one document, then padding (token 0)."""
 
     tokens: torch.Tensor  # [B, T] int64
@@ -113,7 +113,7 @@ class StreamReader:
                 self._position[b, 0] = num_epochs or 0
             self._pass_over_unavailable(b)
 
-    def next(self, num_segments: int) -> StreamBatch | None:
+    def next(self, num_segments: int) -> Batch | None:
         """The next segments of every row, or None once every row has ended."""
         if num_segments < 1:
             raise ValueError(f"num_segments is {num_segments}; it must be positive")
@@ -146,7 +146,7 @@ class StreamReader:
                 filled += segments
                 self._advance(b, count)
         has_target = np.arange(S) < lengths[:, :, None]  # [B, N, S]
-        return StreamBatch(
+        return Batch(
             tokens=torch.from_numpy(tokens),
             targets=torch.from_numpy(targets),
             loss_mask=torch.from_numpy(has_target.reshape(B, N * S).astype(np.float32) * weights),

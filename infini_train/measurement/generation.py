@@ -12,7 +12,7 @@ from torch import Tensor
 
 from infini_train.config import RunConfig
 from infini_train.model.gpt import DTYPES
-from infini_train.model.layer_context import MicroBatch
+from infini_train.model.layer_context import LayerContext
 from infini_train.model.stage import StageModel
 from infini_train.runtime import platform
 
@@ -49,12 +49,12 @@ class StreamingModel:
         while start < tokens.shape[1]:
             room = next(iter(self.caches.values())).remaining
             chunk = tokens[:, start : start + room].to(self.device)
-            micro_batch = MicroBatch(caches=self.caches)
+            context = LayerContext(caches=self.caches)
             logits = self.module(
                 input_ids=chunk,
                 position_ids=None,
                 attention_mask=None,
-                packed_seq_params=micro_batch,
+                packed_seq_params=context,
                 runtime_gather_output=True,
             )
             start += chunk.shape[1]

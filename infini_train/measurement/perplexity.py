@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infini_train.attention import map_parts, with_memory, without_tail
+from infini_train.attention import map_tensors, with_memory, without_tail
 from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset
-from infini_train.data.streams import StreamBatch, StreamReader
+from infini_train.data.streams import Batch, StreamReader
 from infini_train.model.layer_context import Memory
 from infini_train.parallel.context_parallel import context_share
 from infini_train.parallel.layout import Layout, all_reduce_sum, raise_everywhere
@@ -58,7 +58,7 @@ class HeldOutLoss:
         return float(loss_sum.sum() / (self.weights.sum() or 1.0))
 
 
-def _batches(run: RunConfig, layout: Layout, dataset: TokenDataset, limit: int | None) -> Iterator[StreamBatch]:
+def _batches(run: RunConfig, layout: Layout, dataset: TokenDataset, limit: int | None) -> Iterator[Batch]:
     """Yield micro-batches that read every held-out document once, the longest first.
 
     Rows without a further document contain padding until all processes are done.
@@ -93,11 +93,11 @@ def _batches(run: RunConfig, layout: Layout, dataset: TokenDataset, limit: int |
         count += 1
 
 
-def _padding(rows: int, num_segments: int, segment_length: int) -> StreamBatch:
+def _padding(rows: int, num_segments: int, segment_length: int) -> Batch:
     """Return a micro-batch without valid tokens."""
     tokens = torch.zeros(rows, num_segments * segment_length, dtype=torch.int64)
     segments = torch.zeros(rows, num_segments, dtype=torch.int64)
-    return StreamBatch(
+    return Batch(
         tokens=tokens,
         targets=tokens,
         loss_mask=tokens.float(),
@@ -121,7 +121,7 @@ class LossByPosition:
         self.segment_length, self.counts = segment_length, counts
         self.sums = torch.zeros(3, MAX_POSITIONS, dtype=torch.float64)
 
-    def add(self, batch: StreamBatch, losses: Tensor, rows: Tensor | None = None) -> None:
+    def add(self, batch: Batch, losses: Tensor, rows: Tensor | None = None) -> None:
         """Add the losses of a micro-batch.
 
         Args:
@@ -220,7 +220,7 @@ def memory_of_other_rows(memory: Memory, num_rows: int, reading: Tensor | None =
     def select_donors(tensor: Tensor) -> Tensor:
         return tensor[index.to(tensor.device)]
 
-    shuffled = {layer: with_memory(state, map_parts(select_donors, without_tail(state))) for layer, state in memory.items()}
+    shuffled = {layer: with_memory(state, map_tensors(select_donors, without_tail(state))) for layer, state in memory.items()}
     return shuffled, index != torch.arange(num_rows)
 
 

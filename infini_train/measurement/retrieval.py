@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from infini_train.config import RunConfig
-from infini_train.data.streams import StreamBatch
+from infini_train.data.streams import Batch
 from infini_train.model.layer_context import Memory
 from infini_train.parallel.layout import Layout, all_reduce_sum
 from infini_train.parallel.pipeline import SegmentPipeline
@@ -131,7 +131,7 @@ def _answers(
         answers = predicted
 
 
-def _micro_batch(run: RunConfig, samples: Sequence[Sample], start: int, answers: Sequence[np.ndarray] | None) -> StreamBatch:
+def _micro_batch(run: RunConfig, samples: Sequence[Sample], start: int, answers: Sequence[np.ndarray] | None) -> Batch:
     """Return positions start .. start + T - 1 of each text as a micro-batch.
 
     The last token of a text is left out, because it has no target.
@@ -153,7 +153,7 @@ def _micro_batch(run: RunConfig, samples: Sequence[Sample], start: int, answers:
     reset = torch.zeros_like(by_segment, dtype=torch.bool)
     reset[:, 0] = start == 0
     shown = torch.from_numpy(tokens)
-    return StreamBatch(
+    return Batch(
         tokens=shown,
         targets=torch.zeros_like(shown),
         loss_mask=torch.zeros(shown.shape),

@@ -16,7 +16,7 @@ from torch import Tensor
 from infini_train.attention import build_attention, memory_type
 from infini_train.attention.short_convolution import ConvolutionTail, MemoryWithTail, ShortConvolution
 from infini_train.config import RunConfig
-from infini_train.model.layer_context import MicroBatch
+from infini_train.model.layer_context import LayerContext
 
 
 @dataclass(frozen=True)
@@ -77,33 +77,33 @@ class CoreAttention(MegatronModule):
         attention_mask: Tensor | None,
         /,
         *,
-        packed_seq_params: MicroBatch,
+        packed_seq_params: LayerContext,
         **_: Any,
     ) -> Tensor:
         """query [T, B, H, D], key and value [T, B, G, D] -> [T, B, H × D]."""
-        micro_batch = packed_seq_params
+        context = packed_seq_params
         q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))
-        if micro_batch.caches is not None:
-            out, micro_batch.caches[self.layer_number] = self._step(q, k, v, micro_batch.caches[self.layer_number])
+        if context.caches is not None:
+            out, context.caches[self.layer_number] = self._step(q, k, v, context.caches[self.layer_number])
         else:
-            reset = micro_batch.empties_memory
-            assert micro_batch.reset is not None and reset is not None and micro_batch.lengths is not None
-            entering = micro_batch.memory_in.get(self.layer_number)
+            reset = context.empties_memory
+            assert context.reset is not None and reset is not None and context.lengths is not None
+            entering = context.memory_in.get(self.layer_number)
             tail = None
             if isinstance(entering, MemoryWithTail):
                 tail, entering = entering.tail, entering.memory
             if self.short_convolution is not None:
-                q, k, tail = self.short_convolution(q, k, micro_batch.reset, tail, micro_batch.cp_group)
+                q, k, tail = self.short_convolution(q, k, context.reset, tail, context.cp_group)
             out, memory = self.attention(
                 q,
                 k,
                 v,
                 reset=reset,
-                lengths=micro_batch.lengths,
+                lengths=context.lengths,
                 memory=entering,
-                group=micro_batch.cp_group,
-                repeats=micro_batch.repeats,
+                group=context.cp_group,
+                repeats=context.repeats,
             )
             if memory is not None:
-                micro_batch.memory_out[self.layer_number] = memory if tail is None else MemoryWithTail.joined(memory, tail)
+                context.memory_out[self.layer_number] = memory if tail is None else MemoryWithTail.joined(memory, tail)
         return out.transpose(0, 1).flatten(2)

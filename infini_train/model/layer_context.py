@@ -35,7 +35,7 @@ def empty_memory(
 
 
 @dataclass
-class MicroBatch(PackedSeqParams):
+class LayerContext(PackedSeqParams):
     """A micro-batch as the layers see it. Memory goes in and comes out here, never as hidden module state.
 
     It subclasses Megatron-core's per-call attention parameters because that is the argument which `GPTModel` passes through

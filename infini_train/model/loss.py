@@ -11,8 +11,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from infini_kernels.timing import counted_as
-from infini_train.model.layer_context import MicroBatch
+from infini_kernels.timing import timed_as
+from infini_train.model.layer_context import LayerContext
 
 TokenLosses: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -54,12 +54,12 @@ class ChunkedLossGPTModel(GPTModel):
             )
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         if labels is None:
-            if isinstance(packed_seq_params, MicroBatch) and packed_seq_params.output_positions is not None:
+            if isinstance(packed_seq_params, LayerContext) and packed_seq_params.output_positions is not None:
                 hidden_states = hidden_states[packed_seq_params.output_positions]
             logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=runtime_gather_output)
             return logits.transpose(0, 1).contiguous()
 
-        @counted_as("output layer and loss")
+        @timed_as("output layer and loss")
         def losses(hidden: Tensor, targets: Tensor) -> Tensor:
             logits, _ = self.output_layer(hidden, weight=weight)
             if self.token_losses is not None:

@@ -14,33 +14,33 @@ from torch import Tensor, nn
 
 from infini_train.attention.rivals.memory_tokens import MemoryTokens
 from infini_train.config import ModelConfig
-from infini_train.model.layer_context import MicroBatch
+from infini_train.model.layer_context import LayerContext
 from infini_train.model.loss import ChunkedLossGPTModel
 
 
 def by_segment(
     hidden: Tensor,
     initial: Tensor,
-    micro_batch: MicroBatch,
+    context: LayerContext,
     layer_number: int,
-    run_segment: Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Tensor]],
+    run_segment: Callable[[Tensor, Tensor, LayerContext], tuple[Tensor, Tensor]],
 ) -> Tensor:
     """Run a micro-batch segment by segment, with what one segment leaves entering the next.
 
     Args:
         hidden: [T, B, h].
         initial: [P, h], the memory with which a document begins.
-        micro_batch: its memory of this layer enters the first segment, and gets what leaves the last.
+        context: its memory of this layer enters the first segment, and gets what leaves the last.
         run_segment: from hidden states [S, B, h], memory [P, B, h] and the segment as a micro-batch, the same two.
 
     Returns:
         [T, B, h]
     """
-    reset, lengths = micro_batch.empties_memory, micro_batch.lengths
+    reset, lengths = context.empties_memory, context.lengths
     assert reset is not None and lengths is not None, "these variants do not stream token by token"
     rows, segments = reset.shape
     memory = begin = initial.unsqueeze(1).expand(-1, rows, -1)  # [P, B, h]
-    if (entering := micro_batch.memory_in.get(layer_number)) is not None:
+    if (entering := context.memory_in.get(layer_number)) is not None:
         # A row of zeros was emptied, inside a document too: see `training.health`.
         written = entering[0].ne(0).flatten(1).any(dim=1)
         memory = torch.where(written[:, None], entering[0].transpose(0, 1).to(hidden.dtype), begin)
@@ -48,10 +48,10 @@ def by_segment(
     for segment, tokens in enumerate(hidden.chunk(segments)):
         memory = torch.where(reset[:, segment].to(hidden.device)[None, :, None], begin, memory)
         # The memory of other layers goes through untouched.
-        inside = MicroBatch(reset=reset[:, segment : segment + 1], lengths=lengths[:, segment : segment + 1])
+        inside = LayerContext(reset=reset[:, segment : segment + 1], lengths=lengths[:, segment : segment + 1])
         out, memory = run_segment(tokens, memory, inside)
         outputs.append(out)
-    micro_batch.memory_out[layer_number] = MemoryTokens(memory.transpose(0, 1).float())
+    context.memory_out[layer_number] = MemoryTokens(memory.transpose(0, 1).float())
     return torch.cat(outputs)
 
 
@@ -62,10 +62,10 @@ class FeedbackLayer(TransformerLayer):
         super().__init__(*args, **kwargs)
         self.memory_tokens = nn.Parameter(torch.empty(model.memory_tokens, model.hidden_size))
 
-    def forward(self, hidden_states: Tensor, *, packed_seq_params: MicroBatch, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *, packed_seq_params: LayerContext, **kwargs: Any) -> tuple[Tensor, None]:
         """hidden_states [T, B, h] -> the same shape, and None for the context that Megatron-core's layers return."""
 
-        def run(tokens: Tensor, memory: Tensor, segment: MicroBatch) -> tuple[Tensor, Tensor]:
+        def run(tokens: Tensor, memory: Tensor, segment: LayerContext) -> tuple[Tensor, Tensor]:
             extended = torch.cat([tokens, memory])
             out, _ = TransformerLayer.forward(self, extended, packed_seq_params=segment, **kwargs)
             return out[: len(tokens)], out[len(tokens) :]
@@ -87,12 +87,12 @@ class RecurrentMemoryModel(ChunkedLossGPTModel):
         attention_mask: Tensor | None = None,
         *,
         labels: Tensor | None = None,
-        packed_seq_params: MicroBatch,
+        packed_seq_params: LayerContext,
         runtime_gather_output: bool | None = None,
     ) -> Tensor:
         """As GPTModel's."""
 
-        def run(tokens: Tensor, memory: Tensor, segment: MicroBatch) -> tuple[Tensor, Tensor]:
+        def run(tokens: Tensor, memory: Tensor, segment: LayerContext) -> tuple[Tensor, Tensor]:
             extended = torch.cat([memory, tokens, memory])
             out = self.decoder(hidden_states=extended, attention_mask=None, packed_seq_params=segment)
             return out[len(memory) : -len(memory)], out[-len(memory) :]

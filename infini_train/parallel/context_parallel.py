@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from infini_train.data.streams import StreamBatch
+from infini_train.data.streams import Batch
 from infini_train.parallel.layout import Layout
 
 
-def context_share(batch: StreamBatch, layout: Layout) -> StreamBatch:
+def context_share(batch: Batch, layout: Layout) -> Batch:
     """A contiguous run of the micro-batch's segments, in rank order; the whole of it without context parallelism."""
     if layout.cp_size == 1:
         return batch
@@ -14,7 +14,7 @@ def context_share(batch: StreamBatch, layout: Layout) -> StreamBatch:
     tokens = batch.tokens.shape[1] // layout.cp_size
     by_token = slice(layout.cp_rank * tokens, (layout.cp_rank + 1) * tokens)
     by_segment = slice(layout.cp_rank * segments, (layout.cp_rank + 1) * segments)
-    return StreamBatch(
+    return Batch(
         tokens=batch.tokens[:, by_token],
         targets=batch.targets[:, by_token],
         loss_mask=batch.loss_mask[:, by_token],

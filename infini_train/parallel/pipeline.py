@@ -13,11 +13,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from infini_kernels.segments import to_device
-from infini_train.attention import LayerMemory, detached, map_parts, without_tail
+from infini_train.attention import LayerMemory, detached, map_tensors, without_tail
 from infini_train.config import RunConfig
-from infini_train.data.streams import StreamBatch
+from infini_train.data.streams import Batch
 from infini_train.model.gpt import DTYPES
-from infini_train.model.layer_context import Memory, MicroBatch
+from infini_train.model.layer_context import LayerContext, Memory
 from infini_train.parallel.deepspeed.engine import Engine, InferenceEngine
 from infini_train.parallel.layout import Layout
 from infini_train.parallel.schedule import Operation, segment_schedule
@@ -30,7 +30,7 @@ from infini_train.runtime.activity import Activity
 class _Live:
     """A micro-batch between its forward and its backward."""
 
-    batch: StreamBatch
+    batch: Batch
     hidden_in: Tensor | None
     memory_in: Memory
     output: Tensor | None = None
@@ -67,7 +67,7 @@ class SegmentPipeline:
             {layer.layer_number for layer in engine.module.layers(chunk)} for chunk in range(layout.virtual_stages)
         ]
 
-    def train_step(self, batches: Sequence[StreamBatch], memory: Memory, loss_scale: float) -> tuple[Tensor, Memory]:
+    def forward_backward(self, batches: Sequence[Batch], memory: Memory, loss_scale: float) -> tuple[Tensor, Memory]:
         """Forward and backward of all micro-batches of a step; gradients stay in the engine.
 
         Args:
@@ -127,9 +127,9 @@ class SegmentPipeline:
     @torch.no_grad()
     def evaluate(
         self,
-        batches: Sequence[StreamBatch],
+        batches: Sequence[Batch],
         memory: Memory,
-        on_losses: Callable[[StreamBatch, Tensor], None],
+        on_losses: Callable[[Batch, Tensor], None],
         *,
         empty_memory: bool = False,
     ) -> Memory:
@@ -162,7 +162,7 @@ class SegmentPipeline:
         return memory
 
     @torch.no_grad()
-    def predict(self, batches: Sequence[StreamBatch], memory: Memory, first: int | None) -> tuple[Memory, Tensor]:
+    def predict(self, batches: Sequence[Batch], memory: Memory, first: int | None) -> tuple[Memory, Tensor]:
         """Forward only, in one pipeline stage: the most likely token after each position.
 
         Args:
@@ -180,15 +180,15 @@ class SegmentPipeline:
         for batch in batches:
             valid = int(batch.lengths[0].sum())
             wanted = slice(valid if first is None else min(max(first - start, 0), valid), valid)
-            micro_batch = MicroBatch(reset=batch.reset, lengths=batch.lengths, memory_in=dict(memory), output_positions=wanted)
+            context = LayerContext(reset=batch.reset, lengths=batch.lengths, memory_in=dict(memory), output_positions=wanted)
             logits = self.engine.forward(
                 input_ids=to_device(batch.tokens, self.device),
                 position_ids=None,
                 attention_mask=None,
-                packed_seq_params=micro_batch,
+                packed_seq_params=context,
                 runtime_gather_output=True,
             )
-            memory = micro_batch.memory_out
+            memory = context.memory_out
             found.append(logits.argmax(dim=-1))
             start += valid
         return memory, torch.cat(found, dim=1)
@@ -201,12 +201,12 @@ class SegmentPipeline:
         return {layer: state for layer, state in memory.items() if layer in self.chunk_layers[chunk]}
 
     def _forward(
-        self, batch: StreamBatch, chunk: int, hidden: Tensor | None, memory: Memory, *, empty_memory: bool = False
+        self, batch: Batch, chunk: int, hidden: Tensor | None, memory: Memory, *, empty_memory: bool = False
     ) -> tuple[Tensor, Memory, Tensor]:
         """Output of a chunk (token losses [B, T] of the last), memory that leaves, and the weighted sum of token losses."""
         is_last = chunk == self.last_chunk
         # Lengths and resets stay on the host: the attention decides there what it can leave out.
-        micro_batch = MicroBatch(
+        context = LayerContext(
             reset=batch.reset,
             memory_reset=torch.ones_like(batch.reset) if empty_memory else None,
             lengths=batch.lengths,
@@ -221,12 +221,12 @@ class SegmentPipeline:
             position_ids=None,
             attention_mask=None,
             labels=to_device(batch.targets, self.device) if is_last else None,
-            packed_seq_params=micro_batch,
+            packed_seq_params=context,
         )
         if not is_last:
-            return output, micro_batch.memory_out, output.new_zeros(())
+            return output, context.memory_out, output.new_zeros(())
         loss = (output.float() * to_device(batch.loss_mask, self.device)).sum()
-        return output, micro_batch.memory_out, loss
+        return output, context.memory_out, loss
 
     def memory_gradient_squares(self) -> dict[int, Tensor]:
         """By layer: squares of the gradients that reached memory at the borders of the last step's micro-batches, summed.
@@ -258,7 +258,7 @@ class SegmentPipeline:
         assert isinstance(self.engine, Engine), "an inference engine has no backward"
         self.engine.backward(outputs, gradients)
         return {
-            layer: map_parts(lambda part: torch.zeros_like(part) if part.grad is None else part.grad, state)
+            layer: map_tensors(lambda part: torch.zeros_like(part) if part.grad is None else part.grad, state)
             for layer, state in live.memory_in.items()
             if any(part.requires_grad for part in state)
         }
@@ -270,7 +270,7 @@ def _entering(memory: Memory, *, window_start: bool) -> Memory:
     def leaf(part: Tensor) -> Tensor:
         return part.detach().requires_grad_(not window_start and part.is_floating_point())
 
-    return {layer: map_parts(leaf, state) for layer, state in memory.items()}
+    return {layer: map_tensors(leaf, state) for layer, state in memory.items()}
 
 
 def detach_memory(memory: Memory) -> Memory:

@@ -20,7 +20,7 @@ from infini_train.attention import LayerMemory, MemoryWithTail, build_attention,
 from infini_train.attention.rivals.memory_tokens import MemoryTokens
 from infini_train.config import RunConfig
 from infini_train.data.dataset import TokenDataset
-from infini_train.data.streams import StreamBatch, StreamReader
+from infini_train.data.streams import Batch, StreamReader
 from infini_train.model.memory_ageing import memory_repeats
 from infini_train.parallel.deepspeed.learning_rate import learning_rate_factor
 
@@ -47,7 +47,7 @@ def _attention(
     k: Tensor,
     v: Tensor,
     own: Mapping[str, Any],
-    batch: StreamBatch,
+    batch: Batch,
     memory: LayerMemory | None,
 ) -> tuple[Tensor, LayerMemory | None]:
     model = run.model
@@ -165,7 +165,7 @@ def _stack(run: RunConfig, weights: dict[str, Tensor], hidden: Tensor, mix: Mix)
 
 
 def _with_memory_tokens(
-    run: RunConfig, weights: dict[str, Tensor], hidden: Tensor, batch: StreamBatch, memory: dict[int, LayerMemory]
+    run: RunConfig, weights: dict[str, Tensor], hidden: Tensor, batch: Batch, memory: dict[int, LayerMemory]
 ) -> Tensor:
     """Apply the stack for `recurrent_memory` and `feedback`: segment by segment, and in each segment layer by layer."""
     model, S, P = run.model, run.model.segment_length, run.model.memory_tokens
@@ -196,7 +196,7 @@ def _with_memory_tokens(
     return torch.cat(outputs, dim=1)
 
 
-def token_losses(run: RunConfig, weights: dict[str, Tensor], batch: StreamBatch, memory: dict[int, LayerMemory]) -> Tensor:
+def token_losses(run: RunConfig, weights: dict[str, Tensor], batch: Batch, memory: dict[int, LayerMemory]) -> Tensor:
     """Return the loss of every token [B, T] in nats. Reads `memory` (by layer, from 0) and updates it in place."""
     embedding = weights["embedding.word_embeddings.weight"]
 

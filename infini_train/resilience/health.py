@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from infini_train.attention import map_parts
+from infini_train.attention import map_tensors
 from infini_train.checkpoint.checkpointer import Checkpointer, newest_checkpoint
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.checkpoint.training_state import HealthCounters, TrainingState
@@ -41,7 +41,7 @@ def memory_after_skip(layout: Layout, memory: Memory, total_rows: int) -> Memory
     clean = poisoned[rows.start : rows.stop] == 0
     return {
         # Not multiplication by a mask: NaN times 0 is NaN.
-        layer: map_parts(lambda tensor: torch.where(clean.view(-1, *[1] * (tensor.dim() - 1)), tensor, 0), state)
+        layer: map_tensors(lambda tensor: torch.where(clean.view(-1, *[1] * (tensor.dim() - 1)), tensor, 0), state)
         for layer, state in memory.items()
     }
 
@@ -133,6 +133,6 @@ def roll_back(
         checkpointer.load(checkpoint, engine, state)
     state.reader.load_state(positions)
     # The checkpoint's memory belongs to text before these positions; the current memory was written by the discarded weights.
-    state.memory = {layer: map_parts(torch.zeros_like, each) for layer, each in state.memory.items()}
+    state.memory = {layer: map_tensors(torch.zeros_like, each) for layer, each in state.memory.items()}
     state.health.spikes, state.health.rollbacks = spikes, rollbacks + 1
     return checkpoint

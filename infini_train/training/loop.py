@@ -32,7 +32,7 @@ from infini_train.training.progress import TrainingProgress
 from infini_train.training.self_test import self_test
 from infini_train.training.shard_check import open_training_data
 from infini_train.training.step import train_step
-from infini_train.training.training_run import Parts, build_parts
+from infini_train.training.training_run import TrainingRun, build_training_run
 
 
 def pretrain(run: RunConfig) -> int:
@@ -49,19 +49,19 @@ def pretrain(run: RunConfig) -> int:
         dataset = open_training_data(run, warnings.append)
         held_out = TokenDataset(Path(run.data.path), "held_out")
         watchdog.activity.begin("building the model")
-        parts = build_parts(run, dataset)
-        parts.held_out = held_out
-        activity = parts.pipeline.activity = watchdog.activity
-        state, main = parts.state, parts.layout.is_main
-        resumed_from = _resume(parts, warnings)
+        training = build_training_run(run, dataset)
+        training.held_out = held_out
+        activity = training.pipeline.activity = watchdog.activity
+        state, main = training.state, training.layout.is_main
+        resumed_from = _resume(training, warnings)
         started_from = (
-            load_initial_weights(run, parts.engine, parts.checkpointer.placements)
+            load_initial_weights(run, training.engine, training.checkpointer.placements)
             if resumed_from is None and run.training.initial_weights
             else None
         )
-        _open_run_directory(parts)
+        _open_run_directory(training)
         with (
-            _wait_for_pending_save(parts),
+            _wait_for_pending_save(training),
             MetricsWriter(run, state.step, enabled=main) as metrics,
             TrainingProgress(run.training.steps, state.step, enabled=main) as progress,
         ):
@@ -72,19 +72,19 @@ def pretrain(run: RunConfig) -> int:
                 progress.say(f"resuming from {resumed_from}")
             if started_from is not None:
                 progress.say(started_from)
-            profiler = StepProfiler(run, parts.layout, progress.say)
+            profiler = StepProfiler(run, training.layout, progress.say)
             save_due = False
             while state.step < run.training.steps:
-                record, stopped = train_step(parts, stop)
+                record, stopped = train_step(training, stop)
                 profiler.after_step(record, last=stopped)
                 lock.check_held()
                 spiked = loss_spiked(run.health, state.health, record)
-                _evaluate_when_due(parts, record, progress)
+                _evaluate_when_due(training, record, progress)
                 record["spike"] = int(spiked)
                 record["documents_left_out"] = int((~dataset.available).sum())
-                _log_when_due(parts, record, metrics, progress)
-                stop_after_skips(run, state, parts.checkpointer)
-                rolled_back_to = _on_spike(parts, record, progress) if spiked else None
+                _log_when_due(training, record, metrics, progress)
+                stop_after_skips(run, state, training.checkpointer)
+                rolled_back_to = _on_spike(training, record, progress) if spiked else None
                 if rolled_back_to is not None:
                     save_due = False
                 else:
@@ -92,31 +92,31 @@ def pretrain(run: RunConfig) -> int:
                     # A checkpoint that is due at a skipped step is postponed to the next step that is not skipped.
                     if stopped or state.step == run.training.steps or (save_due and not record["skipped"]):
                         with activity.during("save", limit="save"):
-                            parts.checkpointer.save(parts.engine, state)
+                            training.checkpointer.save(training.engine, state)
                         save_due = False
                 if stopped and state.step < run.training.steps:
-                    saved = rolled_back_to or _finish_save(parts)
+                    saved = rolled_back_to or _finish_save(training)
                     progress.say(f"stopped: {saved} is saved, and the same command goes on from there")
                     return RESUMABLE_EXIT_CODE
             profiler.close(state.step)
-            _finish_save(parts)
+            _finish_save(training)
             progress.say(f"trained to step {state.step}: {list_checkpoints(Path(run.run_dir))[-1]}")
     return 0
 
 
 @contextmanager
-def _wait_for_pending_save(parts: Parts) -> Iterator[None]:
+def _wait_for_pending_save(training: TrainingRun) -> Iterator[None]:
     """Wait for the save in progress when the block ends, also after an exception."""
     try:
         yield
     finally:
-        with parts.pipeline.activity.during("end of the save", limit="save"):
-            parts.checkpointer.writer.wait()
+        with training.pipeline.activity.during("end of the save", limit="save"):
+            training.checkpointer.writer.wait()
 
 
-def _finish_save(parts: Parts) -> Path | None:
-    with parts.pipeline.activity.during("end of the save", limit="save"):
-        return parts.checkpointer.finish(must_succeed=True)
+def _finish_save(training: TrainingRun) -> Path | None:
+    with training.pipeline.activity.during("end of the save", limit="save"):
+        return training.checkpointer.finish(must_succeed=True)
 
 
 def _is_due(run: RunConfig, every: int, step: int) -> bool:
@@ -124,38 +124,42 @@ def _is_due(run: RunConfig, every: int, step: int) -> bool:
     return every > 0 and (step % every == 0 or step == run.training.steps)
 
 
-def _evaluate_when_due(parts: Parts, record: dict[str, Any], progress: TrainingProgress) -> None:
+def _evaluate_when_due(training: TrainingRun, record: dict[str, Any], progress: TrainingProgress) -> None:
     """Evaluate on held-out text if it is due, and add the results to the step's metrics.
 
     The results are the loss with memory and with emptied memory, what keys read back of new writes, and the strength of learned
     writes.
     """
-    run, step = parts.run, record["step"]
+    run, step = training.run, record["step"]
     if not _is_due(run, run.evaluation.every, step):
         return
     limit = run.evaluation.micro_batches
-    with ReadBack(run, parts.layout, parts.engine.module) as read_back:
-        record["held_out_loss"] = held_out_loss(run, parts.layout, parts.pipeline, limit=limit, dataset=parts.held_out).loss
+    with ReadBack(run, training.layout, training.engine.module) as read_back:
+        record["held_out_loss"] = held_out_loss(
+            run, training.layout, training.pipeline, limit=limit, dataset=training.held_out
+        ).loss
     found = read_back.result()
     if found is not None and found["ages"]:
         record["memory_read_back"] = found["own_key"][0]
     if found is not None and found["write_strength"]:
         record["memory_write_strength"] = found["write_strength"]
     if state_numbers(run.model):
-        emptied = held_out_loss(run, parts.layout, parts.pipeline, limit=limit, dataset=parts.held_out, memory="emptied")
+        emptied = held_out_loss(
+            run, training.layout, training.pipeline, limit=limit, dataset=training.held_out, memory="emptied"
+        )
         record["held_out_loss_memory_emptied"] = emptied.loss
     progress.say(f"step {step}: held-out loss {record['held_out_loss']:.4f} nats per token")
 
 
-def _log_when_due(parts: Parts, record: dict[str, Any], metrics: MetricsWriter, progress: TrainingProgress) -> None:
+def _log_when_due(training: TrainingRun, record: dict[str, Any], metrics: MetricsWriter, progress: TrainingProgress) -> None:
     """Write the step's metrics and memory statistics if logging is due. A collective over all ranks when it writes."""
-    run, step = parts.run, record["step"]
+    run, step = training.run, record["step"]
     if record["skipped"]:
-        progress.say(f"step {step}: skipped, a gradient is not finite ({parts.state.health.consecutive_skips} in a row)")
+        progress.say(f"step {step}: skipped, a gradient is not finite ({training.state.health.consecutive_skips} in a row)")
     if _is_due(run, run.logging.every, step) or "held_out_loss" in record or record["skipped"] or record["spike"]:
-        squares = parts.pipeline.memory_gradient_squares()
-        record.update(memory_statistics(run, parts.layout, parts.engine, parts.state.memory, squares))
-        record.update(parts.checkpointer.writer.report())
+        squares = training.pipeline.memory_gradient_squares()
+        record.update(memory_statistics(run, training.layout, training.engine, training.state.memory, squares))
+        record.update(training.checkpointer.writer.report())
         metrics.write(record)
     if "held_out_loss" in record:
         for warning in memory_warnings(run, record):
@@ -163,16 +167,18 @@ def _log_when_due(parts: Parts, record: dict[str, Any], metrics: MetricsWriter, 
     progress.update(step, record)
 
 
-def _on_spike(parts: Parts, record: dict[str, Any], progress: TrainingProgress) -> Path | None:
+def _on_spike(training: TrainingRun, record: dict[str, Any], progress: TrainingProgress) -> Path | None:
     """Report a spike and roll back if health.on_spike says so; return the checkpoint after a rollback, else None."""
-    step, health = record["step"], parts.run.health
+    step, health = record["step"], training.run.health
     line = (
         f"step {step}: loss {record['loss']:.4f} is a spike, {record['loss_zscore']:.1f} robust standard deviations above the "
     )
     progress.say(line + f"median of {health.spike_window} steps")
     if health.on_spike == "report":
         return None
-    checkpoint = roll_back(parts.run, parts.engine, parts.state, parts.checkpointer, parts.pipeline.activity, progress.say)
+    checkpoint = roll_back(
+        training.run, training.engine, training.state, training.checkpointer, training.pipeline.activity, progress.say
+    )
     if checkpoint is None:
         progress.say("there is no checkpoint to roll back to yet: training goes on")
     else:
@@ -180,21 +186,21 @@ def _on_spike(parts: Parts, record: dict[str, Any], progress: TrainingProgress) 
     return checkpoint
 
 
-def _resume(parts: Parts, warnings: list[str]) -> Path | None:
+def _resume(training: TrainingRun, warnings: list[str]) -> Path | None:
     """Load the newest intact checkpoint, if there is one; add a line to the warnings for each newer one that is damaged."""
-    newest = newest_checkpoint(Path(parts.run.run_dir), warnings.append)
+    newest = newest_checkpoint(Path(training.run.run_dir), warnings.append)
     if newest is not None:
-        parts.checkpointer.load(newest, parts.engine, parts.state)
+        training.checkpointer.load(newest, training.engine, training.state)
     return newest
 
 
-def _open_run_directory(parts: Parts) -> None:
+def _open_run_directory(training: TrainingRun) -> None:
     error = None
-    if parts.layout.is_main:
-        path = Path(parts.run.run_dir) / "config.yaml"
+    if training.layout.is_main:
+        path = Path(training.run.run_dir) / "config.yaml"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_config(parts.run, path)
+            save_config(training.run, path)
         except OSError as failure:
             error = UserError(f"{path} cannot be written: {failure.strerror or failure}; make room, or name another run_dir")
     raise_everywhere(error)

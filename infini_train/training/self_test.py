@@ -19,7 +19,7 @@ from infini_train.reference.plain_model import train_plainly
 from infini_train.resilience.stop_request import StopRequest
 from infini_train.runtime.errors import AgreedError
 from infini_train.training.step import train_step
-from infini_train.training.training_run import Parts, build_parts
+from infini_train.training.training_run import TrainingRun, build_training_run
 
 STEPS = 2
 
@@ -135,9 +135,9 @@ def self_test(run: RunConfig) -> None:
 def _test_precision(run: RunConfig, precision: Literal["float32", "bfloat16"]) -> None:
     tiny = tiny_run(run, run.data_parallel_size(dist.get_world_size()), precision)
     dataset = RandomDocuments(tiny.data.vocab_size, tiny.model.segment_length, 8 * tiny.training.rows, run.training.seed)
-    parts = build_parts(tiny, dataset)
-    records = [train_step(parts, StopRequest())[0] for _ in range(STEPS)]
-    difference = _first_difference(parts, dataset, records, TOLERANCES[precision])
+    training = build_training_run(tiny, dataset)
+    records = [train_step(training, StopRequest())[0] for _ in range(STEPS)]
+    difference = _first_difference(training, dataset, records, TOLERANCES[precision])
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, difference)
     named = next((name for name in found if name is not None), None)
@@ -148,13 +148,15 @@ def _test_precision(run: RunConfig, precision: Literal["float32", "bfloat16"]) -
         )
 
 
-def _first_difference(parts: Parts, dataset: TokenDataset, records: list[dict[str, float]], tolerance: Tolerance) -> str | None:
-    run, layout = parts.run, parts.layout
+def _first_difference(
+    training: TrainingRun, dataset: TokenDataset, records: list[dict[str, float]], tolerance: Tolerance
+) -> str | None:
+    run, layout = training.run, training.layout
     # In bfloat16 the initial weights are rounded. For large weights the rounding exceeds the change of two steps.
     dtype = DTYPES[run.training.precision]
     initial = {
         name: initial_value(placement, run.model, run.training.seed).to(dtype).float()
-        for name, placement in _all_placements(parts)
+        for name, placement in _all_placements(training)
     }
     expected = train_plainly(run, dataset, initial, STEPS)
     for step, record in enumerate(records):
@@ -162,8 +164,8 @@ def _first_difference(parts: Parts, dataset: TokenDataset, records: list[dict[st
             ours, theirs = record[name], expected[name][step]
             if not abs(ours - theirs) <= getattr(tolerance, name) * abs(theirs):
                 return f"{name} of step {step + 1} is {ours:.6g} instead of {theirs:.6g}"
-    weights = read_optimizer_state(parts.engine)["model"]
-    for name, placement in parts.checkpointer.placements.items():
+    weights = read_optimizer_state(training.engine)["model"]
+    for name, placement in training.checkpointer.placements.items():
         theirs = placement.slice(expected["weights"][placement.name])
         change = theirs - placement.slice(initial[placement.name])
         share = float((weights[name].cpu() - theirs).norm()) / (float(change.norm()) or 1.0)
@@ -172,8 +174,8 @@ def _first_difference(parts: Parts, dataset: TokenDataset, records: list[dict[st
     return None
 
 
-def _all_placements(parts: Parts) -> list[tuple[str, ParameterPlacement]]:
+def _all_placements(training: TrainingRun) -> list[tuple[str, ParameterPlacement]]:
     """Gather the parameter placements of all pipeline stages."""
     gathered: list[dict[str, ParameterPlacement]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, {p.name: p for p in parts.checkpointer.placements.values()})
+    dist.all_gather_object(gathered, {p.name: p for p in training.checkpointer.placements.values()})
     return list({name: placement for stage in gathered for name, placement in stage.items()}.items())

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.profiler import record_function
 
-from infini_kernels.timing import part
-from infini_train.data.streams import StreamBatch
+from infini_kernels.timing import timed
+from infini_train.data.streams import Batch
 from infini_train.model.flops import peak_flops, training_flops_per_token
 from infini_train.model.memory_ageing import memory_repeats
 from infini_train.parallel.context_parallel import context_share
@@ -19,22 +19,22 @@ from infini_train.resilience.stop_request import StopRequest
 from infini_train.runtime import platform
 from infini_train.runtime.errors import UserError
 from infini_train.training.step_times import STEP
-from infini_train.training.training_run import Parts
+from infini_train.training.training_run import TrainingRun
 
 
 @record_function(STEP)
-def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
+def train_step(training: TrainingRun, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     """Train one step. If a gradient is not finite on any rank, all ranks skip the update and continue with the next data.
 
     Returns:
         The step's metrics, and whether any rank was asked to stop.
     """
-    run, layout, state = parts.run, parts.layout, parts.state
-    activity = parts.pipeline.activity
+    run, layout, state = training.run, training.layout, training.state
+    activity = training.pipeline.activity
     activity.step = state.step + 1
     started = time.perf_counter()
     activity.begin("reading data")
-    batches, unreadable = _read(parts)
+    batches, unreadable = _read(training)
 
     # Count each token once, on the first tensor rank of the first stage. `valid` is the number of tokens read; `weight` is the
     # sum of their loss weights, the denominator of the mean loss. They are equal unless the data has loss weights.
@@ -51,10 +51,10 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     # DeepSpeed averages gradients over data and context parallel ranks; the loss is a weighted mean over the global batch's
     # tokens.
     loss_scale = layout.dp_size * layout.cp_size / total_weight
-    loss_sum, state.memory = parts.pipeline.train_step(batches, state.memory, loss_scale)
+    loss_sum, state.memory = training.pipeline.forward_backward(batches, state.memory, loss_scale)
     activity.begin("optimizer step", waits=True)
-    with part("optimizer"):
-        grad_norm = parts.engine.step(state.step)
+    with timed("optimizer"):
+        grad_norm = training.engine.step(state.step)
     activity.begin("agreement on the loss", waits=True)
     loss = all_reduce_sum([float(loss_sum) if layout.tp_rank == 0 else 0.0])[0] / total_weight
 
@@ -68,7 +68,7 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     state.health.skipped_steps += skipped
     state.health.consecutive_skips = state.health.consecutive_skips + 1 if skipped else 0
     seconds = time.perf_counter() - started
-    rates = parts.engine.learning_rates()
+    rates = training.engine.learning_rates()
     record: dict[str, Any] = {
         "step": state.step,
         "tokens": state.tokens,
@@ -89,17 +89,17 @@ def train_step(parts: Parts, stop: StopRequest) -> tuple[dict[str, Any], bool]:
     return record, signals > 0
 
 
-def _read(parts: Parts) -> tuple[list[StreamBatch], UserError | None]:
+def _read(training: TrainingRun) -> tuple[list[Batch], UserError | None]:
     """Read the step's micro-batches, or return the error: the caller shares it, so that no rank waits for this one."""
     try:
-        with part("data"):
-            return [_next(parts) for _ in range(parts.run.micro_batches_per_step)], None
+        with timed("data"):
+            return [_next(training) for _ in range(training.run.micro_batches_per_step)], None
     except UserError as error:
         return [], error
 
 
-def _next(parts: Parts) -> StreamBatch:
-    batch = parts.state.reader.next(parts.run.training.segments_per_micro_batch)
+def _next(training: TrainingRun) -> Batch:
+    batch = training.state.reader.next(training.run.training.segments_per_micro_batch)
     assert batch is not None, "a training stream has no end"
-    batch.repeats = memory_repeats(parts.run.training, parts.state.step, batch.draws)
-    return context_share(batch, parts.layout)
+    batch.repeats = memory_repeats(training.run.training, training.state.step, batch.draws)
+    return context_share(batch, training.layout)

@@ -1,6 +1,6 @@
 """Sum a profiler's events to the time of each part of the training step.
 
-A part is a named section of the step, marked by `infini_kernels.timing.part`.
+A part is a named section of the step, marked by `infini_kernels.timing.timed`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from infini_train.runtime import platform
 
 
 @dataclass
-class Parts:
+class TrainingRun:
     """The components of a run that is ready to train or evaluate."""
 
     run: RunConfig
@@ -35,7 +35,7 @@ class Parts:
     """The held-out split. Opened once, so that a later `prepare` into data.path does not change what a run evaluates."""
 
 
-def build_parts(run: RunConfig, dataset: TokenDataset | None = None) -> Parts:
+def build_training_run(run: RunConfig, dataset: TokenDataset | None = None) -> TrainingRun:
     """Create process groups, model, optimizer, pipeline and streams from a validated configuration.
 
     Args:
@@ -60,7 +60,7 @@ def build_parts(run: RunConfig, dataset: TokenDataset | None = None) -> Parts:
     initialize_parameters(module, placements, run.model, run.training.seed)
     engine = Engine(module, run, len(rows))
     initialize_moments(engine)
-    return Parts(
+    return TrainingRun(
         run=run,
         layout=layout,
         engine=engine,

@@ -11,7 +11,7 @@ from infini_kernels.arguments import Rotary, check_heads, check_lengths, check_r
 from infini_kernels.local import causal_attention, deterministic, equal_widths, flash_attention_for, local_attention
 from infini_kernels.rotary import apply_rotary
 from infini_kernels.segments import lengths_by_segment, padding_mask
-from infini_kernels.timing import counted_as
+from infini_kernels.timing import timed_as
 
 
 def document_attention(
@@ -87,7 +87,7 @@ def _document_lengths(
     return [tokens for tokens in documents if tokens]
 
 
-@counted_as("local attention")
+@timed_as("local attention")
 def _packed_attention(q: Tensor, k: Tensor, v: Tensor, spans: list[int]) -> Tensor:
     """Compute causal attention inside each of the spans that make up P tokens.
 

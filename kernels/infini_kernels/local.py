@@ -19,7 +19,7 @@ from infini_kernels.arguments import Rotary, check_choice, check_heads, check_le
 from infini_kernels.backend import BACKENDS, uses_triton
 from infini_kernels.rotary import apply_rotary
 from infini_kernels.segments import SegmentLayout, padding_mask
-from infini_kernels.timing import counted_as
+from infini_kernels.timing import timed_as
 
 
 def installed(name: str) -> bool:
@@ -136,7 +136,7 @@ def equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
     return q, k, v
 
 
-@counted_as("local attention")
+@timed_as("local attention")
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute softmax(mask(Q K^T) / sqrt(D)) V for each row, with GPU or host memory linear in the number of tokens.
 
@@ -199,7 +199,7 @@ def _repeat_for_query_heads(x: Tensor, q: Tensor) -> Tensor:
     return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
-@counted_as("local attention")
+@timed_as("local attention")
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None) -> Tensor:
     """Compute A_dot (arXiv 2404.07143, Section 2.2) for all segments at once, as rows of a larger batch.
 

@@ -26,7 +26,7 @@ from infini_kernels.arguments import (
 from infini_kernels.backend import BACKENDS, uses_triton
 from infini_kernels.memory import MemoryState
 from infini_kernels.reference import infini_attention_reference
-from infini_kernels.timing import part
+from infini_kernels.timing import timed
 from infini_kernels.variants import FEATURE_MAPS
 
 
@@ -108,7 +108,7 @@ def infini_attention(
     check_lengths(lengths, q.shape[0], q.shape[1], segment_length)
     check_repeats(repeats, q.shape[0], -(-q.shape[1] // segment_length))
     operation = _operation(backend, q, k, v)
-    with part("memory path"):
+    with timed("memory path"):
         return operation(
             q,
             k,

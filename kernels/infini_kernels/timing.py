@@ -12,7 +12,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def part(name: str) -> AbstractContextManager:
+def timed(name: str) -> AbstractContextManager:
     """Return a context that counts the operations in it, and their backward, under a name.
 
     In nested contexts the innermost name counts.
@@ -21,13 +21,13 @@ def part(name: str) -> AbstractContextManager:
     return torch.profiler.record_function(PREFIX + name) if torch.autograd.profiler._is_profiler_enabled else nullcontext()
 
 
-def counted_as(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator that runs a whole function in `part`."""
+def timed_as(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator that runs a whole function in `timed`."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def counted(*args: P.args, **kwargs: P.kwargs) -> R:
-            with part(name):
+            with timed(name):
                 return function(*args, **kwargs)
 
         return counted

@@ -18,7 +18,7 @@ from infini_train.parallel.layout import initialize_process_group  # noqa: E402
 from infini_train.resilience.stop_request import StopRequest  # noqa: E402
 from infini_train.training import self_test  # noqa: E402
 from infini_train.training.step import train_step  # noqa: E402
-from infini_train.training.training_run import build_parts  # noqa: E402
+from infini_train.training.training_run import build_training_run  # noqa: E402
 
 
 @contextmanager
@@ -39,8 +39,8 @@ def steps(run: RunConfig, ways: list[tuple[str, int]], count: int) -> dict[str, 
     """Return loss and gradient norm of a few steps: with plain PyTorch, and with kernels for each recompute setting."""
 
     def trained(run: RunConfig) -> list[tuple[float, float]]:
-        parts = build_parts(run)
-        records = [train_step(parts, StopRequest())[0] for _ in range(count)]
+        training = build_training_run(run)
+        records = [train_step(training, StopRequest())[0] for _ in range(count)]
         return [(record["loss"], record["grad_norm"]) for record in records]
 
     found = {"plain": trained(run)}

@@ -143,7 +143,7 @@ def _step(run: RunConfig) -> DryRun:
     batches = [_batch(run, rows, layout.cp_size) for _ in range(run.micro_batches_per_step)]
     kept = KeptTensors(pipeline)
     with MetaObserver([*weights, *optimizer, *gradient_tensors(engine)]) as observer:
-        pipeline.train_step(batches, _memory(run, pipeline, rows, layout.tp_size), loss_scale=1.0)
+        pipeline.forward_backward(batches, _memory(run, pipeline, rows, layout.tp_size), loss_scale=1.0)
         peak, gradients = observer.peak, tensor_bytes(gradient_tensors(engine))
         engine.step(0)
     return DryRun(
@@ -171,11 +171,11 @@ def _memory(run: RunConfig, pipeline: Any, rows: int, tensor_processes: int) -> 
 
 def _batch(run: RunConfig, rows: int, context_processes: int) -> Any:
     """A micro-batch without padding in the middle of a document; what it holds decides nothing."""
-    from infini_train.data.streams import StreamBatch
+    from infini_train.data.streams import Batch
 
     segments = run.training.segments_per_micro_batch // context_processes
     tokens = torch.zeros(rows, segments * run.model.segment_length, dtype=torch.int64)
-    return StreamBatch(
+    return Batch(
         tokens=tokens,
         targets=tokens,
         loss_mask=torch.ones(tokens.shape),

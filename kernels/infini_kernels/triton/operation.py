@@ -16,7 +16,7 @@ from infini_kernels.compressive import SegmentMemory, full_precision
 from infini_kernels.local import segment_attention
 from infini_kernels.memory import MemoryState
 from infini_kernels.segments import SegmentLayout, all_full, lengths_by_segment, padding_mask, to_device
-from infini_kernels.timing import counted_as, part
+from infini_kernels.timing import timed, timed_as
 from infini_kernels.triton.blocks import SMALLEST, next_power_of_2
 from infini_kernels.triton.features import softmax_shift
 from infini_kernels.triton.read import read_and_mix, read_and_mix_in_place
@@ -188,7 +188,7 @@ def tokens_by_segment(lengths: Tensor | None, layout: SegmentLayout, q: Tensor, 
     return to_device(present, q.device).to(torch.int32).contiguous()
 
 
-@counted_as("local attention")
+@timed_as("local attention")
 def original_and_rotated(
     q: Tensor, k: Tensor, rotary: Rotary, tokens: Tensor, layout: SegmentLayout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -201,12 +201,12 @@ def local_half(
 ) -> Tensor:
     """Compute segment-local attention [B, T, H, Dv] of q and k before rotary embedding."""
     if rotary is not None:
-        with part("local attention"):
+        with timed("local attention"):
             q, k = rotate(q, k, None, None, *rotary, tokens, layout.width, 1)
     return attend(q, k, v, rotary is not None, padding, layout)
 
 
-@counted_as("local attention")
+@timed_as("local attention")
 def attend(q: Tensor, k: Tensor, v: Tensor, rotated: bool, padding: Tensor | None, layout: SegmentLayout) -> Tensor:
     """Compute segment-local attention [B, T, H, Dv].
 

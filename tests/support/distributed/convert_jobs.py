@@ -15,7 +15,7 @@ from infini_train.measurement.generation import StreamingModel
 from infini_train.parallel.deepspeed.optimizer_state import read_optimizer_state
 from infini_train.resilience.stop_request import StopRequest
 from infini_train.training.step import train_step
-from infini_train.training.training_run import build_parts
+from infini_train.training.training_run import build_training_run
 from tests.support.distributed import jobs
 
 
@@ -27,27 +27,27 @@ def logits(run: RunConfig, checkpoint: str, tokens: Tensor) -> Tensor:
 
 def start(run: RunConfig, steps: int) -> dict[str, Any]:
     """Start from `training.initial_weights` and train; what was said, the weights at the start, the losses."""
-    parts = build_parts(run)
-    said = load_initial_weights(run, parts.engine, parts.checkpointer.placements)
-    initial = jobs.weights(parts)
-    records = [train_step(parts, StopRequest())[0] for _ in range(steps)]
+    training = build_training_run(run)
+    said = load_initial_weights(run, training.engine, training.checkpointer.placements)
+    initial = jobs.weights(training)
+    records = [train_step(training, StopRequest())[0] for _ in range(steps)]
     return {
         "said": said,
         "initial": initial,
         "loss": [record["loss"] for record in records],
         "grad_norm": [record["grad_norm"] for record in records],
-        "weights": jobs.weights(parts),
+        "weights": jobs.weights(training),
     }
 
 
 def parameter_shapes(run: RunConfig) -> dict[str, tuple[int, ...]]:
     """Global name -> shape of every parameter of a model in one process."""
-    return {each.name: each.global_shape for each in build_parts(run).checkpointer.placements.values()}
+    return {each.name: each.global_shape for each in build_training_run(run).checkpointer.placements.values()}
 
 
 def master_weights(run: RunConfig) -> dict[str, Tensor]:
     """Global name -> float32 master weight right after the start, in one process."""
-    parts = build_parts(run)
-    load_initial_weights(run, parts.engine, parts.checkpointer.placements)
-    placements = parts.checkpointer.placements
-    return {placements[name].name: value for name, value in read_optimizer_state(parts.engine)["model"].items()}
+    training = build_training_run(run)
+    load_initial_weights(run, training.engine, training.checkpointer.placements)
+    placements = training.checkpointer.placements
+    return {placements[name].name: value for name, value in read_optimizer_state(training.engine)["model"].items()}

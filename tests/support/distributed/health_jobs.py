@@ -19,7 +19,7 @@ from infini_train.runtime.errors import UserError
 from infini_train.training import loop
 from infini_train.training import training_run as setup
 from infini_train.training.step import train_step
-from infini_train.training.training_run import Parts, build_parts
+from infini_train.training.training_run import TrainingRun, build_training_run
 
 
 class Fault:
@@ -80,22 +80,24 @@ class Fault:
         return prepare
 
 
-def _build(run: RunConfig, prepare: Callable[[torch.nn.Module], torch.nn.Module]) -> Parts:
+def _build(run: RunConfig, prepare: Callable[[torch.nn.Module], torch.nn.Module]) -> TrainingRun:
     """Build a run whose module is changed by `prepare` before DeepSpeed and the engine add their hooks."""
     build_stage = setup.build_stage
     setup.build_stage = lambda *arguments: prepare(build_stage(*arguments))
     try:
-        return build_parts(run)
+        return build_training_run(run)
     finally:
         setup.build_stage = build_stage
 
 
-def _all_tensors(parts: Parts) -> dict[str, Tensor]:
+def _all_tensors(training: TrainingRun) -> dict[str, Tensor]:
     """Return this rank's module weights, master weights, moments and Adam step counts."""
-    found = {f"{kind}.{name}": x for kind, each in read_optimizer_state(parts.engine).items() for name, x in each.items()}
-    found |= {f"stepped.{i}": parts.engine.adamw.state[x]["step"].clone() for i, x in enumerate(stepped_tensors(parts.engine))}
-    if parts.run.layout.zero_stage != 3:
-        found |= {f"module.{name}": x.detach().clone() for name, x in parts.engine.module.named_parameters()}
+    found = {f"{kind}.{name}": x for kind, each in read_optimizer_state(training.engine).items() for name, x in each.items()}
+    found |= {
+        f"stepped.{i}": training.engine.adamw.state[x]["step"].clone() for i, x in enumerate(stepped_tensors(training.engine))
+    }
+    if training.run.layout.zero_stage != 3:
+        found |= {f"module.{name}": x.detach().clone() for name, x in training.engine.module.named_parameters()}
     return found
 
 
@@ -110,17 +112,17 @@ def skip_a_step(run: RunConfig, rank: int, parameter: str | None, value: float) 
         parameter: its gradient gets one entry `value`; None sets the rank's first row to NaN in the forward instead.
     """
     fault = Fault(rank)
-    parts = _build(run, fault.in_forward(0) if parameter is None else fault.in_gradient(parameter, value))
-    records = [train_step(parts, StopRequest())[0] for _ in range(2)]
-    before = _all_tensors(parts)
+    training = _build(run, fault.in_forward(0) if parameter is None else fault.in_gradient(parameter, value))
+    records = [train_step(training, StopRequest())[0] for _ in range(2)]
+    before = _all_tensors(training)
     fault.armed = True
-    records.append(train_step(parts, StopRequest())[0])
+    records.append(train_step(training, StopRequest())[0])
     fault.armed = False
-    kept = _differing(before, _all_tensors(parts))
-    memory = {layer: tuple(tensor.clone() for tensor in state) for layer, state in parts.state.memory.items()}
-    consecutive = parts.state.health.consecutive_skips
-    records.append(train_step(parts, StopRequest())[0])
-    changed = set(_differing(before, _all_tensors(parts)))
+    kept = _differing(before, _all_tensors(training))
+    memory = {layer: tuple(tensor.clone() for tensor in state) for layer, state in training.state.memory.items()}
+    consecutive = training.state.health.consecutive_skips
+    records.append(train_step(training, StopRequest())[0])
+    changed = set(_differing(before, _all_tensors(training)))
     return {
         "skipped": [record["skipped"] for record in records],
         "grad_norm": [record["grad_norm"] for record in records],
@@ -128,24 +130,24 @@ def skip_a_step(run: RunConfig, rank: int, parameter: str | None, value: float) 
         "changed_by_the_skipped_step": kept,
         "unchanged_by_the_next": [name for name in before if name not in changed],
         "memory": memory,
-        "rows": list(parts.layout.rows(run.training.rows)),
-        "health": (consecutive, parts.state.health.state_dict()),
+        "rows": list(training.layout.rows(run.training.rows)),
+        "health": (consecutive, training.state.health.state_dict()),
     }
 
 
 def load_after_a_skip(run: RunConfig) -> dict[str, Any]:
     """Train, skip a step and save; then load into a fresh engine."""
     fault = Fault(0)
-    parts = _build(run, fault.in_gradient("mlp.linear_fc2.weight", float("nan")))
-    train_step(parts, StopRequest())
+    training = _build(run, fault.in_gradient("mlp.linear_fc2.weight", float("nan")))
+    train_step(training, StopRequest())
     fault.armed = True
-    train_step(parts, StopRequest())
-    parts.checkpointer.save(parts.engine, parts.state)
-    path = parts.checkpointer.finish(must_succeed=True)
-    loaded = build_parts(run)
+    train_step(training, StopRequest())
+    training.checkpointer.save(training.engine, training.state)
+    path = training.checkpointer.finish(must_succeed=True)
+    loaded = build_training_run(run)
     loaded.checkpointer.load(path, loaded.engine, loaded.state)
     return {
-        "different": _differing(_all_tensors(parts), _all_tensors(loaded)),
+        "different": _differing(_all_tensors(training), _all_tensors(loaded)),
         "health": loaded.state.health.state_dict(),
         "adam_steps": {float(loaded.engine.adamw.state[x]["step"]) for x in stepped_tensors(loaded.engine)},
     }
@@ -161,9 +163,9 @@ def pretrain_with_bad_gradients(run: RunConfig, rank: int, first: int, last: int
     build_stage, step = setup.build_stage, loop.train_step
     prepare = fault.in_gradient("mlp.linear_fc2.weight", float("nan"))
 
-    def train_step_with_fault(parts: Parts, stop: StopRequest) -> Any:
-        fault.armed = first <= parts.state.step + 1 <= last
-        return step(parts, stop)
+    def train_step_with_fault(training: TrainingRun, stop: StopRequest) -> Any:
+        fault.armed = first <= training.state.step + 1 <= last
+        return step(training, stop)
 
     setup.build_stage = lambda *arguments: prepare(build_stage(*arguments))
     loop.train_step = train_step_with_fault
@@ -190,12 +192,12 @@ def pretrain_with_spikes(run: RunConfig, rank: int, spikes: list[int], save_seco
     build_stage, step = setup.build_stage, loop.train_step
     seen: list[dict[str, Any]] = []
 
-    def train_step_with_fault(parts: Parts, stop: StopRequest) -> Any:
-        state = parts.state
+    def train_step_with_fault(training: TrainingRun, stop: StopRequest) -> Any:
+        state = training.state
         largest = max((float(x.M.abs().max()) for x in state.memory.values()), default=0.0)
-        seen.append({"step": state.step, "positions": state.reader.state(), "all": _all_tensors(parts), "memory": largest})
+        seen.append({"step": state.step, "positions": state.reader.state(), "all": _all_tensors(training), "memory": largest})
         fault.armed = len(seen) in spikes
-        return step(parts, stop)
+        return step(training, stop)
 
     def write_slowly(self: Any, *arguments: Any, **keywords: Any) -> Any:
         time.sleep(save_seconds)
@@ -214,7 +216,7 @@ def pretrain_with_spikes(run: RunConfig, rank: int, spikes: list[int], save_seco
 
 def positions_after(run: RunConfig, steps: int) -> Tensor:
     """Return the positions of this rank's streams after some steps of an undisturbed run."""
-    reader = build_parts(run).state.reader
+    reader = build_training_run(run).state.reader
     for _ in range(steps * run.micro_batches_per_step):
         reader.next(run.training.segments_per_micro_batch)
     return reader.state()
@@ -247,9 +249,9 @@ def pretrain_slowly(run: RunConfig, rank: int, seconds: float) -> int:
 
 def damage_next_document(run: RunConfig, rank: int) -> str:
     """Train a step, overwrite the next document of one rank's first row, and return the error of the next step."""
-    parts = build_parts(run)
-    train_step(parts, StopRequest())
-    reader = parts.state.reader
+    training = build_training_run(run)
+    train_step(training, StopRequest())
+    reader = training.state.reader
     dataset = reader.dataset
     if torch.distributed.get_rank() == rank:
         document = reader._current(0)[0]
@@ -258,7 +260,7 @@ def damage_next_document(run: RunConfig, rank: int) -> str:
             file.write(b"\xff" * (2 * int(dataset.document_lengths[document])))
     torch.distributed.barrier()
     try:
-        train_step(parts, StopRequest())
+        train_step(training, StopRequest())
     except UserError as error:
         return str(error)
     return "nothing"

@@ -10,7 +10,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor
 
-from infini_train.attention import map_parts
+from infini_train.attention import map_tensors
 from infini_train.attention.rivals.memory_tokens import MemoryTokens
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.config import RunConfig
@@ -19,7 +19,7 @@ from infini_train.measurement import perplexity
 from infini_train.measurement.generation import StreamingModel
 from infini_train.measurement.perplexity import HeldOutLoss, held_out_loss, shuffled_run
 from infini_train.measurement.read_back import ReadBack
-from infini_train.model.layer_context import Memory, MicroBatch
+from infini_train.model.layer_context import LayerContext, Memory
 from infini_train.parallel.deepspeed.optimizer_state import read_optimizer_state
 from infini_train.parallel.pipeline import SegmentPipeline
 from infini_train.resilience.stop_request import StopRequest
@@ -27,7 +27,7 @@ from infini_train.runtime.errors import UserError
 from infini_train.training.memory_statistics import memory_statistics
 from infini_train.training.self_test import self_test
 from infini_train.training.step import train_step
-from infini_train.training.training_run import Parts, build_parts
+from infini_train.training.training_run import TrainingRun, build_training_run
 from tests.support.distributed.exchange import recorded_exchange
 
 
@@ -37,30 +37,30 @@ def train(run: RunConfig, steps: int, resumable: bool = False) -> dict[str, Any]
     Args:
         resumable: resume from the newest checkpoint of the run directory, if there is one, and save another at the end.
     """
-    parts = build_parts(run)
-    initial = weights(parts)
+    training = build_training_run(run)
+    initial = weights(training)
     if resumable and (saved := list_checkpoints(Path(run.run_dir))):
-        parts.checkpointer.load(saved[-1], parts.engine, parts.state)
-    records = [train_step(parts, StopRequest())[0] for _ in range(steps)]
+        training.checkpointer.load(saved[-1], training.engine, training.state)
+    records = [train_step(training, StopRequest())[0] for _ in range(steps)]
     if resumable:
-        parts.checkpointer.save(parts.engine, parts.state)
-        parts.checkpointer.finish(must_succeed=True)
+        training.checkpointer.save(training.engine, training.state)
+        training.checkpointer.finish(must_succeed=True)
     return {
         "loss": [record["loss"] for record in records],
         "grad_norm": [record["grad_norm"] for record in records],
         "initial": initial,
-        "weights": weights(parts),
-        "memory": _memory(parts),
-        "not_by_head": [layer for layer, state in parts.state.memory.items() if isinstance(state, MemoryTokens)],
-        "positions": (parts.layout.dp_rank, parts.state.reader.state()),
+        "weights": weights(training),
+        "memory": _memory(training),
+        "not_by_head": [layer for layer, state in training.state.memory.items() if isinstance(state, MemoryTokens)],
+        "positions": (training.layout.dp_rank, training.state.reader.state()),
     }
 
 
-def weights(parts: Parts) -> dict[str, tuple[int | None, int, int, Tensor]]:
+def weights(training: TrainingRun) -> dict[str, tuple[int | None, int, int, Tensor]]:
     """Return global name -> (split dimension, blocks, tensor rank, local float32 slice)."""
-    state = parts.engine.module.named_parameters()
-    placements = parts.checkpointer.placements
-    if parts.run.layout.zero_stage == 3:
+    state = training.engine.module.named_parameters()
+    placements = training.checkpointer.placements
+    if training.run.layout.zero_stage == 3:
         import deepspeed
 
         slices = {}
@@ -75,18 +75,18 @@ def weights(parts: Parts) -> dict[str, tuple[int | None, int, int, Tensor]]:
     }
 
 
-def _memory(parts: Parts) -> dict[int, tuple[Any, ...]]:
+def _memory(training: TrainingRun) -> dict[int, tuple[Any, ...]]:
     """Return layer -> (data-parallel rank, tensor rank, M, z); the last two differ for other kinds of attention."""
-    layout = parts.layout
-    return {layer: (layout.dp_rank, layout.tp_rank, *state) for layer, state in parts.state.memory.items()}
+    layout = training.layout
+    return {layer: (layout.dp_rank, layout.tp_rank, *state) for layer, state in training.state.memory.items()}
 
 
 def streaming_logits(run: RunConfig, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logits [T, V] of a document streamed in chunks of odd sizes, and those of one pass over the whole document."""
-    parts = build_parts(run)
+    training = build_training_run(run)
     for _ in range(3):
-        train_step(parts, StopRequest())
-    module = parts.engine.module.eval()
+        train_step(training, StopRequest())
+    module = training.engine.module.eval()
     stream = StreamingModel(module, run)
     pieces, start, sizes = [], 0, [37, 1, 1, 100, 5]
     while start < tokens.shape[1]:
@@ -103,7 +103,7 @@ def streaming_logits(run: RunConfig, tokens: Tensor) -> tuple[Tensor, Tensor]:
             input_ids=tokens,
             position_ids=None,
             attention_mask=None,
-            packed_seq_params=MicroBatch(reset=reset, lengths=lengths),
+            packed_seq_params=LayerContext(reset=reset, lengths=lengths),
             runtime_gather_output=True,
         )
     return torch.cat(pieces), whole[0].float()
@@ -111,38 +111,38 @@ def streaming_logits(run: RunConfig, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def output_layer_positions(run: RunConfig) -> list[int]:
     """Return the number of positions in each call of the output layer during one training step."""
-    parts = build_parts(run)
+    training = build_training_run(run)
     positions = []
-    layer = parts.engine.module.chunk(0).output_layer
+    layer = training.engine.module.chunk(0).output_layer
     layer.register_forward_pre_hook(lambda module, arguments: positions.append(arguments[0].shape[0]))
-    train_step(parts, StopRequest())
+    train_step(training, StopRequest())
     return positions
 
 
 def save_after(run: RunConfig, steps: int, more: int) -> dict[str, Any]:
     """Train, save, and train some more steps. A resumed run must reproduce the results of the latter."""
-    parts = build_parts(run)
+    training = build_training_run(run)
     for _ in range(steps):
-        train_step(parts, StopRequest())
-    parts.checkpointer.save(parts.engine, parts.state)
-    parts.checkpointer.finish(must_succeed=True)
-    return _continue(parts, more)
+        train_step(training, StopRequest())
+    training.checkpointer.save(training.engine, training.state)
+    training.checkpointer.finish(must_succeed=True)
+    return _continue(training, more)
 
 
 def load_and_train(run: RunConfig, steps: int) -> dict[str, Any]:
     """Load the newest checkpoint of the run directory in this layout and train."""
-    parts = build_parts(run)
-    parts.checkpointer.load(list_checkpoints(Path(run.run_dir))[-1], parts.engine, parts.state)
-    return _continue(parts, steps)
+    training = build_training_run(run)
+    training.checkpointer.load(list_checkpoints(Path(run.run_dir))[-1], training.engine, training.state)
+    return _continue(training, steps)
 
 
 def resume_train_save(run: RunConfig, steps: int) -> dict[str, Any]:
     """Resume from the newest checkpoint, train some steps and save. Return the loaded and saved states and the data reads."""
-    parts = build_parts(run)
+    training = build_training_run(run)
     if list_checkpoints(Path(run.run_dir)):
-        parts.checkpointer.load(list_checkpoints(Path(run.run_dir))[-1], parts.engine, parts.state)
-    loaded = _state(parts)
-    dataset, reads = parts.state.reader.dataset, []
+        training.checkpointer.load(list_checkpoints(Path(run.run_dir))[-1], training.engine, training.state)
+    loaded = _state(training)
+    dataset, reads = training.state.reader.dataset, []
     read = dataset.read
 
     def recorded(document: int, start: int, count: int) -> Any:
@@ -150,40 +150,40 @@ def resume_train_save(run: RunConfig, steps: int) -> dict[str, Any]:
         return read(document, start, count)
 
     dataset.read = recorded  # type: ignore[method-assign]
-    losses = [train_step(parts, StopRequest())[0]["loss"] for _ in range(steps)]
-    parts.checkpointer.save(parts.engine, parts.state)
-    parts.checkpointer.finish(must_succeed=True)
-    layout = parts.layout
+    losses = [train_step(training, StopRequest())[0]["loss"] for _ in range(steps)]
+    training.checkpointer.save(training.engine, training.state)
+    training.checkpointer.finish(must_succeed=True)
+    layout = training.layout
     return {
         "loaded": loaded,
-        "saved": _state(parts),
+        "saved": _state(training),
         "loss": losses,
         # Ranks that share rows read the same data; only one of them reports it.
         "reads": reads if layout.tp_rank == layout.cp_rank == layout.pp_rank == 0 else [],
     }
 
 
-def _state(parts: Parts) -> dict[str, Any]:
+def _state(training: TrainingRun) -> dict[str, Any]:
     """Return this rank's slices of weights and moments by kind, and of memory."""
-    placements = parts.checkpointer.placements
+    placements = training.checkpointer.placements
     return {
         **{
             kind: {
                 placements[name].name: (placements[name].dim, placements[name].blocks, placements[name].rank, value)
                 for name, value in tensors.items()
             }
-            for kind, tensors in read_optimizer_state(parts.engine).items()
+            for kind, tensors in read_optimizer_state(training.engine).items()
         },
-        "memory": _memory(parts),
+        "memory": _memory(training),
     }
 
 
-def _continue(parts: Parts, steps: int) -> dict[str, Any]:
-    records = [train_step(parts, StopRequest())[0] for _ in range(steps)]
+def _continue(training: TrainingRun, steps: int) -> dict[str, Any]:
+    records = [train_step(training, StopRequest())[0] for _ in range(steps)]
     return {
         "loss": [record["loss"] for record in records],
         "grad_norm": [record["grad_norm"] for record in records],
-        "weights": weights(parts),
+        "weights": weights(training),
     }
 
 
@@ -288,24 +288,24 @@ def held_out_losses(run: RunConfig, segments: int) -> dict[str, HeldOutLoss]:
     Args:
         segments: segments per micro-batch for the loss with shuffled memory.
     """
-    parts = build_parts(run)
+    training = build_training_run(run)
     for _ in range(3):
-        train_step(parts, StopRequest())
-    losses = {memory: held_out_loss(run, parts.layout, parts.pipeline, memory=memory) for memory in ("kept", "emptied")}
+        train_step(training, StopRequest())
+    losses = {memory: held_out_loss(run, training.layout, training.pipeline, memory=memory) for memory in ("kept", "emptied")}
     small = replace(run, training=replace(run.training, segments_per_micro_batch=segments))
-    if segments == parts.layout.cp_size:
-        assert small == shuffled_run(run, parts.layout)
-    pipeline = SegmentPipeline(parts.engine, small, parts.layout, len(parts.layout.rows(run.training.rows)))
-    return losses | {"shuffled": held_out_loss(small, parts.layout, pipeline, memory="shuffled")}
+    if segments == training.layout.cp_size:
+        assert small == shuffled_run(run, training.layout)
+    pipeline = SegmentPipeline(training.engine, small, training.layout, len(training.layout.rows(run.training.rows)))
+    return losses | {"shuffled": held_out_loss(small, training.layout, pipeline, memory="shuffled")}
 
 
 def read_back(run: RunConfig) -> dict[str, Any]:
     """Train three steps, then return the result of `ReadBack` over all held-out text."""
-    parts = build_parts(run)
+    training = build_training_run(run)
     for _ in range(3):
-        train_step(parts, StopRequest())
-    with ReadBack(run, parts.layout, parts.engine.module) as found:
-        held_out_loss(run, parts.layout, parts.pipeline)
+        train_step(training, StopRequest())
+    with ReadBack(run, training.layout, training.engine.module) as found:
+        held_out_loss(run, training.layout, training.pipeline)
     result = found.result()
     assert result is not None
     return result
@@ -313,11 +313,11 @@ def read_back(run: RunConfig) -> dict[str, Any]:
 
 def memory_gradient_norms(run: RunConfig) -> dict[str, Any]:
     """Return the memory gradient norms of the first step by layer, and the initial weights."""
-    parts = build_parts(run)
-    initial = weights(parts)
-    train_step(parts, StopRequest())
-    squares = parts.pipeline.memory_gradient_squares()
-    found = memory_statistics(run, parts.layout, parts.engine, parts.state.memory, squares)
+    training = build_training_run(run)
+    initial = weights(training)
+    train_step(training, StopRequest())
+    squares = training.pipeline.memory_gradient_squares()
+    found = memory_statistics(run, training.layout, training.engine, training.state.memory, squares)
     return {"initial": initial, "norms": found.get("memory_grad_norm")}
 
 
@@ -330,19 +330,19 @@ def shuffled_by_hand(run: RunConfig) -> tuple[float, float]:
     Returns:
         The loss summed over tokens of rows whose memory is not empty, and the same sum from `held_out_loss`.
     """
-    parts = build_parts(run)
+    training = build_training_run(run)
     for _ in range(3):
-        train_step(parts, StopRequest())
+        train_step(training, StopRequest())
     dataset = TokenDataset(Path(run.data.path), "held_out")
-    batches = list(perplexity._batches(run, parts.layout, dataset, None))
+    batches = list(perplexity._batches(run, training.layout, dataset, None))
     memories: list[Memory] = [{}]
     for batch in batches:
-        memories.append(parts.pipeline.evaluate([batch], memories[-1], lambda *_: None))
+        memories.append(training.pipeline.evaluate([batch], memories[-1], lambda *_: None))
     total = 0.0
     for batch, memory in zip(batches[1:], memories[1:], strict=False):
-        exchanged = {layer: map_parts(lambda tensor: tensor.flip(0), state) for layer, state in memory.items()}
+        exchanged = {layer: map_tensors(lambda tensor: tensor.flip(0), state) for layer, state in memory.items()}
         losses: list[Tensor] = []
-        parts.pipeline.evaluate([batch], exchanged, lambda _, found, losses=losses: losses.append(found))
+        training.pipeline.evaluate([batch], exchanged, lambda _, found, losses=losses: losses.append(found))
         filled = exchanged[1].z.flatten(1).sum(dim=1) > 0
         total += float((losses[0].double() * batch.loss_mask * filled[:, None]).sum())
-    return total, float(held_out_loss(run, parts.layout, parts.pipeline, memory="shuffled").loss_sum.sum())
+    return total, float(held_out_loss(run, training.layout, training.pipeline, memory="shuffled").loss_sum.sum())

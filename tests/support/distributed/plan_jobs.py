@@ -5,41 +5,41 @@ from __future__ import annotations
 from typing import Any
 
 from infini_train.config import RunConfig
-from infini_train.data.streams import StreamBatch
+from infini_train.data.streams import Batch
 from infini_train.planning.dry_run.engine_tensors import gradient_tensors, optimizer_tensors, weight_tensors
 from infini_train.planning.dry_run.live_tensors import KeptTensors
 from infini_train.planning.dry_run.recorded_operations import Message, Observer, tensor_bytes
 from infini_train.resilience.stop_request import StopRequest
 from infini_train.training.step import train_step
-from infini_train.training.training_run import Parts, build_parts
+from infini_train.training.training_run import TrainingRun, build_training_run
 
 
 def measured_step(run: RunConfig) -> dict[str, Any]:
     """Bytes of each part of the memory in the second training step, and the messages of this rank."""
-    parts = build_parts(run)
-    train_step(parts, StopRequest())
-    _without_padding(parts)
-    kept = KeptTensors(parts.pipeline)
-    weights, optimizer = [*weight_tensors(parts.engine)], [*optimizer_tensors(parts.engine)]
-    states = [part for state in parts.state.memory.values() for part in state]
-    observer = Observer([*weights, *optimizer, *gradient_tensors(parts.engine), *states])
+    training = build_training_run(run)
+    train_step(training, StopRequest())
+    _without_padding(training)
+    kept = KeptTensors(training.pipeline)
+    weights, optimizer = [*weight_tensors(training.engine)], [*optimizer_tensors(training.engine)]
+    states = [part for state in training.state.memory.values() for part in state]
+    observer = Observer([*weights, *optimizer, *gradient_tensors(training.engine), *states])
     at_step: dict[str, int] = {}
-    step = parts.engine.step
+    step = training.engine.step
 
     def counted_step(number: int) -> float:
         # Up to here, because AdamW on a CPU has temporaries of its own that the fused one on a GPU has not.
-        at_step.update(gradients=tensor_bytes(gradient_tensors(parts.engine)), peak=observer.peak)
+        at_step.update(gradients=tensor_bytes(gradient_tensors(training.engine)), peak=observer.peak)
         return step(number)
 
-    parts.engine.step = counted_step  # type: ignore[method-assign]
+    training.engine.step = counted_step  # type: ignore[method-assign]
     with observer:
-        train_step(parts, StopRequest())
+        train_step(training, StopRequest())
     messages: list[Message] = observer.messages
     return {
-        "stage": parts.layout.pp_rank,
+        "stage": training.layout.pp_rank,
         "parameters": {
-            parts.checkpointer.placements[name].name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-            for name, parameter in parts.engine.module.named_parameters()
+            training.checkpointer.placements[name].name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in training.engine.module.named_parameters()
         },
         "weights": tensor_bytes(weights),
         "optimizer": tensor_bytes(optimizer),
@@ -51,14 +51,14 @@ def measured_step(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def _without_padding(parts: Parts) -> None:
+def _without_padding(training: TrainingRun) -> None:
     """Take what fills up a document's last segment for tokens: most of a long document's segments have none."""
-    read = parts.state.reader.next
+    read = training.state.reader.next
 
-    def full(num_segments: int) -> StreamBatch | None:
+    def full(num_segments: int) -> Batch | None:
         batch = read(num_segments)
         assert batch is not None
-        batch.lengths[:] = parts.run.model.segment_length
+        batch.lengths[:] = training.run.model.segment_length
         return batch
 
-    parts.state.reader.next = full  # type: ignore[method-assign]
+    training.state.reader.next = full  # type: ignore[method-assign]

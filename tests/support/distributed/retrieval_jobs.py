@@ -16,19 +16,19 @@ from infini_train.parallel.deepspeed.engine import InferenceEngine
 from infini_train.parallel.pipeline import SegmentPipeline
 from infini_train.tasks import Purpose, Task, at_depth
 from infini_train.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
-from infini_train.training.training_run import Parts, build_parts
+from infini_train.training.training_run import TrainingRun, build_training_run
 
 
-def _parts(run: RunConfig) -> tuple[Parts, SegmentPipeline, Task]:
-    parts = build_parts(run)
+def _parts(run: RunConfig) -> tuple[TrainingRun, SegmentPipeline, Task]:
+    training = build_training_run(run)
     tokenizer = SentencePieceTokenizer(Path(run.data.path) / "tokenizer.model")
-    pipeline = SegmentPipeline(InferenceEngine(parts.engine.module), run, parts.layout, run.task.rows)
-    return parts, pipeline, Task(run.task, tokenizer, make_filler(run, tokenizer, held_out=True))
+    pipeline = SegmentPipeline(InferenceEngine(training.engine.module), run, training.layout, run.task.rows)
+    return training, pipeline, Task(run.task, tokenizer, make_filler(run, tokenizer, held_out=True))
 
 
 def answers(run: RunConfig, lengths: list[int]) -> dict[str, Any]:
     """Return answers under both decodings, computed in micro-batches and by the streaming model token by token."""
-    parts, pipeline, task = _parts(run)
+    training, pipeline, task = _parts(run)
     ours, expected, truth, starts = [], [], [], set()
     for length in lengths:
         samples = [task.sample(5, Purpose.EVALUATION, (length, n), length, at_depth(n / 4)) for n in range(4)]
@@ -37,9 +37,9 @@ def answers(run: RunConfig, lengths: list[int]) -> dict[str, Any]:
         assert sum(read) == length - 1, "progress must end at 100%"
         for sample in samples:
             tokens, start = sample.tokens.tolist(), sample.answer_start
-            logits = torch.cat(list(StreamingModel(parts.engine.module, run).feed(torch.tensor([tokens]))), dim=1)
+            logits = torch.cat(list(StreamingModel(training.engine.module, run).feed(torch.tensor([tokens]))), dim=1)
             forced = logits[0, start - 1 : -1].argmax(dim=-1).tolist()
-            model = StreamingModel(parts.engine.module, run)
+            model = StreamingModel(training.engine.module, run)
             greedy = list(
                 sample_tokens(model, tokens[:start], sample.answer_length, temperature=0, top_k=0, seed=0, stop_token=-1)
             )
@@ -55,13 +55,13 @@ def cell_with_known_errors(run: RunConfig, length: int, wrong_rows: int) -> dict
     Args:
         wrong_rows: number of first texts with a wrong second answer token.
     """
-    parts, _, task = _parts(run)
+    training, _, task = _parts(run)
     samples = [
         task.sample(run.task.seed, Purpose.EVALUATION, (length, 0, number), length, at_depth(0.0))
         for number in range(run.task.samples_per_cell)
     ]
 
-    here = parts.layout.rows(len(samples))
+    here = training.layout.rows(len(samples))
 
     class FakePipeline:
         """Replacement of the pipeline. After a wrong token it predicts only wrong tokens."""
@@ -84,4 +84,4 @@ def cell_with_known_errors(run: RunConfig, length: int, wrong_rows: int) -> dict
             return memory, torch.stack(rows)
 
     run = replace(run, task=replace(run.task, rows=run.task.samples_per_cell))
-    return vars(measure_cell(run, parts.layout, FakePipeline(), task, length, 0.0, lambda count: None))  # type: ignore[arg-type]
+    return vars(measure_cell(run, training.layout, FakePipeline(), task, length, 0.0, lambda count: None))  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from infini_train.attention import build_attention
 from infini_train.attention.rivals.memory_tokens import MemoryTokens
 from infini_train.config import DataConfig, ModelConfig, RunConfig
 from infini_train.model.flops import training_flops_per_token
-from infini_train.model.layer_context import MicroBatch
+from infini_train.model.layer_context import LayerContext
 from infini_train.model.memory_token_layers import by_segment
 from infini_train.reference.plain_model import token_losses
 
@@ -114,11 +114,11 @@ def test_a_row_that_was_emptied_inside_a_document_goes_on_as_one_begins():
     carried = torch.stack([torch.zeros(P, 8), torch.randn(P, 8)])
     seen = []
 
-    def run_segment(tokens: torch.Tensor, memory: torch.Tensor, _: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def run_segment(tokens: torch.Tensor, memory: torch.Tensor, _: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append(memory)
         return tokens, memory + 1
 
-    batch = MicroBatch(
+    batch = LayerContext(
         reset=torch.zeros(2, 2, dtype=torch.bool), lengths=torch.full((2, 2), S), memory_in={1: MemoryTokens(carried)}
     )
     by_segment(torch.zeros(2 * S, 2, 8), initial, batch, 1, run_segment)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_train.attention import ATTENTION_VARIANTS, build_attention, detached, map_parts, state_numbers
+from infini_train.attention import ATTENTION_VARIANTS, build_attention, detached, map_tensors, state_numbers
 from infini_train.attention import kernel_choice as kernels
 from infini_train.attention.rivals.linear_attention import running_sum
 from infini_train.config import ModelConfig
@@ -172,7 +172,7 @@ def test_a_call_leaves_the_memory_that_it_was_given_alone(rival):
     q, k, v = drawn(3)
     _, memory = rival(q, k, v, reset=RESET, lengths=LENGTHS, memory=None)
     memory = detached(memory)
-    kept = map_parts(torch.clone, memory)
+    kept = map_tensors(torch.clone, memory)
     rival(q, k, v, reset=torch.zeros_like(RESET), lengths=LENGTHS, memory=memory)
     for mine, other in zip(memory, kept, strict=True):
         assert torch.equal(mine, other)

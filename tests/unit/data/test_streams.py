@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infini_train.data.dataset import TokenDataset
-from infini_train.data.streams import StreamBatch, StreamReader
+from infini_train.data.streams import Batch, StreamReader
 from infini_train.runtime.errors import UserError
 
 LENGTHS = [2, 3, 4, 5, 6, 9, 10, 17, 21, 33, 5, 2, 13]
@@ -38,17 +38,17 @@ def reader(rows: range = range(3), total_rows: int = 3, **options: object) -> St
     return StreamReader(settings.pop("dataset", DATASET), rows, total_rows, **settings)
 
 
-def same(a: StreamBatch | None, b: StreamBatch | None) -> bool:
+def same(a: Batch | None, b: Batch | None) -> bool:
     if a is None or b is None:
         return a is b
     return all(torch.equal(x, vars(b)[name]) and x.dtype == vars(b)[name].dtype for name, x in vars(a).items())
 
 
-def row_of(batch: StreamBatch, b: int) -> dict[str, torch.Tensor]:
+def row_of(batch: Batch, b: int) -> dict[str, torch.Tensor]:
     return {name: value[b] for name, value in vars(batch).items()}
 
 
-def documents_of(batches: list[StreamBatch], b: int) -> list[list[int]]:
+def documents_of(batches: list[Batch], b: int) -> list[list[int]]:
     """Put a row's documents together again, checking every promise about a segment on the way."""
     documents: list[list[int]] = []
     places = 0
@@ -72,7 +72,7 @@ def documents_of(batches: list[StreamBatch], b: int) -> list[list[int]]:
     return documents
 
 
-def read_all(stream: StreamReader, num_segments: int) -> list[StreamBatch]:
+def read_all(stream: StreamReader, num_segments: int) -> list[Batch]:
     batches = []
     while (batch := stream.next(num_segments)) is not None:
         batches.append(batch)
@@ -168,7 +168,7 @@ def test_resume_and_partition_change_nothing(lengths: list[int], sizes: list[int
             second.load_state(state[5:])
         expected, *parts = (r.next(size) for r in (whole, first, second))
         joined = {name: torch.cat([vars(part)[name] for part in parts]) for name in vars(expected)}
-        assert same(expected, StreamBatch(**joined))
+        assert same(expected, Batch(**joined))
 
 
 def test_the_size_of_a_step_changes_nothing() -> None:

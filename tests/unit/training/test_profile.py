@@ -13,7 +13,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from infini_kernels import infini_attention
-from infini_kernels.timing import counted_as, part
+from infini_kernels.timing import timed, timed_as
 from infini_train.cli.parser import expand_aliases
 from infini_train.config import ProfilingConfig, RunConfig
 from infini_train.config.validation import validate
@@ -61,7 +61,7 @@ def test_events_outside_a_step_are_not_counted() -> None:
     x = torch.randn(64, 64, requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         (x @ x).sum().backward()
-        with record_function(STEP), part("memory path"):
+        with record_function(STEP), timed("memory path"):
             torch.exp(x)
         x @ x
     parts = {each.name: each.total for each in time_by_part(list(profiler.events()), 1, on_gpu=False) if each.total}
@@ -71,13 +71,13 @@ def test_events_outside_a_step_are_not_counted() -> None:
 def test_operation_and_backward_belong_to_the_innermost_part() -> None:
     x, weight = torch.randn(64, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)
 
-    @counted_as("inner")
+    @timed_as("inner")
     def sine(x: torch.Tensor) -> torch.Tensor:
         return x.sin()
 
     def work() -> None:
         hidden = x @ weight
-        with part("outer"):
+        with timed("outer"):
             hidden = sine(Cube.apply(hidden).tanh()).exp()
         hidden.relu().sum().backward()
 
