@@ -1,9 +1,7 @@
 """The configuration of a run: schema, validation, messages and overrides. Nothing else in the package reads YAML."""
 
 from infini_train.config.schema import (
-    MEASUREMENT_KEYS,
     TASK_KINDS,
-    TRAINING_SECTIONS,
     CheckpointConfig,
     CompareConfig,
     DataConfig,
@@ -18,6 +16,10 @@ from infini_train.config.schema import (
     TaskConfig,
     TaskKind,
     TrainingConfig,
+)
+from infini_train.config.yaml_files import (
+    MEASUREMENT_KEYS,
+    TRAINING_SECTIONS,
     difference,
     difference_from,
     dump_config,

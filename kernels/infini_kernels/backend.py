@@ -34,7 +34,7 @@ def uses_triton(backend: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
         return False
     if TRITON_USABLE:
         # Imported here, because a CPU does not need it.
-        from infini_kernels.triton import supports
+        from infini_kernels.triton.blocks import supports
 
         if supports(q, k, v):
             return True

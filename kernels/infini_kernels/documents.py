@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from infini_kernels.arguments import Rotary, check_heads, check_lengths, check_reset, check_rotary, check_segment_length
-from infini_kernels.local import causal_attention, deterministic, equal_widths, flash_attention_for, local_attention
+from infini_kernels.local import local_attention
 from infini_kernels.rotary import apply_rotary
 from infini_kernels.segments import lengths_by_segment, padding_mask
+from infini_kernels.softmax_attention import causal_attention, deterministic, equal_widths, flash_attention_for
 from infini_kernels.timing import timed_as
 
 

@@ -147,6 +147,6 @@ def _operation(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[..., t
     """
     if not uses_triton(backend, q, k, v):
         return infini_attention_reference
-    from infini_kernels.triton import infini_attention_triton
+    from infini_kernels.triton.operation import infini_attention_triton
 
     return infini_attention_triton

@@ -9,9 +9,9 @@ from torch.distributed import ProcessGroup
 
 from infini_kernels.arguments import Rotary, values_known
 from infini_kernels.compressive import PlainUpdates, SegmentMemory, full_precision, read_and_mix, sigma
-from infini_kernels.local import segment_attention
 from infini_kernels.memory import MemoryState, memory_dtype
 from infini_kernels.segments import SegmentLayout, padding_mask, to_device
+from infini_kernels.softmax_attention import segment_attention
 from infini_kernels.variants import read_state, remembered_values, write_strength
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_kernels import document_attention, documents, local, local_attention
+from infini_kernels import document_attention, documents, local_attention, softmax_attention
 from tests.support.kernel_cases import SMALL, TOLERANCE, agrees_with_float64, local_agrees_with_float64
 
 FOLDER = Path(sys.prefix) / "flash-attn"
@@ -52,7 +52,7 @@ def calls(flash_attn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return original(*arguments, **options)  # type: ignore[operator]
 
         monkeypatch.setattr(flash_attn, name, counted)
-    for module in (local, documents):
+    for module in (softmax_attention, documents):
         monkeypatch.setattr(module, "flash_attention_for", lambda q, v: None if q.dtype == torch.float64 else flash_attn)
     return called
 
@@ -101,12 +101,12 @@ def test_documents_of_all_rows_become_one_call(value_width: int, calls: list[str
 
 def test_torch_compile_traces_it(flash_attn: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile skips a newer version that cannot be imported."""
-    monkeypatch.setattr(local, "_candidates", lambda q, v: ["flash_attn_interface", "flash_attn"])
-    monkeypatch.setattr(local, "_FAILURES", {})
+    monkeypatch.setattr(softmax_attention, "_candidates", lambda q, v: ["flash_attn_interface", "flash_attn"])
+    monkeypatch.setattr(softmax_attention, "_FAILURES", {})
     leaves = [torch.randn(2, 13, heads, 16, dtype=torch.float16) for heads in (4, 2, 2)]
-    wanted = local.causal_attention(*leaves)
+    wanted = softmax_attention.causal_attention(*leaves)
     torch.compiler.reset()
-    found = torch.compile(local.causal_attention, fullgraph=True, backend="eager")(*leaves)
+    found = torch.compile(softmax_attention.causal_attention, fullgraph=True, backend="eager")(*leaves)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 

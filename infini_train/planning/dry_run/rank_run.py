@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from infini_kernels import local
+from infini_kernels import softmax_attention
 from infini_train.config import RunConfig
 from infini_train.planning.dry_run.recorded_operations import Message, Observer, tensor_bytes
 from infini_train.runtime import platform
@@ -97,7 +97,7 @@ def meta_process(rank: int, processes: int) -> Iterator[None]:
     # Torch knows no autocast for meta tensors and raises when it is asked, as checkpointing and the kernels do.
     torch.is_autocast_enabled = lambda kind="cuda": False if kind == "meta" else autocast(kind)
     # On a GPU flash-attn keeps no matrix of scores; neither may what is counted here.
-    local.flash_attention_for = lambda *_: FlashAttention  # type: ignore[assignment]
+    softmax_attention.flash_attention_for = lambda *_: FlashAttention  # type: ignore[assignment]
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(processes))
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
     quiet = io.StringIO()

@@ -13,9 +13,9 @@ from torch.distributed import ProcessGroup
 from infini_kernels.ageing import Removals
 from infini_kernels.arguments import Rotary, values_known
 from infini_kernels.compressive import SegmentMemory, full_precision
-from infini_kernels.local import segment_attention
 from infini_kernels.memory import MemoryState
 from infini_kernels.segments import SegmentLayout, all_full, lengths_by_segment, padding_mask, to_device
+from infini_kernels.softmax_attention import segment_attention
 from infini_kernels.timing import timed, timed_as
 from infini_kernels.triton.blocks import SMALLEST, next_power_of_2
 from infini_kernels.triton.features import softmax_shift

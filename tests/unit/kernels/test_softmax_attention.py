@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_kernels import local, local_attention
+from infini_kernels import local_attention, softmax_attention
 from tests.unit.kernels.test_oracle import oracle
 
 
@@ -67,15 +67,15 @@ def test_short_bfloat16_rows_on_a_cpu(
     wanted = local_attention(*exact, segment_length=5)
     gradients = torch.autograd.grad((wanted * direction).sum(), exact)
     worst = {}
-    for longest in (0, local.SHORT_ROW_ON_CPU):
-        monkeypatch.setattr(local, "SHORT_ROW_ON_CPU", longest)
+    for longest in (0, softmax_attention.SHORT_ROW_ON_CPU):
+        monkeypatch.setattr(softmax_attention, "SHORT_ROW_ON_CPU", longest)
         out = local_attention(*half, segment_length=5)
         torch.testing.assert_close(out.double(), wanted, rtol=8e-3, atol=8e-3)
         found = torch.autograd.grad((out * direction).sum(), half)
         for x, y in zip(found, gradients, strict=True):
             torch.testing.assert_close(x.double(), y, rtol=2e-2, atol=2e-2)
         worst[longest] = max((x - y).abs().max().item() for x, y in zip(found, gradients, strict=True))
-    assert 0 < worst[local.SHORT_ROW_ON_CPU] <= 1.5 * worst[0]
+    assert 0 < worst[softmax_attention.SHORT_ROW_ON_CPU] <= 1.5 * worst[0]
 
 
 class FlashStandIn:
@@ -107,7 +107,7 @@ def test_flash_attention_arguments(
     tensors = inputs(13, 4, 2, key_width, value_width)
     wanted = local_attention(*tensors, segment_length=5)
     stand_in = FlashStandIn()
-    monkeypatch.setattr(local, "flash_attention_for", lambda q, v: stand_in)
+    monkeypatch.setattr(softmax_attention, "flash_attention_for", lambda q, v: stand_in)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     torch.testing.assert_close(local_attention(*tensors, segment_length=5), wanted, rtol=1e-12, atol=1e-12)
     assert stand_in.calls == 1 and stand_in.deterministic is deterministic
@@ -115,14 +115,16 @@ def test_flash_attention_arguments(
 
 def test_flash_attention_is_not_used_on_the_cpu() -> None:
     half = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
-    assert local.flash_attention_for(half, half) is None
+    assert softmax_attention.flash_attention_for(half, half) is None
 
 
 def test_local_attention_choice_names_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     half = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
-    assert local.local_attention_choice(half, half) == f"PyTorch {torch.__version__} on cpu"
-    monkeypatch.setattr(local, "flash_attention_for", lambda q, v: SimpleNamespace(__name__="flash_attn", __version__="2.8"))
-    assert local.local_attention_choice(half, half) == "flash_attn 2.8"
+    assert softmax_attention.local_attention_choice(half, half) == f"PyTorch {torch.__version__} on cpu"
+    monkeypatch.setattr(
+        softmax_attention, "flash_attention_for", lambda q, v: SimpleNamespace(__name__="flash_attn", __version__="2.8")
+    )
+    assert softmax_attention.local_attention_choice(half, half) == "flash_attn 2.8"
 
 
 def test_flash_attention_4_is_not_mistaken_for_version_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,21 +132,25 @@ def test_flash_attention_4_is_not_mistaken_for_version_2(tmp_path: Path, monkeyp
     (tmp_path / "a_folder" / "cute").mkdir(parents=True)
     (tmp_path / "a_folder" / "cute" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    assert local.installed("a_folder.cute") and not local.installed("a_folder") and not local.installed("no_such_package")
+    assert (
+        softmax_attention.installed("a_folder.cute")
+        and not softmax_attention.installed("a_folder")
+        and not softmax_attention.installed("no_such_package")
+    )
 
 
 def test_newest_supported_flash_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 1, 1, 128), device="cuda:0")
     modules = {name: SimpleNamespace(__name__=name) for name in ("flash_attn", "flash_attn_interface")}
-    monkeypatch.setattr(local, "_FAILURES", {})
+    monkeypatch.setattr(softmax_attention, "_FAILURES", {})
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
 
     def taken(two: bool, three: bool, capability: int, **changes: object) -> str | None:
-        monkeypatch.setattr(local, "FLASH_ATTENTION_2", two)
-        monkeypatch.setattr(local, "FLASH_ATTENTION_3", three)
+        monkeypatch.setattr(softmax_attention, "FLASH_ATTENTION_2", two)
+        monkeypatch.setattr(softmax_attention, "FLASH_ATTENTION_3", three)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
-        found = local.flash_attention_for(SimpleNamespace(**{**vars(q), **changes}), q)
+        found = softmax_attention.flash_attention_for(SimpleNamespace(**{**vars(q), **changes}), q)
         return None if found is None else found.__name__
 
     assert taken(True, True, 9) == "flash_attn_interface"
@@ -158,16 +164,16 @@ def test_flash_attention_with_an_import_error_is_reported_and_skipped(tmp_path: 
     (tmp_path / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol:\\n_ZN3c104')")
     (tmp_path / "flash_attn.py").write_text("__version__ = '2.8'")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(local, "_FAILURES", {})
+    monkeypatch.setattr(softmax_attention, "_FAILURES", {})
     candidates = ["flash_attn_interface", "flash_attn"]
-    monkeypatch.setattr(local, "_candidates", lambda q, v: candidates)
+    monkeypatch.setattr(softmax_attention, "_candidates", lambda q, v: candidates)
     half = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16)
     try:
-        assert local.flash_attention_for(half, half).__name__ == "flash_attn"
+        assert softmax_attention.flash_attention_for(half, half).__name__ == "flash_attn"
     finally:
         sys.modules.pop("flash_attn", None)
     why = "(flash_attn_interface cannot be imported: undefined symbol: _ZN3c104)"
-    assert local.local_attention_choice(half, half) == f"flash_attn 2.8 {why}"
+    assert softmax_attention.local_attention_choice(half, half) == f"flash_attn 2.8 {why}"
     candidates.pop()
-    assert local.flash_attention_for(half, half) is None
-    assert local.local_attention_choice(half, half) == f"PyTorch {torch.__version__} on cpu {why}"
+    assert softmax_attention.flash_attention_for(half, half) is None
+    assert softmax_attention.local_attention_choice(half, half) == f"PyTorch {torch.__version__} on cpu {why}"
