@@ -19,7 +19,7 @@ def found_by_self_test(name: str, precision: str) -> str | None:
     initialize_process_group()
     run = replace(read_config(CONFIGS / name), layout=LayoutConfig(zero_stage=1))
     try:
-        self_test._test_in(run, precision)  # type: ignore[arg-type]
+        self_test._test_precision(run, precision)  # type: ignore[arg-type]
     except AgreedError as error:
         return str(error)
     return None

@@ -56,7 +56,7 @@ def found_by_self_test(run: RunConfig, precision: str) -> str | None:
     initialize_process_group()
     with kernels_everywhere():
         try:
-            self_test._test_in(run, precision)  # type: ignore[arg-type]
+            self_test._test_precision(run, precision)  # type: ignore[arg-type]
         except AgreedError as error:
             return str(error)
     return None
