@@ -4,7 +4,7 @@ Not in the Infini-attention paper. A memory is asked "what came after these word
 to be found. The convolution gives queries and keys the last W tokens, and keys one token later than queries, with the same
 filters: the key of token t sees t - W ... t - 1, and so does the query of token t - 1. Equal words thus lead to what came after
 them from the first step on. H3 (arXiv 2212.14052) shifts its keys for the same end, and smeared keys were seen to let induction
-heads form sooner (Olsson et al., arXiv 2209.11895). benchmarks/recipes.md has what it gives here.
+heads form sooner (Olsson et al., arXiv 2209.11895). docs/results/retrieval-trials.md has measurements.
 
 What it sees at a segment's start is a choice (`model.short_convolution_reach`): nothing, so that the memory alone crosses the
 border, as without it; or the last W tokens of the segment before, if they are of the same document. These then travel beside

@@ -26,7 +26,7 @@ SCALED_LIKE_LLAMA_3 = {
 MOST_TOKENS_A_SEGMENT = 2048
 INITIAL_GATE = -2.0
 """β at the start: what no training has shaped yet counts for little, so the model begins near its loss, and yet gradients
-reach the memory. README.md has what was measured against 0 and -4."""
+reach the memory. docs/pretrained.md has measurements against 0 and -4."""
 
 WHOLE_MODEL = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",

@@ -22,7 +22,7 @@ from infini_train.config import LayoutConfig, RunConfig
 from infini_train.runtime.errors import UserError
 from tests.support.corpus import write_corpus
 
-README = Path(__file__).parents[3] / "README.md"
+REPOSITORY = Path(__file__).parents[3]
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -105,7 +105,7 @@ def test_a_run_that_does_not_fit_the_profiles_gpus_is_refused(tmp_path, capsys):
 
 def test_what_is_planned_is_for_nodes_as_the_profile_has_them(tmp_path):
     """A tensor group of 8 is on two nodes of 4, and on one of 8."""
-    run = read_config(README.parent / "configs" / "8b.yaml")
+    run = read_config(REPOSITORY / "configs" / "8b.yaml")
     run = replace(run, layout=replace(run.layout, tensor_parallel_size=8))
     speeds = []
     for size in (4, 8):
@@ -336,9 +336,9 @@ def test_every_run_of_an_array_is_checked_for_its_own_data(tmp_path, profile, ca
     assert f"error: data.path {tmp_path}/c does not exist" in capsys.readouterr().err
 
 
-def test_the_recipe_of_the_readme_prepares_the_data_that_it_submits(tmp_path, capsys, monkeypatch):
-    section = README.read_text(encoding="utf-8").split("\n## On a SLURM cluster\n")[1]
-    lines = [shlex.split(line, comments=True) for line in section.split("```")[1].strip().splitlines()]
+def test_the_commands_of_the_slurm_page_prepare_the_data_that_they_submit(tmp_path, capsys, monkeypatch):
+    page = (REPOSITORY / "docs" / "slurm.md").read_text(encoding="utf-8")
+    lines = [shlex.split(line, comments=True) for line in page.split("```")[1].strip().splitlines()]
     write_corpus(tmp_path / "text")
     mine = {
         "/path/to/text": str(tmp_path / "text"),
@@ -346,11 +346,11 @@ def test_the_recipe_of_the_readme_prepares_the_data_that_it_submits(tmp_path, ca
         "held_out_fraction: 0.001": "held_out_fraction: 0.2",
     }
     for source, copy in (words[1:] for words in lines if words[0] == "cp"):
-        text = (README.parent / source).read_text(encoding="utf-8")
+        text = (REPOSITORY / source).read_text(encoding="utf-8")
         for before, after in mine.items():
             text = text.replace(before, after)
         (tmp_path / copy).write_text(text, encoding="utf-8")
-    (tmp_path / "configs").symlink_to(README.parent / "configs")
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     monkeypatch.chdir(tmp_path)
     (prepare,) = (words[1:] for words in lines if words[:2] == ["infini-train", "prepare"])
     dry, real = (words[1:] for words in lines if words[:2] == ["infini-train", "submit"])

@@ -92,8 +92,8 @@ def test_it_says_when_the_host_holds_up_the_gpu(capsys):
     assert re.search(r"held up by the host, the GPU alone would take \d\.\d{3}; larger micro-batches help", line)
 
 
-def test_the_readme_shows_what_is_printed(capsys):
-    text = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
+def test_the_planning_page_shows_the_output(capsys):
+    text = (CONFIGS.parent / "docs" / "planning.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```\n\$ infini-train (plan [^\n]+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     assert len(blocks) == 2
     for command, shown in blocks:
