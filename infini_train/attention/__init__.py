@@ -1,4 +1,4 @@
-"""Attention variants behind one interface: Infini-attention (the paper) and its rivals. They know no process groups."""
+"""Attention variants behind one interface: Infini-attention (the paper) and its rivals. They do not use process groups."""
 
 from infini_train.attention.base import Attention
 from infini_train.attention.full import FullAttention
@@ -26,14 +26,14 @@ ATTENTION_VARIANTS: dict[str, type[Attention]] = {
 
 
 def attention_class(model: ModelConfig, layer_number: int) -> type[Attention]:
-    """The variant that `model.attention` names, in one of the layers, counted from 1."""
+    """Return the class of a layer's attention. Layers are counted from 1."""
     if model.attention == "memorizing" and layer_number != model.bank_layer:
         return TransformerXLAttention
     return ATTENTION_VARIANTS[model.attention]
 
 
 def carried_fields(model: ModelConfig, layer_number: int) -> dict[str, CarriedTensor]:
-    """Fields of the memory of a layer (counted from 1), in the order of `memory_type`; empty if it carries nothing."""
+    """Return the fields of a layer's memory in the order of `memory_type`; empty for a layer without memory."""
     fields = attention_class(model, layer_number).carried(model, layer_number)
     if _carries_tail(model):
         fields["tail"] = ShortConvolution.carried(model)
@@ -41,7 +41,7 @@ def carried_fields(model: ModelConfig, layer_number: int) -> dict[str, CarriedTe
 
 
 def memory_type(model: ModelConfig, layer_number: int) -> type[LayerMemory] | None:
-    """The named tuple that a layer takes and returns; None if it carries nothing."""
+    """Return the type of a layer's memory, a named tuple; None for a layer without memory."""
     return MemoryWithTail if _carries_tail(model) else attention_class(model, layer_number).memory_type
 
 
@@ -50,12 +50,12 @@ def _carries_tail(model: ModelConfig) -> bool:
 
 
 def state_numbers(model: ModelConfig) -> int:
-    """Numbers that one stream carries from segment to segment over all layers: the memory size of the paper's Table 2."""
+    """Return how many numbers one stream carries over all layers: the memory size of the paper's Table 2."""
     return sum(numbers_carried(carried_fields(model, layer)) for layer in range(1, model.num_layers + 1))
 
 
 def build_attention(model: ModelConfig, layer_number: int, num_heads: int, num_groups: int, context_tokens: int) -> Attention:
-    """A layer's variant, for the heads that this process holds.
+    """Build the attention of a layer for the heads of this process.
 
     Args:
         layer_number: counted from 1 over the whole model.

@@ -19,24 +19,24 @@ from infini_train.config import ModelConfig
 
 @dataclass(frozen=True)
 class StreamCache:
-    """What a layer keeps of a stream between two calls of `step`."""
+    """State of a layer between two calls of `step`."""
 
     memory: LayerMemory | None  # of the finished segments
     keys: Tensor  # [B, S, G, D]: the unfinished segment
     values: Tensor  # [B, S, G, D]
-    length: int = 0  # tokens of it that are held
+    length: int = 0  # number of its tokens
 
     @property
     def remaining(self) -> int:
-        """Tokens until the current segment ends: the longest chunk that the next step takes."""
+        """Number of tokens until the segment ends: the longest chunk that the next step accepts."""
         return self.keys.shape[1] - self.length
 
 
 class Attention(nn.Module):
-    """Scores and mixes values; projections and normalisation are its caller's."""
+    """Interface of an attention variant. The caller owns projections and normalisation."""
 
     memory_type: type[LayerMemory] | None = None
-    """The named tuple that `forward` takes and returns; None for a variant that carries nothing."""
+    """Type of the memory, a named tuple; None for a variant without memory."""
 
     def __init__(self, model: ModelConfig, num_heads: int, num_groups: int, context_tokens: int) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ class Attention(nn.Module):
 
     @classmethod
     def carried(cls, model: ModelConfig, layer_number: int) -> dict[str, CarriedTensor]:
-        """Fields of the memory of a layer (counted from 1), in the order of `memory_type`; empty if it carries nothing."""
+        """Return the fields of the memory of a layer (counted from 1), in the order of `memory_type`."""
         return {}
 
     def rotary(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each [num_positions, D/2] float32.
+        """Return (cos, sin), each [num_positions, D/2] float32.
 
-        Cached outside of the module's buffers: it is no state, and a cast of the module to bfloat16 must not touch it.
+        The tables are not buffers of the module, so that a cast of the module to bfloat16 leaves them in float32.
         """
         key = (num_positions, device)
         if key not in self._rotary:
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         group: ProcessGroup | None = None,
         repeats: Tensor | None = None,
     ) -> tuple[Tensor, LayerMemory | None]:
-        """One micro-batch.
+        """Compute the attention of one micro-batch.
 
         Args:
             q: [B, T, H, D], not rotated.
@@ -82,30 +82,30 @@ class Attention(nn.Module):
             v: [B, T, G, D].
             reset: [B, N] bool, True where a document begins in that segment.
             lengths: [B, N] valid tokens of each segment.
-            group: processes over which the segments of a micro-batch are spread in contiguous runs; None if this one has all.
-            repeats: [B, N] how often each segment's update of the memory counts; None is once.
-            memory: what the layer returned for the stream's previous micro-batch; None at the stream's start.
+            group: processes that share the segments of a micro-batch in contiguous runs; None for one process.
+            repeats: [B, N] number of times that each segment's memory update counts; None means once.
+            memory: memory after the stream's previous micro-batch; None at the stream's start.
 
         Returns:
-            [B, T, H, D] and the memory that leaves.
+            [B, T, H, D] and the memory after the micro-batch.
         """
         raise NotImplementedError
 
     def new_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> Any:
-        """An empty cache for `step`, at the start of a document."""
+        """Return the cache of `step` at the start of a document."""
         shape = batch_size, self.model.segment_length, self.num_groups, self.model.head_dim
         return StreamCache(None, torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Streaming inference: the next t tokens of a document, none of which crosses the end of a segment.
+        """Compute the next t tokens of a document. They must not cross the end of a segment.
 
-        Unless a variant knows better, the unfinished segment is computed anew.
+        This default recomputes the unfinished segment.
 
         Args:
             q: [B, t, H, D]; k, v: [B, t, G, D].
 
         Returns:
-            [B, t, H, D] and the cache for the tokens after these.
+            [B, t, H, D] and the cache for the following tokens.
         """
         assert isinstance(cache, StreamCache)
         start, end, device = cache.length, cache.length + q.shape[1], q.device
@@ -121,6 +121,6 @@ class Attention(nn.Module):
             memory=cache.memory,
         )
         if end == self.model.segment_length:
-            # The memory may hold these keys and values themselves, so the next segment gets others to write to.
+            # The memory may share these tensors, so allocate new ones for the next segment.
             return out[:, start:end], StreamCache(memory, torch.zeros_like(cache.keys), torch.zeros_like(cache.values))
         return out[:, start:end], replace(cache, length=end)

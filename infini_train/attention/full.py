@@ -1,4 +1,4 @@
-"""The second rival: causal attention over a whole micro-batch, inside each document.
+"""Full causal attention over a whole micro-batch, inside each document.
 
 Its context is the micro-batch: to compare with Infini-attention on N segments, give it segments_per_micro_batch = N.
 """
@@ -14,7 +14,7 @@ from infini_train.attention.segment_cache import SegmentCached
 
 
 class FullAttention(SegmentCached):
-    """Quadratic in the micro-batch's length; never looks across a document's start."""
+    """Causal attention over the micro-batch. Its cost is quadratic in the length; documents do not see each other."""
 
     @property
     def stream_segment_length(self) -> int:

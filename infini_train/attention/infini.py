@@ -13,7 +13,10 @@ from infini_train.config import ModelConfig
 
 
 class InfiniAttention(SegmentCached):
-    """Owns the gate β [H] and, where writes are learned, their gate u [G, D], of the heads that this process holds."""
+    """Infini-attention of the heads of this process.
+
+    It owns the gate β [H] and, with `write_strength: learned`, the write gate u [G, D].
+    """
 
     memory_type = MemoryState
 

@@ -1,4 +1,4 @@
-"""What computes attention and memory here, in words."""
+"""Names of the kernels that a run uses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from infini_train.config import ModelConfig
 
 
 def kernels_in_words(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
-    """For example 'attention: flash_attn 2.8.3; memory: triton 3.6.0'."""
+    """Return a line such as 'attention: flash_attn 2.8.3; memory: triton 3.6.0'."""
     if model.attention not in ("infini", "local", "full"):  # masks and sums of their own
         return f"attention: PyTorch {torch.__version__}"
     heads = torch.empty(1, 1, 1, model.head_dim, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""What a layer carries from micro-batch to micro-batch, whatever the variant: a named tuple of tensors, a row's part in each.
+"""Memory that a layer carries from micro-batch to micro-batch: a named tuple of tensors, each with one entry per row.
 
 Shapes: B rows.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 LayerMemory = tuple[Tensor, ...]
-"""A NamedTuple of tensors, each [B, ...]: `infini_kernels.MemoryState` for Infini-attention, other fields for its rivals."""
+"""A NamedTuple of tensors, each [B, ...]: `infini_kernels.MemoryState` for Infini-attention."""
 Carried = TypeVar("Carried", bound=LayerMemory)
 
 
@@ -24,8 +24,8 @@ class CarriedTensor:
 
     Attributes:
         shape: of one row, over all heads.
-        by_head: whether its first dimension is key/value heads, which tensor parallelism splits.
-        counter: a whole number beside the state, int64; everything else is float32.
+        by_head: whether the first dimension is key/value heads, which tensor parallelism splits.
+        counter: whether it is an int64 counter; other fields are float32.
     """
 
     shape: tuple[int, ...]
@@ -33,7 +33,7 @@ class CarriedTensor:
     counter: bool = False
 
     def zeros(self, rows: int, tensor_processes: int, device: torch.device | str | None) -> Tensor:
-        """The field of so many rows on one of the processes that share its heads."""
+        """Return the empty field of some rows, on one of the processes that share its heads."""
         shape = list(self.shape)
         if self.by_head:
             shape[0] //= tensor_processes
@@ -41,15 +41,15 @@ class CarriedTensor:
 
 
 def numbers_carried(fields: dict[str, CarriedTensor]) -> int:
-    """Numbers of one row's state, over all heads; counters beside it are left out."""
+    """Return how many numbers one row carries over all heads, without counters."""
     return sum(prod(each.shape) for each in fields.values() if not each.counter)
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], memory: Carried) -> Carried:
-    """The same named tuple with every tensor changed."""
+    """Return the named tuple with a function applied to every tensor."""
     return type(memory)(*map(change, memory))
 
 
 def detached(memory: Carried) -> Carried:
-    """The same values, cut from the graph."""
+    """Return the memory detached from the autograd graph."""
     return map_tensors(Tensor.detach, memory)

@@ -1,4 +1,4 @@
-"""The first rival: causal attention inside each segment and nothing across segments."""
+"""Causal attention inside each segment, without memory."""
 
 from __future__ import annotations
 

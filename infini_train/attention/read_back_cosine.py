@@ -1,4 +1,4 @@
-"""What the memory takes in of a token, and what it gives back: a value against what its own key reads."""
+"""Measure memory writes and reads: compare each value with the read of its own key."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from infini_kernels.variants import read_state, write_strength
 def read_back_cosine(
     k: Tensor, v: Tensor, memory: MemoryState, eps: float, normaliser: str = "paper", feature_map: str = "elu"
 ) -> Tensor:
-    """Cosine between each value and σ(K) M / (σ(K) z + ε), Eq. 3 of the paper with the key as query.
+    """Return the cosine between each value and σ(K) M / (σ(K) z + ε): Eq. 3 of the paper with the key as query.
 
     Args:
-        k: [B, T, G, D], as the memory sees it (not rotated).
+        k: [B, T, G, D], as the memory receives it (not rotated).
         v: [B, T, G, Dv].
         memory: M [B, G, D, Dv], z [B, G, D]; M [B, G, D, Dv + 1] for a corrected normaliser.
 
@@ -31,7 +31,7 @@ def read_back_cosine(
 
 
 def strength_of_writes(k: Tensor, write_gate: Tensor) -> Tensor:
-    """How much of each token's key and value is written where that is learned; k [B, T, G, D], u [G, D] -> [B, T, G]."""
+    """Return the learned write strength of each token: k [B, T, G, D], u [G, D] -> [B, T, G]."""
     strength = write_strength(k, write_gate, torch.float32)
     assert strength is not None
     return strength.squeeze(-1)

@@ -1,4 +1,4 @@
-"""How fast each pair of channels turns with the position."""
+"""Frequencies of rotary embedding."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from infini_train.config import ModelConfig
 
 SCALED_CONTEXT = 8192
-"""Tokens that Llama 3 was pretrained on, to which the bounds below refer."""
+"""Context length of Llama 3's pretraining, in tokens. The bounds below refer to it."""
 SLOW_TURNS, FAST_TURNS = 1.0, 4.0
 """Pairs that turn less often than the first within SCALED_CONTEXT are slowed down by the whole factor, those that turn more
 often than the second not at all."""
 
 
 def rotary_frequencies(model: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
-    """Radians per position of each pair of channels, [D/2] float64.
+    """Return the radians per position of each pair of channels, [D/2] float64.
 
     base^(-2 i / D); with `rotary_scaling` slowed down as Llama 3.1 does it (transformers' rope_type llama3).
     """

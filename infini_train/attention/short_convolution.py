@@ -1,14 +1,14 @@
-"""A short causal convolution over queries and keys, one filter a channel: a token is written under the words before it.
+"""A short causal convolution over queries and keys, with one filter per channel.
 
-Not in the Infini-attention paper. A memory is asked "what came after these words?", but a key is made of the very token that is
-to be found. The convolution gives queries and keys the last W tokens, and keys one token later than queries, with the same
-filters: the key of token t sees t - W ... t - 1, and so does the query of token t - 1. Equal words thus lead to what came after
-them from the first step on. H3 (arXiv 2212.14052) shifts its keys for the same end, and smeared keys were seen to let induction
-heads form sooner (Olsson et al., arXiv 2209.11895). docs/results/retrieval-trials.md has measurements.
+Not in the Infini-attention paper. A query asks for the token that followed some words, but a key is made of that token
+itself. The convolution gives queries and keys the last W tokens, and keys one token later than queries, with the same
+filters: the key of token t sees t - W ... t - 1, and so does the query of token t - 1. From the first step on, equal
+words therefore find the token after them. H3 (arXiv 2212.14052) shifts its keys for the same purpose. With smeared keys,
+induction heads form sooner (Olsson et al., arXiv 2209.11895). docs/results/retrieval-trials.md has measurements.
 
-What it sees at a segment's start is a choice (`model.short_convolution_reach`): nothing, so that the memory alone crosses the
-border, as without it; or the last W tokens of the segment before, if they are of the same document. These then travel beside
-the memory.
+`model.short_convolution_reach` chooses its input at a segment's start. With `segment` it is zeros, so only the memory crosses
+the border. With `document` it is the last W tokens of the segment before, if they are of the same document; they travel
+beside the memory.
 
 Shapes: B rows, N segments, S segment length, T tokens, t tokens of a chunk, H query heads, G key/value heads, R = H / G query
 heads of a group, D head width, W width of the convolution.
@@ -32,7 +32,7 @@ from infini_train.config import ModelConfig
 
 
 class MemoryWithTail(NamedTuple):
-    """What a layer carries whose convolution sees across the borders of segments."""
+    """Memory of a layer whose convolution crosses the borders of segments."""
 
     M: Tensor  # [B, G, D, Dv]
     z: Tensor  # [B, G, D]
@@ -42,29 +42,29 @@ class MemoryWithTail(NamedTuple):
 
     @classmethod
     def joined(cls, memory: LayerMemory, tail: Tensor) -> MemoryWithTail:
-        """An Infini-attention layer's memory and its convolution's tail."""
+        """Return the memory of Infini-attention together with the convolution's tail."""
         M, z = memory
         return cls(M, z, tail)
 
     @property
     def memory(self) -> MemoryState:
-        """Without the tail."""
+        """Return the memory without the tail."""
         return MemoryState(self.M, self.z)
 
 
 def without_tail(carried: LayerMemory) -> LayerMemory:
-    """The memory of a layer, whether or not a convolution's tail travels beside it."""
+    """Return the memory of a layer without the convolution's tail, if it has one."""
     return carried.memory if isinstance(carried, MemoryWithTail) else carried
 
 
 def with_memory(carried: LayerMemory, memory: LayerMemory) -> LayerMemory:
-    """What a layer carries with another memory and its own tail, if it has one."""
+    """Return `carried` with another memory and the same tail."""
     return MemoryWithTail.joined(memory, carried.tail) if isinstance(carried, MemoryWithTail) else memory
 
 
 @dataclass(frozen=True)
 class ConvolutionTail:
-    """What the next tokens of a stream still see; zeros stand for tokens before its start."""
+    """Input of the convolution for the next tokens of a stream; zeros before its start."""
 
     queries: Tensor  # [B, H × D, W - 1]
     keys: Tensor  # [B, G × D, W]
@@ -72,7 +72,10 @@ class ConvolutionTail:
 
 
 class ShortConvolution(nn.Module):
-    """Owns the filters [G, D, W] of the key/value heads that this process holds; the query heads of a group share them."""
+    """The convolution of this process's heads.
+
+    It owns filters [G, D, W], one per channel of each key/value head. The query heads of a group share them.
+    """
 
     def __init__(self, model: ModelConfig, num_groups: int) -> None:
         super().__init__()
@@ -82,24 +85,24 @@ class ShortConvolution(nn.Module):
 
     @staticmethod
     def carried(model: ModelConfig) -> CarriedTensor:
-        """The tail of one row, over all heads."""
+        """Return the description of one row's tail, over all heads."""
         heads = model.num_attention_heads // model.num_query_groups + 1
         return CarriedTensor((model.num_query_groups, heads, model.short_convolution, model.head_dim))
 
     def forward(
         self, q: Tensor, k: Tensor, reset: Tensor, tail: Tensor | None = None, group: ProcessGroup | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A micro-batch, whose last segment may be short if its document ends there.
+        """Convolve a micro-batch. Its last segment may be short.
 
         Args:
             q: [B, T, H, D].
             k: [B, T, G, D].
             reset: [B, N] bool, True where a document begins in that segment.
             tail: `MemoryWithTail.tail` as the stream's previous micro-batch left it; None at the stream's start.
-            group: processes over which the segments are spread in contiguous runs, in rank order.
+            group: processes that share the segments in contiguous runs, in rank order.
 
         Returns:
-            q and k in their shapes, and the tail that leaves, None unless the convolution crosses borders.
+            q and k in their shapes, and the tail after the micro-batch; None unless the convolution crosses borders.
         """
         queries, keys = self._by_segment(q), self._by_segment(k)
         if not self.crosses_borders:
@@ -120,7 +123,7 @@ class ShortConvolution(nn.Module):
         return _tokens_first(self._filter(queries), q), _tokens_first(self._filter(keys), k), leaving
 
     def empty_tail(self, batch_size: int, num_heads: int, dtype: torch.dtype, device: torch.device) -> ConvolutionTail:
-        """The tail at a document's start."""
+        """Return the tail at a document's start."""
         groups, head_dim, width = self.weight.shape
         return ConvolutionTail(
             torch.zeros(batch_size, num_heads * head_dim, width - 1, dtype=dtype, device=device),
@@ -128,7 +131,10 @@ class ShortConvolution(nn.Module):
         )
 
     def step(self, q: Tensor, k: Tensor, tail: ConvolutionTail) -> tuple[Tensor, Tensor, ConvolutionTail]:
-        """The next tokens of a stream, none beyond the segment's end: q [B, t, H, D], k [B, t, G, D] -> the same and a tail."""
+        """Convolve the next tokens of a stream, up to the segment's end.
+
+        q [B, t, H, D], k [B, t, G, D] -> the same shapes and the tail.
+        """
         queries = torch.cat([tail.queries, _channels_first(q)], dim=-1)
         keys = torch.cat([tail.keys, _channels_first(k)], dim=-1)
         length = (tail.length + q.shape[1]) % self.segment_length
@@ -139,7 +145,7 @@ class ShortConvolution(nn.Module):
         return _tokens_first(self._filter(queries), q), _tokens_first(self._filter(keys[..., :-1]), k), after
 
     def _ends(self, q: Tensor, k: Tensor) -> Tensor:
-        """The last tokens of each segment, as they are carried: [B, N, G, R + 1, W, D]."""
+        """Return the last tokens of each segment in the layout of the tail: [B, N, G, R + 1, W, D]."""
         queries, keys = (self._whole_segments(x)[:, :, -self.width :] for x in (q, k))  # [B, N, W, heads, D]
         both = torch.cat([queries.unflatten(3, (k.shape[2], -1)), keys.unsqueeze(4)], dim=4)
         return both.permute(0, 1, 3, 4, 2, 5)

@@ -21,15 +21,15 @@ from infini_train.model.layer_context import LayerContext
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What a layer keeps of a stream between two chunks."""
+    """State of a layer between two chunks of a stream."""
 
-    attention: Any  # what `Attention.step` returned
+    attention: Any  # from `Attention.step`
     tail: ConvolutionTail | None  # None without a convolution
-    remaining: int  # the longest chunk that the next step takes
+    remaining: int  # longest chunk that the next step accepts
 
 
 class CoreAttention(MegatronModule):
-    """Megatron-core's `core_attention` made of one of our variants.
+    """Megatron-core's `core_attention`, computed by an attention variant.
 
     The model is built with `position_embedding_type="none"`, so queries and keys arrive unrotated, as the memory needs them.
     """
@@ -49,7 +49,7 @@ class CoreAttention(MegatronModule):
         self.memory_type = memory_type(run.model, layer_number)
 
     def new_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
-        """The cache at a document's start."""
+        """Return the cache at a document's start."""
         tail = None
         if self.short_convolution is not None:
             tail = self.short_convolution.empty_tail(batch_size, self.attention.num_heads, dtype, device)
@@ -57,7 +57,7 @@ class CoreAttention(MegatronModule):
 
     def _cache(self, attention: Any, tail: ConvolutionTail | None) -> LayerCache:
         remaining = attention.remaining
-        if tail is not None:  # `full` streams over more than a segment
+        if tail is not None:  # `full` sees more than a segment
             remaining = min(remaining, self.attention.model.segment_length - tail.length)
         return LayerCache(attention, tail, remaining)
 

@@ -1,4 +1,4 @@
-"""The SwiGLU feed-forward layer (arXiv 2002.05202) in Megatron-core's parallel matrices."""
+"""SwiGLU feed-forward layer (arXiv 2002.05202) on Megatron-core's parallel linear layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up for the halves of x [..., 2 f] -> [..., f].
 
-    Keeps x alone: silu(gate) is as wide as what leaves and cheap to compute again.
+    Only x is saved for the backward: silu(gate) is as wide as the output and cheap to recompute.
     """
 
     @staticmethod
@@ -30,7 +30,7 @@ class SwiGLU(torch.autograd.Function):
         gate, up = x.chunk(2, dim=-1)
         input_gradient = torch.empty_like(x)
         gate_gradient, up_gradient = input_gradient.chunk(2, dim=-1)
-        # Each step writes where the result belongs: a temporary here would be as wide as the layer's widest tensors.
+        # Write each step into the result: a temporary would be as wide as the layer's widest tensors.
         torch.mul(gradient, up, out=gate_gradient)
         torch.ops.aten.silu_backward.grad_input(gate_gradient, gate, grad_input=gate_gradient)
         torch.ops.aten.silu.out(gate, out=up_gradient)

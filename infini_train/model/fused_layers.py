@@ -1,9 +1,9 @@
-"""Fused kernels in place of the plain norm, SwiGLU and cross entropy: what `training.fused_layers: fused` asks for, on CUDA.
+"""Fused norm, SwiGLU and cross entropy for `training.fused_layers: fused` on CUDA.
 
-The norm is PyTorch's, or before 2.9, which has none, Liger's (https://github.com/linkedin/Liger-Kernel): the host takes a third
-of a millisecond to call that one. SwiGLU is our own, and so is the loss, which torch.compile makes a kernel of. Liger's SwiGLU
-reads the two halves of fc1 from copies, and its cross entropy waits for the device: both were seen in the profile of a training
-step on an H100. On a CPU all layers are plain.
+The norm is PyTorch's. Before PyTorch 2.9, which has none, it is Liger's (https://github.com/linkedin/Liger-Kernel), whose call
+takes the host a third of a millisecond. SwiGLU is our own kernel. The loss is our own code, compiled by torch.compile. Liger's
+SwiGLU copies the two halves of fc1, and its cross entropy synchronises with the device, as a profile on an H100 showed. On a
+CPU all layers are plain.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NORM_IN_TORCH = hasattr(torch, "_fused_rms_norm")
 
 
 def takes_fused(run: RunConfig) -> bool:
-    """Whether the model is built with fused layers here.
+    """Return whether the model uses fused layers on this device.
 
     Raises:
         UserError: if they are asked for on CUDA, and Liger is needed and not installed.
@@ -42,7 +42,7 @@ def takes_fused(run: RunConfig) -> bool:
 
 
 class FusedRMSNorm(RMSNorm):
-    """All of it in float32, as in the plain norm."""
+    """Fused RMSNorm, computed in float32 as the plain norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h]"""
@@ -54,7 +54,7 @@ class FusedRMSNorm(RMSNorm):
 
 
 class FusedFeedForward(FeedForward):
-    """Each direction of SwiGLU in one pass."""
+    """Feed-forward layer with SwiGLU in one pass for each direction."""
 
     @staticmethod
     def join(halves: Tensor) -> Tensor:
@@ -63,26 +63,28 @@ class FusedFeedForward(FeedForward):
         return swiglu(halves)
 
 
-# When they are first called, because a CPU should not wait for the compiler's import.
+# Imported at the first call, so that a CPU does not wait for the compiler's import.
 _compiled = cache(torch.compile)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [N, V], targets [N] -> losses and logarithms of the normalisers, each [N] float32."""
+    """Return losses and log-normalisers, each [N] float32, of logits [N, V] and targets [N]."""
     log_sum = logits.float().logsumexp(dim=1)
     return log_sum - logits.gather(1, targets[:, None]).squeeze(1).float(), log_sum
 
 
 def _gradient(logits: Tensor, targets: Tensor, log_sum: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of `_losses` to the logits, in their type."""
+    """Return the gradient of `_losses` with respect to the logits, in their type."""
     probability = (logits.float() - log_sum[:, None]).exp()
     hit = targets[:, None] == torch.arange(logits.shape[1], device=logits.device)
     return ((probability - hit.float()) * gradient[:, None]).to(logits.dtype)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Logits are read as they are and exist in float32 in registers alone. The gradient of a gather, which PyTorch would
-    compute, is a scatter: slow where the same bits are asked for twice."""
+    """Cross entropy that holds float32 logits in registers only.
+
+    PyTorch would compute the gradient of a gather as a scatter, which is slow when it must be deterministic.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
@@ -98,9 +100,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def fused_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of each token in float32, of a vocabulary that is not split over processes.
+    """Compute the cross entropy of each token in float32. The vocabulary must not be split over processes.
 
     logits [T, B, V], targets [B, T] -> [B, T] float32
     """
-    # The targets are turned, and not the logits, which are thousands of times as many.
+    # Transpose the targets instead of the logits, which are thousands of times as large.
     return _CrossEntropy.apply(logits.flatten(0, 1), targets.t().flatten()).view(logits.shape[:2]).t()

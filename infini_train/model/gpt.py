@@ -1,4 +1,4 @@
-"""Builds Megatron-core's GPTModel with RMSNorm, SwiGLU, grouped queries and our core attention."""
+"""Build Megatron-core's GPTModel with RMSNorm, SwiGLU, grouped queries and our core attention."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def layer_spec(run: RunConfig, recomputed: bool) -> ModuleSpec:
-    """One transformer layer: norm, attention, norm, SwiGLU.
+    """Return the spec of a transformer layer: norm, attention, norm, SwiGLU.
 
     Args:
-        recomputed: whether its inside is computed again in the backward.
+        recomputed: whether the backward recomputes the layer's activations.
     """
     module, parameters = TransformerLayer, {}
     norm, feed_forward = (FusedRMSNorm, FusedFeedForward) if takes_fused(run) else (RMSNorm, FeedForward)
@@ -66,7 +66,10 @@ def layer_spec(run: RunConfig, recomputed: bool) -> ModuleSpec:
 
 
 def transformer_config(run: RunConfig) -> TransformerConfig:
-    """Megatron-core's view of the run. Its fusions stay off: on a CPU they need a compiler, and `fused` has others for CUDA."""
+    """Return Megatron-core's configuration of the run.
+
+    Its fusions stay off: on a CPU they need a compiler, and on CUDA `training.fused_layers` has its own.
+    """
     model, layout = run.model, run.layout
     dtype = DTYPES[run.training.precision]
     return TransformerConfig(
@@ -95,15 +98,15 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        # Weights are drawn by `initialize_parameters`, from their global names, so that no layout changes them.
+        # `initialize_parameters` draws the weights from their global names, so that they are the same in every layout.
         perform_initialization=False,
-        # Memory is our own path through recompute; Megatron's would drop its gradient.
+        # Our own recompute handles the memory; Megatron's would drop its gradient.
         recompute_granularity=None,
     )
 
 
 def build_stage(run: RunConfig, stage: int) -> StageModel:
-    """The layers of one device of the pipeline, on this process's device, with uninitialised weights.
+    """Build the layers of one pipeline device on this process's device, with uninitialised weights.
 
     Megatron-core's process groups must exist. The first chunk of the first device embeds tokens; the last chunk of the last
     returns the loss per token [B, T] (float32) for given labels, or logits [B, T, V / tp].
@@ -139,5 +142,5 @@ def build_stage(run: RunConfig, stage: int) -> StageModel:
                 token_losses=fused_cross_entropy if fused and layout.tensor_parallel_size == 1 else None,
             )
         )
-    device = torch.cuda.current_device()  # the CPU where there is no CUDA: see infini_train.runtime.platform
+    device = torch.cuda.current_device()  # the CPU if there is no CUDA: see infini_train.runtime.platform
     return StageModel(chunks).to(device=device, dtype=DTYPES[run.training.precision])

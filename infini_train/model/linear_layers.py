@@ -1,7 +1,7 @@
-"""Megatron-core's parallel matrices, and PyTorch's own product where nothing is split.
+"""Megatron-core's parallel linear layers, with PyTorch's own product if nothing is split.
 
-Megatron-core's product is Python in both directions, with an autograd function around it for an exchange even where there is
-none. The host takes several times as long for it as for PyTorch's, and in small models it is the host that a GPU waits for.
+Megatron-core's product runs Python in both directions, with autograd functions for exchanges even if there is no exchange. The
+host takes several times as long for it as for PyTorch's product, and with small models a GPU waits for its host.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """Output features are split over the tensor-parallel group."""
+    """Linear layer whose output features are split over the tensor-parallel group."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[T, B, h] -> [T, B, features of this process], and no bias."""
@@ -22,7 +22,7 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """Input features are split over the tensor-parallel group."""
+    """Linear layer whose input features are split over the tensor-parallel group."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[T, B, features of this process] -> [T, B, h], and no bias."""

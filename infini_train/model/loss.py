@@ -1,4 +1,4 @@
-"""Vocabulary-parallel cross entropy over chunks of the sequence: the logits of a whole micro-batch never exist at once."""
+"""Vocabulary-parallel cross entropy over chunks of the sequence, without the logits of a whole micro-batch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TokenLosses: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class ChunkedLossGPTModel(GPTModel):
-    """Megatron-core's GPT with the output matrix and the loss taken together.
+    """Megatron-core's GPT that computes output matrix and loss together, in chunks.
 
     Args:
-        loss_chunk_tokens: positions of a row whose logits exist at one time, here and again in the backward.
-        token_losses: from logits [T, B, V] and targets [B, T] to losses [B, T], where the vocabulary is not split; None for
-            Megatron-core's.
+        loss_chunk_tokens: positions of a row whose logits exist at one time, in the forward and in the backward.
+        token_losses: function from logits [T, B, V] and targets [B, T] to losses [B, T] for a vocabulary that is not split;
+            None uses Megatron-core's.
     """
 
     def __init__(self, *args: Any, loss_chunk_tokens: int, token_losses: TokenLosses | None = None, **kwargs: Any) -> None:
@@ -43,8 +43,10 @@ class ChunkedLossGPTModel(GPTModel):
         packed_seq_params: Any = None,
         **_: Any,
     ) -> Tensor:
-        """hidden_states [T, B, h] -> themselves before the last stage; loss per token [B, T] for labels [B, T]; or logits
-        [B, T, V / tp], of the micro-batch's `output_positions` alone where it names some."""
+        """Return hidden states before the last stage, the loss per token [B, T] if there are labels, else logits.
+
+        Logits are [B, T, V / tp], or of `LayerContext.output_positions` only, if set.
+        """
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:

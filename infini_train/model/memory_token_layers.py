@@ -1,4 +1,4 @@
-"""Rivals whose memory is tokens, segment after segment: the Recurrent Memory Transformer and TransformerFAM.
+"""Layers whose memory is tokens: the Recurrent Memory Transformer and TransformerFAM.
 
 Shapes: T tokens, B rows, N segments, S segment length, P memory tokens, h hidden size.
 """
@@ -25,13 +25,13 @@ def by_segment(
     layer_number: int,
     run_segment: Callable[[Tensor, Tensor, LayerContext], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Run a micro-batch segment by segment, with what one segment leaves entering the next.
+    """Run a micro-batch segment by segment. The memory after one segment enters the next.
 
     Args:
         hidden: [T, B, h].
-        initial: [P, h], the memory with which a document begins.
-        context: its memory of this layer enters the first segment, and gets what leaves the last.
-        run_segment: from hidden states [S, B, h], memory [P, B, h] and the segment as a micro-batch, the same two.
+        initial: [P, h], memory at a document's start.
+        context: holds the memory that enters the first segment; gets the memory after the last.
+        run_segment: maps hidden states [S, B, h], memory [P, B, h] and the segment's context to hidden states and memory.
 
     Returns:
         [T, B, h]
@@ -41,13 +41,13 @@ def by_segment(
     rows, segments = reset.shape
     memory = begin = initial.unsqueeze(1).expand(-1, rows, -1)  # [P, B, h]
     if (entering := context.memory_in.get(layer_number)) is not None:
-        # A row of zeros was emptied, inside a document too: see `training.health`.
+        # A row of zeros was emptied, possibly inside a document: see `resilience.health`.
         written = entering[0].ne(0).flatten(1).any(dim=1)
         memory = torch.where(written[:, None], entering[0].transpose(0, 1).to(hidden.dtype), begin)
     outputs = []
     for segment, tokens in enumerate(hidden.chunk(segments)):
         memory = torch.where(reset[:, segment].to(hidden.device)[None, :, None], begin, memory)
-        # The memory of other layers goes through untouched.
+        # Pass the memory of other layers on unchanged.
         inside = LayerContext(reset=reset[:, segment : segment + 1], lengths=lengths[:, segment : segment + 1])
         out, memory = run_segment(tokens, memory, inside)
         outputs.append(out)
@@ -56,7 +56,7 @@ def by_segment(
 
 
 class FeedbackLayer(TransformerLayer):
-    """A layer of TransformerFAM: its feedback tokens pass through it behind each segment, and enter it again with the next."""
+    """A layer of TransformerFAM. Its feedback tokens follow each segment through the layer and enter again with the next."""
 
     def __init__(self, *args: Any, model: ModelConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -74,7 +74,7 @@ class FeedbackLayer(TransformerLayer):
 
 
 class RecurrentMemoryModel(ChunkedLossGPTModel):
-    """The Recurrent Memory Transformer: what the last layer says of the write tokens are the next segment's memory tokens."""
+    """The Recurrent Memory Transformer. The last layer's output of the write tokens is the memory of the next segment."""
 
     def __init__(self, *args: Any, model: ModelConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -90,7 +90,7 @@ class RecurrentMemoryModel(ChunkedLossGPTModel):
         packed_seq_params: LayerContext,
         runtime_gather_output: bool | None = None,
     ) -> Tensor:
-        """As GPTModel's."""
+        """See GPTModel."""
 
         def run(tokens: Tensor, memory: Tensor, segment: LayerContext) -> tuple[Tensor, Tensor]:
             extended = torch.cat([memory, tokens, memory])

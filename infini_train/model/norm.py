@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 
 
 class RMSNormOnHost(torch.autograd.Function):
-    """x / rms(x) * weight, keeping x and one number a token for the backward.
+    """x / rms(x) * weight. Saves x and one number per token for the backward.
 
-    Without a fused operation, as on the CPU, torch composes the norm of five and keeps the normalised x as well.
+    Without a fused operation, as on the CPU, torch computes the norm by five operations and saves the normalised x as well.
     x [..., h], weight [h] -> [..., h] in x's type, computed in float32 at least.
     """
 
@@ -48,6 +48,6 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h]"""
-        if x.is_cuda:  # torch has a fused norm there
+        if x.is_cuda:  # torch has a fused norm on CUDA
             return super().forward(x)
         return RMSNormOnHost.apply(x, self.weight, self.eps)

@@ -1,4 +1,4 @@
-"""Every parameter under its global name: where this process's slice lies, and its initial value.
+"""Global name, slice and initial value of every parameter.
 
 A weight is drawn from a generator seeded by (seed, global name) and then sliced, so the same run starts from the same weights
 in every layout. Checkpoints use the same names and slices.
@@ -39,7 +39,7 @@ _WRITES_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 
 @dataclass(frozen=True)
 class ParameterPlacement:
-    """Where one parameter of this process lies in the global model."""
+    """Place of one parameter of this process in the global model."""
 
     name: str
     """Global name: layers counted from 0 over all stages."""
@@ -47,13 +47,13 @@ class ParameterPlacement:
     dim: int | None
     """Dimension split over the tensor group; None if replicated."""
     blocks: int
-    """Blocks along `dim`, each split by itself."""
+    """Number of blocks along `dim`; each block is split separately."""
     rank: int
     size: int
-    """This process's place in the tensor group, and the group's size."""
+    """Rank of this process in the tensor group, and the group's size (`rank` and `size`)."""
 
     def slice(self, full: Tensor) -> Tensor:
-        """This process's part of the global tensor."""
+        """Return this process's slice of a global tensor."""
         if self.dim is None:
             return full
         parts = [block.chunk(self.size, dim=self.dim)[self.rank] for block in full.chunk(self.blocks, dim=self.dim)]
@@ -66,7 +66,7 @@ def _global_name(name: str, layer_offsets: Sequence[int]) -> str:
 
 
 def parameter_placements(module: StageModel, layer_offsets: Sequence[int]) -> dict[str, ParameterPlacement]:
-    """Placement of every parameter, by its name in `module`.
+    """Return the placement of every parameter by its name in `module`.
 
     Args:
         layer_offsets: for each chunk of the module, the number of layers before it in the whole model.
@@ -90,7 +90,7 @@ def parameter_placements(module: StageModel, layer_offsets: Sequence[int]) -> di
 
 
 def initial_value(placement: ParameterPlacement, model: ModelConfig, seed: int) -> Tensor:
-    """The whole tensor's value at the start, float32 on the CPU."""
+    """Return the initial value of the whole tensor, float32 on the CPU."""
     name = placement.name
     if name.endswith("layernorm.weight"):
         return torch.ones(placement.global_shape)
@@ -100,7 +100,7 @@ def initial_value(placement: ParameterPlacement, model: ModelConfig, seed: int) 
         return torch.zeros(placement.global_shape)
     std = model.init_std
     if name.endswith("short_convolution.weight"):
-        std = placement.global_shape[-1] ** -0.5  # queries and keys keep their size
+        std = placement.global_shape[-1] ** -0.5  # keeps the scale of queries and keys
     if name.endswith(_WRITES_RESIDUAL):
         std /= math.sqrt(2 * model.num_layers)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -116,7 +116,7 @@ def initialize_parameters(module: nn.Module, placements: dict[str, ParameterPlac
     gradient norm.
     """
     parameters = list(module.named_parameters())
-    # Drawing billions of numbers takes one thread minutes. Only a few tensors at a time, because each is whole here.
+    # One thread takes minutes to draw billions of numbers. Draw few tensors at a time, because each is whole here.
     threads = min(torch.get_num_threads(), 8)
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(parameters), threads):

@@ -13,10 +13,10 @@ from infini_train.model.layer_context import LayerContext
 
 
 class RecomputedLayer(TransformerLayer):
-    """Computes its inside again in the backward.
+    """A layer that recomputes its activations in the backward.
 
-    Memory is an explicit argument and result of what is checkpointed; were it taken from the micro-batch inside, its gradient
-    would be lost without a word.
+    Memory is an explicit argument and result of the checkpointed function. If the function read it from the context, its
+    gradient would be lost silently.
     """
 
     def forward(self, hidden_states: Tensor, *, packed_seq_params: LayerContext, **kwargs: Any) -> tuple[Tensor, None]:

@@ -1,4 +1,4 @@
-"""Megatron-core's self-attention with the split into queries, keys and values as one step in both directions.
+"""Megatron-core's self-attention that splits queries, keys and values in one operation, forward and backward.
 
 Shapes: T tokens, B rows, H query heads and G key/value heads of this process, R = H / G, D head width.
 """
@@ -36,7 +36,7 @@ class SplitHeads(torch.autograd.Function):
 
 
 class SplitSelfAttention(SelfAttention):
-    """No norms of queries and keys, no gate of the output, and each group's heads on one process, which is validated."""
+    """Self-attention without norms of queries and keys and without an output gate. Each group's heads are on one process."""
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """hidden_states [T, B, h] -> q [T, B, H, D], k and v [T, B, G, D]"""

@@ -1,4 +1,4 @@
-"""What one device of the pipeline holds: a chunk of consecutive layers, or several of them that lie apart (virtual stages)."""
+"""Layers of one pipeline device: one chunk of consecutive layers, or several chunks (virtual stages)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class StageModel(nn.Module):
         self.chunks = nn.ModuleList(chunks)
 
     def chunk(self, number: int) -> GPTModel:
-        """One of the chunks, counted from 0."""
+        """Return a chunk, counted from 0."""
         model = self.chunks[number]
         assert isinstance(model, GPTModel)
         return model
 
     def forward(self, *args: Any, chunk: int = 0, hidden: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """One chunk's output.
+        """Compute the output of one chunk.
 
         Args:
             hidden: [T, B, h] from the chunk before; None for the first, which embeds tokens.
@@ -40,6 +40,6 @@ class StageModel(nn.Module):
         return model(*args, **kwargs)
 
     def layers(self, chunk: int | None = None) -> Iterator[TransformerLayer]:
-        """The layers of one chunk, or of all."""
+        """Return the layers of one chunk, or of all."""
         for number in range(len(self.chunks)) if chunk is None else [chunk]:
             yield from self.chunk(number).decoder.layers

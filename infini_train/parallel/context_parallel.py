@@ -1,4 +1,4 @@
-"""Which segments of a micro-batch this process of a context group computes."""
+"""Share of a micro-batch that a process of a context group computes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from infini_train.parallel.layout import Layout
 
 
 def context_share(batch: Batch, layout: Layout) -> Batch:
-    """A contiguous run of the micro-batch's segments, in rank order; the whole of it without context parallelism."""
+    """Return this process's contiguous run of the micro-batch's segments; all of them without context parallelism."""
     if layout.cp_size == 1:
         return batch
     segments = batch.lengths.shape[1] // layout.cp_size

@@ -1,4 +1,4 @@
-"""The process groups of a run, and who this process is among them."""
+"""Process groups of a run, and the ranks of this process in them."""
 
 from __future__ import annotations
 
@@ -45,27 +45,27 @@ class Layout:
 
     @property
     def is_main(self) -> bool:
-        """The process that writes metrics and speaks to the user."""
+        """Whether this process writes metrics and prints to the user."""
         return self.rank == 0
 
     def rows(self, total_rows: int) -> range:
-        """Global rows whose streams this process reads."""
+        """Return the global rows whose streams this process reads."""
         share = total_rows // self.dp_size
         return range(self.dp_rank * share, (self.dp_rank + 1) * share)
 
     def layers(self, num_layers: int) -> list[range]:
-        """Layers of the model, counted from 0, in each of this stage's chunks."""
+        """Return the layers of the model, counted from 0, in each chunk of this stage."""
         share = num_layers // (self.pp_size * self.virtual_stages)
         starts = [(chunk * self.pp_size + self.pp_rank) * share for chunk in range(self.virtual_stages)]
         return [range(start, start + share) for start in starts]
 
     def layer_offsets(self, num_layers: int) -> list[int]:
-        """For each of this stage's chunks, the number of layers before it."""
+        """Return the number of layers before each chunk of this stage."""
         return [layers.start for layers in self.layers(num_layers)]
 
 
 def initialize_process_group(timeout_seconds: float = 1800.0) -> None:
-    """Join the processes that the launcher started, or be the only one.
+    """Join the process group of the launcher, or form a group of one process.
 
     Args:
         timeout_seconds: how long a collective may take; only the first call counts.
@@ -73,7 +73,7 @@ def initialize_process_group(timeout_seconds: float = 1800.0) -> None:
     global _timeout
     if dist.is_initialized():
         return
-    # DeepSpeed insists on it.
+    # DeepSpeed requires it.
     os.environ.setdefault("LOCAL_RANK", "0")
     if "RANK" not in os.environ:
         dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1)
@@ -84,20 +84,20 @@ def initialize_process_group(timeout_seconds: float = 1800.0) -> None:
 
 
 _timeout = timedelta(minutes=30)
-"""Of the process group, and of the groups that are made of it."""
+"""Time limit of the process group and its subgroups."""
 
 
 def group_timeout() -> timedelta:
-    """How long a collective of any group may take before NCCL or gloo ends the process."""
+    """Return the time after which NCCL or gloo ends a process in a collective of any group."""
     return _timeout
 
 
 def initialize_layout(run: RunConfig) -> Layout:
-    """Make Megatron-core's groups for the run's layout the current ones."""
+    """Select Megatron-core's groups for the run's layout, and create them if needed."""
     initialize_process_group()
     _make_or_recall_groups(run.layout.tensor_parallel_size, run.layout.context_parallel_size, run.layout.pipeline_parallel_size)
     if platform.has_cuda():
-        # Megatron-core forks this generator around sequence-parallel regions, although nothing here draws from it.
+        # Megatron-core forks this generator around sequence-parallel regions, although no code here draws from it.
         model_parallel_cuda_manual_seed(run.training.seed)
     return Layout(
         world_size=dist.get_world_size(),
@@ -119,11 +119,11 @@ _known_groups: dict[tuple[int, int, int], dict[str, Any]] = {}
 
 
 def _make_or_recall_groups(tp: int, cp: int, pp: int) -> None:
-    """Make a layout's groups once in the life of a process.
+    """Create the groups of a layout once per process, and reuse them afterwards.
 
-    Each group holds threads (gloo) or communicators (NCCL). Megatron-core forgets them without closing them, and DeepSpeed's
-    engines, which are never freed, refer to them; gloo's threads spin where one side is closed and the other is not. So groups
-    are kept, and a layout that comes again (the self-test's and the run's) gets the same ones.
+    Each group holds threads (gloo) or communicators (NCCL). Megatron-core drops them without closing them, and DeepSpeed's
+    engines, which are never freed, refer to them. gloo's threads spin if only one side is closed. So groups are kept, and a
+    layout that is used again (by the self-test and the run) gets the same groups.
     """
     if (tp, cp, pp) in _known_groups:
         vars(parallel_state).update(_known_groups[tp, cp, pp])
@@ -142,7 +142,7 @@ def _make_or_recall_groups(tp: int, cp: int, pp: int) -> None:
 
 
 def destroy_process_groups() -> None:
-    """Leave every group; safe to call twice."""
+    """Destroy every group. May be called twice."""
     _known_groups.clear()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -150,14 +150,14 @@ def destroy_process_groups() -> None:
 
 
 def all_reduce_sum(values: list[float]) -> list[float]:
-    """Sum of each value over all processes (float64)."""
+    """Return the sum of each value over all processes (float64)."""
     total = torch.tensor(values, dtype=torch.float64, device=platform.device())
     dist.all_reduce(total)
     return total.tolist()
 
 
 def raise_everywhere(error: UserError | None) -> None:
-    """After some process met an error and all have agreed on that: raise it on all; a collective over all processes.
+    """Raise an error of any process on all processes. A collective over all processes.
 
     Raises:
         AgreedError: the error of the first process that has one.
@@ -170,11 +170,11 @@ def raise_everywhere(error: UserError | None) -> None:
 
 
 class ModelParallelUnit:
-    """What DeepSpeed asks of an `mpu`, answered from Megatron-core's groups.
+    """The `mpu` that DeepSpeed expects, built on Megatron-core's groups.
 
-    DeepSpeed's "model parallel" group is tensor × pipeline, with a rank of its own in it; its tensor-parallel rank decides who
-    counts replicated parameters in the gradient norm. It must not have `initialize_sequence_parallel`: DeepSpeed would then
-    ignore the model-parallel group.
+    DeepSpeed's "model parallel" group is tensor × pipeline, with a rank of its own in it. Its tensor-parallel rank decides
+    which process counts replicated parameters in the gradient norm. It must not have `initialize_sequence_parallel`, because
+    DeepSpeed would then ignore the model-parallel group.
     """
 
     def get_model_parallel_group(self) -> Any:
@@ -195,7 +195,7 @@ class ModelParallelUnit:
     def get_tensor_model_parallel_rank(self) -> int:
         return parallel_state.get_tensor_model_parallel_rank()
 
-    # Ranks of a context group hold the same weights and different tokens: for DeepSpeed that is data parallelism.
+    # Ranks of a context group hold the same weights and different tokens. DeepSpeed treats this as data parallelism.
 
     def get_data_parallel_group(self) -> Any:
         return parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -1,4 +1,4 @@
-"""Runs the segment schedule on one stage: memory from micro-batch to micro-batch, hidden states from stage to stage.
+"""Run the segment schedule on one stage: pass memory between micro-batches, and hidden states between stages.
 
 Shapes: B rows of this process, T tokens of a row's micro-batch, h hidden size.
 """
@@ -34,16 +34,16 @@ class _Live:
     hidden_in: Tensor | None
     memory_in: Memory
     output: Tensor | None = None
-    """Hidden states [T, B, h], or the scaled loss (a scalar) of the last chunk; None if the backward computes it again."""
+    """Hidden states [T, B, h], or the scaled loss (a scalar) of the last chunk; None if the backward recomputes it."""
     memory_out: Memory | None = None
 
 
 class SegmentPipeline:
-    """One stage of the pipeline; with one stage, the whole model under the same code.
+    """One stage of the pipeline. With one stage it is the whole model, with the same code.
 
     Args:
         engine: the stage's layers.
-        layout: who this process is.
+        layout: ranks of this process.
         rows: rows of this process.
     """
 
@@ -52,7 +52,7 @@ class SegmentPipeline:
         self.run = run
         self.layout = layout
         self.activity = Activity("starting")
-        """What this process is doing; a watchdog puts its own here."""
+        """Operation in progress. The training loop replaces it by the watchdog's."""
         self.device = platform.device()
         tokens = run.micro_batch_tokens // layout.cp_size
         if run.layout.sequence_parallel:
@@ -61,14 +61,14 @@ class SegmentPipeline:
         self.context_group = parallel_state.get_context_parallel_group() if layout.cp_size > 1 else None
         self.transport = StageTransport(shape, DTYPES[run.training.precision], self.device, layout.virtual_stages)
         self.last_chunk = layout.virtual_stages - 1 if layout.is_last_stage else None
-        """The chunk whose output is the loss, if this stage has it."""
+        """Chunk whose output is the loss; None if it is on another stage."""
         self._memory_gradient_norms: dict[int, list[Tensor]] = {}
         self.chunk_layers = [
             {layer.layer_number for layer in engine.module.layers(chunk)} for chunk in range(layout.virtual_stages)
         ]
 
     def forward_backward(self, batches: Sequence[Batch], memory: Memory, loss_scale: float) -> tuple[Tensor, Memory]:
-        """Forward and backward of all micro-batches of a step; gradients stay in the engine.
+        """Run forward and backward of all micro-batches of a step. Gradients accumulate in the engine.
 
         Args:
             batches: the step's micro-batches in stream order, a whole number of windows.
@@ -76,8 +76,8 @@ class SegmentPipeline:
             loss_scale: factor on the summed token losses before back-propagation.
 
         Returns:
-            Loss summed over the tokens of this process's rows by their weights, in nats (0 before the last stage), on the
-            device, because reading it waits for all that is queued there; and the memory that leaves.
+            Loss summed over the tokens of this process's rows by their weights, in nats (0 before the last stage), and the
+            memory after the last micro-batch. The loss stays on the device, because reading it would synchronise.
         """
         window = self.run.training.micro_batches_per_window
         recompute = self.run.training.recompute == "stage"
@@ -133,15 +133,15 @@ class SegmentPipeline:
         *,
         empty_memory: bool = False,
     ) -> Memory:
-        """Forward only.
+        """Run the forward of micro-batches.
 
         Args:
             memory: memory that enters the first micro-batch.
-            on_losses: called where the loss is, with each micro-batch and its token losses [B, T] (nats).
-            empty_memory: reset the memory at every segment, to see what it is worth.
+            on_losses: called on the last stage with each micro-batch and its token losses [B, T] (nats).
+            empty_memory: reset the memory at every segment, to measure its value.
 
         Returns:
-            The memory that leaves.
+            The memory after the last micro-batch.
         """
         memory = dict(memory)
         for operation in self._schedule(len(batches), window=1):
@@ -163,16 +163,16 @@ class SegmentPipeline:
 
     @torch.no_grad()
     def predict(self, batches: Sequence[Batch], memory: Memory, first: int | None) -> tuple[Memory, Tensor]:
-        """Forward only, in one pipeline stage: the most likely token after each position.
+        """Predict the most likely token after each position, in one pipeline stage.
 
         Args:
             batches: micro-batches whose rows are of equal length, so that only the last may end in padding.
             memory: memory that enters the first.
-            first: position, counted from the first micro-batch's start, from which on predictions are wanted; None wants
-                none, and runs no output layer.
+            first: first position to predict from, counted from the first micro-batch's start; None predicts nothing and
+                skips the output layer.
 
         Returns:
-            The memory that leaves, and token ids [B, positions from `first` to the last valid one].
+            The memory after the last micro-batch, and token ids [B, positions from `first` to the last valid one].
         """
         assert self.layout.pp_size == 1, "the whole model is in this stage"
         found = [torch.empty(len(batches[0].tokens), 0, dtype=torch.int64, device=self.device)]
@@ -203,9 +203,9 @@ class SegmentPipeline:
     def _forward(
         self, batch: Batch, chunk: int, hidden: Tensor | None, memory: Memory, *, empty_memory: bool = False
     ) -> tuple[Tensor, Memory, Tensor]:
-        """Output of a chunk (token losses [B, T] of the last), memory that leaves, and the weighted sum of token losses."""
+        """Return a chunk's output (token losses [B, T] of the last), the memory after it, and the weighted sum of losses."""
         is_last = chunk == self.last_chunk
-        # Lengths and resets stay on the host: the attention decides there what it can leave out.
+        # Lengths and resets stay on the host, where the attention decides which operations it can skip.
         context = LayerContext(
             reset=batch.reset,
             memory_reset=torch.ones_like(batch.reset) if empty_memory else None,
@@ -229,14 +229,14 @@ class SegmentPipeline:
         return output, context.memory_out, loss
 
     def memory_gradient_squares(self) -> dict[int, Tensor]:
-        """By layer: squares of the gradients that reached memory at the borders of the last step's micro-batches, summed.
+        """Return the summed squares of the memory's gradients at the micro-batch borders of the last step, by layer.
 
-        Gradients are those of the loss times its scale. It is what trains the writing of memory from one to the next.
+        Gradients are those of the loss times its scale. They train the writing of memory across micro-batches.
         """
         return {layer: torch.stack(norms).square().sum() for layer, norms in self._memory_gradient_norms.items()}
 
     def _keep_norms(self, gradients: dict[int, LayerMemory]) -> None:
-        """As little as can be: in the backward of small models a GPU waits for the host."""
+        """Record the norms of the memory's gradients with few operations, because a GPU may wait for the host here."""
         for layer, gradient in gradients.items():
             norms = self._memory_gradient_norms.setdefault(layer, [])
             parts = [part for part in without_tail(gradient) if part.is_floating_point()]
@@ -245,13 +245,13 @@ class SegmentPipeline:
     def _backward(
         self, live: _Live, gradient: Tensor | None, memory_gradients: dict[int, LayerMemory]
     ) -> dict[int, LayerMemory]:
-        """Back-propagate one micro-batch; returns the gradients of the memory that entered it, by layer."""
+        """Back-propagate one micro-batch and return the gradients of the memory that entered it, by layer."""
         assert live.output is not None and live.memory_out is not None
         outputs = [live.output]
         gradients = [torch.ones_like(live.output) if gradient is None else gradient]
         for layer, leaving in memory_gradients.items():
             pairs = zip(live.memory_out[layer], leaving, strict=True)
-            # Counters, and what a variant cuts from its graph, take no gradient.
+            # Counters and detached tensors take no gradient.
             taking = [(part, its_gradient) for part, its_gradient in pairs if part.requires_grad]
             outputs += [part for part, _ in taking]
             gradients += [its_gradient for _, its_gradient in taking]
@@ -265,7 +265,7 @@ class SegmentPipeline:
 
 
 def _entering(memory: Memory, *, window_start: bool) -> Memory:
-    """Memory as leaves of a micro-batch's graph; gradients stop at a window's start."""
+    """Return the memory as leaves of a micro-batch's graph. Gradients stop at a window's start."""
 
     def leaf(part: Tensor) -> Tensor:
         return part.detach().requires_grad_(not window_start and part.is_floating_point())
@@ -274,5 +274,5 @@ def _entering(memory: Memory, *, window_start: bool) -> Memory:
 
 
 def detach_memory(memory: Memory) -> Memory:
-    """The same memory without its graph."""
+    """Return the memory detached from its graph."""
     return {layer: detached(state) for layer, state in memory.items()}

@@ -1,4 +1,4 @@
-"""The order in which a device of the pipeline runs the micro-batches of a step: a pure function, checked without any process.
+"""Order in which a pipeline device runs the micro-batches of a step. A pure function, tested without processes.
 
 Forwards ascend. Backwards go first-in-first-out across windows and last-in-first-out inside one, because the gradient of a
 window's memory flows from its last micro-batch to its first, while windows are independent of each other. Four micro-batches
@@ -10,12 +10,12 @@ in windows of two, on two devices (F forward, B backward):
 With v chunks of layers a device (`virtual_stages`), the model is cut into P v virtual stages: number c P + p is chunk c on
 device p, and hidden states go round the devices v times. Micro-batches are then taken in groups, as in Megatron-LM (arXiv
 2104.04473, section 2.2): a group's forwards pass chunk by chunk, its backwards chunk by chunk from the last. Two choices fit
-the groups to windows and let no device wait:
+the groups to windows and avoid stalls:
 
 - A group holds at least P micro-batches. When a device comes to a group's next chunk, the group's first micro-batch has gone
   round the other devices.
 - Groups form blocks of whole windows. A window's first backward needs the last chunk's forward of its last micro-batch. No
-  forward of a later block comes before that one, so the warm-up, and with it what is live, is bounded by a block.
+  forward of a later block comes before that one, so a block bounds the warm-up and the number of live micro-batches.
 """
 
 from __future__ import annotations
@@ -27,28 +27,31 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Operation:
-    """One step of a device's work, on virtual stage chunk * P + p. A forward receives its input from the virtual stage before
-    and sends its output to the one after; a backward receives the output's gradient from the virtual stage after and sends the
-    input's gradient to the one before. After chunk c on the last device comes chunk c + 1 on device 0."""
+    """One operation of a device, on virtual stage chunk * P + p.
+
+    A forward receives its input from the virtual stage before and sends its output to the one after. A backward receives the
+    output's gradient from the virtual stage after and sends the input's gradient to the one before. Chunk c + 1 on device 0
+    follows chunk c on the last device.
+    """
 
     kind: Literal["forward", "backward"]
     micro_batch: int
     """0-based, in stream order."""
     chunk: int = 0
-    """Which of the device's chunks of layers, 0-based."""
+    """Chunk of the device, 0-based."""
 
 
 def pipeline_bubble(num_stages: int, num_micro_batches: int, *, virtual_stages: int = 1) -> float:
-    """The share of a step in which a device waits for others, where transfers take no time and chunks take the same.
+    """Return the share of a step in which a device waits, if transfers take no time and all chunks take the same time.
 
-    `segment_schedule` reaches it: its docstring gives the time.
+    `segment_schedule` reaches this value; its docstring gives the time.
     """
     fewer, more = sorted((num_stages, num_micro_batches))
     return 1.0 - virtual_stages * num_micro_batches / (virtual_stages * more + fewer - 1)
 
 
 def backward_order(num_micro_batches: int, micro_batches_per_window: int) -> list[int]:
-    """Micro-batches in the order of their backwards; the last window may be shorter than the others."""
+    """Return the micro-batches in the order of their backwards. The last window may be shorter than the others."""
     order: list[int] = []
     for start in range(0, num_micro_batches, micro_batches_per_window):
         end = min(start + micro_batches_per_window, num_micro_batches)
@@ -59,17 +62,17 @@ def backward_order(num_micro_batches: int, micro_batches_per_window: int) -> lis
 def segment_schedule(
     num_stages: int, stage: int, num_micro_batches: int, micro_batches_per_window: int, *, virtual_stages: int = 1
 ) -> list[Operation]:
-    """The operations of one device for one optimizer step.
+    """Return the operations of one device for one optimizer step.
 
     After the warm-up, one forward and one backward alternate. Both ends of a link meet its transfers in the same order; with
     chunks, the last device and the first have a link too. Hidden states and gradients have links of their own.
 
-    Time, where transfers take none and a chunk's forward and backward take f and b: (f + b) (v N + P - 1) for every N >= P and
+    Time, if transfers take none and a chunk's forward and backward take f and b: (f + b) (v N + P - 1) for every N >= P and
     every W, so the bubble is (P - 1) / (v N + P - 1). For N < P it is (f + b) (v P + N - 1). No order is faster.
 
     Live (between forward and backward) on device p: at most min(v N, P - p + W - 1 + (v - 1) D) pairs of micro-batch and chunk,
-    where D is the longest block. Let S = W ceil(P / W) and R = N mod S: D <= S where R = 0 or R >= P, else D <= S + R < S + P.
-    So D <= 2 P + W - 2, whatever N is; D = max(P, W) where one of P and W divides the other and their maximum divides N.
+    where D is the longest block. Let S = W ceil(P / W) and R = N mod S: D <= S if R = 0 or R >= P, else D <= S + R < S + P.
+    So D <= 2 P + W - 2, whatever N is; D = max(P, W) if one of P and W divides the other and their maximum divides N.
 
     Args:
         num_stages: P, devices of the pipeline.
@@ -111,7 +114,7 @@ def segment_schedule(
 
 
 def _blocks(num_stages: int, num_micro_batches: int, micro_batches_per_window: int) -> list[range]:
-    """As many spans of whole windows as can have at least P micro-batches each; one span if N < P."""
+    """Split the micro-batches into as many spans of whole windows as possible, each of at least P; one span if N < P."""
     num_windows = -(-num_micro_batches // micro_batches_per_window)
     smallest = micro_batches_per_window * -(-num_stages // micro_batches_per_window)
     num_blocks = max(1, (num_micro_batches + smallest - num_stages) // smallest)
@@ -121,7 +124,9 @@ def _blocks(num_stages: int, num_micro_batches: int, micro_batches_per_window: i
 
 
 def _groups(block: range, num_stages: int, micro_batches_per_window: int) -> list[range]:
-    """A block in about equal parts of at least P micro-batches: smaller ones would stall, larger ones leave more hidden states
-    in transit from the last device to the first."""
+    """Split a block into about equal groups of at least P micro-batches.
+
+    Smaller groups would stall. Larger groups leave more hidden states in transit from the last device to the first.
+    """
     num_groups = max(1, min(micro_batches_per_window, len(block)) // num_stages)
     return [block[group * len(block) // num_groups : (group + 1) * len(block) // num_groups] for group in range(num_groups)]

@@ -1,7 +1,7 @@
-"""Moves hidden states and their gradients between neighbouring pipeline stages.
+"""Move hidden states and their gradients between neighbouring pipeline stages.
 
-Hidden states and gradients travel over groups of their own, and so does what goes from the last stage round to the first
-(virtual stages). In each group all transfers then go one way along a chain without a cycle, and both ends of a link post them
+Hidden states, gradients, and transfers from the last stage to the first (virtual stages) have groups of their own. In each
+group all transfers then go one way along a chain without a cycle, and both ends of a link post them
 in the schedule's order, so neither NCCL's per-communicator ordering nor gloo's matching can deadlock. Sends are asynchronous
 and receives are posted when their value is needed.
 """
@@ -23,7 +23,7 @@ from infini_train.parallel.layout import group_timeout
 
 @dataclass(frozen=True)
 class _Link:
-    """A neighbour, with the groups over which hidden states and gradients travel."""
+    """A neighbour, with the groups for hidden states and gradients."""
 
     peer: int
     forward_group: Any
@@ -36,7 +36,7 @@ class StageTransport:
     Args:
         hidden_shape: [T, B, hidden], the same for every micro-batch.
         dtype: type of hidden states.
-        device: where they live.
+        device: device of the hidden states.
         virtual_stages: chunks of layers of each stage.
     """
 
@@ -56,36 +56,36 @@ class StageTransport:
             ends = members[0], members[last]
             groups = _group(ends, "forward around"), _group(ends, "backward around")
             around = _Link(ends[0] if stage == last else ends[1], *groups)
-        # By chunk. The first stage's first chunk has nothing before it, the last stage's last nothing after it.
+        # By chunk. The model's first chunk has no predecessor, and its last chunk no successor.
         self._before = [previous or (around if chunk > 0 else None) for chunk in range(virtual_stages)]
         self._after = [following or (around if chunk + 1 < virtual_stages else None) for chunk in range(virtual_stages)]
 
         _connect(members, stage, virtual_stages > 1, device)
 
     def receive_forward(self, chunk: int = 0) -> Tensor | None:
-        """Hidden states [T, B, hidden] from before this chunk; None for the model's first."""
+        """Receive hidden states [T, B, hidden] from the chunk before; None for the model's first chunk."""
         link = self._before[chunk]
         return None if link is None else self._receive(link.peer, link.forward_group)
 
     def send_forward(self, hidden: Tensor, chunk: int = 0) -> None:
-        """Hidden states to what comes after this chunk; nothing for the model's last."""
+        """Send hidden states to the chunk after; nothing for the model's last chunk."""
         link = self._after[chunk]
         if link is not None:
             self._send(hidden, link.peer, link.forward_group)
 
     def receive_backward(self, chunk: int = 0) -> Tensor | None:
-        """Gradient of the hidden states that left this chunk; None for the model's last."""
+        """Receive the gradient of this chunk's output; None for the model's last chunk."""
         link = self._after[chunk]
         return None if link is None else self._receive(link.peer, link.backward_group)
 
     def send_backward(self, gradient: Tensor, chunk: int = 0) -> None:
-        """Gradient of the hidden states that entered this chunk; nothing for the model's first."""
+        """Send the gradient of this chunk's input; nothing for the model's first chunk."""
         link = self._before[chunk]
         if link is not None:
             self._send(gradient, link.peer, link.backward_group)
 
     def wait_sends(self) -> None:
-        """Return when everything sent has left, so that buffers may be freed."""
+        """Wait until all sends are complete, so that buffers may be freed."""
         while self._pending:
             work, _ = self._pending.popleft()
             work.wait()
@@ -101,19 +101,21 @@ class StageTransport:
         while self._pending and self._pending[0][0].is_completed():
             self._pending.popleft()
         payload = tensor.detach().contiguous()
-        # The buffer must outlive the transfer, so it is kept beside its handle.
+        # Keep the buffer beside its handle until the transfer is complete.
         self._pending.append((dist.isend(payload, dst=peer, group=group), payload))
 
 
 @cache
 def _group(members: tuple[int, ...], purpose: Literal["forward", "backward", "forward around", "backward around"]) -> Any:
-    """This pipeline's group for one purpose, made once. All processes make all pipelines' groups together, as
-    torch.distributed requires; a process that is not a member asks for the group of its own pipeline's members all the same."""
+    """Return this pipeline's group for one purpose, created once.
+
+    torch.distributed requires that all processes create all groups together.
+    """
     pipelines: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(pipelines, members)
     chosen = None
     for ranks in sorted(set(pipelines)):
-        group = dist.new_group(list(ranks), timeout=group_timeout())  # NCCL's own would be ten minutes
+        group = dist.new_group(list(ranks), timeout=group_timeout())  # NCCL's default is ten minutes
         if ranks == members:
             chosen = group
     return chosen
@@ -121,10 +123,10 @@ def _group(members: tuple[int, ...], purpose: Literal["forward", "backward", "fo
 
 @cache
 def _connect(members: tuple[int, ...], stage: int, around: bool, device: torch.device) -> None:
-    """Send one number over every link, once, with nothing else under way.
+    """Send one number over every link, while no other operation runs.
 
-    NCCL makes a link's communicator when the link is first used, for which the device may have to come to rest. In a schedule
-    one stage would do that while a send of its own waits for the other to receive.
+    NCCL creates a link's communicator at its first use and may synchronise the device for this. Inside a schedule, a stage
+    would do so while its own send waits for the other stage to receive.
     """
     last = len(members) - 1
     if last == 0:

@@ -1,7 +1,8 @@
-"""A rival: the linear transformer (Katharopoulos et al., arXiv 2006.16236), with the same state as Infini-attention.
+"""The linear transformer (Katharopoulos et al., arXiv 2006.16236), with the same state as Infini-attention.
 
-No softmax and no gate: every token reads what all tokens before it wrote. Order comes from the rotary embedding of φ(Q) and
-φ(K) in the numerator (RoFormer, arXiv 2104.09864, Section 3.3), by position in the document; without it the variant sees none.
+It has no softmax and no gate: every token reads the writes of all tokens before it. Order comes from the rotary embedding
+of φ(Q) and φ(K) in the numerator (RoFormer, arXiv 2104.09864, Section 3.3), by position in the document. Without it the
+variant does not see order.
 
 Shapes: B rows, N segments, S segment length, T = N S tokens, H query heads, G key/value heads, R = H / G, D head width.
 """
@@ -23,7 +24,7 @@ from infini_train.config import ModelConfig
 
 
 class LinearState(NamedTuple):
-    """Sums over a document's tokens so far."""
+    """Sums over the tokens of a document so far."""
 
     M: Tensor  # [B, G, D, D]: rotated φ(k) v^T
     z: Tensor  # [B, G, D]: φ(k)
@@ -31,7 +32,7 @@ class LinearState(NamedTuple):
 
 
 class LinearAttention(Attention):
-    """Causal linear attention over whole documents, segment by segment: exact, whatever the segment length."""
+    """Causal linear attention over whole documents, computed by segments; the segment length does not change the result."""
 
     memory_type = LinearState
 
@@ -89,17 +90,16 @@ class LinearAttention(Attention):
         return out, LinearState(leaving_M, leaving_z, tokens)
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of positions [B, T], each [B, T, D/2] float32; in float64 until there, for positions beyond a million."""
+        """Return (cos, sin) of positions [B, T], each [B, T, D/2] float32. Angles are computed in float64."""
         angle = positions.unsqueeze(-1) * rotary_frequencies(self.model, positions.device)
         return angle.cos().float(), angle.sin().float()
 
 
 def running_sum(x: Tensor, same_bits: bool) -> Tensor:
-    """Σ of x [..., S, D] over each token and those before it.
+    """Return the cumulative sum of x [..., S, D] over tokens.
 
     Args:
-        same_bits: by a matrix product, because PyTorch's cumsum on CUDA need not give the same bits twice, and refuses to where
-            they are asked for.
+        same_bits: use a matrix product: PyTorch's cumsum on CUDA is not deterministic and raises if determinism is required.
     """
     if not same_bits:
         return x.cumsum(dim=-2)
@@ -107,7 +107,7 @@ def running_sum(x: Tensor, same_bits: bool) -> Tensor:
 
 
 def _positions(tokens: Tensor, lengths: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
-    """Position in its document of each segment's first token [B, N], and of the token after the last segment [B]."""
+    """Return the position in its document of each segment's first token [B, N], and of the token after the last [B]."""
     starts = []
     for segment in range(reset.shape[1]):
         tokens = tokens.masked_fill(reset[:, segment], 0)

@@ -1,8 +1,8 @@
-"""A rival: the Memorizing Transformer (Wu et al., arXiv 2203.08913), Transformer-XL with a key-value bank in one layer.
+"""The Memorizing Transformer (Wu et al., arXiv 2203.08913), Transformer-XL with a key-value bank in one layer.
 
 Retrieval is exact: the top_k largest scores over the whole bank, no approximate index. As in the paper the bank takes no
-gradient, and a gate per head mixes what it gives with attention over the segments at hand. Scores are those of the layer's own
-unrotated queries and keys; the paper normalises both, which needs a learned scale.
+gradient, and a gate per head mixes its output with attention over this segment and the one before. Scores use the layer's own
+unrotated queries and keys. The paper normalises both, which needs a learned scale.
 
 Shapes: B rows, N segments, S segment length, H query heads, G key/value heads, R = H / G, D head width, C bank_tokens, K top_k.
 """
@@ -85,17 +85,20 @@ class MemorizingAttention(TransformerXLAttention):
 
 
 class _Bank:
-    """The bank while a micro-batch is read; its tensors are its own."""
+    """Bank during a micro-batch. It owns its tensors."""
 
     def __init__(self, keys: Tensor, values: Tensor, written: Tensor) -> None:
         self.keys, self.values, self.written = keys, values, written
 
     def forget(self, rows: Tensor) -> None:
-        """A document begins in these rows [B] bool."""
+        """Empty the bank of the rows [B] bool in which a document begins."""
         self.written = self.written.masked_fill(rows, 0)
 
     def read(self, queries: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """Softmax over the top_k best matches: queries [B, S, H, D] -> [B, S, H, D]; and [B], 0 where nothing is held."""
+        """Compute softmax attention over the top_k best matches.
+
+        queries [B, S, H, D] -> [B, S, H, D]; and [B], 0 for a row with an empty bank.
+        """
         S, H, D = queries.shape[1:]
         G, C = self.keys.shape[1:3]
         held = self.written.clamp(max=C)
@@ -105,15 +108,15 @@ class _Bank:
         grouped = queries.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).to(self.keys.dtype).flatten(2, 3)  # [B, G, R S, D]
         with torch.no_grad():
             place = torch.zeros(*grouped.shape[:3], most, dtype=torch.int64, device=queries.device)  # [B, G, R S, K]
-            for row, count in enumerate(held.tolist()):  # each over what it holds, which may be much less than another's
+            for row, count in enumerate(held.tolist()):  # each row over its own count, which may be much smaller than another's
                 scores = grouped[row] @ self.keys[row, :, :count].transpose(-1, -2)  # [G, R S, count]
                 place[row, :, :, :count] = scores.topk(min(most, count), dim=-1).indices
             there = (torch.arange(most, device=queries.device) < held.unsqueeze(-1))[:, None, None]  # [B, 1, 1, K]
             taken = place.flatten(2).unsqueeze(-1).expand(-1, -1, -1, D)
             keys, values = (x.gather(2, taken).unflatten(2, place.shape[2:]) for x in (self.keys, self.values))
-        # Once more, for the gradient of the queries.
+        # Recompute the scores for the gradient of the queries.
         scores = torch.einsum("bgsd,bgskd->bgsk", grouped, keys) / D**0.5
-        # A row that holds nothing gets finite nonsense here, which its share of 0 takes away.
+        # A row with an empty bank gets finite values here; its share of 0 removes them.
         weights = scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(dim=-1)
         out = torch.einsum("bgsk,bgskd->bgsd", weights, values).unflatten(2, (H // G, S))
         return out.permute(0, 3, 1, 2, 4).flatten(2, 3), (held > 0).to(queries.dtype)

@@ -1,7 +1,7 @@
-"""Rivals whose memory is tokens: what their attention does inside one segment that is extended by memory tokens.
+"""Attentions whose memory is tokens: attention inside one segment that memory tokens extend.
 
-What the memory tokens are, and where they go, is the model's matter: `infini_train.model.memory_token_layers`. Each call here
-has one segment, whose hidden states stand before or between the memory tokens.
+`infini_train.model.memory_token_layers` produces and passes on the memory tokens. Each call here computes one segment, whose
+hidden states stand before or between the memory tokens.
 
 Shapes: B rows, S segment length, P memory tokens, T = S + P or S + 2 P, H query heads, G key/value heads, D head width.
 """
@@ -23,18 +23,18 @@ from infini_train.runtime.errors import UserError
 
 
 class MemoryTokens(NamedTuple):
-    """Hidden states of memory tokens; zeros in a row whose memory is empty, which goes on with those of a document's start."""
+    """Hidden states of memory tokens. A row of zeros is empty and continues with the tokens of a document's start."""
 
     tokens: Tensor  # [B, P, h] float32
 
 
 class _MemoryTokenAttention(Attention):
-    """Rotary embedding by the place in the extended segment, softmax where `sees` allows it."""
+    """Softmax attention where `sees` allows it, with rotary embedding by the position in the extended segment."""
 
     memory_type = MemoryTokens
 
     def sees(self, lengths: Tensor) -> Tensor:
-        """[B, 1, T, T] bool, given the valid tokens [B] of the segment: which key a query attends to."""
+        """Return which keys each query attends to, [B, 1, T, T] bool, from the valid tokens [B] of the segment."""
         raise NotImplementedError
 
     def forward(

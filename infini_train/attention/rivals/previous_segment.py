@@ -1,4 +1,4 @@
-"""Rivals that attend to the segment before: Transformer-XL (arXiv 1901.02860) and a sliding window.
+"""Attentions that see the segment before: Transformer-XL (arXiv 1901.02860) and a sliding window.
 
 Shapes: B rows, N segments, S segment length, H query heads, G key/value heads, D head width.
 """
@@ -31,7 +31,7 @@ class PreviousSegmentAttention(Attention):
 
     memory_type: type[LayerMemory] | None = PreviousSegment
     gradient_enters_previous = True
-    """Whether the loss of a segment reaches the keys and values of the one before."""
+    """Whether gradients flow into the keys and values of the segment before."""
 
     @classmethod
     def carried(cls, model: ModelConfig, layer_number: int) -> dict[str, CarriedTensor]:
@@ -39,7 +39,7 @@ class PreviousSegmentAttention(Attention):
         return {"keys": cache, "values": cache, "filled": CarriedTensor((), by_head=False, counter=True)}
 
     def sees_previous(self, segment_length: int, device: torch.device) -> Tensor:
-        """[S, S] bool: which tokens of the segment before a token of this one attends to."""
+        """Return which tokens of the segment before each token attends to, [S, S] bool."""
         raise NotImplementedError
 
     def forward(
@@ -98,7 +98,7 @@ class PreviousSegmentAttention(Attention):
 
 
 class TransformerXLAttention(PreviousSegmentAttention):
-    """All of the segment before, as a cache without gradient (Transformer-XL, Section 3.2).
+    """Attention over the whole segment before, as a cache without gradient (Transformer-XL, Section 3.2).
 
     The cache holds keys and values, as that of Memorizing Transformers (arXiv 2203.08913) does and as Table 2 of the
     Infini-attention paper counts it. Transformer-XL's holds the layer's input, through which a gradient still reaches the
@@ -112,7 +112,7 @@ class TransformerXLAttention(PreviousSegmentAttention):
 
 
 class WindowAttention(PreviousSegmentAttention):
-    """The segment_length newest tokens, itself among them, whatever segment they are in; gradients reach them all."""
+    """Attention over the segment_length newest tokens, itself included. Gradients reach all of them."""
 
     def sees_previous(self, segment_length: int, device: torch.device) -> Tensor:
         return torch.ones(segment_length, segment_length, dtype=torch.bool, device=device).triu(1)

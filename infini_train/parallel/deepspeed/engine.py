@@ -1,8 +1,8 @@
-"""DeepSpeed owns the optimizer: it reduces gradients over the data-parallel group, clips, and steps.
+"""DeepSpeed engine: reduce gradients over the data-parallel group, clip them, and step the optimizer.
 
 The segment pipeline decides when a backward runs; DeepSpeed must neither divide gradients by an accumulation count nor reduce
 before the step. That is `gradient_accumulation_steps` 1 with `managed_gradient_accumulation` false. `overlap_comm` stays off:
-with more than one pipeline stage it was seen to give wrong gradients without a word.
+with more than one pipeline stage it gave silently wrong gradients.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from infini_train.runtime import platform
 
 
 def parameter_groups(module: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices with weight decay, norms without, and the memory gates with a rate of their own.
+    """Return AdamW's groups: matrices with weight decay, norms without, and gates with their own learning rate.
 
     Every stage has the same groups in the same order, because DeepSpeed runs a collective for each.
     """
@@ -58,7 +58,7 @@ def parameter_groups(module: nn.Module, optimizer: OptimizerConfig) -> list[dict
 
 
 def deepspeed_config(run: RunConfig, rows_per_process: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a run."""
+    """Return DeepSpeed's configuration for a run."""
     bfloat16 = run.training.precision == "bfloat16"
     zero: dict[str, Any] = {"stage": run.layout.zero_stage, "overlap_comm": False}
     if run.layout.offload_optimizer:
@@ -70,14 +70,14 @@ def deepspeed_config(run: RunConfig, rows_per_process: int) -> dict[str, Any]:
         "gradient_clipping": run.optimizer.clip_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        # Offload would otherwise insist on an Adam that is compiled at the first start; torch's steps on the host as well.
+        # Otherwise offload requires an Adam that is compiled at the first start. torch's Adam steps on the host too.
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bfloat16, "immediate_grad_update": bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
         # In bfloat16 DeepSpeed would round the float32 sums of each process to bfloat16 before it adds them.
         "communication_data_type": "fp32",
         "steps_per_print": None,
-        # Its clock lets the host wait for the device before every forward and after every step; nobody asks it.
+        # Its timer makes the host wait for the device at every forward and step, and nothing reads it.
         "timers": {"throughput": {"enabled": False}},
     }
 
@@ -86,7 +86,7 @@ class GradientCarrier(torch.autograd.Function):
     """A scalar whose backward hands each output its gradient.
 
     DeepSpeed's `backward` takes one scalar; a micro-batch has several outputs (hidden states or loss, and the memory of every
-    layer), each with a gradient that is already known.
+    layer), each with a known gradient.
     """
 
     @staticmethod
@@ -101,10 +101,12 @@ class GradientCarrier(torch.autograd.Function):
 
 
 def _sum_gradients_over_tensor_group(module: nn.Module) -> None:
-    """Under sequence parallelism each tensor rank sees some positions only, so gradients of replicated parameters are partial.
+    """Sum gradients of replicated parameters over the tensor group under sequence parallelism.
 
-    Megatron-core sums them when it finalises gradients, which DeepSpeed never calls. Hooks on the parameters work under every
-    ZeRO stage, also where a gradient is reduced and let go inside the backward.
+    Each tensor rank sees only some positions, so its gradients are partial.
+
+    Megatron-core sums them in `finalize_model_grads`, which DeepSpeed never calls. Hooks on the parameters work under every
+    ZeRO stage, even if a gradient is reduced and freed inside the backward.
     """
     group = parallel_state.get_tensor_model_parallel_group()
 
@@ -143,21 +145,21 @@ class Engine:
         self._clips_itself = run.layout.zero_stage == 0
         self._own_grad_norm = 0.0
         if self._clips_itself:
-            # Without ZeRO, DeepSpeed's clipping forgets the replicated parameters of every pipeline stage but the first.
+            # Without ZeRO, DeepSpeed's clipping ignores replicated parameters of all pipeline stages but the first.
             config["gradient_clipping"] = 0.0
             self.adamw.register_step_pre_hook(self._clip_before_step)
-        with redirect_stdout(StringIO()):  # its bfloat16 optimizer prints how much memory each parameter group takes
+        with redirect_stdout(StringIO()):  # its bfloat16 optimizer prints the memory use of each parameter group
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, optimizer=self.adamw, config=config, mpu=ModelParallelUnit(), dist_init_required=False
             )
         sum_gradients_without_copies(self.deepspeed.optimizer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's output, with DeepSpeed's hooks."""
+        """Run the module with DeepSpeed's hooks."""
         return self.deepspeed(*args, **kwargs)
 
     def backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
-        """Back-propagate one micro-batch from all of its outputs at once; gradients accumulate until `step`."""
+        """Back-propagate one micro-batch from all of its outputs at once. Gradients accumulate until `step`."""
         clear = getattr(self.deepspeed.optimizer, "clear_backward_seen_flag", None)
         if clear is not None:
             # DeepSpeed clears it at each forward, but under a schedule several backwards follow one another. Outputs back-
@@ -166,14 +168,15 @@ class Engine:
         self.deepspeed.backward(GradientCarrier.apply(gradients, *outputs), scale_wrt_gas=False)
 
     def step(self, step: int) -> float:
-        """Reduce, clip and update, unless a gradient of any process is not finite: then weights, moments and Adam's step count
-        stay as they are on all of them.
+        """Reduce, clip and update.
+
+        If a gradient of any process is not finite, weights, moments and Adam's step count stay unchanged on all processes.
 
         Args:
             step: 0-based number of this step, which decides the learning rates.
 
         Returns:
-            The global gradient norm before clipping; infinite, on all processes, where the step was skipped.
+            The global gradient norm before clipping; infinity on all processes if the step was skipped.
         """
         factor = learning_rate_factor(self.run.optimizer, self.run.training.steps, step)
         for group in self.adamw.param_groups:
@@ -185,7 +188,7 @@ class Engine:
         return float(norm)
 
     def learning_rates(self) -> dict[str, float]:
-        """Learning rate of each parameter group at the last step."""
+        """Return the learning rate of each parameter group at the last step."""
         return {group["name"]: group["lr"] for group in self.adamw.param_groups}
 
     @torch.no_grad()
@@ -203,7 +206,7 @@ class Engine:
         norm = total.sqrt()
         self._own_grad_norm = float(norm)
         if not isfinite(self._own_grad_norm) or self._uncounted_not_finite:
-            # AdamW leaves a parameter without gradient alone: weight, moments and step count.
+            # AdamW skips parameters without a gradient: weight, moments and step count stay.
             self._own_grad_norm = inf
             for parameter in self.module.parameters():
                 parameter.grad = None
@@ -215,7 +218,7 @@ class Engine:
 
 
 class InferenceEngine:
-    """The model of this stage without an optimizer: what evaluation and generation run."""
+    """The model of this stage without an optimizer, for evaluation and generation."""
 
     def __init__(self, module: StageModel) -> None:
         self.module = module.eval()

@@ -1,4 +1,4 @@
-"""Sums of gradients over the micro-batches of a window, in float32, which DeepSpeed keeps."""
+"""Float32 sums of gradients over the micro-batches of a window, kept by DeepSpeed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from infini_kernels.gradient_sum import add_to_sum
 
 
 def sum_gradients_without_copies(zero: Any) -> None:
-    """Let a ZeRO optimizer of DeepSpeed add each micro-batch's gradient to its float32 sum as it is.
+    """Make DeepSpeed's ZeRO optimizer add each micro-batch's gradient to its float32 sum without a copy.
 
-    To the bit what DeepSpeed does, which first copies the gradient to float32: on an H200 copy and sum took 6% of a training
-    step, because here every micro-batch of a window adds to all sums.
+    The result is bit-equal to DeepSpeed's, which first copies the gradient to float32. On an H200, copy and sum took 6% of a
+    training step, because every micro-batch of a window adds to all sums.
 
     Args:
-        zero: what `deepspeed.initialize` made. Stage 1 in bfloat16 has a class of its own, and another with an offloaded
-            optimizer; any other sums in the type of the gradients and is left alone.
+        zero: optimizer from `deepspeed.initialize`. Stage 1 in bfloat16 has a class of its own, and another class with an
+            offloaded optimizer. All others sum in the type of the gradients and are left unchanged.
     """
     if isinstance(zero, BF16_Optimizer):
 

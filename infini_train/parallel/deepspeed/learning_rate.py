@@ -8,7 +8,7 @@ from infini_train.config import OptimizerConfig
 
 
 def learning_rate_factor(optimizer: OptimizerConfig, total_steps: int, step: int) -> float:
-    """Learning rate of a step as a share of the peak.
+    """Return the learning rate of a step as a fraction of the peak.
 
     Linear warm-up over `warmup_steps`, then cosine decay to `final_learning_rate_fraction`; or, for `wsd`, the peak until the
     last `decay_steps` and a linear decay over them. Both reach the final rate with the last step.

@@ -1,8 +1,8 @@
-"""Steps that must not happen: gradients that are not finite.
+"""Skip steps whose gradients are not finite.
 
 DeepSpeed skips a step whose gradient norm is not finite and clears what that ZeRO stage has accumulated; the norm is reduced
 over all processes, so they skip together. One thing escapes the norm: a parameter that every tensor rank holds is counted on
-the first one only, and a NaN in another one's copy would be stepped into its weights. Those few vectors are watched here.
+the first one only, and a NaN in another rank's copy would reach its weights. This module watches those few vectors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from infini_train.runtime import platform
 
 
 class UncountedGradients:
-    """Notices values that are not finite in gradients which this process holds but the gradient norm does not count."""
+    """Detect non-finite gradients that this process holds but the gradient norm does not count."""
 
     def __init__(self, module: nn.Module) -> None:
         self.split = parallel_state.get_tensor_model_parallel_world_size() > 1
@@ -34,7 +34,7 @@ class UncountedGradients:
         self._found += (~torch.isfinite(gradient)).any()
 
     def not_finite_anywhere(self) -> bool:
-        """Whether any process saw one since the last call; a collective over all processes where tensors are split."""
+        """Return whether any process saw one since the last call. A collective over all processes if tensors are split."""
         if not self.split:
             return False
         dist.all_reduce(self._found)
@@ -45,10 +45,10 @@ class UncountedGradients:
 
 @contextmanager
 def invalid_norm(zero_optimizer: Any) -> Iterator[None]:
-    """Inside, DeepSpeed's optimizer finds a gradient norm that is not finite, and skips as it would by itself.
+    """Make DeepSpeed's optimizer see a gradient norm that is not finite, so that it skips the step.
 
     Args:
-        zero_optimizer: of ZeRO stage 1 to 3, or the bfloat16 one; the same on all processes, because the reduction is left out.
+        zero_optimizer: optimizer of ZeRO stage 1 to 3, or of bfloat16. All processes must enter, because it skips the reduction.
     """
     nan = torch.tensor(float("nan"), device=platform.device())
     norms = {"_get_norm_groups": [nan], "scaled_global_norm": nan, "get_grads_for_norm": ([nan], {})}

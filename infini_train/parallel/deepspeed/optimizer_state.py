@@ -1,7 +1,7 @@
-"""Float32 master weights and Adam moments by parameter, whatever DeepSpeed's stage made of them.
+"""Float32 master weights and Adam moments by parameter, for every ZeRO stage.
 
-ZeRO keeps them as flat partitions over the data-parallel group. Here they are whole tensors of this process's tensor-parallel
-slice again, so that a checkpoint names them as the model does and another stage or data-parallel size can read them.
+ZeRO keeps them as flat partitions over the data-parallel group. This module converts them to tensors of this process's
+tensor-parallel slice. A checkpoint then names them as the model does, and any stage and data-parallel size can read them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def stepped_tensors(engine: Engine) -> list[Tensor]:
-    """The tensors that AdamW itself steps: parameters, or ZeRO's flat partitions of them."""
+    """Return the tensors that AdamW steps: parameters, or ZeRO's flat partitions of them."""
     if engine.run.layout.zero_stage == 3:
         return list(engine.deepspeed.optimizer.fp32_partitioned_groups_flat)
     return [parameter for group in engine.adamw.param_groups for parameter in group["params"]]
 
 
 def initialize_moments(engine: Engine) -> None:
-    """Give AdamW the state that its first step would make.
+    """Create the state that AdamW's first step would create.
 
     ZeRO links parameters to the optimizer's state inside the first step, after the first parameter group alone has one; the
     moments of the other groups would then never be found.
@@ -48,12 +48,14 @@ def initialize_moments(engine: Engine) -> None:
 
 @torch.no_grad()
 def read_optimizer_state(engine: Engine, keep: Container[str] | None = None) -> dict[str, dict[str, Tensor]]:
-    """By kind ("model", "exp_avg", "exp_avg_sq") and module parameter name: copies of this process's slice in host memory.
+    """Return copies of this process's slices in host memory, by kind and parameter name.
+
+    The kinds are "model", "exp_avg" and "exp_avg_sq".
 
     A collective over the data-parallel group.
 
     Args:
-        keep: names to return; others are gathered like them, and let go one by one. None keeps all.
+        keep: names to return; None returns all. The others are gathered too, and freed one by one.
     """
     state: dict[str, dict[str, Tensor]] = {"model": {}, **{moment: {} for moment in MOMENTS}}
     for name, parameter in engine.module.named_parameters():
@@ -74,10 +76,10 @@ def _whole(engine: Engine, parameter: torch.nn.Parameter, kind: str) -> Tensor:
 
 @torch.no_grad()
 def write_optimizer_state(engine: Engine, state: dict[str, dict[str, Tensor]], steps_taken: int) -> None:
-    """The inverse of `read_optimizer_state`.
+    """Write what `read_optimizer_state` returns.
 
     Args:
-        state: of the three kinds those that are to be written; the others stay as they are.
+        state: the kinds to write; the other kinds stay unchanged.
         steps_taken: optimizer steps that led to this state; Adam's bias correction counts them.
     """
     for tensor in stepped_tensors(engine):
