@@ -1,4 +1,4 @@
-"""A data folder appears finished or not at all."""
+"""Write a data folder completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Give an empty folder `<target>.partial` that becomes `target` when the block ends well and is removed otherwise.
+    """Create an empty folder `<target>.partial`. It becomes `target` if the block succeeds, and is removed otherwise.
 
-    What a killed program left in `<target>.partial` is removed first.
+    A `<target>.partial` that a killed process left behind is removed first.
 
     Raises:
-        UserError: if `target` exists and overwrite is false, if it holds anything else than prepared data, or if another
-            process is writing it.
+        UserError: if `target` exists and overwrite is false, if it holds other files than prepared data, or if another
+            process writes it.
     """
-    # A link to a folder on another disk stays: what is replaced is what it points to.
+    # Keep a link to a folder on another disk: replace the folder that it points to.
     target = target.resolve()
     replaced = target.with_name(target.name + ".replaced")
     if replaced.exists() and not target.exists():
-        replaced.rename(target)  # a run was killed between the two renames below
+        replaced.rename(target)  # a process was killed between the two renames below
     _check_replaceable(target, overwrite)
     partial = target.with_name(target.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def _lock(lock: TextIO, target: Path) -> None:
     except BlockingIOError as error:
         raise UserError(f"another process is preparing data.path {target}; wait for it or choose another path") from error
     except OSError:
-        # Some cluster file systems have no locks; two runs at once are then the user's to avoid.
+        # Some cluster file systems have no locks. There the user must avoid two runs at once.
         pass
 
 

@@ -1,4 +1,4 @@
-"""Random access to the tokens of a prepared split, a few bytes at a time; without torch."""
+"""Random access to the tokens of a prepared split, without torch."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from infini_train.runtime.retries import PASSING, patiently
 from infini_train.tokenizers.tokenizer import tokenizer_file
 
 MAX_OPEN_SHARDS = 64
-"""A large corpus has more shards than a process may have open files."""
+"""Limit of open shards: a large corpus has more shards than a process may have open files."""
 
 
 class TokenDataset:
-    """The documents of one split, in the order in which they were written.
+    """Documents of one split, in the order in which they were written.
 
     Args:
         path: folder written by `infini-train prepare`.
         split: train or held_out.
-        bad_shards: names of shard files that are known to be missing or damaged; their documents are there by number and
-            length, and not available.
+        bad_shards: names of shard files that are missing or damaged. Their documents keep their numbers and lengths, but
+            are not available.
 
     Attributes:
         document_lengths: [num_documents] int64, tokens of each document with its begin and end token.
         available: [num_documents] bool, whether the document can be read.
-        vocab_size: token ids are below it.
+        vocab_size: number of token ids.
         tokenizer_fingerprint: SHA-256 of the tokenizer that made the tokens.
         fingerprint: of its shards, see `SplitFacts`.
-        weighted: whether its tokens have loss weights of their own; otherwise each counts 1.
+        weighted: whether tokens have loss weights; without them each token counts 1.
 
     Raises:
         UserError: if dataset.json, the index or a shard is missing, damaged or of another size than recorded.
@@ -65,7 +65,7 @@ class TokenDataset:
         self._shard, self._offset, self.document_lengths, self._weight_offset = self._load_index(facts)
         self.available = ~np.array([shard.file in bad_shards for shard in facts.shards])[self._shard]
         self._open: OrderedDict[int, int] = OrderedDict()
-        # By the folder and not by its name, under which `prepare --overwrite` puts other shards.
+        # Open the folder itself, because `prepare --overwrite` puts other shards under the same name.
         self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
 
     @property
@@ -73,20 +73,20 @@ class TokenDataset:
         return len(self.document_lengths)
 
     def read(self, document: int, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count - 1 of a document, read from disk without the rest of it.
+        """Read tokens start .. start + count - 1 of a document, without the rest of it.
 
         Returns:
             [count] int64.
 
         Raises:
             IndexError: if the document does not have these tokens.
-            UserError: if the shard holds something else than tokens there.
+            UserError: if the shard holds invalid tokens there.
         """
         tokens = self._read(document, start, count, self._offset, self._token_type, self.vocab_size)
         return tokens.astype(np.int64)
 
     def read_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Loss weights of tokens start .. start + count - 1 of a document of a `weighted` split: what predicting each counts.
+        """Read the loss weights of tokens start .. start + count - 1 of a document of a `weighted` split.
 
         Returns:
             [count] float32.
@@ -98,7 +98,7 @@ class TokenDataset:
         return self._weight_levels[levels]
 
     def _read(self, document: int, start: int, count: int, offset: np.ndarray, kind: np.dtype, limit: int) -> np.ndarray:
-        """Numbers below `limit`, one a token, of a document whose first is `offset` bytes into its shard."""
+        """Read one number below `limit` per token. The document's first number is `offset` bytes into its shard."""
         if not 0 <= document < self.num_documents:
             raise IndexError(f"document is {document}; the {self.split} split has {self.num_documents}")
         length = int(self.document_lengths[document])
@@ -125,7 +125,7 @@ class TokenDataset:
             raise
 
     def close(self) -> None:
-        """Close the shards; a later read opens them again."""
+        """Close the shards. A later read reopens them."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -135,7 +135,7 @@ class TokenDataset:
             os.close(self._folder)
 
     def _descriptor(self, shard: int) -> int:
-        """An open file of the shard; the least recently used one is closed when there are too many."""
+        """Return an open file of the shard, and close the least recently used one if there are too many."""
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
@@ -182,7 +182,7 @@ class TokenDataset:
 
 
 def _read_fully(descriptor: int, size: int, offset: int) -> bytes:
-    """`size` bytes from `offset`, fewer only at the end of the file; one pread may give less than asked."""
+    """Read `size` bytes from `offset`, or fewer at the end of the file. One pread may return less than requested."""
     parts = []
     while size > 0 and (part := os.pread(descriptor, size, offset)):
         parts.append(part)
@@ -192,7 +192,7 @@ def _read_fully(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def shard_damage(folder: Path, shard: Shard, *, checksum: bool) -> str | None:
-    """What is wrong with a shard, beginning with its name; None if nothing is.
+    """Describe the damage of a shard, starting with its name; None if it is intact.
 
     Args:
         checksum: read the whole file and compare its SHA-256 too.
@@ -219,10 +219,10 @@ def check_dataset(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> None:
     """Refuse a run whose data folder is missing, damaged or made for another vocabulary.
 
     Args:
-        splits: those that are needed.
+        splits: the splits that the command needs.
 
     Raises:
-        UserError: one line that names the key or file and the remedy.
+        UserError: the folder cannot be used; the line names the key or file and the remedy.
     """
     folder = Path(config.data.path)
     if not folder.is_dir():
@@ -245,7 +245,7 @@ def check_dataset(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> None:
     for split in splits:
         bad: frozenset[str] = frozenset()
         if split == "train" and config.data.on_bad_shard == "skip":
-            # They are named when the run starts, by all processes together.
+            # Damaged shards are reported at the run's start, by all processes together.
             shards = manifest.splits[split].shards
             bad = frozenset(shard.file for shard in shards if shard_damage(folder, shard, checksum=False) is not None)
         TokenDataset(folder, split, bad)

@@ -1,4 +1,4 @@
-"""Documents, one after another, from files, .jsonl records or a Hugging Face dataset folder; a document is never split."""
+"""Read documents from files, .jsonl records or a Hugging Face dataset folder. A document is never split."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 HUGGING_FACE_MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
 READ_BYTES = 1 << 20
 NAMED_SKIPPED = 5
-"""Of what is skipped for one reason, so many are named."""
+"""Number of skipped items that are named for each reason."""
 
 
 class Document(NamedTuple):
-    """One text and where it came from: a path inside the source, with `:line` or `:row` for records."""
+    """A text and its origin: a path inside the source, with `:line` or `:row` for records."""
 
     text: str
     name: str
 
 
 class DocumentSource:
-    """Iterable over the documents of a source, in a fixed order, holding one document at a time.
+    """Iterable over the documents of a source in a fixed order. It holds one document at a time.
 
     Every iteration starts from the beginning and resets the counters.
 
@@ -45,12 +45,12 @@ class DocumentSource:
         max_text_mb: stop after the document that brings the text to this many megabytes of UTF-8; None reads all.
 
     Attributes:
-        documents: documents given so far.
+        documents: number of documents so far.
         text_bytes: their size in UTF-8, in bytes.
         stopped_early: whether there was more text than max_text_mb.
         skipped_not_utf8: files and records whose text is not valid UTF-8.
-        skipped_empty: texts without a single character that is not white space.
-        skipped_names: names of the first few of each, by what is wrong with them.
+        skipped_empty: texts that are empty or white space.
+        skipped_names: names of the first few skipped items, by reason.
 
     Raises:
         UserError: at construction if the source is missing or of an unknown kind; while iterating if a file or record
@@ -83,7 +83,7 @@ class DocumentSource:
 
     @property
     def fraction_read(self) -> float:
-        """Share of the source that this iteration has read, 0 to 1; an estimate for progress displays."""
+        """Return the share of the source that was read, 0 to 1, estimated for progress displays."""
         fraction = self._work_done / max(self._work_total, 1)
         if self.max_text_bytes is not None:
             fraction = max(fraction, self.text_bytes / self.max_text_bytes)
@@ -100,7 +100,7 @@ class DocumentSource:
                 continue
             try:
                 size = len(text.encode("utf-8"))
-            except UnicodeEncodeError:  # a lone surrogate, which JSON's \ud800 escapes can spell
+            except UnicodeEncodeError:  # a lone surrogate, which a JSON escape such as \ud800 can produce
                 self._skip_not_utf8(name)
                 continue
             self.documents += 1
@@ -126,7 +126,7 @@ class DocumentSource:
 
     @cached_property
     def _work_total(self) -> int:
-        """Bytes of all files, or rows of all dataset splits: the unit of `_work_done`."""
+        """Return the bytes of all files, or the rows of all dataset splits, in the unit of `_work_done`."""
         if self.is_hugging_face:
             return sum(len(rows) for rows in self._hugging_face_splits.values())
         return sum(path.stat().st_size for path in self._paths())
@@ -137,19 +137,19 @@ class DocumentSource:
             return
         entered: set[tuple[int, int]] = set()
         with _readable(self.root):
-            # Without onerror a folder that cannot be read would be an empty one.
+            # Without onerror, a folder that cannot be read would appear empty.
             for folder, folders, files in os.walk(self.root, followlinks=True, onerror=_raise):
                 facts = os.stat(folder)
-                if (place := (facts.st_dev, facts.st_ino)) in entered:  # by another link
+                if (place := (facts.st_dev, facts.st_ino)) in entered:  # reached by another link
                     folders.clear()
                     continue
                 entered.add(place)
-                # os.walk descends into what is left of `folders`, in this order.
+                # os.walk descends into the remaining `folders`, in this order.
                 folders[:] = sorted(name for name in folders if not (self.is_standard_library and name in NOT_STANDARD_LIBRARY))
                 for name in sorted(files):
                     path = Path(folder, name)
                     is_text = path.suffix == ".py" if self.is_standard_library else _is_text_file(path)
-                    # Not is_file(), to which a link without its file is none.
+                    # Not is_file(), which is false for a broken link.
                     if is_text and stat.S_ISREG(path.stat().st_mode):
                         yield path
 
@@ -165,12 +165,12 @@ class DocumentSource:
 
     def _name(self, path: Path) -> str:
         name = path.name if path == self.root else path.relative_to(self.root).as_posix()
-        # A name that is not in UTF-8 could not be printed.
+        # A name that is not UTF-8 could not be printed.
         return os.fsencode(name).decode("utf-8", errors="backslashreplace")
 
     def _plain(self, path: Path) -> Iterator[tuple[str, str]]:
         try:
-            # Decoding bytes keeps \r\n, which text mode would turn into \n; a byte order mark is no text.
+            # Decode bytes, because text mode would turn \r\n into \n. Drop a byte order mark.
             text = path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError:
             self._skip_not_utf8(self._name(path))
@@ -188,7 +188,7 @@ class DocumentSource:
     def _record_text(self, line: bytes, place: str) -> str:
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # the latter where it is nested too deep
+        except (ValueError, RecursionError) as error:  # RecursionError if it is nested too deeply
             raise UserError(f"{place} is not valid JSON ({error}); repair or delete the line") from error
         return self._field(record, place)
 
@@ -227,7 +227,7 @@ class DocumentSource:
                     f"data.source {self.source} {name} has no column {self.text_key!r} (found: "
                     f"{', '.join(rows.column_names)}); set data.text_key to the column that holds the text"
                 )
-        # Other columns may hold images or audio, which iterating would decode.
+        # Select the column: iterating would decode images or audio in others.
         return {name: rows.select_columns([self.text_key]) for name, rows in splits.items()}
 
     def _not_a_dataset(self, what: str, error: Exception) -> UserError:
@@ -248,7 +248,7 @@ class DocumentSource:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Around what reads the file or folder, or something below it.
+    """Convert errors of reading a file or folder to a UserError.
 
     Raises:
         UserError: it cannot be read.
@@ -273,7 +273,7 @@ def _is_text_file(path: Path) -> bool:
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Lines of a .jsonl file, decompressed as its name says."""
+    """Yield the lines of a .jsonl file, decompressed by its suffix."""
     name = path.name.lower()
     if name.endswith(".zst"):
         yield from _zstandard_lines(path, file)
@@ -287,12 +287,12 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstandard_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Lines of a file of one or more zstandard frames.
+    """Yield the lines of a file of one or more zstandard frames.
 
-    zstandard's stream_reader ends without a word inside a truncated frame; a decompressobj per frame tells the end of a
+    zstandard's stream_reader ends silently inside a truncated frame. A decompressobj per frame distinguishes the end of a
     frame from the end of the file.
     """
-    # The largest window that the format's --long option makes.
+    # The largest window of the format's --long option.
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame: Any = None
     rest = b""

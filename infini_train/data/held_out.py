@@ -1,4 +1,4 @@
-"""Whether a held-out split can measure anything, told from its size before hours of training depend on it."""
+"""Warn if a held-out split is too small to measure, before training depends on it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from infini_train.data.dataset import TokenDataset
 from infini_train.data.manifest import SPLITS, Manifest, load_manifest
 
 FEWEST_TOKENS = 50_000
-"""A token's loss scatters by about 3 nats, so the mean of so many by 0.01 or more."""
+"""The loss of a token has a deviation of about 3 nats, so the mean over fewer tokens is uncertain by more than 0.01."""
 MARGIN = 1.25
-"""Of a fraction that is advised: a hash of its text decides for each document, so a split has more or fewer than its share."""
+"""Safety factor of the advised fraction: a hash of its text assigns each document, so the size of a split varies."""
 LARGEST_FRACTION = 0.5
 READS_NO_MEMORY = ("local", "full")
-"""Values of model.attention for which a document's second segment is nothing special."""
+"""Values of model.attention without a memory across segments."""
 
 
 def held_out_warning(run: RunConfig) -> str | None:
-    """One line if the held-out split of `data.path` measures little for this run; what to do instead stands in it.
+    """Return a warning with a remedy if the held-out split of `data.path` is too small for this run, else None.
 
-    A task's samples are as many and as long as the task section asks for: there is nothing to say of them.
+    Samples of a task have the number and length that the task section sets, so there is no warning for them.
     """
     manifest = load_manifest(Path(run.data.path))
     if manifest.task is not None:
@@ -32,14 +32,14 @@ def held_out_warning(run: RunConfig) -> str | None:
     held_out, both = lengths["held_out"], np.concatenate(list(lengths.values()))
     found: list[str] = []
     shares: list[float] = []
-    """Of the text, that would be enough."""
+    """Shares of the text that would be enough."""
     if len(held_out) < run.training.rows:
         found.append(f"fewer documents ({len(held_out)}) than training.rows ({run.training.rows}), so that rows stay empty")
         shares.append(run.training.rows / len(both))
     if (tokens := int(held_out.sum())) < FEWEST_TOKENS:
         found.append(f"{tokens:,} tokens, and below {FEWEST_TOKENS:,} a loss is uncertain by more than 0.01")
         shares.append(FEWEST_TOKENS / int(both.sum()))
-    two_segments = 2 * run.model.segment_length + 1  # the last token is only predicted
+    two_segments = 2 * run.model.segment_length + 1  # the last token is only a target
     if run.model.attention not in READS_NO_MEMORY and not (held_out > two_segments).any():
         found.append(f"no document of more than two segments of {run.model.segment_length}, so that memory is hardly read")
         shares.append(1 / max(1, int((both > two_segments).sum())))
@@ -56,12 +56,12 @@ def held_out_warning(run: RunConfig) -> str | None:
 
 
 def _document_lengths(run: RunConfig, manifest: Manifest, split: str) -> np.ndarray:
-    """Of the index alone, whatever became of the shards."""
+    """Read the lengths from the index, without the shards."""
     shards = frozenset(shard.file for shard in manifest.splits[split].shards)
     return TokenDataset(Path(run.data.path), split, shards).document_lengths
 
 
 def _rounded_up(share: float) -> float:
-    """To two significant digits."""
+    """Round up to two significant digits."""
     scale = 10 ** (1 - math.floor(math.log10(share)))
     return math.ceil(share * scale) / scale

@@ -1,4 +1,4 @@
-"""`dataset.json`: what a prepared data folder holds. Plain JSON and numpy types, so any program can read the shards."""
+"""`dataset.json`, the description of a prepared data folder. JSON and numpy types: any program can read the shards."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ FORMAT_VERSION = 2
 SPLITS = ("train", "held_out")
 MANIFEST_FILE = "dataset.json"
 WEIGHT_MEMBER = "weights.u8"
-"""Extension of the tar member that holds a document's loss weights, where there are some."""
+"""Extension of the optional tar member with a document's loss weights."""
 REMEDY = "run `infini-train prepare --config FILE --overwrite` again"
 
 
 def token_format(vocab_size: int) -> tuple[str, str]:
-    """(numpy type, name of the tar member) that hold ids below vocab_size in the fewest bytes."""
+    """Return the smallest numpy type for ids below vocab_size, and the extension of its tar member."""
     return ("<u2", "u16") if vocab_size <= 1 << 16 else ("<u4", "u32")
 
 
 def index_file(split: str) -> str:
-    """Name of a split's index: arrays `shard`, `offset` (bytes into the tar) and `tokens`, one entry per document; with loss
-    weights `weight_offset` too."""
+    """Return the file name of a split's index.
+
+    It holds the arrays `shard`, `offset` (bytes into the tar) and `tokens`, one entry per document; with loss weights also
+    `weight_offset`.
+    """
     return f"{split}.index.npz"
 
 
@@ -47,7 +50,7 @@ class SplitFacts:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the checksums of its shards: what stands in which document, wherever the folder is."""
+        """Return the SHA-256 of the shards' checksums. It identifies the content, whatever the folder's path."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
 
@@ -67,10 +70,10 @@ class Manifest:
     splits: dict[str, SplitFacts]
     format_version: int = FORMAT_VERSION
     weight_levels: list[float] | None = None
-    """Loss weights, float32. A document then has a member of type u8 beside its tokens: for each token the number in this list
-    of the weight with which predicting it counts. Without it every token counts 1."""
+    """Loss weights, float32. If set, each document has a u8 member beside its tokens: for each token, the index in this list of
+    the weight of its prediction. If not set, every token counts 1."""
     task: dict[str, Any] | None = None
-    """The task section of the configuration, if a task's generator made the documents."""
+    """Section `task` of the configuration, if the documents are samples of a task."""
 
     def save(self, folder: Path) -> None:
         record = {key: value for key, value in asdict(self).items() if value is not None}

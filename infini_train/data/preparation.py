@@ -1,4 +1,4 @@
-"""The `prepare` command: text or the samples of a task become a tokenizer, shards and an index, once."""
+"""Turn text or samples of a task into a tokenizer, shards and an index."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class SplitSummary:
     characters: int
     tokens: int
     padding_share: float
-    """Share of the slots that padding takes when every document starts at a segment start."""
+    """Share of padding if every document starts at a segment start."""
 
 
 @dataclass
 class PrepareSummary:
-    """What `prepare` made."""
+    """Result of `prepare`."""
 
     path: Path
     vocab_size: int
@@ -50,9 +50,9 @@ class PrepareSummary:
     skipped_empty: int
     skipped_not_utf8: int
     skipped_names: dict[str, list[str]]
-    """The first few, by what is wrong with them."""
+    """Names of the first few skipped items, by reason."""
     stopped_at_mb: float | None
-    """data.max_text_mb, if the source has more text than that."""
+    """data.max_text_mb, if the source has more text."""
     splits: dict[str, SplitSummary]
 
     @property
@@ -96,25 +96,26 @@ class PrepareSummary:
 
 
 def prepare(config: RunConfig, overwrite: bool = False) -> PrepareSummary:
-    """Make the folder `data.path`: tokenizer, shards, indexes and dataset.json; print what it holds, and
-    a warning if too little of it is held out.
+    """Write the folder `data.path` with tokenizer, shards, indexes and dataset.json.
+
+    Print a summary, and a warning if the held-out split is too small.
 
     The shards hold the text of data.source or, with task.kind, samples of that task.
 
-    The folder appears when everything is written; a run that fails leaves what was there. Progress goes to stderr, the
+    The folder appears when all files are written. A failed run leaves the old folder. Progress goes to stderr, the
     summary to stdout.
 
     Args:
-        overwrite: replace a folder that is prepared already.
+        overwrite: replace an existing prepared folder.
 
     Raises:
-        UserError: bad configuration, unreadable source or a disk that cannot be written; one line with the remedy.
+        UserError: invalid configuration, unreadable source, or a disk that cannot be written.
     """
     validate_model(config)
     validate_data(config)
     validate_task(config)
     data, target = config.data, Path(config.data.path)
-    # Samples in the paper's filler need no text.
+    # Samples with the paper's filler need no text.
     reads_source = config.task.kind is None or config.task.filler == "text"
     source = DocumentSource(data.source, data.text_key, data.max_text_mb) if reads_source else None
     given = None if data.tokenizer is None else _given_tokenizer(Path(data.tokenizer), data.vocab_size)
@@ -158,7 +159,7 @@ def prepare(config: RunConfig, overwrite: bool = False) -> PrepareSummary:
 
 
 def _samples(config: RunConfig, tokenizer: Tokenizer, progress: Progress) -> Iterator[tuple[str, Sample]]:
-    """(split, sample) of a task, while a progress line follows them."""
+    """Yield (split, sample) of a task and update the progress line."""
     total = config.task.samples + config.task.held_out_samples
     line = progress.add_task("Writing samples", total=total, documents=0)
     done = 0
@@ -196,7 +197,7 @@ def _progress(console: Console) -> Iterator[Progress]:
 
 
 def _watched(source: DocumentSource, progress: Progress, description: str) -> Iterator[Document]:
-    """The documents of the source, while a progress line follows them."""
+    """Yield the documents of the source and update the progress line."""
     task = progress.add_task(description, total=1.0, documents=0)
     for document in source:
         progress.update(task, completed=source.fraction_read, documents=source.documents)
@@ -224,7 +225,7 @@ def _summary(folder: Path, segment_length: int, source: DocumentSource | None) -
 
 
 def padding_share(document_lengths: np.ndarray, segment_length: int) -> float:
-    """Share of padding among the slots of a split whose documents start at segment starts.
+    """Return the share of padding in a split whose documents start at segment starts.
 
     Args:
         document_lengths: [documents] tokens of each; a document of n tokens has n - 1 positions.

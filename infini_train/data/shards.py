@@ -1,4 +1,4 @@
-"""Documents become WebDataset shards: per document one sample with its tokens and a small json record."""
+"""Write documents as WebDataset shards: one sample per document, with its tokens and a small JSON record."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from infini_train.tokenizers.tokenizer import Tokenizer, usable_cores
 
 TAR_BLOCK = 512
 TAR_END = 10240
-"""A tar ends in zeros up to a multiple of this."""
+"""A tar file is padded with zeros to a multiple of this."""
 BATCH_CHARACTERS = 4_000_000
 BATCH_DOCUMENTS = 1024
 
@@ -35,10 +35,10 @@ def write_shards(
     held_out_fraction: float,
     shard_size_mb: float,
 ) -> Manifest:
-    """Tokenise documents into the shards of both splits, then write their indexes and `dataset.json`.
+    """Tokenise documents into the shards of both splits, and write their indexes and `dataset.json`.
 
-    A document's tokens are [begin] + encode(text) + [end]. Its split follows from a hash of its text, so equal documents are
-    never in both splits and the order of the source does not matter.
+    A document's tokens are [begin] + encode(text) + [end]. A hash of its text chooses its split, so equal
+    documents are in the same split and the order of the source does not matter.
 
     Args:
         folder: an existing empty folder; see `atomic_folder`.
@@ -48,7 +48,7 @@ def write_shards(
             its own.
 
     Raises:
-        UserError: if a split would be empty; names the fraction that would fill it.
+        UserError: if a split would be empty; the line names a fraction that fills it.
     """
     token_type, member = token_format(tokenizer.vocab_size)
     writers = {split: SplitWriter(folder, split, int(shard_size_mb * 1e6), member) for split in SPLITS}
@@ -96,13 +96,13 @@ def finish_shards(
 
 
 def text_fraction(text: str) -> float:
-    """A number in [0, 1) that only the text decides, uniform over texts; below held_out_fraction means held out."""
+    """Return a number in [0, 1) from a hash of the text. Below held_out_fraction the document is held out."""
     # 53 bits, so that the quotient is exact and stays below 1.
     return (int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") >> 11) / 2**53
 
 
 def _tokenised(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, list[int]]]:
-    """Documents with their token ids; batches keep all cores busy and bound the text held at once."""
+    """Yield documents with their token ids. Batches keep all cores busy and limit the text in host memory."""
     threads = usable_cores()
     for batch in _batches(documents):
         yield from zip(batch, tokenizer.encode_batch([d.text for d in batch], num_threads=threads), strict=True)
@@ -137,7 +137,7 @@ def _check_both_filled(lowest: float, highest: float, number: int, held_out_frac
 
 
 def _short_number(lowest: float, highest: float, from_below: bool) -> str:
-    """The number with the fewest decimals in (lowest, highest], from the end that is asked for."""
+    """Return the number with the fewest decimals in (lowest, highest], nearest to the requested end."""
     for decimals in range(1, 17):
         scale = 10**decimals
         number = (math.floor(lowest * scale) + 1 if from_below else math.floor(highest * scale)) / scale
@@ -148,7 +148,7 @@ def _short_number(lowest: float, highest: float, from_below: bool) -> str:
 
 @dataclass
 class SplitWriter:
-    """Writes one split, a shard at a time."""
+    """Writer of one split, one shard at a time."""
 
     folder: Path
     split: str
@@ -169,7 +169,7 @@ class SplitWriter:
             weights: [n] uint8, numbers of loss weights.
         """
         record: dict[str, Any] = {"source": document.name, "characters": len(document.text), "tokens": len(tokens)}
-        # A generous bound for the json member and both headers; the exact size decides nothing.
+        # An upper bound for the json member and both headers; the exact size does not matter.
         size = tokens.nbytes + (0 if weights is None else weights.nbytes) + 8 * TAR_BLOCK
         if self._writer is None or (self._size > TAR_END and self._size + size > self.max_bytes):
             self._next_shard()
@@ -201,7 +201,7 @@ class SplitWriter:
 
 
 def _write_index(folder: Path, split: str, facts: SplitFacts, member: str, token_bytes: int, *, weighted: bool = False) -> None:
-    """Where each document's tokens and weights lie, read from the finished tars, so the index says what is on disk."""
+    """Write the positions of each document's tokens and weights, read back from the finished tar files."""
     shard, offset, tokens, weight_offset = [], [], [], []
     for number, entry in enumerate(facts.shards):
         with tarfile.open(folder / entry.file) as tar:

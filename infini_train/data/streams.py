@@ -1,4 +1,4 @@
-"""Streams: every row of the global batch reads its own documents, one after another.
+"""Streams: every row of the global batch reads its own sequence of documents.
 
 Shapes: B rows that this reader holds, N segments, S segment_length, T = N S tokens.
 """
@@ -16,40 +16,43 @@ from infini_train.runtime.errors import UserError
 
 @dataclass
 class Batch:
-    """The next N segments of every row. A segment holds tokens of one document, then padding (token 0)."""
+    """The data of a micro-batch: the next N segments of every row.
+
+    A segment holds tokens of one document, then padding (token 0).
+    """
 
     tokens: torch.Tensor  # [B, T] int64
     targets: torch.Tensor  # [B, T] int64, the token after each
-    loss_mask: torch.Tensor  # [B, T] float32, 0 where there is no target, otherwise the target's weight: 1 in ordinary data
+    loss_mask: torch.Tensor  # [B, T] float32: the target's weight (1 in ordinary data), 0 without a target
     lengths: torch.Tensor  # [B, N] int64, valid tokens of each segment, at its start
     reset: torch.Tensor  # [B, N] bool, a document begins in this segment; also true in a row that has ended
     segment_index: torch.Tensor  # [B, N] int64, number of the segment within its document
     draws: torch.Tensor  # [B, N, 2] float64, random numbers in [0, 1) of the segment: the same in every layout
-    repeats: torch.Tensor  # [B, N] int64, how often its update of the memory counts: once, unless training says more
+    repeats: torch.Tensor  # [B, N] int64: number of times that its memory update counts; 1 without memory ageing
 
     @property
     def num_valid(self) -> int:
-        """Positions with a target."""
+        """Return the number of positions with a target."""
         return int(self.lengths.sum())
 
     @property
     def loss_weight(self) -> float:
-        """Σ w over the targets; num_valid in ordinary data."""
+        """Return the sum of the targets' weights; num_valid in ordinary data."""
         return float(self.loss_mask.sum(dtype=torch.float64))
 
 
 class StreamReader:
-    """Reads some rows of the global batch.
+    """Reader of some rows of the global batch.
 
     In epoch e row r of R reads documents `order_e[r::R]`, where order_e is a permutation seeded by (seed, e) of all documents
-    with a target. Over all rows that is every document once an epoch. A row goes on to its next epoch by itself. What a row
-    reads depends on (dataset, r, R, S, seed, shuffle, curriculum) only, not on which other rows the reader holds.
+    with a target. All rows together read every document once per epoch. Each row enters its next epoch independently.
+    Its documents depend on (dataset, r, R, S, seed, shuffle, curriculum) only, not on the other rows of the reader.
 
-    A document that is not available is passed over where it would have been read: all others keep their place, so a run that
-    goes on without a shard reads what it would have read, less that shard's documents.
+    A document that is not available is skipped, and all others keep their place. A run that continues without a shard reads
+    the same documents, except those of the shard.
 
-    A document of n tokens gives n - 1 positions, padded to a multiple of S: documents begin at segment starts, and no
-    target crosses into another document.
+    A document of n tokens has n - 1 positions, padded to a multiple of S. Documents begin at segment starts, and no target
+    is in another document.
 
     Args:
         rows: the global row numbers that this reader holds.
@@ -58,9 +61,9 @@ class StreamReader:
         seed: fixes the order of documents, together with the epoch.
         shuffle: False reads in the order of the dataset, or by length.
         num_epochs: rows end after so many epochs; None never ends.
-        longest_first: with shuffle False, read by falling length: rows then end within one document's length of each other.
-        length_curriculum: with shuffle, the share of the first epoch's documents, in its order, that come sorted by length,
-            shortest first; the others follow as they are.
+        longest_first: with shuffle False, read the longest documents first, so that rows end within one document's length of each other.
+        length_curriculum: with shuffle, share of the first epoch's documents that are sorted by length,
+            shortest first. The others follow in their order.
 
     Raises:
         ValueError: if rows is empty or not inside 0 .. total_rows - 1.
@@ -109,12 +112,12 @@ class StreamReader:
         # Per row: epoch, index in the row's share of that epoch, offset in that document in tokens.
         self._position = np.zeros((len(rows), 3), dtype=np.int64)
         for b in range(len(rows)):
-            if not self._share_size(b):  # only with num_epochs: the row has ended before it began
+            if not self._share_size(b):  # only with num_epochs: the row ends before it begins
                 self._position[b, 0] = num_epochs or 0
             self._pass_over_unavailable(b)
 
     def next(self, num_segments: int) -> Batch | None:
-        """The next segments of every row, or None once every row has ended."""
+        """Return the next segments of every row, or None after every row has ended."""
         if num_segments < 1:
             raise ValueError(f"num_segments is {num_segments}; it must be positive")
         if all(self._ended(b) for b in range(len(self.rows))):
@@ -158,17 +161,17 @@ class StreamReader:
         )
 
     def _draws(self, b: int, document: int, first_segment: int, segments: int) -> np.ndarray:
-        """[segments, 2] random numbers of a document's segments in the row's epoch."""
+        """Return [segments, 2] random numbers of a document's segments in the row's epoch."""
         generator = np.random.PCG64(np.random.SeedSequence([self.seed, int(self._position[b, 0]), document]))
         generator.advance(2 * first_segment)
         return (generator.random_raw(2 * segments) >> np.uint64(11)).reshape(segments, 2) / 2.0**53
 
     def state(self) -> torch.Tensor:
-        """Where every row stands: [B, 3] int64 of epoch, index in the row's share, token offset in the document."""
+        """Return the position of every row: [B, 3] int64 of epoch, index in the row's share, token offset in the document."""
         return torch.from_numpy(self._position.copy())
 
     def load_state(self, state: torch.Tensor) -> None:
-        """Go on from `state()` of a reader with the same settings; rows of several readers can be cut and joined.
+        """Continue from `state()` of a reader with the same settings. Rows of several readers can be split and joined.
 
         Raises:
             ValueError: if the shape or type is wrong.
@@ -201,7 +204,7 @@ class StreamReader:
         return self.num_epochs is not None and self._position[b, 0] >= self.num_epochs
 
     def _current(self, b: int) -> tuple[int, int, int]:
-        """(document, offset, number of positions of the document) where the row stands."""
+        """Return the document at the row's position, the offset in it, and the document's number of positions."""
         epoch, index, offset = self._position[b].tolist()
         document = int(self._order(epoch)[self.rows[b] + index * self.total_rows])
         return document, offset, int(self.dataset.document_lengths[document]) - 1
@@ -223,15 +226,15 @@ class StreamReader:
             self._next_document(b)
 
     def _share_size(self, b: int) -> int:
-        """Documents of the row in one epoch; the same in every epoch."""
+        """Return the number of documents of the row in one epoch."""
         return max(0, -(-(len(self._documents) - self.rows[b]) // self.total_rows))
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Documents in the order of an epoch."""
+        """Return the documents in the order of an epoch."""
         if not self.shuffle:
             return self._documents
         if epoch not in self._orders:
-            # Epochs that no row reads any more make room.
+            # Drop epochs that no row reads any more.
             reading = set(self._position[:, 0].tolist())
             self._orders = {e: order for e, order in self._orders.items() if e in reading}
             # Sorting raw bits: numpy guarantees a bit generator's stream between versions, not that of permutation().

@@ -1,4 +1,4 @@
-"""A task's samples as an ordinary data folder, with loss weights: each sample is one document."""
+"""Write samples of a task as a data folder with loss weights. Each sample is one document."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from infini_train.tasks.task import tell
 from infini_train.tokenizers.tokenizer import Tokenizer
 
 FILLER_TOKENS = 1 << 24
-"""Tokens of real text that are held as filler at most."""
+"""Maximum number of tokens of real text that are kept as filler."""
 TOKENIZER_STORIES = 2000
 PURPOSES = {"train": Purpose.TRAIN, "held_out": Purpose.HELD_OUT}
 
 
 def task_texts(task: TaskConfig) -> Iterator[str]:
-    """What a tokenizer must know of the task: stories that no split contains, and the filler sentences."""
+    """Yield texts to train a tokenizer for the task: stories that no split contains, and the filler sentences."""
     for number in range(TOKENIZER_STORIES):
         story = tell(task, Draws(sample_seed(task.seed, Purpose.TOKENIZER, number)))
         needles = "".join([*story.before, *story.anywhere, story.needle])
@@ -35,7 +35,7 @@ def task_texts(task: TaskConfig) -> Iterator[str]:
 
 
 def text_filler(documents: Iterable[Document], tokenizer: Tokenizer, held_out: bool, held_out_fraction: float) -> TextFiller:
-    """The documents of one split of a source, one after another, at most FILLER_TOKENS tokens of them.
+    """Return the concatenated documents of one split of a source, at most FILLER_TOKENS tokens.
 
     Raises:
         UserError: if the split is empty.
@@ -59,7 +59,7 @@ def text_filler(documents: Iterable[Document], tokenizer: Tokenizer, held_out: b
 
 
 def make_filler(run: RunConfig, tokenizer: Tokenizer, held_out: bool) -> TextFiller:
-    """The configured filler: the paper's sentences, or data.source's documents of one split."""
+    """Return the configured filler: the paper's sentences, or documents of one split of data.source."""
     if run.task.filler == "repeated":
         return RepeatedFiller(tokenizer)
     source = DocumentSource(run.data.source, run.data.text_key, run.data.max_text_mb)
@@ -67,12 +67,12 @@ def make_filler(run: RunConfig, tokenizer: Tokenizer, held_out: bool) -> TextFil
 
 
 def split_samples(run: RunConfig, tokenizer: Tokenizer, split: str, filler: TextFiller) -> Iterator[Sample]:
-    """The samples of a split: lengths and places of the fact as configured, for training and held-out data alike."""
+    """Yield the samples of a split. Training and held-out data have the same lengths and depths."""
     config = run.task
     task = Task(config, tokenizer, filler)
     placement = training_placement(config.late_share, config.border_share, config.own_segment_share, run.model.segment_length)
     for number in range(config.samples if split == "train" else config.held_out_samples):
-        # Size has a seed of its own, so that it does not depend on what the sample draws.
+        # The length has a seed of its own, so that it does not depend on the draws of the sample.
         draws = Draws(sample_seed(config.seed, PURPOSES[split], number, 1))
         length = task_length(config, draws.fraction())
         fewest = config.min_keys or config.keys
@@ -81,7 +81,7 @@ def split_samples(run: RunConfig, tokenizer: Tokenizer, split: str, filler: Text
 
 
 def task_length(config: TaskConfig, fraction: float) -> int:
-    """The length below which this fraction of a split's texts are, in tokens from the begin token to the answer's last."""
+    """Return the length at a quantile of a split's texts, in tokens from the begin token to the last of the answer."""
     low, high = config.min_tokens, config.max_tokens + 1
     if config.length_distribution == "uniform":
         length = low + fraction * (high - low)
@@ -89,15 +89,15 @@ def task_length(config: TaskConfig, fraction: float) -> int:
         length = math.exp(math.log(low) + fraction * (math.log(high) - math.log(low)))
     else:  # density 1 / length²
         length = low * high / (high - fraction * (high - low))
-    return max(low, min(high - 1, int(length)))  # against rounding
+    return max(low, min(high - 1, int(length)))  # guards against rounding
 
 
 def write_task_shards(
     samples: Iterable[tuple[str, Sample]], run: RunConfig, tokenizer: Tokenizer, folder: Path, source: str
 ) -> Manifest:
-    """Write samples, each a document that ends with the end token, then the indexes and `dataset.json`.
+    """Write samples as documents with an end token, then the indexes and `dataset.json`.
 
-    A sample of n tokens has n positions: the last asks for the end token.
+    A sample of n tokens has n positions; the target of the last is the end token.
 
     Args:
         samples: (split, sample), every split at least once.

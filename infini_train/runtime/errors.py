@@ -1,4 +1,4 @@
-"""The exceptions that a user is meant to read."""
+"""Exceptions that are reported to the user."""
 
 
 class UserError(Exception):
@@ -12,15 +12,15 @@ class UserError(Exception):
 
 
 class AgreedError(UserError):
-    """One that all processes of a run raise together, with the same words."""
+    """A user error that all processes of a run raise together, with the same message."""
 
 
 class UnhealthyRun(AgreedError):
-    """A run that stopped itself, because going on would waste time or harm the weights: a person must look at it."""
+    """A run that stopped itself, because continuing would waste time or harm the weights."""
 
     exit_code = 87
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, without its line ends."""
+    """Return the message of an exception in one line."""
     return " ".join(str(error).split()) or type(error).__name__

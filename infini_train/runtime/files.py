@@ -1,4 +1,4 @@
-"""Files that hold what was measured or made: whole or not at all, and what keeps them from being written is one line."""
+"""Write result files completely or not at all, and report a failure in one line."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ COPIED_RUN_DIR = "free space there, or copy the folder to where you can write an
 
 @contextmanager
 def writing(name: object, remedy: str, also: type[Exception] = OSError) -> Iterator[None]:
-    """Around what writes a file or folder.
+    """Convert errors of writing a file or folder to a UserError.
 
     Args:
-        name: of the file, and of the key that names it.
+        name: name of the file, with the key that names it.
         remedy: what the user can do instead.
-        also: what else than OSError the writer raises where the disk refuses.
+        also: exception that the writer raises besides OSError if the disk fails.
 
     Raises:
         UserError: it cannot be written.
@@ -37,9 +37,9 @@ def writing(name: object, remedy: str, also: type[Exception] = OSError) -> Itera
 
 
 def write_result(path: Path, text: str, remedy: str = ANOTHER_RUN_DIR) -> None:
-    """Replace a file at once: a reader, Ctrl-C or a full disk never leaves half of it.
+    """Replace a file atomically. Ctrl-C or a full disk never leaves half of it.
 
-    Print what stands in it first: it must not be lost with the file.
+    Print the result before the call, so that it is not lost with the file.
 
     Raises:
         UserError: it cannot be written.
@@ -51,7 +51,7 @@ def write_result(path: Path, text: str, remedy: str = ANOTHER_RUN_DIR) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any], remedy: str = ANOTHER_RUN_DIR) -> None:
-    """`write_result` of an object, in JSON that every reader takes.
+    """Write an object with `write_result`, in standard JSON.
 
     Raises:
         UserError: it cannot be written.
@@ -60,7 +60,7 @@ def write_json(path: Path, content: dict[str, Any], remedy: str = ANOTHER_RUN_DI
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity, and readers other than Python's refuse them: null stands there instead."""
+    """Replace NaN and infinity by None, because standard JSON has neither."""
     if isinstance(value, dict):
         return {key: without_nan(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -69,7 +69,7 @@ def without_nan(value: Any) -> Any:
 
 
 def check_writable(folder: Path, name: object, remedy: str = ANOTHER_RUN_DIR) -> None:
-    """Make the folder where there is none, and write something there: hours of measuring are not to end in a refusal.
+    """Create the folder if needed and write a test file, so that a long measurement does not fail at its end.
 
     Raises:
         UserError: it cannot be written.

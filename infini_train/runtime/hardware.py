@@ -17,7 +17,7 @@ from infini_train.runtime.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One kind of GPU, and the links of the nodes that it is usually sold in."""
+    """A GPU, and the links of the nodes that it is usually sold in."""
 
     name: str
     cuda_name: str
@@ -88,11 +88,11 @@ GPUS = {
 }
 
 _OTHER_PEAKS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H200 NVL": 835e12}
-"""Variants with another bfloat16 peak, by the name that CUDA gives them; nobody plans for them here."""
+"""Bfloat16 peaks of variants that no plan uses, by their CUDA name."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """A GPU by its name here.
+    """Return a GPU by name.
 
     Raises:
         UserError: no such GPU is known.
@@ -104,7 +104,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 def bfloat16_peak(cuda_name: str) -> float | None:
-    """Dense bfloat16 peak in FLOP/s of the device that CUDA calls so; None where it is not known."""
+    """Return the dense bfloat16 peak in FLOP/s of a device by its CUDA name; None if unknown."""
     for part, peak in [*_OTHER_PEAKS.items(), *((gpu.cuda_name, gpu.bfloat16_flops) for gpu in GPUS.values())]:
         if re.search(rf"{part}(?!\d)", cuda_name):  # an RTX A1000 is no A100
             return peak

@@ -1,8 +1,8 @@
 """CUDA or CPU, decided once.
 
 Megatron-core asks `torch.cuda.current_device()` for the device of its weights and buffers, and DeepSpeed compiles a
-shared-memory extension when it starts on a CPU. Where there is no CUDA, `install` makes the first mean the CPU and keeps the
-second off; where there is, it changes nothing.
+shared-memory extension when it starts on a CPU. Without CUDA, `install` makes the first mean the CPU and turns the
+second off. With CUDA it changes neither.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ def has_cuda() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this process: its CUDA device, or the CPU."""
+    """Return the device of this process: its CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 
 def processor() -> str:
-    """The CPU's name."""
+    """Return the CPU's name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
 def backend() -> str:
-    """The torch.distributed backend for this platform."""
+    """Return the torch.distributed backend of this platform."""
     return "nccl" if has_cuda() else "gloo"
 
 
 def peak_memory() -> int:
-    """Most bytes that this process held so far: of its GPU's allocator, or of everything on a CPU."""
+    """Return the peak memory of this process in bytes: of the GPU's allocator, or of the process on a CPU."""
     if has_cuda():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -70,17 +70,16 @@ def install() -> None:
         torch.cuda.set_device(rank)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             cache_kernels_on_this_machine()
-        # What is compiled here are a few small kernels: less work than to start a process for each core, in every rank.
+        # Only a few small kernels are compiled: less work than starting a compile process per core in every rank.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-        # For a convolution that PyTorch gives to cuDNN: by default float32 is rounded to 10 bits, and its gradient need not
-        # have the same bits twice.
+        # For cuDNN's convolution: by default it rounds float32 to 10 bits, and its gradient is not deterministic.
         torch.backends.cudnn.allow_tf32 = False
-        # The default, which an environment may have changed: the memory's products are float32, not rounded to 10 bits.
+        # The default, which an environment variable may have changed: float32 products of the memory without rounding.
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.deterministic = True
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed's CPU accelerator looks for NUMA tools when it is not told how many processes a host has.
+    # DeepSpeed's CPU accelerator searches NUMA tools if the number of processes per host is not set.
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # Without CUDA the original raises, so no working program on such a machine depends on it.
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
@@ -97,15 +96,15 @@ def install() -> None:
 
     # By name: the package `deepspeed.comm` has an attribute `torch` that is torch itself.
     deepspeed_torch = importlib.import_module("deepspeed.comm.torch")
-    # Two minutes of compilation at the first start, and a lock that hangs every later start if it is interrupted.
+    # It compiles for two minutes at the first start. If interrupted, its lock hangs every later start.
     deepspeed_torch.build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 def cache_kernels_on_this_machine() -> None:
     """Let Triton keep compiled kernels in the folder for temporary files instead of the home folder.
 
-    All ranks compile the same kernels in the same moment. Homes of clusters are on network file systems, where that can end
-    in an OSError of one rank (https://github.com/triton-lang/triton/issues/11512).
+    All ranks compile the same kernels at the same time. If the home folder is on a network file system, this can raise an
+    OSError in one rank (https://github.com/triton-lang/triton/issues/11512).
     """
     folder = Path(tempfile.gettempdir()) / f"triton-{os.getuid()}"
     if "TRITON_CACHE_DIR" in os.environ:
@@ -115,13 +114,13 @@ def cache_kernels_on_this_machine() -> None:
         found = folder.lstat()
     except OSError:
         return
-    # What lies there is executed, and everybody can make a folder of this name.
+    # Files in the folder are executed, and any user can create a folder of this name.
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
         os.environ["TRITON_CACHE_DIR"] = str(folder)
 
 
 def set_deterministic(wanted: bool) -> None:
-    """Take only operations whose result has the same bits twice, or any. On a CPU all have."""
+    """Allow only deterministic operations, or all. On a CPU all are deterministic."""
     if not has_cuda():
         return
     if wanted and torch.__version__ < "2.11":
@@ -129,19 +128,19 @@ def set_deterministic(wanted: bool) -> None:
         # instead of 20 (H200, torch 2.11). Each stream has a workspace of its own, which is all that equal bits need.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
-    # All that is read was written, and filling every new tensor takes time.
+    # Filling every new tensor takes time, and every value that is read was written before.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class _NoRandomState:
-    """Stands in for Megatron-core's tracker of CUDA random states."""
+    """Replacement of Megatron-core's tracker of CUDA random states."""
 
     def fork(self, *_: object) -> AbstractContextManager[None]:
         return nullcontext()
 
 
 def _quiet_libraries() -> None:
-    """Keep start-up chatter of the libraries off the screen; their errors stay."""
+    """Hide start-up messages of the libraries, but not their errors."""
     for pattern in (
         ".*Apex is not installed.*",
         ".*Transformer Engine.*",

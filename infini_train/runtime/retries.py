@@ -1,4 +1,4 @@
-"""File systems that are away for a while, as NFS and Lustre are while a server fails over or has forgotten this client."""
+"""Retry reads on file systems that are unavailable for a while, as NFS and Lustre during a server's failover."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import TypeVar
 T = TypeVar("T")
 
 RETRY_SECONDS = (1, 4, 15, 40)
-"""How long a read that failed is put off, time after time."""
+"""Waiting times between attempts, in seconds."""
 PASSING = {
     getattr(errno, name)
     for name in ("EIO", "ESTALE", "ETIMEDOUT", "ESHUTDOWN", "ENOTCONN", "ECONNRESET", "EREMOTEIO")
     if hasattr(errno, name)
 }
-"""What they answer then."""
+"""Error numbers of a file system that may recover."""
 
 
 def patiently(read: Callable[[], T], name: object) -> T:
-    """What `read` gives, tried again for a minute where the error may pass.
+    """Return the result of `read`, and retry for a minute on errors that may pass.
 
     Args:
-        read: opens what it reads: what was opened before may be gone for good.
-        name: of the file, for the warning on stderr.
+        read: function that opens and reads; a file that was opened before may be gone for good.
+        name: name of the file, for the warning on stderr.
 
     Raises:
-        OSError: the last one, or the first that will not pass.
+        OSError: the last error, or the first that cannot pass.
     """
     for seconds in RETRY_SECONDS:
         try:

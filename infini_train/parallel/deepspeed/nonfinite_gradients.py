@@ -48,7 +48,7 @@ def invalid_norm(zero_optimizer: Any) -> Iterator[None]:
     """Make DeepSpeed's optimizer see a gradient norm that is not finite, so that it skips the step.
 
     Args:
-        zero_optimizer: optimizer of ZeRO stage 1 to 3, or of bfloat16. All processes must enter, because it skips the reduction.
+        zero_optimizer: optimizer of ZeRO stage 1 to 3, or of bfloat16. All processes must enter: it skips the reduction.
     """
     nan = torch.tensor(float("nan"), device=platform.device())
     norms = {"_get_norm_groups": [nan], "scaled_global_norm": nan, "get_grads_for_norm": ([nan], {})}
