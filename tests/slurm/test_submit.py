@@ -305,7 +305,7 @@ def test_a_node_that_fails_the_preflight_is_left_out(unbroken, runs, cluster):
     job = cluster.job(job_id)
     assert job["Restarts"] == "1" and job["ExcNodeList"] == "n1"
     assert "preflight: n1 will be left out" in runs.history(run)
-    assert "left out    n1" in runs.command("status", run.run_dir)
+    assert "excluded    n1" in runs.command("status", run.run_dir)
     assert metrics(run) == metrics(unbroken[0])
 
 
