@@ -123,7 +123,7 @@ def test_a_command_for_one_process_is_refused():
 
 
 def test_a_host_that_does_not_come_is_named():
-    assert "127.0.0.2 did not come to 127.0.0.1" in finish(
+    assert "127.0.0.2 did not connect to 127.0.0.1" in finish(
         launch(0, free_port(), "generate", options=("--meet_seconds", "1")), 1
     )
     port = free_port()

@@ -86,7 +86,7 @@ def test_a_command_that_saves_no_checkpoint_promises_none(tmp_path):
     wait_until((tmp_path / "held" / "held0").exists)
     process.send_signal(signal.SIGINT)
     assert finish(process, 130) == (
-        "launch: starting 1 process\n\nstopping; once more to stop at once\n"
+        "launch: starting 1 process\n\nstopping; signal again to stop at once\n"
         "launch: stopped before generate was done: start the same command again\n"
     )
 
