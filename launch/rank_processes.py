@@ -27,8 +27,8 @@ HANG_EXIT_CODE = 86
 HANG_GRACE_SECONDS = 2.0
 """Grace period after a hang, in seconds. A stopped rank (SIGSTOP) never ends by itself."""
 STOPPED_EXIT_CODES = tuple(stopped_exit_code(number) for number in STOP_SIGNALS)
-"""Exit codes of ranks killed by a stop signal. Such a rank was killed before its first step and leaves its peers waiting, so the
-short grace period applies."""
+"""Exit codes of ranks killed by a stop signal. Such a rank was killed before its first step and leaves its peers waiting, so
+the short grace period applies."""
 
 
 def free_port() -> int:

@@ -128,7 +128,7 @@ def test_a_rank_that_hangs_in_its_own_checks(tmp_path):
 def test_a_rank_that_hangs_while_nodes_are_measured(tmp_path):
     outcome = preflight(tmp_path, "--timeout_seconds=10", nodes=2, fault="hang_in_all_reduce", at=1)
     assert outcome.codes == [3, None], outcome.output
-    assert outcome.bad_nodes == ["node1"] and "fell silent" in problems(outcome)["node1"]["answer"]
+    assert outcome.bad_nodes == ["node1"] and "stopped responding" in problems(outcome)["node1"]["answer"]
 
 
 @pytest.mark.parametrize("at,names", [(1, ["node1"]), (0, ["node0"])])

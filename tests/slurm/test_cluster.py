@@ -74,7 +74,7 @@ def test_waiting_in_vain_shows_the_job_and_its_log(cluster):
     with pytest.raises(AssertionError, match=r"(?s)is not COMPLETED.*JobState=FAILED.*ExitCode=3:0.*\nthe reason is here"):
         cluster.wait(job_id, "COMPLETED", timeout_seconds=60)
     assert time.monotonic() - start < 30, "a job that has ended was waited for"
-    with pytest.raises(AssertionError, match="is not what the test waits for after 1 s"):
+    with pytest.raises(AssertionError, match="is not in the expected state after 1 s"):
         cluster.wait(job_id, lambda job: job["Restarts"] == "1", timeout_seconds=1)
 
 
