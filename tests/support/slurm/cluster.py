@@ -63,7 +63,7 @@ class SlurmCluster:
     # Commands and their output.
 
     def environment(self) -> dict[str, str]:
-        """Return the environment for SLURM's commands: that of this process, with this cluster's settings instead of any other's."""
+        """Return this process's environment with this cluster's SLURM settings instead of any other's."""
         other = ("SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SINFO_", "SCANCEL_", NODE_MARK)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(other)}
         return {**kept, "SLURM_CONF": str(self._configuration.slurm_conf), "PATH": SEARCH_PATH}
@@ -88,7 +88,7 @@ class SlurmCluster:
         return result.stdout
 
     def show(self, *what: str) -> list[Job]:
-        """Return the records of `scontrol show`. Retry if a busy slurmctld closes the connection, which ends scontrol by SIGPIPE."""
+        """Return the records of `scontrol show`. Retry if a busy slurmctld hangs up, which ends scontrol by SIGPIPE."""
         tries_left = 3
         while True:
             tries_left -= 1
@@ -164,7 +164,7 @@ class SlurmCluster:
         self._start_slurmd(node)
 
     def heal(self) -> None:
-        """End all jobs, bring every node up and idle, and empty every temporary folder. SLURM keeps the records of ended jobs."""
+        """End all jobs, bring all nodes up and idle, and empty the temporary folders. SLURM keeps records of ended jobs."""
         for node in self.nodes:
             if node not in self._slurmds:
                 self._kill_processes(node)
