@@ -11,7 +11,7 @@ from infini_train.cluster.job_logs import show_logs
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("run", type=str, metavar="RUN", help="run directory")
+    parser.add_argument("run", type=str, metavar="RUN", help="folder of the run")
     parser.add_argument("--follow", action="store_true", help="continue until the job has ended")
     parser.add_argument("--lines", type=int, default=50, help="number of lines to print first")
 

@@ -11,7 +11,7 @@ from infini_train.cluster.job_status import status_lines
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("run", type=str, metavar="RUN", help="run directory")
+    parser.add_argument("run", type=str, metavar="RUN", help="folder of the run")
 
 
 def run_command(arguments: Namespace) -> int:
