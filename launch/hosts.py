@@ -1,4 +1,4 @@
-"""The hosts of a run as a user lists them, and which of them this one is."""
+"""Parse the list of hosts of a run, and find this machine in it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from infini_train.runtime.errors import UserError
 
 
 def parse_hosts(text: str) -> list[str]:
-    """Names or addresses from a comma-separated list.
+    """Split a comma-separated list into host names or addresses.
 
     Raises:
-        UserError: an empty, malformed or repeated entry.
+        UserError: an entry is empty, malformed or repeated.
     """
     hosts = text.split(",")
     for host in hosts:
         if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._:-]*|::[A-Fa-f0-9:]*", host) is None:
-            raise UserError(f"--hosts has the entry {host!r}; write names or addresses with commas between, and no ports")
+            raise UserError(f"--hosts has the entry {host!r}; write names or addresses separated by commas, without ports")
         if hosts.count(host) > 1:
-            raise UserError(f"--hosts names {host} twice; name each host once, --processes_per_host says how many run there")
+            raise UserError(f"--hosts names {host} twice; name each host once, and set --processes_per_host")
     return hosts
 
 
 def addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:
-    """What a name resolves to on this machine.
+    """Resolve a host name on this machine.
 
     Raises:
-        UserError: to nothing.
+        UserError: the name has no address.
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
@@ -36,8 +36,8 @@ def addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:
     return sorted({(family, str(address[0])) for family, _, _, _, address in found})
 
 
-def is_own(family: socket.AddressFamily, address: str) -> bool:
-    """Whether an address belongs to this machine: only then can a socket be bound to it."""
+def is_local_address(family: socket.AddressFamily, address: str) -> bool:
+    """Return whether an address belongs to this machine. A socket can be bound only to such an address."""
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.bind((address, 0))
@@ -46,23 +46,23 @@ def is_own(family: socket.AddressFamily, address: str) -> bool:
     return True
 
 
-def own_rank(hosts: list[str], node_rank: int | None) -> int:
-    """Index of this host in the list.
+def find_node_rank(hosts: list[str], node_rank: int | None) -> int:
+    """Return the index of this machine in the list of hosts.
 
     Args:
-        node_rank: what the user said it is; None finds it by the addresses of this machine.
+        node_rank: index that the user gave; None finds it by the addresses of this machine.
 
     Raises:
-        UserError: none or several of the hosts are this machine; names what they resolve to.
+        UserError: none or several of the hosts are this machine. The message lists the addresses of all hosts.
     """
     resolved = {host: addresses(host) for host in hosts}
     if node_rank is not None:
         if not 0 <= node_rank < len(hosts):
-            raise UserError(f"--node_rank is {node_rank}; --hosts names {len(hosts)}, so it is 0 to {len(hosts) - 1}")
+            raise UserError(f"--node_rank is {node_rank}; --hosts names {len(hosts)}, so it must be 0 to {len(hosts) - 1}")
         return node_rank
-    own = [index for index, host in enumerate(hosts) if any(is_own(*each) for each in resolved[host])]
+    own = [index for index, host in enumerate(hosts) if any(is_local_address(*each) for each in resolved[host])]
     if len(own) == 1:
         return own[0]
-    tried = "; ".join(f"{host} is {', '.join(address for _, address in found)}" for host, found in resolved.items())
-    which = f"several are this machine ({', '.join(hosts[index] for index in own)})" if own else "none is this machine"
-    raise UserError(f"--hosts: {which}: {tried}; say which it is with --node_rank, counted from 0")
+    resolutions = "; ".join(f"{host} is {', '.join(address for _, address in found)}" for host, found in resolved.items())
+    found_hosts = f"several are this machine ({', '.join(hosts[index] for index in own)})" if own else "none is this machine"
+    raise UserError(f"--hosts: {found_hosts}: {resolutions}; give the index of this host with --node_rank, counted from 0")

@@ -3,10 +3,10 @@
 
     python launch/local.py 2 pretrain --config configs/tiny.yaml
 
-Each process gets torch.distributed's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and an equal share
-of the cores. Unlike torchrun, it passes Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP on once, waits for the processes to save, and
-leaves with their own exit code, so that "stopped and resumable" (85), "hangs" (86) and "wrong configuration" (2) reach the
-caller.
+Each process gets torch.distributed's environment variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and an
+equal share of the CPU cores. Unlike torchrun, the launcher forwards Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP once, waits until the
+processes have saved, and exits with their exit code. The caller therefore sees "stopped and resumable" (85), "hung" (86) and
+"wrong configuration" (2).
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from infini_train.runtime.standard_streams import ignore_stream_errors
 from launch.rank_processes import (
-    ON_SEVERAL_PROCESSES,
+    MULTI_PROCESS_COMMANDS,
     RankProcesses,
     check_configuration,
     free_port,
     rank_environments,
     rank_program,
 )
-from launch.stop_signals import Stopped, StopSignals, say_stopped
+from launch.stop_signals import Stopped, StopSignals, print_stopped
 
 USAGE = "usage: launch/local.py NUM_PROCESSES COMMAND [ARGUMENTS]"
 EXAMPLE = "python launch/local.py 2 pretrain --config configs/tiny.yaml"
 HELP = f"""{USAGE}
 
-Run an infini-train command on several processes of this machine, one for each GPU: {", ".join(ON_SEVERAL_PROCESSES)}.
-COMMAND --help explains a command's arguments. Ctrl-C lets pretrain save and end; the same command goes on from there.
+Run an infini-train command on several processes of this machine, one for each GPU: {", ".join(MULTI_PROCESS_COMMANDS)}.
+COMMAND --help explains a command's arguments. Ctrl-C makes pretrain save a checkpoint and end; the same command resumes it.
 
 example: {EXAMPLE}"""
 
@@ -44,7 +44,7 @@ def main() -> int:
         print(HELP)
         raise SystemExit
     if len(arguments) < 2 or not arguments[0].isdecimal() or int(arguments[0]) < 1:
-        print(f"{USAGE}; --help says more", file=sys.stderr)
+        print(f"{USAGE}; see --help", file=sys.stderr)
         return 2
     ignore_stream_errors()
     stop = StopSignals()
@@ -56,7 +56,7 @@ def main() -> int:
         environments = rank_environments(0, 1, world_size, "127.0.0.1", free_port(), dict(os.environ))
         ranks = RankProcesses(rank_program(command), environments, stop, command=command[0])
     except Stopped as stopped:
-        say_stopped(command[0])
+        print_stopped(command[0])
         return stopped.exit_code
     return ranks.wait()
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Check every node before a run spends its time: GPUs, folders, clocks, bandwidth.
+"""Check every node before training: GPUs, folders, clocks, bandwidth.
 
-Started on every rank, with torch.distributed's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT). All ranks come to the same verdict; what it means stands in README.md beside this file. Exit codes: 0 all is fine,
-3 bad nodes were found (FOLDER/job/bad_nodes names them), 4 something is wrong that no node is to blame for, 2 wrong usage.
+Start it on every rank, with torch.distributed's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT). All ranks return the same verdict; launch/README.md explains it. Exit codes: 0 no problem, 3 bad nodes
+(FOLDER/job/bad_nodes names them), 4 a problem that cannot be attributed to single nodes, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch.preflight_node import check_node, node_name, within
+from launch.preflight_node import check_node, node_name, run_with_timeout
 from launch.preflight_store import collect, group_by_node, post, read, slurm_nodes, write_atomically
-from launch.preflight_verdict import BAD_NODES, NO_NODE_TO_BLAME, Node, Verdict, judge, table
+from launch.preflight_verdict import BAD_NODES, GENERAL_PROBLEM, Node, Verdict, judge, table
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-PULSE_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0
+"""Interval of rank 0's heartbeat."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among all."""
+    """The position of this process in the job, and the address of rank 0."""
 
     rank: int
     world_size: int
@@ -46,12 +47,23 @@ class Rank:
 
 
 def parse() -> tuple[argparse.Namespace, Rank]:
-    parser = argparse.ArgumentParser(description="Check every node before a run.")
+    parser = argparse.ArgumentParser(description="Check every node before training.")
     parser.add_argument("--folder", type=Path, required=True, help="run directory")
-    parser.add_argument("--gpus_per_node", type=int, default=0, help="GPUs that each node must show; 0 for nodes without")
-    parser.add_argument("--minimum_gigabytes_per_second", type=float, default=0.0, help="between nodes; 0 only reports it")
-    parser.add_argument("--maximum_clock_skew_seconds", type=float, default=5.0, help="from most other nodes")
-    parser.add_argument("--timeout_seconds", type=float, default=120.0, help="for each of: own checks, measuring together")
+    parser.add_argument(
+        "--gpus_per_node", type=int, default=0, help="GPUs that must be visible on each node; 0 for nodes without GPUs"
+    )
+    parser.add_argument(
+        "--minimum_gigabytes_per_second", type=float, default=0.0, help="required bandwidth between nodes; 0 only reports it"
+    )
+    parser.add_argument(
+        "--maximum_clock_skew_seconds", type=float, default=5.0, help="allowed difference from the clocks of most other nodes"
+    )
+    parser.add_argument(
+        "--timeout_seconds",
+        type=float,
+        default=120.0,
+        help="time limit of the checks on each node, and of the joint measurement",
+    )
     arguments = parser.parse_args()
     for name in ("gpus_per_node", "minimum_gigabytes_per_second"):
         if getattr(arguments, name) < 0:
@@ -63,16 +75,20 @@ def parse() -> tuple[argparse.Namespace, Rank]:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         value = os.environ.get(name, "")
         if not value.isdigit():
-            parser.error(f"{name} is {value!r} in the environment; start it on every rank with launch/multinode.py or srun")
+            parser.error(
+                f"{name} is {value!r} in the environment; start the preflight on every rank with launch/multinode.py or srun"
+            )
         numbers[name.lower()] = int(value)
     address = os.environ.get("MASTER_ADDR")
     if not address:
-        parser.error("MASTER_ADDR is not in the environment; start it on every rank with launch/multinode.py or srun")
+        parser.error(
+            "MASTER_ADDR is not in the environment; start the preflight on every rank with launch/multinode.py or srun"
+        )
     return arguments, Rank(master_addr=address, **numbers)
 
 
 def connect(rank: Rank, timeout_seconds: float) -> Store:
-    """The store that rank 0 serves.
+    """Connect to the key-value store that rank 0 serves.
 
     Raises:
         RuntimeError: rank 0 does not answer in time.
@@ -92,8 +108,8 @@ def connect(rank: Rank, timeout_seconds: float) -> Store:
 def measure_together(
     store: Store, rank: Rank, nodes: list[list[int]], bandwidth: bool, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Clocks and bandwidth, on a thread that is given up when its time is over."""
-    progress: dict[str, Any] = {"stage": "meeting over gloo", "offsets": None, "all_ranks": None, "pairs": {}, "error": None}
+    """Measure clocks and bandwidth in a thread that is abandoned at the time limit. Return its progress."""
+    progress: dict[str, Any] = {"stage": "connecting over gloo", "offsets": None, "all_ranks": None, "pairs": {}, "error": None}
     timeout = timedelta(seconds=arguments.timeout_seconds)
 
     def run() -> None:
@@ -123,14 +139,14 @@ def measure_together(
     return result
 
 
-def preside(store: Store, rank: Rank, arguments: argparse.Namespace, began: float) -> Verdict:
-    """What rank 0 does beside its share: gather reports, tell the others how to go on, judge."""
+def coordinate(store: Store, rank: Rank, arguments: argparse.Namespace, began: float) -> Verdict:
+    """Run rank 0's coordination: collect reports, publish the plan for the other ranks, and form the verdict."""
     ranks = list(range(rank.world_size))
     names = collect(store, "node", ranks, began + arguments.timeout_seconds)
     checks = collect(store, "checks", list(names), time.monotonic() + arguments.timeout_seconds)
     nodes = [Node(name, members) for name, members in group_by_node(names, rank.world_size, rank.local_world_size)]
     complete = len(checks) == rank.world_size
-    # A GPU that computes wrongly or is not there would make NCCL hang.
+    # A missing or faulty GPU would make NCCL hang, so skip the bandwidth then.
     gpus = all(check["ok"] for found in checks.values() for check in found if check["name"] == "gpus")
     members = [node.ranks for node in nodes]
     post(store, "plan", {"nodes": members, "measure": complete, "bandwidth": gpus})
@@ -150,7 +166,7 @@ def preside(store: Store, rank: Rank, arguments: argparse.Namespace, began: floa
 
 
 def write_verdict(verdict: Verdict, job: Path) -> None:
-    """preflight.json, and bad_nodes if there are any.
+    """Write preflight.json, and bad_nodes if there are bad nodes.
 
     Raises:
         OSError: the folder cannot be written.
@@ -163,65 +179,66 @@ def write_verdict(verdict: Verdict, job: Path) -> None:
         write_atomically(job / "bad_nodes", "".join(f"{name}\n" for name in verdict.bad_nodes))
 
 
-def conclude(store: Store, rank: Rank, arguments: argparse.Namespace) -> int:
-    """All ranks take the verdict; the first rank of a good node writes it, because a bad one may not be able to."""
+def publish_verdict(store: Store, rank: Rank, arguments: argparse.Namespace) -> int:
+    """Read the verdict and return its exit code. A good node's first rank writes it, because a bad node may fail to."""
     seconds = arguments.timeout_seconds
     verdict = Verdict.from_dict(read(store, "verdict", 4 * seconds))
     writer = next((node.ranks[0] for node in verdict.nodes if not node.problems), 0)
     if rank.rank == writer:
         job = arguments.folder / "job"
-        written = within(seconds, "verdict", lambda: write_verdict(verdict, job))
+        written = run_with_timeout(seconds, "verdict", lambda: write_verdict(verdict, job))
         if not written.ok:
             print(f"preflight: {job} cannot be written: {written.value}", file=sys.stderr)
-        post(store, "code", verdict.exit_code if written.ok else NO_NODE_TO_BLAME)
+        post(store, "code", verdict.exit_code if written.ok else GENERAL_PROBLEM)
     code = int(read(store, "code", 2 * seconds))
     post(store, f"left/{rank.rank}", True)
     return code
 
 
-def pulse_file(folder: Path, rank: Rank) -> Path:
-    """Where rank 0 shows that it lives, to ranks that cannot reach it. The port is another one at each start."""
+def heartbeat_file(folder: Path, rank: Rank) -> Path:
+    """Return rank 0's heartbeat file, for ranks that cannot connect to it. The port in its name differs at each start."""
     return folder / "job" / f".preflight-{rank.master_port}"
 
 
-def start_pulse(folder: Path, rank: Rank) -> None:
-    """Count up in the file from now on, on a thread; a folder that cannot be written is found out elsewhere."""
+def start_heartbeat(folder: Path, rank: Rank) -> None:
+    """Increment a counter in the file, in a thread. Ignore write errors, because the folder check reports them."""
 
     def beat() -> None:
-        path = pulse_file(folder, rank)
+        path = heartbeat_file(folder, rank)
         for count in itertools.count():
             with contextlib.suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(str(count))
-            time.sleep(PULSE_SECONDS)
+            time.sleep(HEARTBEAT_SECONDS)
 
     threading.Thread(target=beat, daemon=True).start()
 
 
-def has_pulse(folder: Path, rank: Rank) -> bool:
+def has_heartbeat(folder: Path, rank: Rank) -> bool:
+    """Return whether the counter in rank 0's heartbeat file increases."""
     try:
-        first = pulse_file(folder, rank).read_text()
-        time.sleep(5 * PULSE_SECONDS)
-        return pulse_file(folder, rank).read_text() != first
+        first = heartbeat_file(folder, rank).read_text()
+        time.sleep(5 * HEARTBEAT_SECONDS)
+        return heartbeat_file(folder, rank).read_text() != first
     except OSError:
         return False
 
 
-def without_rank_0(rank: Rank, folder: Path, error: Exception) -> int:
-    """Rank 0 does not answer: either its node is bad, or this one's network is, and then rank 0 still shows its pulse."""
+def handle_lost_rank_0(rank: Rank, folder: Path, error: Exception) -> int:
+    """Handle a rank 0 that does not answer. If its heartbeat continues, the network of this node may be at fault instead."""
     reason = " ".join(str(error).split())[:300]
     print(
         f"preflight: rank 0 at {rank.master_addr}:{rank.master_port} does not answer rank {rank.rank}: {reason}",
         file=sys.stderr,
     )
     nodes = slurm_nodes()
-    if not nodes or nodes[0] == node_name() or has_pulse(folder, rank):
-        return NO_NODE_TO_BLAME
+    if not nodes or nodes[0] == node_name() or has_heartbeat(folder, rank):
+        return GENERAL_PROBLEM
     first = Node(nodes[0], [0], problems={"answer": "rank 0 did not answer other ranks"})
     try:
         write_verdict(Verdict([first], []), folder / "job")
     except OSError:
-        return NO_NODE_TO_BLAME
+        return GENERAL_PROBLEM
     print(f"preflight: {nodes[0]} is bad", file=sys.stderr)
     return BAD_NODES
 
@@ -229,15 +246,15 @@ def without_rank_0(rank: Rank, folder: Path, error: Exception) -> int:
 def run(arguments: argparse.Namespace, rank: Rank) -> int:
     began = time.monotonic()
     seconds = arguments.timeout_seconds
-    # NCCL's own handling would end the process before it can tell what happened; everything here has a time limit of its own.
+    # NCCL's error handling would end the process before it can report. Every operation here has its own time limit.
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     try:
         store = connect(rank, seconds)
         post(store, f"node/{rank.rank}", node_name())
         if rank.rank == 0:
-            start_pulse(arguments.folder, rank)
+            start_heartbeat(arguments.folder, rank)
     except Exception as error:
-        return without_rank_0(rank, arguments.folder, error)
+        return handle_lost_rank_0(rank, arguments.folder, error)
     try:
         post(
             store,
@@ -245,26 +262,26 @@ def run(arguments: argparse.Namespace, rank: Rank) -> int:
             check_node(arguments.folder, arguments.gpus_per_node, rank.local_rank, rank.local_world_size, seconds),
         )
         if rank.rank == 0:
-            verdict = preside(store, rank, arguments, began)
+            verdict = coordinate(store, rank, arguments, began)
             print(table(verdict), flush=True)
             post(store, "verdict", asdict(verdict))
         elif (plan := read(store, "plan", 3 * seconds))["measure"]:
             measured = measure_together(store, rank, plan["nodes"], plan["bandwidth"], arguments)
             post(store, f"measured/{rank.rank}", measured)
-        code = conclude(store, rank, arguments)
+        code = publish_verdict(store, rank, arguments)
         if rank.rank == 0:
-            # The store lives in this process: the others read the code first.
+            # This process serves the store, so wait until the other ranks have read the exit code.
             collect(store, "left", list(range(1, rank.world_size)), time.monotonic() + 5.0)
         return code
     except Exception as error:
-        return without_rank_0(rank, arguments.folder, error)
+        return handle_lost_rank_0(rank, arguments.folder, error)
 
 
 def main() -> int:
     arguments, rank = parse()
     code = run(arguments, rank)
     if rank.rank == 0:
-        within(arguments.timeout_seconds, "pulse", pulse_file(arguments.folder, rank).unlink)
+        run_with_timeout(arguments.timeout_seconds, "heartbeat", heartbeat_file(arguments.folder, rank).unlink)
     return code
 
 
@@ -272,5 +289,5 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Threads that hang in a driver or a file server would keep the interpreter from ending.
+    # Exit at once: threads that hang in a driver or a file server would prevent a normal exit.
     os._exit(code)

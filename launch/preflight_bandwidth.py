@@ -1,4 +1,4 @@
-"""What nodes measure together: how far their clocks are apart, and the bandwidth of an all-reduce."""
+"""Joint measurements of all nodes: clock offsets, and the bandwidth of an all-reduce."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch.distributed as dist
 
 PING_PONGS = 5
 REPETITIONS = 5
-# Large enough that bandwidth counts and not latency; on a CPU small enough to take a second.
+# Large enough that bandwidth dominates latency, and on a CPU small enough to take about a second.
 BYTES = {"nccl": 256 * 2**20, "gloo": 8 * 2**20}
 
 
 def node_pairs(nodes: int) -> list[list[tuple[int, int]]]:
-    """Rounds of pairs of nodes, disjoint in each round: neighbours on a ring, so that each node meets two others.
+    """Return rounds of disjoint pairs of nodes. Pairs are neighbours on a ring, so that each node is paired with two others.
 
-    With two nodes there is one pair, with one none.
+    Two nodes give one pair; one node gives none.
     """
     if nodes < 3:
         return [[(0, 1)]] if nodes == 2 else []
@@ -29,15 +29,15 @@ def node_pairs(nodes: int) -> list[list[tuple[int, int]]]:
 
 
 def clock_offset(rank: int, leaders: list[int]) -> dict[int, float]:
-    """Seconds that each node's clock is ahead of the first one's, measured with the first rank of each node over gloo.
+    """Measure how many seconds each node's clock is ahead of the first node's, between the first ranks of the nodes over gloo.
 
-    The answer that came back fastest counts; the remote clock was read in the middle of its way.
+    Use the exchange with the shortest round trip, and assume that the remote clock was read in the middle of it.
 
     Args:
-        leaders: the first rank of each node; the others return at once.
+        leaders: the first rank of each node. Other ranks return immediately.
 
     Returns:
-        By leader, on the first one; empty elsewhere.
+        Offsets in seconds by leader, on the first leader; empty on all other ranks.
     """
     offsets = {leaders[0]: 0.0} if rank == leaders[0] else {}
     stamp = torch.zeros(1, dtype=torch.float64)
@@ -60,9 +60,9 @@ def clock_offset(rank: int, leaders: list[int]) -> dict[int, float]:
 
 
 def all_reduce_bandwidth(group: dist.ProcessGroup | None, backend: str, device: torch.device) -> float:
-    """Bus bandwidth of an all-reduce in GB/s, by the convention of nccl-tests: bytes * 2 (n - 1) / n / time.
+    """Return the bus bandwidth of an all-reduce in GB/s, as defined by nccl-tests: bytes * 2 (n - 1) / n / time.
 
-    The median of some repetitions after one that sets up connections.
+    The time is the median of several repetitions, after a first one that sets up the connections.
     """
     size = dist.get_world_size(group)
     values = torch.ones(BYTES[backend] // 4, dtype=torch.float32, device=device)
@@ -76,7 +76,7 @@ def all_reduce_bandwidth(group: dist.ProcessGroup | None, backend: str, device: 
             seconds.append(time.perf_counter() - began)
     expected = float(size) ** (REPETITIONS + 1)
     if not torch.all(values == torch.tensor(expected, dtype=torch.float32, device=device)):
-        # Powers of a size that is none of two are rounded on the way.
+        # Powers of a size that is not a power of two are rounded.
         torch.testing.assert_close(values, torch.full_like(values, expected), rtol=1e-4, atol=0.0)
     return BYTES[backend] * 2 * (size - 1) / size / statistics.median(seconds) / 1e9
 
@@ -90,13 +90,13 @@ def measure(
     timeout: timedelta,
     progress: dict[str, Any],
 ) -> None:
-    """Clocks, then the bandwidth of all ranks, then, if that is too low, of pairs of nodes.
+    """Measure the clocks, then the bandwidth of all ranks, and then, if that is too low, the bandwidth of pairs of nodes.
 
     Args:
         nodes: ranks of each node.
-        backend: of the bandwidth; None leaves it out.
-        progress: filled as it goes: `stage` is what is done at the moment, `offsets` seconds by node, `all_ranks` GB/s,
-            `pairs` GB/s by the other node's index.
+        backend: backend of the bandwidth measurement; None skips it.
+        progress: updated during the measurement: `stage` is the current operation, None once finished; `offsets` seconds by
+            node; `all_ranks` GB/s; `pairs` GB/s by the other node's index.
     """
     progress["stage"] = "exchanging clocks"
     leaders = [ranks[0] for ranks in nodes]
@@ -108,14 +108,14 @@ def measure(
     progress["stage"] = "an all-reduce over all ranks"
     everyone = dist.new_group(backend=backend, timeout=timeout)
     progress["all_ranks"] = all_reduce_bandwidth(everyone, backend, device)
-    # All decide alike, by the slowest.
+    # Agree on the slowest value, so that all ranks take the same branch.
     slowest = torch.tensor([progress["all_ranks"]], dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MIN)
     if slowest.item() < minimum_gigabytes_per_second:
         mine = next(index for index, ranks in enumerate(nodes) if rank in ranks)
         for pairs in node_pairs(len(nodes)):
-            progress["stage"] = "meeting in pairs of nodes"
-            # All ranks make all groups: those that only their members make got names that did not match.
+            progress["stage"] = "connecting pairs of nodes"
+            # Create all groups on all ranks: groups created only by their members got names that did not match.
             groups = [dist.new_group(nodes[one] + nodes[other], timeout=timeout, backend=backend) for one, other in pairs]
             for group, pair in zip(groups, pairs, strict=True):
                 if mine in pair:

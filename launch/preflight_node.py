@@ -1,4 +1,4 @@
-"""What one process can check on its own node: folders, free space, GPUs. Each check has a time limit."""
+"""Checks of one process on its own node: folders, free space, GPUs. Each check has a time limit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 FREE_BYTES = 2**30
-"""Free space that a run needs in any case: for metrics and logs, and for what libraries keep in the temporary folder."""
+"""Minimum free space for a run: metrics, logs, and temporary files of libraries."""
 WRITTEN_BYTES = 2**20
+"""Size of the test file."""
 MATRIX = 1024
+"""Rows and columns of the test matrices."""
 
 
 @dataclass
@@ -27,22 +29,22 @@ class Check:
     name: str
     ok: bool
     value: str
-    """What was found, or what is wrong."""
+    """The result, or the problem."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def node_name() -> str:
-    """The node as SLURM calls it, else the host name."""
+    """Return the node name from SLURM, or else the host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def within(seconds: float, name: str, check: Callable[[], object]) -> Check:
-    """Run a check that may hang (a dead file server, a GPU that fell off the bus) for a limited time.
+def run_with_timeout(seconds: float, name: str, check: Callable[[], object]) -> Check:
+    """Run a check with a time limit, because it may hang (a dead file server, a GPU that fell off the bus).
 
     Args:
-        check: returns what it found, or raises.
+        check: function that returns its result, or raises an exception.
     """
     outcome: list[Check] = []
 
@@ -52,7 +54,7 @@ def within(seconds: float, name: str, check: Callable[[], object]) -> Check:
         except Exception as error:
             outcome.append(Check(name, False, " ".join(str(error).split()) or type(error).__name__))
 
-    # A daemon: a thread that hangs must not keep the process from ending.
+    # Use a daemon thread, so that a hanging check does not prevent the process from ending.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(max(0.0, seconds))
@@ -60,10 +62,10 @@ def within(seconds: float, name: str, check: Callable[[], object]) -> Check:
 
 
 def check_folder(path: Path, free_bytes: int) -> str:
-    """Write a file, bring it to the disk, read it back, delete it.
+    """Write a file, sync it to disk, read it back, and delete it.
 
     Raises:
-        OSError: it cannot be written, holds other bytes than were written, or has less space than `free_bytes`.
+        OSError: the folder cannot be written, returns other bytes than were written, or has less space than `free_bytes`.
     """
     probe = path / f".preflight-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
     content = os.urandom(WRITTEN_BYTES)
@@ -73,17 +75,17 @@ def check_folder(path: Path, free_bytes: int) -> str:
             file.flush()
             os.fsync(file.fileno())
         if probe.read_bytes() != content:
-            raise OSError(f"{path} gave back other bytes than were written")
+            raise OSError(f"{path} returned other bytes than were written")
     finally:
         probe.unlink(missing_ok=True)
     free = shutil.disk_usage(path).free
     if free < free_bytes:
-        raise OSError(f"{path} has {free / 2**30:.1f} GiB free, less than the {free_bytes / 2**30:.1f} that are needed")
+        raise OSError(f"{path} has {free / 2**30:.1f} GiB free, less than the {free_bytes / 2**30:.1f} GiB that are needed")
     return f"{free / 2**30:.0f} GiB free"
 
 
 def needed_bytes(run_dir: Path) -> int:
-    """Free space for the run's next checkpoint, as far as one that exists tells its size."""
+    """Return the space that the next checkpoint needs: the size of the largest existing one, at least FREE_BYTES."""
     sizes = [
         sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         for folder in run_dir.glob("checkpoints/step_*")
@@ -92,7 +94,7 @@ def needed_bytes(run_dir: Path) -> int:
 
 
 def check_run_dir(run_dir: Path) -> str:
-    """`check_folder` for the run directory, which is made if it is not there.
+    """Create the run directory if it does not exist, and check it.
 
     Raises:
         OSError: see `check_folder`.
@@ -102,15 +104,15 @@ def check_run_dir(run_dir: Path) -> str:
 
 
 def temporary_folder() -> Path:
-    """The node's own temporary folder, also where it does not work and tempfile would silently take another."""
+    """Return the node's temporary folder. Prefer TMPDIR, because tempfile silently replaces it if it is not usable."""
     return Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
 
 
 def check_gpus(expected: int, local_rank: int, local_world_size: int) -> str:
-    """Count the GPUs, and multiply matrices on those of this rank: whole numbers, so that every bit of the product is known.
+    """Count the GPUs, and multiply matrices on those of this rank. With small integers the product is exact.
 
     Raises:
-        RuntimeError: another number than expected, or a wrong product.
+        RuntimeError: the number of GPUs is not the expected one, or a product is wrong.
     """
     import torch
 
@@ -130,18 +132,22 @@ def check_gpus(expected: int, local_rank: int, local_world_size: int) -> str:
 def check_node(
     folder: Path, gpus_per_node: int, local_rank: int, local_world_size: int, timeout_seconds: float
 ) -> list[dict[str, Any]]:
-    """All checks of this rank; folders are left to the first rank of a node.
+    """Run all checks of this rank. Only the first rank of a node checks folders.
 
     Args:
-        timeout_seconds: for all of them together.
+        timeout_seconds: time limit of all checks together.
     """
     deadline = time.monotonic() + timeout_seconds
     checks = []
     if local_rank == 0:
-        checks.append(within(deadline - time.monotonic(), "folder", lambda: check_run_dir(folder)))
-        checks.append(within(deadline - time.monotonic(), "temp", lambda: check_folder(temporary_folder(), FREE_BYTES)))
+        checks.append(run_with_timeout(deadline - time.monotonic(), "folder", lambda: check_run_dir(folder)))
+        checks.append(
+            run_with_timeout(deadline - time.monotonic(), "temp", lambda: check_folder(temporary_folder(), FREE_BYTES))
+        )
     if gpus_per_node > 0:
         checks.append(
-            within(deadline - time.monotonic(), "gpus", lambda: check_gpus(gpus_per_node, local_rank, local_world_size))
+            run_with_timeout(
+                deadline - time.monotonic(), "gpus", lambda: check_gpus(gpus_per_node, local_rank, local_world_size)
+            )
         )
     return [check.as_dict() for check in checks]

@@ -1,4 +1,4 @@
-"""How the ranks of a preflight talk: over a key-value store, so that a rank that hangs is missed and not waited for."""
+"""Communication of the preflight's ranks over a key-value store, in which a missing entry shows that a rank hangs."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def post(store: Store, key: str, value: Any) -> None:
 
 
 def read(store: Store, key: str, seconds: float) -> Any:
-    """What was posted under a key; waits for it.
+    """Wait for a key and return its value.
 
     Raises:
-        torch.distributed.DistStoreError, RuntimeError: nothing within the time, or the store is gone.
+        torch.distributed.DistStoreError, RuntimeError: the key is not set in time, or the store is lost.
     """
     store.wait([key], timedelta(seconds=max(seconds, 0.1)))
     return json.loads(store.get(key))
 
 
 def collect(store: Store, kind: str, ranks: list[int], deadline: float) -> dict[int, Any]:
-    """What ranks posted under KIND/RANK, as soon as all did, or what is there at the deadline (by `time.monotonic`)."""
+    """Return the values of KIND/RANK by rank, as soon as all are set, or those set by the deadline (in `time.monotonic`)."""
     missing = list(ranks)
     while missing:
         missing = [rank for rank in missing if not store.check([f"{kind}/{rank}"])]
@@ -44,7 +44,7 @@ def collect(store: Store, kind: str, ranks: list[int], deadline: float) -> dict[
 
 
 def slurm_nodes() -> list[str] | None:
-    """Names of the job's nodes in the order of ranks, where SLURM is there to tell."""
+    """Return the names of the job's nodes in rank order, or None outside a SLURM job."""
     if "SLURM_JOB_NODELIST" not in os.environ or shutil.which("scontrol") is None:
         return None
     try:
@@ -61,9 +61,10 @@ def slurm_nodes() -> list[str] | None:
 
 
 def group_by_node(names: dict[int, str], world_size: int, local_world_size: int) -> list[tuple[str, list[int]]]:
-    """Nodes and their ranks, in the order of ranks. Ranks that told no name get SLURM's, or one that says so.
+    """Return the nodes and their ranks, in rank order.
 
-    Ranks are laid out in blocks: all of the first node, then all of the second.
+    Ranks are assigned to nodes in blocks: first all ranks of the first node, then all of the second. A rank that reported no
+    name gets SLURM's name for its node, else the name that other ranks of its block reported, else a placeholder.
     """
     known = slurm_nodes() if len(names) < world_size else None
     nodes: dict[str, list[int]] = {}

@@ -1,54 +1,56 @@
-"""From what all ranks report to a verdict: which nodes are bad, and what no node is to blame for."""
+"""Form a verdict from the reports of all ranks: bad nodes, and problems that cannot be attributed to single nodes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-FINE, BAD_NODES, NO_NODE_TO_BLAME = 0, 3, 4
+NO_PROBLEM, BAD_NODES, GENERAL_PROBLEM = 0, 3, 4
 UNKNOWN = "("
-"""How the names of nodes begin that told no name and that SLURM does not know."""
+"""First character of the placeholder for a node whose name is unknown."""
 
 
 @dataclass
 class Node:
-    """All that is known of one node."""
+    """The results of one node."""
 
     name: str
     ranks: list[int]
     checks: dict[str, str] = field(default_factory=dict)
-    """What was found, by check."""
+    """Result by name of the check."""
     problems: dict[str, str] = field(default_factory=dict)
-    """What is wrong, by check."""
+    """Problem by name of the check."""
 
 
 @dataclass
 class Verdict:
+    """The result of a preflight."""
+
     nodes: list[Node]
     general: list[str]
-    """What is wrong without being one node's fault."""
+    """Problems that cannot be attributed to single nodes."""
     bandwidth: float | None = None
-    """GB/s of an all-reduce over all ranks, by the slowest."""
+    """GB/s of an all-reduce over all ranks, as measured by the slowest rank."""
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Verdict:
-        """What `dataclasses.asdict` made of one."""
+        """Create a verdict from the output of `dataclasses.asdict`."""
         return cls(**{**content, "nodes": [Node(**node) for node in content["nodes"]]})
 
     @property
     def bad_nodes(self) -> list[str]:
-        """Names of nodes with a problem, without those whose name is not known."""
+        """Names of the nodes with a problem, except nodes with an unknown name."""
         return [node.name for node in self.nodes if node.problems and not node.name.startswith(UNKNOWN)]
 
     @property
     def exit_code(self) -> int:
         if self.bad_nodes:
             return BAD_NODES
-        return NO_NODE_TO_BLAME if self.general or any(node.problems for node in self.nodes) else FINE
+        return GENERAL_PROBLEM if self.general or any(node.problems for node in self.nodes) else NO_PROBLEM
 
 
-def take_from_nodes(nodes: list[Node], general: list[str]) -> None:
-    """A check that fails on every node of several is nobody's own fault: a wrong folder, a limit that nothing reaches."""
+def move_common_problems(nodes: list[Node], general: list[str]) -> None:
+    """Move a check that fails on every node to the general problems: a wrong folder, or a limit that no node reaches."""
     if len(nodes) < 2:
         return
     for check in sorted({name for node in nodes for name in node.problems}):
@@ -59,10 +61,10 @@ def take_from_nodes(nodes: list[Node], general: list[str]) -> None:
 
 
 def judge_clocks(nodes: list[Node], offsets: list[float], maximum: float, general: list[str]) -> None:
-    """A clock is wrong if it is too far from those of most other nodes; of two nodes neither can be told to be right.
+    """Mark a clock as wrong if it differs too much from the clocks of most other nodes. With two nodes this is undecidable.
 
     Args:
-        offsets: seconds that each node is ahead of the first.
+        offsets: seconds that the clock of each node is ahead of the first node's.
     """
     wrong = []
     for node, own in zip(nodes, offsets, strict=True):
@@ -75,7 +77,7 @@ def judge_clocks(nodes: list[Node], offsets: list[float], maximum: float, genera
         return
     if not wrong or 2 * len(wrong) >= len(nodes):
         general.append(
-            f"clocks are {spread:.3f} s apart, more than {maximum:g}, and it cannot be told which of {len(nodes)} is right"
+            f"clocks are {spread:.3f} s apart, more than {maximum:g}, and no majority of the {len(nodes)} nodes agrees"
         )
         return
     for node in wrong:
@@ -83,10 +85,10 @@ def judge_clocks(nodes: list[Node], offsets: list[float], maximum: float, genera
 
 
 def judge_bandwidth(nodes: list[Node], measured: dict[int, dict[int, float]], minimum: float, general: list[str]) -> None:
-    """A node is slow if it is slow with every partner, and fewer than half of the nodes are.
+    """Mark a node as slow if it is slow with every partner, and fewer than half of the nodes are slow.
 
     Args:
-        measured: GB/s by node and its partner.
+        measured: GB/s by node and partner.
     """
     slow = []
     for index, node in enumerate(nodes):
@@ -100,12 +102,12 @@ def judge_bandwidth(nodes: list[Node], measured: dict[int, dict[int, float]], mi
             node.problems["bandwidth"] = f"{node.checks['bandwidth']}; the minimum is {minimum:g}"
         return
     found = [value for pairs in measured.values() for value in pairs.values()]
-    pairs_say = f"; pairs of nodes reach {min(found):.2f} to {max(found):.2f}" if found else ""
-    general.append(f"bandwidth is below the minimum of {minimum:g} GB/s, and no single node is the cause{pairs_say}")
+    pair_range = f"; pairs of nodes reach {min(found):.2f} to {max(found):.2f}" if found else ""
+    general.append(f"bandwidth is below the minimum of {minimum:g} GB/s, and no single node is the cause{pair_range}")
 
 
 def pair_bandwidths(nodes: list[Node], measured: dict[int, dict[str, Any]]) -> dict[int, dict[int, float]]:
-    """GB/s by node and its partner: the best that a rank of the two saw, because one that was interrupted sees less."""
+    """Return GB/s by node and partner: the maximum over the ranks of the pair, because an interrupted rank measures less."""
     return {
         one: {
             other: max(
@@ -127,12 +129,12 @@ def judge(
     maximum_clock_skew_seconds: float,
     timeout_seconds: float,
 ) -> Verdict:
-    """The verdict.
+    """Form the verdict.
 
     Args:
-        checks: by rank, what it found on its node; a rank that did not say so in time is missing.
-        measured: by rank, what `measure` told of its progress, with `error` if it failed; a rank that fell silent is missing.
-            None if it was not tried.
+        checks: results of the checks by rank. A rank that did not report in time is missing.
+        measured: progress of `preflight_bandwidth.measure` by rank, with `error` if it failed. A rank that stopped
+            responding is missing. None if nothing was measured.
     """
     general: list[str] = []
     for node in nodes:
@@ -145,20 +147,20 @@ def judge(
                     node.problems.setdefault(check["name"], check["value"])
                 elif check["name"] not in node.problems:
                     node.checks[check["name"]] = check["value"]
-    take_from_nodes(nodes, general)
+    move_common_problems(nodes, general)
     verdict = Verdict(nodes, general)
     if measured is None:
         return verdict
 
     silent = [(node, rank) for node in nodes for rank in node.ranks if rank not in measured]
     for node, rank in silent:
-        node.problems["answer"] = f"rank {rank} fell silent while nodes were measured together"
+        node.problems["answer"] = f"rank {rank} stopped responding during the joint measurement"
     offsets = next((each["offsets"] for each in measured.values() if each.get("offsets")), None)
     if offsets is not None:
         judge_clocks(nodes, offsets, maximum_clock_skew_seconds, general)
     failed = {rank: each for rank, each in measured.items() if each.get("stage") is not None}
     if failed:
-        # Whoever waits for a silent rank fails as well, and is not to blame.
+        # Ranks that wait for a silent rank fail as well, but are not the cause.
         if not silent:
             rank, each = min(failed.items())
             general.append(f"rank {rank} failed in {each['stage']}: {each.get('error')}")
@@ -172,7 +174,7 @@ def judge(
 
 
 def table(verdict: Verdict) -> str:
-    """The verdict for a person: a row for each node, then what no node is to blame for."""
+    """Format the verdict as a table with a row for each node, followed by the general problems."""
     names = ("folder", "temp", "gpus", "clock", "bandwidth")
     columns = [name for name in names if any(name in node.checks or name in node.problems for node in verdict.nodes)]
     rows = [["node", "ranks", *columns, "verdict"]]
@@ -185,4 +187,4 @@ def table(verdict: Verdict) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if verdict.bandwidth is not None:
         lines.append(f"all-reduce over all ranks: {verdict.bandwidth:.2f} GB/s")
-    return "\n".join([*lines, *(f"no node to blame: {problem}" for problem in verdict.general)])
+    return "\n".join([*lines, *(f"general problem: {problem}" for problem in verdict.general)])

@@ -1,4 +1,4 @@
-"""What Ctrl-C and its kin do to a launcher: before there are ranks they end it, after that it passes them on."""
+"""Stop signals in a launcher: end the launcher before ranks are started, and forward to the ranks afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from infini_train.runtime.signals import STOP_SIGNALS, catch_stop_signals
 
 
 class Stopped(Exception):
-    """A signal came before a rank was started."""
+    """A stop signal arrived before a rank was started."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -18,43 +18,43 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Catches the signals from its construction on.
+    """Handler of the stop signals, installed at construction.
 
     Attributes:
-        pass_on: gets the signal's number; while it is None, `Stopped` is raised wherever the launcher is.
+        forward: function that is called with the signal number. While it is None, a signal raises `Stopped` in the main thread.
     """
 
     def __init__(self) -> None:
-        self.pass_on: Callable[[int], None] | None = None
+        self.forward: Callable[[int], None] | None = None
         catch_stop_signals(self._receive)
 
     def _receive(self, number: int) -> None:
-        if self.pass_on is not None:
-            self.pass_on(number)
+        if self.forward is not None:
+            self.forward(number)
             return
-        # Who presses twice must not interrupt the line that answers the first.
+        # Ignore further signals, so that they do not interrupt the message that answers the first.
         for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         raise Stopped(number)
 
 
 def stopped_exit_code(number: int) -> int:
-    """As a shell counts a process that this signal killed."""
+    """Return the exit code that a shell reports for a process killed by this signal."""
     return 128 + number
 
 
-def say_stopping(command: str) -> None:
-    """Answer a signal while there are ranks. They may still be starting, which the launcher does not see."""
-    # The terminal shows ^C at the beginning of the line.
+def print_stopping(command: str) -> None:
+    """Print that the ranks are stopping. The launcher cannot tell whether they are still starting."""
+    # Start a new line, because the terminal has printed ^C.
     if command == "pretrain":
         when = "after the step, with a checkpoint, or at once if the processes are still starting"
-        print(f"\nstopping {when}; once more to stop at once", file=sys.stderr)
+        print(f"\nstopping {when}; signal again to stop at once", file=sys.stderr)
     else:
-        print("\nstopping; once more to stop at once", file=sys.stderr)
+        print("\nstopping; signal again to stop at once", file=sys.stderr)
 
 
-def say_stopped(command: str) -> None:
-    """What came of a run whose ranks did not get to save."""
+def print_stopped(command: str) -> None:
+    """Print that a run was stopped before its ranks could save."""
     if command == "pretrain":
         what = "stopped before a step was done; nothing new was saved"
     else:

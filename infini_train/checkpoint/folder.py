@@ -22,7 +22,7 @@ from typing import Any
 
 from infini_train.runtime.errors import UserError
 from infini_train.runtime.files import file_digest
-from infini_train.runtime.retries import patiently
+from infini_train.runtime.retries import retry_read
 
 FORMAT_VERSION = 2
 STATE_FILE = "state.json"
@@ -60,7 +60,7 @@ def is_committed(path: Path) -> bool:
         return (path / COMMIT_FILE).read_text(encoding="ascii").strip() == file_digest(path / MANIFEST_FILE)
 
     try:
-        return patiently(marker_matches, path)
+        return retry_read(marker_matches, path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
     except OSError:
@@ -68,7 +68,7 @@ def is_committed(path: Path) -> bool:
 
 
 def _read_text(path: Path) -> str:
-    return patiently(lambda: path.read_text(encoding="utf-8"), path)
+    return retry_read(lambda: path.read_text(encoding="utf-8"), path)
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def damaged_file(path: Path, name: str, entry: dict[str, Any]) -> str | None:
         return None
 
     try:
-        return patiently(read, file)
+        return retry_read(read, file)
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
 

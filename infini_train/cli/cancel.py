@@ -12,7 +12,7 @@ from infini_train.cluster.cancel_job import cancel
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("run", type=str, metavar="RUN", help="folder of the run")
-    parser.add_argument("--now", action="store_true", help="do not wait for a checkpoint")
+    parser.add_argument("--now", action="store_true", help="end the job at once, without a checkpoint")
 
 
 def run_command(arguments: Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`infini-train logs`: show what the job of a run prints."""
+"""`infini-train logs`: print the log of a run's job."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("run", type=str, metavar="RUN", help="folder of the run")
     parser.add_argument("--follow", action="store_true", help="continue until the job has ended")
-    parser.add_argument("--lines", type=int, default=50, help="lines to begin with")
+    parser.add_argument("--lines", type=int, default=50, help="number of lines to print first")
 
 
 def run_command(arguments: Namespace) -> int:

@@ -17,19 +17,21 @@ from infini_train.runtime.errors import UserError
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of the command."""
     add_config_option(parser)
-    parser.add_argument("--profile", type=str, required=True, help="file of slurm/profiles/, by name, or a path to one")
-    parser.add_argument("--nodes", type=int, default=1, help="nodes of the job")
-    parser.add_argument("--time", type=str | None, default=None, help="time limit of one job; the profile's by default")
-    parser.add_argument("--name", type=str | None, default=None, help="job name; the name of run_dir by default")
+    parser.add_argument("--profile", type=str, required=True, help="profile of slurm/profiles/ by name, or the path of a file")
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes")
+    parser.add_argument("--time", type=str | None, default=None, help="time limit of one job; default: the profile's")
+    parser.add_argument("--name", type=str | None, default=None, help="job name; default: the name of run_dir")
     parser.add_argument(
         "--sweep",
         type=str,
         action="append",
         default=[],
-        help="KEY=VALUE,VALUE: an array with a run for each; several make all combinations",
+        help="KEY=VALUE,VALUE: job array with one run per value; repeat the option for all combinations",
     )
-    parser.add_argument("--max_parallel", type=int, default=0, help="runs of an array at the same time; 0 sets no limit")
-    parser.add_argument("--exclude", type=str | None, default=None, help="nodes to leave out, comma-separated")
+    parser.add_argument(
+        "--max_parallel", type=int, default=0, help="maximum number of array runs at the same time; 0 sets no limit"
+    )
+    parser.add_argument("--exclude", type=str | None, default=None, help="nodes to exclude, comma-separated")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the script and submit nothing")
     add_config_keys(parser)
 

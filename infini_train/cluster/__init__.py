@@ -1,1 +1,4 @@
-"""Runs on a SLURM cluster: rendering a job, submitting it, looking after it. Imports neither torch nor what needs it."""
+"""SLURM support: render, submit, watch and cancel jobs.
+
+This package imports neither torch nor modules that need it.
+"""

@@ -1,4 +1,4 @@
-"""Ends a job: saved first, unless it is to be at once."""
+"""`infini-train cancel`: save a checkpoint, then end the job."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from infini_train.runtime.errors import UserError
 def cancel(run_dir: Path, *, now: bool) -> list[str]:
     """Cancel the job of a run, or all of an array.
 
-    A running job is told to save and to end; its script sees the file `cancelled` and does not requeue it. A job that waits
-    is taken from the queue.
+    Signal a running job to save a checkpoint and exit. Its script finds the file `cancelled` and does not requeue the job.
+    Remove a pending job from the queue.
 
     Args:
-        now: do not wait for a checkpoint.
+        now: end the job immediately, without a checkpoint.
 
     Returns:
-        What was done, a line for each job.
+        One line for each job that says what was done.
 
     Raises:
-        UserError: there is no job, or SLURM refuses.
+        UserError: the run has no job, the file `cancelled` cannot be written, or SLURM reports an error.
     """
     files = RunFiles(run_dir)
     submission = files.submission()
@@ -34,17 +34,17 @@ def cancel(run_dir: Path, *, now: bool) -> list[str]:
     state = slurm.job_state(submission.job_id)
     if state is None or not state.active:
         return [f"job {submission.job_id} is not running any more" + (f": {state.state}" if state else "")]
-    # Before SLURM is told: a job that starts or is requeued meanwhile sees it.
+    # Create the file before calling scancel, so that a job that starts or is requeued in the meantime sees it.
     try:
         files.cancelled.touch()
     except OSError as error:
         raise UserError(
-            f"{files.cancelled} cannot be written ({error.strerror or error}), without which the job would be requeued; "
-            f"`scancel {submission.job_id}` ends it, with a checkpoint only if that takes no longer than KillWait"
+            f"{files.cancelled} cannot be written ({error.strerror or error}), so the job would be requeued; "
+            f"`scancel {submission.job_id}` ends it, with a checkpoint only if saving takes no longer than KillWait"
         ) from error
     if state.running and not now:
         slurm.call("scancel", "--batch", "--signal=USR1", submission.job_id)
-        look = f"infini-train status {quote(str(run_dir))}"
-        return [f"job {submission.job_id} saves and ends; `{look}` shows when (--now does not wait)"]
+        status_command = f"infini-train status {quote(str(run_dir))}"
+        return [f"job {submission.job_id} saves and ends; `{status_command}` shows its state (--now does not wait)"]
     slurm.call("scancel", submission.job_id)
     return [f"job {submission.job_id} is cancelled"]

@@ -1,4 +1,4 @@
-"""What a cluster is like: partition, GPUs, environment. One YAML file a cluster, in slurm/profiles/ or anywhere."""
+"""Cluster profiles: partition, GPUs and environment of a cluster, one YAML file each, in slurm/profiles/ or elsewhere."""
 
 from __future__ import annotations
 
@@ -18,76 +18,76 @@ PROFILES = Path(__file__).parents[2] / "slurm" / "profiles"
 
 @dataclass(kw_only=True)
 class ClusterProfile:
-    """One cluster, or one part of it."""
+    """The settings of a cluster, or of one of its partitions."""
 
     partition: str | None = None
-    """Partition or comma-separated partitions; null takes the cluster's default."""
+    """Partition or comma-separated partitions; null uses the cluster's default."""
     account: str | None = None
-    """Account that is charged."""
+    """Account that the job is charged to."""
     qos: str | None = None
     """Quality of service."""
     constraint: str | None = None
     """Node features, in SLURM's syntax."""
     gpus_per_node: int = 8
-    """GPUs of each node that a job asks for, one process each; 0 for a cluster without."""
+    """GPUs that a job requests on each node, with one process per GPU; 0 for a cluster without GPUs."""
     gpu: str | None = None
-    """Kind of GPU as `infini-train plan` names it: a job that does not fit its memory is then refused at submission."""
+    """GPU model by its name in `infini-train plan`. `submit` then refuses a job that does not fit in its GPU memory."""
     gpu_directive: str = "gpus-per-node"
-    """How this cluster wants GPUs asked for: gpus-per-node, or gres for older ones."""
+    """Option that requests GPUs: gpus-per-node, or gres for older clusters."""
     processes_per_node: int | None = None
-    """Processes of each node; null is one a GPU, and must be given where gpus_per_node is 0."""
+    """Processes on each node. null starts one per GPU; required if gpus_per_node is 0."""
     cpus_per_process: int = 8
-    """CPU cores of each process."""
+    """CPU cores per process."""
     memory_per_node: str | None = None
-    """Host memory of each node, such as 900G; 0 asks for all of it; null takes the cluster's default."""
+    """Host memory on each node, such as 900G. 0 requests all of it; null uses the cluster's default."""
     exclusive: bool = True
-    """Share nodes with no other job."""
+    """Do not share nodes with other jobs."""
     time_limit: str = "24:00:00"
-    """Time of one job, as HH:MM:SS or D-HH:MM:SS; longer runs are requeued at its end."""
+    """Time limit of one job, as HH:MM:SS or D-HH:MM:SS. Longer runs are requeued at the limit."""
     signal_seconds: int = 300
-    """How long before the time limit a job is told to save: longer than a step and a checkpoint take together."""
+    """Seconds before the time limit at which a job is told to save. Must exceed the time of one step and one checkpoint."""
     max_restarts: int = 100
-    """Requeues of a job, for whatever reason, after which it stops."""
+    """Requeues of a job for any reason, after which it stops."""
     max_failures: int = 3
-    """Failures in a row without a new checkpoint between them, after which it stops."""
+    """Consecutive failures without a new checkpoint, after which it stops."""
     preflight: bool = True
-    """Check every node (GPUs, disks, clock, bandwidth) before training, and leave bad ones out."""
+    """Check every node (GPUs, disks, clock, bandwidth) before training, and exclude bad ones."""
     minimum_gigabytes_per_second: float = 0.0
-    """Bandwidth between nodes below which the preflight calls a node bad; 0 only reports it."""
+    """Bandwidth between nodes in GB/s below which the preflight marks a node as bad; 0 only reports the bandwidth."""
     setup: list[str] = field(default_factory=list)
-    """Shell commands before anything else, on the host, such as `module load cuda/12.4`. They are code: keep secrets out."""
+    """Shell commands that the job script runs first, on the host, such as `module load cuda/12.4`; without secrets."""
     python: str | None = None
-    """Python interpreter of the ranks: in the image if there is a container_image, else on the nodes; null is the one that
-    submits, by its path."""
+    """Path of the ranks' Python interpreter: in the image with a container_image, else on the nodes. null uses the path of
+    the interpreter that runs `submit`."""
     container_image: str | None = None
-    """Image for the pyxis plugin's --container-image. Ranks run in it, nothing else: the job's script stays on the host."""
+    """Image for the pyxis plugin's --container-image. Only the ranks run in it; the job script runs on the host."""
     container_mounts: list[str] = field(default_factory=list)
-    """Mounts for --container-mounts, each path under its own name: the run directory, the data, this project and the folder
-    in which `submit` is called must be among them."""
+    """Mounts for --container-mounts. They must include the run directory, the data, this project and the folder in which
+    `submit` is called, each under the same path as on the host."""
     environment_preset: str = "single_node"
-    """A file of launch/environments/ (its README explains them) or a path: NCCL and torch settings."""
+    """NCCL and torch settings: a preset of launch/environments/ (see launch/README.md), or the path of a file."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables besides the preset's, which they override."""
+    """Additional variables, which override those of the preset."""
 
     @property
     def processes(self) -> int:
-        """Processes of each node."""
+        """Number of processes on each node."""
         return self.processes_per_node if self.processes_per_node is not None else self.gpus_per_node
 
     def variables(self) -> dict[str, str]:
-        """Environment of a job: the preset's, then the profile's own.
+        """Return the environment of a job: the preset, overridden by the profile's own variables.
 
         Raises:
-            UserError: the preset is unknown.
+            UserError: see `read_environment`.
         """
         return {**read_environment(self.environment_preset), **self.environment}
 
 
 def load_profile(name: str) -> ClusterProfile:
-    """A profile by its name in slurm/profiles/, or by its path.
+    """Load a profile by its name in slurm/profiles/, or by its path.
 
     Raises:
-        UserError: it is unknown, unreadable, or has a value that SLURM or the shell would take for something else.
+        UserError: the profile is unknown or unreadable, or has a value that SLURM or the shell would interpret.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
     if not path.is_file():
@@ -111,17 +111,17 @@ def load_profile(name: str) -> ClusterProfile:
     return profile
 
 
-# What may stand in an #SBATCH line: no blank, no quote, nothing that ends the line, and no leading dash.
+# Values allowed in an #SBATCH line: no blank, no quote, no end of line, and no leading dash.
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:@/+-]*")
 _CONSTRAINT = re.compile(r"[A-Za-z0-9_(\[][A-Za-z0-9_.,:&|*()\[\]+-]*")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
 
 
 def time_seconds(key: str, value: str) -> int:
-    """Seconds of a time limit.
+    """Convert a time limit to seconds.
 
     Raises:
-        UserError: it is not written as HH:MM:SS or D-HH:MM:SS.
+        UserError: the value is not HH:MM:SS or D-HH:MM:SS.
     """
     found = _TIME.fullmatch(value)
     if found is None:
@@ -131,26 +131,26 @@ def time_seconds(key: str, value: str) -> int:
 
 
 def validate_directive(key: str, value: str | None, pattern: re.Pattern[str] = _WORD) -> None:
-    """Refuse what SLURM or a shell would take for something else.
+    """Refuse a value that SLURM or a shell would interpret.
 
     Raises:
-        UserError: naming the key and the value.
+        UserError: the message names the key and the value.
     """
     if value is not None and pattern.fullmatch(value) is None:
-        raise UserError(f"{key} is {value!r}; only letters, digits and _ . , : @ / + - may stand in a job's options")
+        raise UserError(f"{key} is {value!r}; a job's options may contain only letters, digits and _ . , : @ / + -")
 
 
 def validate_profile(profile: ClusterProfile, name: str) -> None:
-    """Refuse a profile that cannot work or that carries a secret.
+    """Refuse a profile that cannot work or that contains a secret.
 
     Raises:
-        UserError: naming the file, the key, its value and the remedy.
+        UserError: the message names the file, the key, its value and the remedy.
     """
     for key in ("partition", "account", "qos", "memory_per_node"):
         validate_directive(f"{name}: {key}", getattr(profile, key))
     validate_directive(f"{name}: constraint", profile.constraint, _CONSTRAINT)
     if profile.gpu_directive not in ("gpus-per-node", "gres"):
-        raise UserError(f"{name}: gpu_directive is {profile.gpu_directive!r}; it is gpus-per-node or gres")
+        raise UserError(f"{name}: gpu_directive is {profile.gpu_directive!r}; it must be gpus-per-node or gres")
     if profile.processes < 1:
         raise UserError(f"{name}: gpus_per_node is {profile.gpus_per_node}; give processes_per_node, at least 1")
     if 0 < profile.gpus_per_node < profile.processes:

@@ -1,4 +1,4 @@
-"""Which state of the project a job was submitted from."""
+"""Record the git state of the project at submission."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _git(project: Path, *arguments: str) -> str | None:
 
 
 def git_state(project: Path) -> dict[str, object]:
-    """Commit, branch and whether tracked files differ from it; the remote without a user or password in its address."""
+    """Return the commit, the branch, the changed files, and the remote URL without user name and password."""
     commit = _git(project, "rev-parse", "HEAD")
     if commit is None:
         return {"commit": None, "reason": "the project is not in a git repository, or git is not on this machine"}
@@ -35,6 +35,6 @@ def git_state(project: Path) -> dict[str, object]:
 
 
 def write_git_state(project: Path, folder: Path) -> None:
-    """git.json, and git.diff with what is not committed; values of secrets in the environment are taken out."""
+    """Write git.json, and git.diff with the uncommitted changes. Secrets from the environment are redacted."""
     (folder / "git.json").write_text(redact(json.dumps(git_state(project), indent=1)) + "\n", encoding="utf-8")
     (folder / "git.diff").write_text(redact(_git(project, "diff", "HEAD") or ""), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Shows what a job prints, also while it runs."""
+"""`infini-train logs`: print the log of a job, also while the job runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from infini_train.runtime.errors import UserError
 
 POLL_SECONDS = 0.5
 STATE_EVERY = 10
-"""Polls of the file between questions to SLURM whether the job still lives."""
+"""Number of log polls between two queries of the job state, which put load on slurmctld."""
 
 
 def newest_log(run_dir: Path) -> Path | None:
-    """The log of a run's newest job; a run of an array has its logs beside it."""
+    """Return the log of a run's newest job. The log of an array task is in the array's folder."""
     files = RunFiles(run_dir)
     submission = files.submission()
     if submission is not None:
@@ -30,10 +30,10 @@ def newest_log(run_dir: Path) -> Path | None:
 
 
 def show_logs(run_dir: Path, lines: int, follow: bool) -> None:
-    """Print the end of the newest log; with `follow`, go on until the job has ended for good.
+    """Print the end of the newest log; with `follow`, keep printing until the job has ended and is not requeued.
 
     Raises:
-        UserError: there is no job, or an array was named instead of one of its runs.
+        UserError: there is no log, or `run_dir` is an array instead of one of its runs.
     """
     if lines < 0:
         raise UserError(f"--lines is {lines}; use 0 or more")
@@ -42,7 +42,7 @@ def show_logs(run_dir: Path, lines: int, follow: bool) -> None:
         raise UserError(f"{run_dir} is an array of {submission.tasks} runs; name one, for example {run_dir / 'task_0'}")
     path = newest_log(run_dir)
     if path is None and not (follow and submission is not None):
-        raise UserError(f"{run_dir} has no log yet; `infini-train status {quote(str(run_dir))}` says what its job waits for")
+        raise UserError(f"{run_dir} has no log yet; `infini-train status {quote(str(run_dir))}` shows the state of its job")
     while path is None:
         assert submission is not None
         _require_alive(submission.job_id, run_dir)
@@ -51,7 +51,7 @@ def show_logs(run_dir: Path, lines: int, follow: bool) -> None:
     with path.open("rb") as file:
         _print(_last_lines(file, lines))
         while follow:
-            # Asked first: what a job prints before it ends is then read after.
+            # Query the state before reading, so that the last output before the end of the job is still read.
             alive = submission is not None and _is_alive(submission.job_id)
             for _ in range(STATE_EVERY):
                 _print(file.read())
@@ -72,7 +72,7 @@ def _require_alive(job_id: str, run_dir: Path) -> None:
 
 
 def _last_lines(file: BinaryIO, count: int) -> bytes:
-    """The last lines of a file, which is then read to its end."""
+    """Return the last `count` lines, and leave the file position at the end of the file."""
     block = 8192
     end = file.seek(0, 2)
     start = end

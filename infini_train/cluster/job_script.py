@@ -1,7 +1,7 @@
-"""Renders slurm/pretrain.sbatch.j2: the script of a job.
+"""Render the job script from slurm/pretrain.sbatch.j2.
 
-Whatever a person wrote (paths, names, variables) enters it through the filter `quote` and nowhere else, so that none of it can
-become shell code. Options in #SBATCH lines are words that `profile` has checked.
+All user input (paths, names, variables) enters the script through the filter `quote`, so that it cannot become shell code.
+Options in #SBATCH lines cannot be quoted; `cluster_profile.validate_directive` checks them instead.
 """
 
 from __future__ import annotations
@@ -22,56 +22,56 @@ TEMPLATE = "pretrain.sbatch.j2"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is submitted, beside the profile."""
+    """The settings of one job that do not come from the cluster profile."""
 
     run_dir: Path
-    """Absolute; the folder of the run, or of all runs of an array."""
+    """Absolute path of the folder of the run, or of all runs of an array."""
     name: str
-    """Job name, as SLURM shows it."""
+    """Job name that SLURM displays."""
     nodes: int
     time_limit: str
     submit_dir: Path
-    """Where `submit` was called: relative paths of the configuration start there."""
+    """Folder in which `submit` was called. Relative paths in the configuration start there."""
     python: str
     tasks: int | None = None
-    """Runs of an array, in run_dir/task_0 and so on; None for a single run."""
+    """Number of runs of an array, in run_dir/task_0 and so on; None for a single run."""
     max_parallel: int = 0
-    """Tasks of an array that run at the same time; 0 leaves it to SLURM."""
+    """Maximum number of array tasks at the same time; 0 sets no limit."""
     exclude: str | None = None
-    """Nodes to leave out, comma-separated."""
+    """Nodes to exclude, comma-separated."""
 
 
 def job_name(run_dir: Path) -> str:
-    """A job name from a folder's name: whatever SLURM or a shell could mistake becomes a dash."""
+    """Derive a job name from a folder's name, with a dash for characters that SLURM or a shell would interpret."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", run_dir.name).lstrip("-.") or "pretrain"
 
 
 def validate_job(job: Job, profile: ClusterProfile) -> None:
-    """Refuse a job that SLURM would misread, or that has no time to save.
+    """Refuse a job whose options SLURM would misread, or that has no time to save a checkpoint.
 
     Raises:
-        UserError: naming the option, its value and the remedy.
+        UserError: the message names the option, its value and the remedy.
     """
     validate_directive("--name", job.name)
     validate_directive("--exclude", job.exclude, re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,\[\]-]*"))
     if job.nodes < 1:
         raise UserError(f"--nodes is {job.nodes}; it must be at least 1")
     if job.max_parallel < 0:
-        raise UserError(f"--max_parallel is {job.max_parallel}; use 0 for as many as SLURM starts")
+        raise UserError(f"--max_parallel is {job.max_parallel}; use 0 for no limit")
     seconds = time_seconds("--time", job.time_limit)
     if seconds <= profile.signal_seconds:
         raise UserError(
             f"--time is {job.time_limit}, no longer than signal_seconds of the profile ({profile.signal_seconds}), the "
             "time to save before the limit; give more time or lower signal_seconds"
         )
-    # SLURM expands % and \ in names of output files, and an option ends where a line does.
+    # SLURM expands % and \ in names of output files, and an #SBATCH option ends at the end of its line.
     wrong = next((character for character in str(job.run_dir) if character in "%\\" or not character.isprintable()), None)
     if wrong is not None:
-        raise UserError(f"run_dir {str(job.run_dir)!r} holds {wrong!r}, which SLURM would interpret; give it another name")
+        raise UserError(f"run_dir {str(job.run_dir)!r} contains {wrong!r}, which SLURM would interpret; give it another name")
 
 
 def render_job(job: Job, profile: ClusterProfile) -> str:
-    """The script, ready for sbatch.
+    """Render the script for sbatch.
 
     Raises:
         UserError: see `validate_job`.

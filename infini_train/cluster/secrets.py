@@ -1,4 +1,4 @@
-"""Keeps values of secrets out of what is written: they live in the environment, and jobs inherit them from there."""
+"""Keep secrets out of written files. Secrets stay in environment variables, which jobs inherit."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ import os
 from infini_train.cluster.environment import is_secret
 from infini_train.runtime.errors import UserError
 
-SHORTEST = 8
-"""A shorter value is no secret, and would be found everywhere."""
+MINIMUM_SECRET_LENGTH = 8
+"""Length in characters from which a value counts as a secret. Shorter values would match unrelated text."""
 
 
 def _secrets() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if is_secret(name) and len(value) >= SHORTEST}
+    return {name: value for name, value in os.environ.items() if is_secret(name) and len(value) >= MINIMUM_SECRET_LENGTH}
 
 
-def _written(value: str) -> list[str]:
-    """How a value may stand in a text: as it is, or as a shell, YAML and JSON write it between their quotes."""
+def _escaped_forms(value: str) -> list[str]:
+    """Return the forms in which a text may contain a value: verbatim, or escaped inside shell, YAML or JSON quotes."""
     return [value, value.replace("'", "'\"'\"'"), value.replace("'", "''"), json.dumps(value)[1:-1]]
 
 
 def redact(text: str) -> str:
-    """The text without values of secrets."""
+    """Replace the values of secrets in a text by `<NAME>`."""
     for name, value in _secrets().items():
-        for each in _written(value):
+        for each in _escaped_forms(value):
             text = text.replace(each, f"<{name}>")
     return text
 
 
 def refuse_secrets(what: str, text: str) -> None:
-    """Refuse to write a secret.
+    """Refuse a text that contains the value of a secret.
 
     Raises:
-        UserError: naming the variable whose value the text holds, never the value.
+        UserError: the text contains a secret. The message names the variable, never its value.
     """
     for name, value in _secrets().items():
-        if any(each in text for each in _written(value)):
+        if any(each in text for each in _escaped_forms(value)):
             raise UserError(
-                f"{what} would hold the value of {name}; take it out of the configuration and the profile: jobs inherit {name} "
-                "from the environment of `submit`"
+                f"{what} would contain the value of {name}; remove it from the configuration and the profile, because jobs "
+                f"inherit {name} from the environment of `submit`"
             )

@@ -1,17 +1,17 @@
-"""What `submit` leaves in a run directory, and who reads it.
+"""Files that `submit` and the job script write to a run directory.
 
-    RUN/job.sh                  the script
+    RUN/job.sh                  the job script
     RUN/logs/                   output of the jobs
     RUN/job/config.yaml         the configuration as submitted
-    RUN/job/git.json git.diff   the state of the project's repository
+    RUN/job/git.json git.diff   the state of the project's git repository
     RUN/job/submission.json     the job's id
-    RUN/job/history             a line for each start, requeue and end
-    RUN/job/failures            a line for each failure: the newest checkpoint at that time
-    RUN/job/excluded            nodes that a preflight found bad
-    RUN/job/finished            the run is done
-    RUN/job/cancelled           it was cancelled: not to be requeued
+    RUN/job/history             one line for each start, requeue and end
+    RUN/job/failures            one line for each failure: the newest checkpoint at that time
+    RUN/job/excluded            nodes that failed a preflight
+    RUN/job/finished            present once the run has finished
+    RUN/job/cancelled           present once the run is cancelled; prevents a requeue
 
-An array has job.sh, logs/ and job/submission.json in its own folder, and the rest in task_0/, task_1/ and so on.
+An array has job.sh, logs/ and job/submission.json in its own folder. The other files are in task_0/, task_1/ and so on.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from infini_train.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Submission:
-    """One job of a run directory."""
+    """A submitted job, as stored in submission.json."""
 
     job_id: str
     submitted: str
-    """Local time, as YYYY-MM-DD HH:MM:SS."""
+    """Local time of submission, as YYYY-MM-DD HH:MM:SS."""
     profile: str
     nodes: int
     processes: int
     tasks: int | None = None
-    """Runs of an array; None for a single run."""
+    """Number of runs of an array; None for a single run."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Files of one run, or of an array, by name."""
+    """Paths of the job files of one run or of an array."""
 
     run_dir: Path
 
@@ -68,17 +68,17 @@ class RunFiles:
         return self.job / "finished"
 
     def task(self, number: int) -> RunFiles:
-        """Files of one run of an array."""
+        """Return the files of one run of an array."""
         return RunFiles(self.run_dir / f"task_{number}")
 
     def prepare(self) -> None:
-        """Make the folders, and forget what an earlier job left to stop the next."""
+        """Create the folders, and delete files of an earlier job that would stop or restrict the next one."""
         self.job.mkdir(parents=True, exist_ok=True)
         for name in ("finished", "cancelled", "failures", "excluded", "bad_nodes"):
             (self.job / name).unlink(missing_ok=True)
 
     def history(self) -> list[str]:
-        """What happened, one line each, oldest first."""
+        """Return the events of the run, one line each, oldest first."""
         try:
             return (self.job / "history").read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
@@ -88,16 +88,16 @@ class RunFiles:
         (self.job / "submission.json").write_text(json.dumps(asdict(submission), indent=1) + "\n", encoding="utf-8")
 
     def submission(self) -> Submission | None:
-        """The newest job; None if there was none.
+        """Return the newest job, or None if the run was never submitted.
 
         Raises:
-            UserError: the file cannot be understood.
+            UserError: the file cannot be read or parsed.
         """
         path = self.job / "submission.json"
         try:
             found = Submission(**json.loads(path.read_text(encoding="utf-8")))
             if not isinstance(found.job_id, str) or not isinstance(found.tasks, int | None):
-                raise TypeError("job_id is no text, or tasks is no number")
+                raise TypeError("job_id is not text, or tasks is not a number")
             return found
         except (FileNotFoundError, NotADirectoryError):
             return None

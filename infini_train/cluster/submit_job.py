@@ -1,4 +1,4 @@
-"""Renders a job, leaves everything that belongs to it in the run directory, and hands it to SLURM."""
+"""`infini-train submit`: render a job script, write the job files to the run directory, and submit the job."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from infini_train.runtime.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SubmitOptions:
-    """What `submit` was called with, beside the run."""
+    """The options of `submit` that do not belong to the run configuration."""
 
     profile: str
     nodes: int
@@ -38,30 +38,30 @@ class SubmitOptions:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A job that may be submitted."""
+class PreparedJob:
+    """A validated job with its rendered script, ready to submit."""
 
     job: Job
     script: str
     runs: list[RunConfig]
     profile: ClusterProfile
     expected: str | None = None
-    """What `infini-train plan` says of the run, where the profile names its GPU."""
+    """One-line result of `infini-train plan` for the first run; None if the profile does not name its GPU."""
 
     @property
     def processes(self) -> int:
         return self.job.nodes * self.profile.processes
 
 
-def prepare_job(run: RunConfig, options: SubmitOptions) -> Prepared:
-    """Check everything that can be checked before SLURM is asked, and render the script. Writes nothing.
+def prepare_job(run: RunConfig, options: SubmitOptions) -> PreparedJob:
+    """Validate the job without calling SLURM, and render its script. Write nothing.
 
     Raises:
-        UserError: the run, the profile or an option cannot work.
+        UserError: the run, the profile or an option is invalid.
     """
     profile = load_profile(options.profile)
-    # The job starts elsewhere: relative paths must mean the same there.
-    run = replace(run, run_dir=str(_expanded(run.run_dir).absolute()))
+    # The job starts in another folder, so make the path absolute.
+    run = replace(run, run_dir=str(_expand_home(run.run_dir).absolute()))
     runs = sweep_runs(run, list(options.sweeps)) if options.sweeps else [run]
     run_dir = Path(run.run_dir)
     job = Job(
@@ -82,34 +82,34 @@ def prepare_job(run: RunConfig, options: SubmitOptions) -> Prepared:
         at = script.rfind("\n", 0, error.start) + 1
         line = ascii(script[at : script.find("\n", at)])
         raise UserError(
-            f"the job's script would have the line {line}, which is not text in UTF-8; rename what it names"
+            f"the job script would contain the line {line}, which is not text in UTF-8; rename the file or folder in it"
         ) from error
     processes = job.nodes * profile.processes
     for each in runs:
         validate(each, processes)
-    expected = _expected(runs, processes, profile) if profile.gpu is not None else None
+    expected = _plan_headline(runs, processes, profile) if profile.gpu is not None else None
     refuse_secrets("the job's script", script)
     for each in runs:
         refuse_secrets("the configuration", dump_config(each))
-    return Prepared(job, script, runs, profile, expected)
+    return PreparedJob(job, script, runs, profile, expected)
 
 
-def _expanded(run_dir: str) -> Path:
+def _expand_home(run_dir: str) -> Path:
     try:
         return Path(run_dir).expanduser()
     except RuntimeError as error:
-        raise UserError(f"run_dir is {run_dir}, but there is no such home folder; give the whole path") from error
+        raise UserError(f"run_dir is {run_dir}, but there is no such home folder; give an absolute path") from error
 
 
-def _expected(runs: list[RunConfig], processes: int, profile: ClusterProfile) -> str:
-    """What the first run is planned to take, in one line.
+def _plan_headline(runs: list[RunConfig], processes: int, profile: ClusterProfile) -> str:
+    """Plan all runs, and return the plan of the first one in one line.
 
     Raises:
-        UserError: a run does not fit the profile's GPUs.
+        UserError: a run does not fit in the memory of the profile's GPUs.
     """
     assert profile.gpu is not None
     if runs[0].model.attention not in PLANNED_ATTENTION:
-        return f"not planned: no plan knows model.attention {runs[0].model.attention}"
+        return f"not planned: the planner does not support model.attention {runs[0].model.attention}"
     plans = [plan(each, processes, profile.gpu, gpus_per_node=profile.processes) for each in runs]
     for each in plans:
         try:
@@ -119,23 +119,23 @@ def _expected(runs: list[RunConfig], processes: int, profile: ClusterProfile) ->
     return headline(plans[0])
 
 
-def submit(prepared: Prepared, profile_name: str) -> Submission:
-    """Write the run directory and submit.
+def submit(prepared: PreparedJob, profile_name: str) -> Submission:
+    """Write the job files to the run directory and submit the job.
 
     Raises:
-        UserError: a job of this run is alive, the folder cannot be written, or SLURM refuses.
+        UserError: the run has an active job, the folder cannot be written, or SLURM refuses the job.
     """
     job = prepared.job
     files = RunFiles(job.run_dir)
-    parts = [files] if job.tasks is None else [files.task(number) for number in range(job.tasks)]
-    _refuse_second_job([files, *parts])
+    tasks = [files] if job.tasks is None else [files.task(number) for number in range(job.tasks)]
+    _refuse_second_job([files, *tasks])
     try:
-        for part, run in zip(parts, prepared.runs, strict=True):
-            part.prepare()
-            part.config.write_text(dump_config(run), encoding="utf-8")
-            write_git_state(PROJECT, part.job)
+        for task, run in zip(tasks, prepared.runs, strict=True):
+            task.prepare()
+            task.config.write_text(dump_config(run), encoding="utf-8")
+            write_git_state(PROJECT, task.job)
         files.job.mkdir(exist_ok=True)
-        # SLURM would end a job without a word whose log has no folder.
+        # Without the log folder, SLURM would end the job without an error message.
         files.logs.mkdir(exist_ok=True)
         files.script.write_text(prepared.script, encoding="utf-8")
     except OSError as error:
@@ -147,22 +147,22 @@ def submit(prepared: Prepared, profile_name: str) -> Submission:
     try:
         files.write_submission(submission)
         if job.tasks is not None:
-            for number, part in enumerate(parts):
-                part.write_submission(replace(submission, job_id=f"{job_id}_{number}", tasks=None))
+            for number, task in enumerate(tasks):
+                task.write_submission(replace(submission, job_id=f"{job_id}_{number}", tasks=None))
     except OSError as error:
         raise UserError(
             f"job {job_id} is submitted, but run_dir {job.run_dir} cannot be written ({error.strerror or error}), so `status`, "
-            f"`logs` and `cancel` do not know it; `scancel {job_id}` ends it"
+            f"`logs` and `cancel` cannot find it; `scancel {job_id}` ends it"
         ) from error
     return submission
 
 
-def _refuse_second_job(parts: list[RunFiles]) -> None:
-    for part in parts:
-        submission = part.submission()
+def _refuse_second_job(runs: list[RunFiles]) -> None:
+    for files in runs:
+        submission = files.submission()
         state = slurm.job_state(submission.job_id) if submission is not None else None
         if state is not None and state.active:
             raise UserError(
-                f"run_dir {part.run_dir} has job {state.job_id}, which is {state.state}; "
-                f"`infini-train cancel {quote(str(part.run_dir))}` ends it, or give this run another run_dir"
+                f"run_dir {files.run_dir} has job {state.job_id}, which is {state.state}; "
+                f"`infini-train cancel {quote(str(files.run_dir))}` ends it, or give this run another run_dir"
             )

@@ -1,4 +1,4 @@
-"""A job array: one run for every combination of the values of some keys."""
+"""`--sweep`: the runs of a job array, one for every combination of values."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from infini_train.runtime.errors import UserError
 
 
 def sweep_runs(run: RunConfig, sweeps: list[str]) -> list[RunConfig]:
-    """Runs of an array, in RUN/task_0, RUN/task_1 and so on; the last key's values change fastest.
+    """Return the runs of an array, in RUN/task_0, RUN/task_1 and so on. The values of the last key change fastest.
 
     Args:
-        run: what the runs have in common; its run_dir holds theirs.
-        sweeps: KEY=VALUE,VALUE,... each.
+        run: common configuration of the runs. Its run_dir contains theirs.
+        sweeps: one text KEY=VALUE,VALUE,... per key.
 
     Raises:
-        UserError: a sweep without values, of an unknown key, or with a value that the key does not take.
+        UserError: a sweep has no values, an unknown key, or a value that the key does not accept.
     """
     axes = [_axis(sweep) for sweep in sweeps]
     keys = [key for key, _ in axes]
@@ -36,5 +36,5 @@ def _axis(sweep: str) -> tuple[str, list[str]]:
     if not separator or not key or not all(values.split(",")):
         raise UserError(f"--sweep is {sweep!r}; write KEY=VALUE,VALUE, for example optimizer.learning_rate=1e-3,3e-4")
     if key == "run_dir":
-        raise UserError("--sweep names run_dir; each run of an array gets a folder of its own in it already")
+        raise UserError("--sweep names run_dir; each run of an array already gets its own folder in run_dir")
     return key, values.split(",")

@@ -15,7 +15,7 @@ from infini_train.config import RunConfig
 from infini_train.data.manifest import REMEDY, SPLITS, Shard, SplitFacts, index_file, load_manifest
 from infini_train.runtime.errors import UserError
 from infini_train.runtime.files import file_digest
-from infini_train.runtime.retries import PASSING, patiently
+from infini_train.runtime.retries import PASSING, retry_read
 from infini_train.tokenizers.tokenizer import tokenizer_file
 
 MAX_OPEN_SHARDS = 64
@@ -107,7 +107,7 @@ class TokenDataset:
         shard, width = int(self._shard[document]), kind.itemsize
         try:
             place = int(offset[document]) + start * width
-            data = patiently(lambda: self._bytes(shard, count * width, place), self._files[shard])
+            data = retry_read(lambda: self._bytes(shard, count * width, place), self._files[shard])
         except OSError as error:
             raise UserError(f"{self._files[shard]} cannot be read ({error.strerror}); {REMEDY}") from error
         numbers = np.frombuffer(data, dtype=kind)
@@ -208,7 +208,7 @@ def shard_damage(folder: Path, shard: Shard, *, checksum: bool) -> str | None:
         return None
 
     try:
-        return patiently(read, path)
+        return retry_read(read, path)
     except FileNotFoundError as error:
         return f"{path} is missing ({error.strerror})"
     except OSError as error:

@@ -61,7 +61,8 @@ class StreamReader:
         seed: fixes the order of documents, together with the epoch.
         shuffle: False reads in the order of the dataset, or by length.
         num_epochs: rows end after so many epochs; None never ends.
-        longest_first: with shuffle False, read the longest documents first, so that rows end within one document's length of each other.
+        longest_first: with shuffle False, read the longest documents first. Rows then end within one document's length of
+            each other.
         length_curriculum: with shuffle, share of the first epoch's documents that are sorted by length,
             shortest first. The others follow in their order.
 

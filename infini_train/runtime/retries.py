@@ -20,7 +20,7 @@ PASSING = {
 """Error numbers of a file system that may recover."""
 
 
-def patiently(read: Callable[[], T], name: object) -> T:
+def retry_read(read: Callable[[], T], name: object) -> T:
     """Return the result of `read`, and retry for a minute on errors that may pass.
 
     Args:

@@ -1,4 +1,4 @@
-"""Two launchers on one machine, as two hosts (127.0.0.1 and 127.0.0.2), against the launcher of one host."""
+"""Two launchers on one machine, as two hosts (127.0.0.1 and 127.0.0.2), compared with the launcher of one host."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def on_two_hosts(run: RunConfig) -> list[subprocess.Popen[str]]:
     config = Path(run.run_dir).with_suffix(".yaml")
     save_config(run, config)
     port = free_port()
-    # The second host comes first: it waits.
+    # Start the second host first; it waits for the first.
     return [launch(host, port, "pretrain", "--config", str(config)) for host in (1, 0)][::-1]
 
 
-def test_two_hosts_stop_go_on_and_compute_what_one_computes(run):
+def test_two_hosts_stop_resume_and_match_one_host(run):
     alone = replace(run, run_dir=run.run_dir + " alone")
     finish(start(alone, 2), 0)
     both = replace(run, run_dir=run.run_dir + " both")
@@ -85,21 +85,22 @@ def test_a_killed_rank_ends_both_hosts(run):
     assert all("launch: rank 1 was killed by signal 9 on 127.0.0.2\n" in output for output in outputs), outputs
 
 
-def test_a_lost_launcher_ends_the_other_host(run):
+def test_a_lost_launcher_ends_both_hosts(run):
     hit = replace(run, run_dir=run.run_dir + " lost")
     hosts = on_two_hosts(hit)
     wait_for_step(hit, 2, hosts[0])
     (rank,) = Path(f"/proc/{hosts[1].pid}/task/{hosts[1].pid}/children").read_text().split()
     hosts[1].kill()
     assert "launch: the launcher on 127.0.0.2 is gone\n" in finish(hosts[0], 1)
-    # Its ranks were told by the other host's ranks; they are not ours to wait for, only to see end.
+    # The ranks of the lost launcher learn of the end from the other ranks. They are not children of this process, so poll for
+    # their end.
     deadline = time.monotonic() + 30
     while Path(f"/proc/{rank}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not Path(f"/proc/{rank}").exists()
 
 
-def test_a_wrong_configuration_is_one_line_on_each_host(run, tmp_path):
+def test_a_configuration_error_is_one_line_on_each_host(run, tmp_path):
     save_config(replace(run, layout=LayoutConfig(pipeline_parallel_size=3)), tmp_path / "wrong.yaml")
     hosts = [launch(host, 1, "pretrain", "--config", str(tmp_path / "wrong.yaml")) for host in (0, 1)]
     for host in hosts:
@@ -107,7 +108,7 @@ def test_a_wrong_configuration_is_one_line_on_each_host(run, tmp_path):
         assert len(output.splitlines()) == 1 and "layout.pipeline_parallel_size" in output, output
 
 
-def test_hosts_that_were_started_differently_say_so():
+def test_different_commands_on_two_hosts_are_reported():
     port = free_port()
     hosts = [launch(0, port, "evaluate"), launch(1, port, "generate")]
     for host in hosts:
@@ -122,8 +123,8 @@ def test_a_command_for_one_process_is_refused():
         )
 
 
-def test_a_host_that_does_not_come_is_named():
-    assert "127.0.0.2 did not come to 127.0.0.1" in finish(
+def test_a_host_that_does_not_connect_is_named():
+    assert "127.0.0.2 did not connect to 127.0.0.1" in finish(
         launch(0, free_port(), "generate", options=("--meet_seconds", "1")), 1
     )
     port = free_port()
@@ -131,7 +132,7 @@ def test_a_host_that_does_not_come_is_named():
     assert f"127.0.0.1, port {port}, did not answer within 1 s" in output
 
 
-def test_wrong_usage_is_one_line_before_hosts_meet(tmp_path):
+def test_wrong_usage_is_one_line_before_hosts_connect(tmp_path):
     for options, words in (
         (("--hosts", "127.0.0.1,127.0.0.2"), "several are this machine"),
         (("--hosts", "198.51.100.1,198.51.100.2"), "none is this machine: 198.51.100.1 is 198.51.100.1"),

@@ -1,4 +1,4 @@
-"""Ctrl-C and its kin at a launcher before a step is done: true words, and the code of a run that saved nothing."""
+"""Stop signals at a launcher before the first step: the messages, and the exit code of a run that saved nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import os, pathlib, signal, sys, time
 
 if "infini_train" in sys.orig_argv:
     if {where} != ("--check_only" in sys.orig_argv):
-        os._exit(0)  # the check finds nothing
+        os._exit(0)  # the check succeeds
     if {catches}:
         signal.signal(signal.SIGTERM, lambda *_: None)
     pathlib.Path({folder!r}, "held" + os.environ.get("RANK", "")).touch()
@@ -33,10 +33,11 @@ SAVED_NOTHING = "launch: stopped before a step was done; nothing new was saved: 
 
 
 def start(folder: Path, *arguments: str, check: bool = False, catches: str = "False") -> subprocess.Popen[str]:
-    """A launcher whose check of the configuration, or else whose ranks, do not get past the interpreter's start.
+    """Start a launcher whose configuration check, or else whose ranks, block at the start of the interpreter.
 
     Args:
-        catches: condition under which a rank does not end by SIGTERM, as one that waits for another to come.
+        check: whether the configuration check blocks; otherwise the ranks block.
+        catches: Python condition under which a rank ignores SIGTERM, like a rank that waits for another one.
     """
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(HELD.format(where=check, catches=catches, folder=str(folder)), encoding="utf-8")
@@ -62,7 +63,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def test_a_stop_while_the_configuration_is_checked(number, tmp_path):
     process = start(tmp_path / "held", "local.py", "2", "pretrain", check=True)
     wait_until((tmp_path / "held" / "held").exists)
-    # As a terminal does: to all processes in the foreground.
+    # Signal all foreground processes, as a terminal does.
     os.killpg(process.pid, number)
     assert finish(process, 128 + number) == SAVED_NOTHING
 
@@ -81,17 +82,17 @@ def test_a_stop_while_the_ranks_start(number, catches, tmp_path):
     assert "or at once if the processes are still starting" in stopping
 
 
-def test_a_command_that_saves_no_checkpoint_promises_none(tmp_path):
+def test_the_message_of_a_command_without_checkpoints_mentions_none(tmp_path):
     process = start(tmp_path / "held", "local.py", "1", "generate")
     wait_until((tmp_path / "held" / "held0").exists)
     process.send_signal(signal.SIGINT)
     assert finish(process, 130) == (
-        "launch: starting 1 process\n\nstopping; once more to stop at once\n"
+        "launch: starting 1 process\n\nstopping; signal again to stop at once\n"
         "launch: stopped before generate was done: start the same command again\n"
     )
 
 
-def test_two_hosts_leave_with_the_code_of_the_signal(tmp_path):
+def test_two_hosts_end_with_the_exit_code_of_the_signal(tmp_path):
     port = free_port()
     hosts = [
         start(
@@ -125,8 +126,8 @@ def test_a_host_that_waits_for_another_is_stopped_in_one_line(tmp_path):
     assert finish(process, 130) == "launch: stopped before generate was done: start the same command again\n"
 
 
-def test_a_rank_whose_work_is_done_is_not_counted_as_stopped(tmp_path):
-    """Taking torch apart takes a moment, in which a launcher's signal must not change the exit code."""
+def test_a_signal_after_the_work_does_not_change_the_exit_code(tmp_path):
+    """Python's exit takes a moment after torch was used. A launcher's signal must not change the exit code then."""
     late = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGTERM)"
     (tmp_path / "sitecustomize.py").write_text(late, encoding="utf-8")
     command = [sys.executable, "-m", "infini_train", "checkpoint", "list", "--run_dir", str(tmp_path)]

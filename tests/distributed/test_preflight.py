@@ -1,4 +1,4 @@
-"""The preflight on real gloo processes, each a node of its own: a bad node is named, and all ranks say the same."""
+"""The preflight with real gloo processes, one per node: it names a bad node, and all ranks return the same exit code."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ PREFLIGHT = str(REPOSITORY / "launch" / "preflight.py")
 @dataclass
 class Outcome:
     codes: list[int | None]
-    """By rank; None for one that had to be killed."""
+    """Exit codes by rank; None for a rank that the test killed."""
     output: list[str]
     verdict: dict[str, Any] | None
     bad_nodes: list[str]
 
 
 def preflight(folder: Path, *options: str, nodes: int = 3, fault: str = "none", at: int = -1, **environment: str) -> Outcome:
-    """One rank on each of some nodes, node0 and so on; the fault is on one of them.
+    """Run the preflight with one rank on each of several nodes (node0, node1 and so on), with a fault on one of them.
 
     Args:
-        environment: variables of the rank with the fault, and of all others TMPDIR and what SLURM would set.
+        fault: name of the fault, see `preflight_fault`.
+        at: rank with the fault.
+        environment: additional variables of the rank with the fault.
     """
     port = free_port()
     ranks = []
@@ -78,7 +80,7 @@ def preflight(folder: Path, *options: str, nodes: int = 3, fault: str = "none", 
     job = folder / "run" / "job"
     verdict = json.loads((job / "preflight.json").read_text()) if (job / "preflight.json").exists() else None
     bad = (job / "bad_nodes").read_text().splitlines() if (job / "bad_nodes").exists() else []
-    assert not list(job.glob(".*")) or at == 0, "nothing is left behind"
+    assert not list(job.glob(".*")) or at == 0, "a temporary file was not deleted"
     assert not (folder / "run").exists() or [path.name for path in (folder / "run").iterdir()] == ["job"]
     return Outcome(codes, outputs, verdict, bad)
 
@@ -100,7 +102,7 @@ def test_good_nodes(tmp_path):
         assert abs(float(node["checks"]["clock"].removesuffix(" s"))) < 1.0
     table = outcome.output[0].splitlines()
     assert [line.split()[0] for line in table[:4]] == ["node", "node0", "node1", "node2"]
-    assert outcome.output[1:] == ["", ""], "one rank prints"
+    assert outcome.output[1:] == ["", ""], "a rank other than 0 printed"
 
 
 @pytest.mark.parametrize("at", [0, 2])
@@ -109,7 +111,7 @@ def test_a_node_whose_temporary_folder_is_a_file(at, tmp_path):
     outcome = preflight(tmp_path, at=at, TMPDIR=str(tmp_path / "file"))
     assert outcome.codes == [3, 3, 3], outcome.output
     assert outcome.bad_nodes == [f"node{at}"] and list(problems(outcome)[f"node{at}"]) == ["temp"]
-    assert outcome.verdict["bandwidth"] > 0, "the others are measured with it all the same"
+    assert outcome.verdict["bandwidth"] > 0, "the bandwidth was not measured"
 
 
 @pytest.mark.parametrize("at", [0, 1])
@@ -128,12 +130,12 @@ def test_a_rank_that_hangs_in_its_own_checks(tmp_path):
 def test_a_rank_that_hangs_while_nodes_are_measured(tmp_path):
     outcome = preflight(tmp_path, "--timeout_seconds=10", nodes=2, fault="hang_in_all_reduce", at=1)
     assert outcome.codes == [3, None], outcome.output
-    assert outcome.bad_nodes == ["node1"] and "fell silent" in problems(outcome)["node1"]["answer"]
+    assert outcome.bad_nodes == ["node1"] and "stopped responding" in problems(outcome)["node1"]["answer"]
 
 
 @pytest.mark.parametrize("at,names", [(1, ["node1"]), (0, ["node0"])])
-def test_a_node_that_never_comes_is_named_by_slurm(at, names, tmp_path):
-    """A stand-in for scontrol tells the nodes, as on a node of a job."""
+def test_the_name_of_a_node_that_never_connects_comes_from_slurm(at, names, tmp_path):
+    """A stub of scontrol lists the nodes of the job."""
     (tmp_path / "bin").mkdir()
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$1 $2 $3" = "show hostnames node[0-1]" ] && printf "node0\\nnode1\\n"\n')
@@ -146,7 +148,7 @@ def test_a_node_that_never_comes_is_named_by_slurm(at, names, tmp_path):
     assert outcome.bad_nodes == names
 
 
-def test_a_bandwidth_that_no_node_reaches_is_no_nodes_fault(tmp_path):
+def test_a_bandwidth_that_no_node_reaches_is_a_general_problem(tmp_path):
     outcome = preflight(tmp_path, "--minimum_gigabytes_per_second=1e6")
     assert outcome.codes == [4, 4, 4], outcome.output
     assert outcome.bad_nodes == []
@@ -169,13 +171,13 @@ def test_a_slow_node_is_found_by_pairs(tmp_path):
         ("--nonsense", "--nonsense"),
     ],
 )
-def test_wrong_usage_is_told_before_anything_is_started(option, words, tmp_path):
+def test_wrong_usage_is_reported_before_the_preflight_starts(option, words, tmp_path):
     outcome = preflight(tmp_path, option, nodes=1)
     assert outcome.codes == [2] and words in outcome.output[0] and outcome.verdict is None
 
 
-def test_torch_is_not_needed_to_refuse(tmp_path):
-    """The environment of a rank is missing: said at once, without the seconds that torch takes."""
+def test_wrong_usage_is_reported_without_importing_torch(tmp_path):
+    """A missing environment variable is reported at once, without the seconds that importing torch takes."""
     script = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     result = subprocess.run(
         [sys.executable, "-c", script, PREFLIGHT, "--folder", str(tmp_path)],

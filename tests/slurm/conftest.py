@@ -22,7 +22,7 @@ def cluster(shared_cluster: SlurmCluster) -> SlurmCluster:
 
 @pytest.fixture(autouse=True)
 def _healed(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test leaves the cluster whole and empty."""
+    """Repair the cluster and end its jobs after every test."""
     yield
     if "shared_cluster" in request.fixturenames:
         request.getfixturevalue("shared_cluster").heal()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install what tests/slurm needs on Debian or Ubuntu: SLURM, MUNGE and shellcheck. Does nothing where all are there.
-# The tests start daemons of their own, so the distribution's are neither started now nor at the next boot.
+# Install the programs that tests/slurm needs on Debian or Ubuntu: SLURM, MUNGE and shellcheck. Do nothing if all are installed.
+# The tests start their own daemons, so the distribution's daemons are started neither now nor at the next boot.
 set -euo pipefail
 
 packages=()
@@ -25,8 +25,8 @@ if [ "$(id -u)" -ne 0 ]; then
   as_root=(sudo)
 fi
 
-# Services that are masked before their package comes are never started. RUNLEVEL=1 says the same to invoke-rc.d where there
-# is no systemd.
+# Mask the services before their packages are installed, so that they are never started. RUNLEVEL=1 has the same effect on
+# invoke-rc.d on systems without systemd.
 mask() {
   local service
   for service in slurmctld slurmd munge; do

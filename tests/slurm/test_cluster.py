@@ -1,4 +1,4 @@
-"""The test cluster itself behaves as a SLURM cluster does, and leaves nothing behind."""
+"""The test cluster behaves like a SLURM cluster, and leaves no processes or files behind."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def submit(cluster: SlurmCluster, script: str, *options: str) -> str:
 
 
 def output(cluster: SlurmCluster, job_id: str) -> str:
-    """What a job has written so far."""
+    """Return the output of a job so far."""
     path = Path(cluster.job(job_id)["StdOut"])
     return path.read_text() if path.exists() else ""
 
 
 def traces_of(folder: Path) -> list[str]:
-    """Processes that know a cluster's folder from their environment or their command line."""
+    """Return the processes that have a cluster's folder in their environment or command line."""
     words = {pid: read(f"/proc/{pid}/environ") + read(f"/proc/{pid}/cmdline") for pid, _, _ in process_table()}
     return [f"{pid}: {read(f'/proc/{pid}/cmdline')}" for pid, text in words.items() if str(folder) in text]
 
@@ -51,7 +51,7 @@ def test_a_command_that_fails_raises_with_its_output(cluster):
         cluster.run("sbatch", "--partition=none", "--wrap=true")
 
 
-def test_records_hold_spaces_and_equal_signs(cluster):
+def test_records_may_contain_spaces_and_equal_signs(cluster):
     job_id = submit(cluster, "true", "--job-name=a name=b", "--gres=gpu:1", "--comment=two words")
     job = cluster.wait(job_id, "COMPLETED")
     assert (job["JobName"], job["Comment"], job["TresPerNode"]) == ("a name=b", "two words", "gres:gpu:1")
@@ -60,7 +60,7 @@ def test_records_hold_spaces_and_equal_signs(cluster):
     assert parse_records("No jobs in the system\n") == []
 
 
-def test_tasks_of_an_array_are_jobs_of_their_own(cluster):
+def test_each_task_of_an_array_is_a_job(cluster):
     job_id = submit(cluster, "exit $SLURM_ARRAY_TASK_ID", "--array=0-1")
     assert cluster.wait(f"{job_id}_0", "COMPLETED")["ExitCode"] == "0:0"
     assert cluster.wait(f"{job_id}_1", "FAILED")["ExitCode"] == "1:0"
@@ -68,13 +68,13 @@ def test_tasks_of_an_array_are_jobs_of_their_own(cluster):
         cluster.job(job_id)
 
 
-def test_waiting_in_vain_shows_the_job_and_its_log(cluster):
+def test_a_failed_wait_shows_the_job_and_its_log(cluster):
     job_id = submit(cluster, "echo the reason is here; exit 3")
     start = time.monotonic()
     with pytest.raises(AssertionError, match=r"(?s)is not COMPLETED.*JobState=FAILED.*ExitCode=3:0.*\nthe reason is here"):
         cluster.wait(job_id, "COMPLETED", timeout_seconds=60)
     assert time.monotonic() - start < 30, "a job that has ended was waited for"
-    with pytest.raises(AssertionError, match="is not what the test waits for after 1 s"):
+    with pytest.raises(AssertionError, match="is not in the expected state after 1 s"):
         cluster.wait(job_id, lambda job: job["Restarts"] == "1", timeout_seconds=1)
 
 
@@ -89,14 +89,14 @@ def test_a_preempted_job_is_signalled_then_requeued(cluster):
     assert lines == ["start", "got USR1", "start 1"]
 
 
-def test_a_killed_node_loses_all_its_processes_and_its_job_is_requeued_elsewhere(cluster):
+def test_the_job_of_a_killed_node_is_requeued_on_other_nodes(cluster):
     job_id = submit(cluster, "env -i sleep 1000 & srun sleep 1000", "--nodes=2", "--exclusive")
     cluster.wait(job_id, "RUNNING")
     wait_for_programs(cluster, "n1", "sleep", 2)
     wait_for_programs(cluster, "n2", "sleep", 1)
     cluster.kill_node("n1")
     assert cluster._job_processes("n1") == [] and cluster._step_daemons("n1") == []
-    # Its part of the job may have ended with the job's srun, which was on the lost node.
+    # The job's processes on n2 may have ended with the job's srun, which was on the lost node.
     assert "slurmd" in node_processes(cluster._mark("n2")).values(), "the other node lost processes too"
     job = cluster.wait(job_id, lambda job: job["Restarts"] == "1" and job["JobState"] == "RUNNING", LOST_SECONDS)
     assert job["NodeList"] == "n[2-3]"
@@ -108,11 +108,11 @@ def test_a_killed_node_loses_all_its_processes_and_its_job_is_requeued_elsewhere
         time.sleep(0.2)
 
 
-def test_processes_live_on_where_only_the_network_is_lost(cluster):
+def test_processes_continue_if_only_the_network_is_lost(cluster):
     beat = cluster.folder / "work" / "beat"
     job_id = submit(cluster, f"srun bash -c 'while sleep 0.2; do date +%N >{beat}.$SLURMD_NODENAME; echo $SECONDS; done'")
     cluster.wait(job_id, lambda job: job["JobState"] == "RUNNING" and Path(f"{beat}.n1").exists())
-    # This one ends where SLURM cannot hear of it.
+    # This job ends while SLURM cannot reach its node.
     unheard = submit(cluster, f"while [ ! -e {beat}.end ]; do sleep 0.1; done", "--nodelist=n1")
     cluster.wait(unheard, "RUNNING")
     before = set(wait_for_programs(cluster, "n1", "bash", 1))
@@ -129,7 +129,7 @@ def test_processes_live_on_where_only_the_network_is_lost(cluster):
     time.sleep(1)
     assert Path(f"{beat}.n1").read_text() != last, "the lost node's process stopped working"
     assert before <= set(cluster._job_processes("n1"))
-    # The network is back: SLURM ends what it no longer wants there.
+    # After the network returns, SLURM ends the processes of the requeued job.
     cluster.restart_node("n1")
     deadline = time.monotonic() + LOST_SECONDS
     while cluster._job_processes("n1"):
@@ -137,7 +137,7 @@ def test_processes_live_on_where_only_the_network_is_lost(cluster):
         time.sleep(0.2)
 
 
-def test_healing_ends_jobs_and_mends_nodes_and_folders(cluster):
+def test_heal_ends_jobs_and_repairs_nodes_and_folders(cluster):
     stubborn = submit(cluster, "trap '' TERM CONT; while :; do sleep 1; done", "--nodes=2")
     waiting = submit(cluster, "true", "--begin=now+1hour")
     cluster.wait(stubborn, "RUNNING")
@@ -152,11 +152,11 @@ def test_healing_ends_jobs_and_mends_nodes_and_folders(cluster):
     assert [list(cluster.temporary_folder(node).iterdir()) for node in cluster.nodes] == [[], [], []]
 
 
-def test_two_clusters_live_side_by_side_and_one_ends_without_a_trace(cluster):
+def test_two_clusters_run_side_by_side_and_one_ends_without_a_trace(cluster):
     mine = submit(cluster, "sleep 1000", "--nodes=3")
     cluster.wait(mine, "RUNNING")
     wait_for_programs(cluster, "n1", "slurm_script", 1)
-    # The same names of nodes, and a stranger that only looks like a job's process.
+    # The other cluster has the same node names. `stranger` is an unrelated process that resembles a job's process.
     with SlurmCluster(nodes=2) as other:
         stranger = subprocess.Popen(["sleep", "1000"], env={**os.environ, "SLURMD_NODENAME": "n1", NODE_MARK: "elsewhere/n1"})
         theirs = submit(other, "srun setsid sleep 1000", "--nodes=2")
@@ -181,7 +181,7 @@ def test_two_clusters_live_side_by_side_and_one_ends_without_a_trace(cluster):
 
 @pytest.mark.usefixtures("cluster")
 def test_daemons_end_with_the_process_that_started_them():
-    """A test run that is killed closes nothing."""
+    """A test run that is killed cannot close its cluster."""
     script = (
         "import time; from tests.support.slurm.cluster import SlurmCluster as C; "
         "print(C(nodes=1).folder, flush=True); time.sleep(600)"
@@ -202,7 +202,7 @@ def test_daemons_end_with_the_process_that_started_them():
 
 
 def wait_for_programs(cluster: SlurmCluster, node: str, program: str, count: int) -> list[int]:
-    """The processes of jobs on a node that run a program, once there are that many of them."""
+    """Wait until `count` job processes on a node run a program, and return their ids."""
     deadline = time.monotonic() + 20
     while True:
         wanted = set(cluster._job_processes(node))

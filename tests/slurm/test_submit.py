@@ -1,4 +1,4 @@
-"""Runs on a real SLURM: whatever happens to a job, its run ends with the metrics of one to which nothing happened."""
+"""Runs on a real SLURM: after a failure or interruption, the metrics equal those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PROFILE = {
 
 
 class Runs:
-    """Submits runs as a user does, and looks at what becomes of them."""
+    """Submit runs with the command line, and inspect their results."""
 
     def __init__(self, cluster: SlurmCluster, run: RunConfig, folder: Path) -> None:
         self.cluster, self.run, self.folder = cluster, run, folder
@@ -64,7 +64,7 @@ class Runs:
     def submit(
         self, name: str, *arguments: str, run: RunConfig | None = None, expected: int = 0, **profile: object
     ) -> RunConfig:
-        """Submit a run in a folder of its own (nodes 2 by default); its configuration."""
+        """Submit a run in its own folder, on 2 nodes by default, and return its configuration."""
         run = replace(run or self.run, run_dir=str(self.folder / name))
         config, profile_path = self.folder / f"{name}.yaml", self.folder / f"{name} profile.yaml"
         save_config(run, config)
@@ -96,7 +96,7 @@ class Runs:
         self.cluster.wait(job_id, reached, START_SECONDS)
 
     def pause(self, run: RunConfig) -> None:
-        """Stop rank 0, and with it the run; a TERM from SLURM brings a CONT that wakes it, other signals do not."""
+        """Stop rank 0, and with it the run. SLURM sends CONT with TERM, which resumes the rank, but not with other signals."""
         self._signal(run, signal.SIGSTOP)
 
     def wake_when_told_to_stop(self, run: RunConfig, job_id: str) -> None:
@@ -132,13 +132,13 @@ def runs(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def unbroken(runs):
-    """A run to which nothing happens, and its job's id."""
+    """Submit an undisturbed run, and return it with its job id."""
     run = runs.submit("unbroken")
     runs.cluster.wait(runs.job_id(), "COMPLETED", START_SECONDS)
     return run, runs.job_id()
 
 
-def test_a_run_finishes_and_can_be_looked_at(unbroken, runs):
+def test_a_run_finishes_and_status_and_logs_show_it(unbroken, runs):
     run, job_id = unbroken
     assert [record["step"] for record in metrics(run)] == list(range(1, STEPS + 1))
     status = runs.command("status", run.run_dir)
@@ -168,12 +168,12 @@ def test_at_the_time_limit_a_run_is_saved_requeued_and_resumed(unbroken, runs, c
     job_id = runs.job_id()
     runs.wait_for_step(run, 3, job_id)
     runs.pause(run)
-    # Within the 120 s before the end in which SLURM signals; it looks every 30 s.
+    # SLURM signals in the last 120 s before the end, and checks every 30 s.
     end = datetime.now() + timedelta(seconds=115)
     cluster.run("scontrol", "update", f"JobId={job_id}", f"EndTime={end:%Y-%m-%dT%H:%M:%S}")
     runs.wake_when_told_to_stop(run, job_id)
     cluster.wait(job_id, lambda job: job["Restarts"] == "1", START_SECONDS)
-    # It would keep the short limit, in which a slow machine gets nowhere.
+    # Otherwise the job would keep the short limit, which is not enough on a slow machine.
     cluster.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=30")
     runs.finish(run, job_id)
     assert cluster.job(job_id)["Restarts"] == "1"
@@ -201,7 +201,7 @@ def test_scontrol_requeue_and_a_second_job_on_the_same_run_directory(unbroken, r
     runs.wait_for_step(run, 3, job_id)
     runs.submit("requeued", expected=2)
     assert f"has job {job_id}, which is RUNNING" in runs.last and runs.last.count("\n") == 1
-    # Past `submit`, by hand.
+    # Submit the script directly, without the check of `submit`.
     script = Path(run.run_dir) / "job.sh"
     runs.pause(run)
     second = cluster.run(
@@ -225,7 +225,7 @@ def test_a_cancelled_run_stays_ended_and_can_be_submitted_again(unbroken, runs, 
     assert ended["Restarts"] == "0" and "cancelled (exit code 85)" in runs.history(run)
     steps = len(metrics(run))
     assert steps < STEPS and f"checkpoint  step_{steps:08d}" in runs.command("status", run.run_dir)
-    # Again, and this time by scancel alone: the ranks have SLURM's KillWait to save.
+    # Cancel again, this time with scancel alone: the ranks have SLURM's KillWait to save.
     runs.submit("cancelled")
     job_id = runs.job_id()
     runs.wait_for_step(run, steps + 3, job_id)
@@ -239,8 +239,8 @@ def test_a_cancelled_run_stays_ended_and_can_be_submitted_again(unbroken, runs, 
 
 
 @pytest.mark.parametrize("processes_too", [True, False], ids=["power", "network"])
-def test_a_lost_node_is_left_behind(processes_too, unbroken, runs, cluster):
-    """The node of rank 0, with its batch script. Where only its network is gone, both live on and must not do harm."""
+def test_a_run_continues_without_a_lost_node(processes_too, unbroken, runs, cluster):
+    """Lose the node of rank 0 and of the batch script. With only its network lost, both continue and must do no harm."""
     run = runs.submit(f"lost {processes_too}")
     job_id = runs.job_id()
     runs.wait_for_step(run, 3, job_id)
@@ -252,7 +252,7 @@ def test_a_lost_node_is_left_behind(processes_too, unbroken, runs, cluster):
     assert lost not in cluster.run("scontrol", "show", "hostnames", cluster.job(job_id)["NodeList"]).split()
     runs.wait_for_step(run, 20, job_id)
     if not processes_too:
-        # What is left of the first start wakes up.
+        # Resume the remaining processes of the first start.
         for pid in cluster._job_processes(lost):
             os.kill(pid, signal.SIGCONT)
     runs.finish(run, job_id)
@@ -263,7 +263,7 @@ def test_a_lost_node_is_left_behind(processes_too, unbroken, runs, cluster):
 def test_a_job_that_always_crashes_stops_and_says_why(runs, cluster, tmp_path):
     python = tmp_path / "python"
     python.write_text(
-        f"#!/bin/bash\n# Rank 1 is killed while it writes the checkpoint of step 10.\n"
+        f"#!/bin/bash\n# Kill rank 1 while it writes the checkpoint of step 10.\n"
         f'if [ "$1 $2" = "-m infini_train" ]; then shift 2; '
         f'exec {shlex.quote(sys.executable)} -m tests.support.distributed.faults kill_before_shards@1@10 "$@"; fi\n'
         f'exec {shlex.quote(sys.executable)} "$@"\n',
@@ -283,7 +283,7 @@ def test_a_job_that_always_crashes_stops_and_says_why(runs, cluster, tmp_path):
     assert history[-1] in runs.command("status", run.run_dir)
 
 
-def test_an_error_that_a_restart_does_not_mend_stops_at_once(runs, cluster):
+def test_a_configuration_error_stops_the_job_at_once(runs, cluster):
     run = runs.submit("bad shard")
     job_id = runs.job_id()
     config = Path(run.run_dir) / "job" / "config.yaml"
@@ -294,10 +294,10 @@ def test_an_error_that_a_restart_does_not_mend_stops_at_once(runs, cluster):
     assert "stopped: exit code 2" in runs.history(run)
 
 
-def test_a_node_that_fails_the_preflight_is_left_out(unbroken, runs, cluster):
+def test_a_node_that_fails_the_preflight_is_excluded(unbroken, runs, cluster):
     bad = cluster.temporary_folder("n1")
     shutil.rmtree(bad)
-    # A folder, or SLURM itself would replace it, in which nothing can be written, not even by root.
+    # Use a folder that even root cannot write. SLURM would replace anything that is not a folder.
     bad.symlink_to("/proc")
     run = runs.submit("bad node", "--name", "bad-node", preflight=True)
     job_id = runs.job_id()
@@ -305,26 +305,26 @@ def test_a_node_that_fails_the_preflight_is_left_out(unbroken, runs, cluster):
     job = cluster.job(job_id)
     assert job["Restarts"] == "1" and job["ExcNodeList"] == "n1"
     assert "preflight: n1 will be left out" in runs.history(run)
-    assert "left out    n1" in runs.command("status", run.run_dir)
+    assert "excluded    n1" in runs.command("status", run.run_dir)
     assert metrics(run) == metrics(unbroken[0])
 
 
 def test_an_array_of_three(runs, cluster):
-    """The last task requeues itself: its own job id is that of the whole array, and the others must stay ended."""
+    """The last task requeues itself. Its job id is that of the whole array, but the other tasks must stay ended."""
     single = replace(runs.run, layout=LayoutConfig(), checkpoint=CheckpointConfig(every=5))
     run = runs.submit("array", "--nodes", "1", "--sweep", "training.steps=5,10,60", run=single)
     job_id = runs.job_id()
-    parts = [replace(run, run_dir=f"{run.run_dir}/task_{task}") for task in range(3)]
-    runs.wait_for_step(parts[2], 3, f"{job_id}_2")
-    runs.pause(parts[2])
+    tasks = [replace(run, run_dir=f"{run.run_dir}/task_{task}") for task in range(3)]
+    runs.wait_for_step(tasks[2], 3, f"{job_id}_2")
+    runs.pause(tasks[2])
     for task in range(2):
         cluster.wait(f"{job_id}_{task}", "COMPLETED", START_SECONDS)
     cluster.run("scancel", "--batch", "--signal=USR1", f"{job_id}_2")
-    runs.wake_when_told_to_stop(parts[2], f"{job_id}_2")
+    runs.wake_when_told_to_stop(tasks[2], f"{job_id}_2")
     cluster.wait(f"{job_id}_2", lambda job: job["JobState"] == "COMPLETED" and job["Restarts"] == "1", START_SECONDS)
     restarts = [cluster.job(f"{job_id}_{task}")["Restarts"] for task in range(2)]
-    assert restarts == ["0", "0"], "".join(runs.history(part) for part in parts)
-    assert [[record["step"] for record in metrics(part)] for part in parts] == [list(range(1, n + 1)) for n in (5, 10, 60)]
+    assert restarts == ["0", "0"], "".join(runs.history(task) for task in tasks)
+    assert [[record["step"] for record in metrics(task)] for task in tasks] == [list(range(1, n + 1)) for n in (5, 10, 60)]
     lines = runs.command("status", run.run_dir).splitlines()
     assert len(lines) == 4 and all("COMPLETED" in line and "(100%)" in line for line in lines[1:])
-    assert "trained to step 10" in runs.command("logs", parts[1].run_dir)
+    assert "trained to step 10" in runs.command("logs", tasks[1].run_dir)

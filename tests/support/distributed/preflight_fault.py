@@ -1,6 +1,6 @@
-"""launch/preflight.py on a rank whose node has a fault: `python -m tests.support.distributed.preflight_fault FAULT ...`.
+"""Run launch/preflight.py with a fault on this rank's node: `python -m tests.support.distributed.preflight_fault FAULT ...`.
 
-The fault is real to the preflight, which knows nothing of it: a clock that is off, a process that stands still, a slow network.
+The faults are a wrong clock, a stopped process and a slow network. The preflight must detect them without knowing of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 PREFLIGHT = Path(__file__).parents[3] / "launch" / "preflight.py"
 
 
-def stand_still(*_: Any, **__: Any) -> None:
+def stop_process(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -26,15 +26,15 @@ def main() -> None:
         clock = time.time
         time.time = lambda: clock() + 100.0
     elif fault == "hang_at_start":
-        stand_still()
+        stop_process()
     elif fault == "hang_in_checks":
         from launch import preflight_node
 
-        preflight_node.check_node = stand_still
+        preflight_node.check_node = stop_process
     elif fault == "hang_in_all_reduce":
         from launch import preflight_bandwidth
 
-        preflight_bandwidth.all_reduce_bandwidth = stand_still
+        preflight_bandwidth.all_reduce_bandwidth = stop_process
     elif fault == "slow":
         import torch.distributed as dist
 

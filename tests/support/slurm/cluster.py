@@ -1,7 +1,7 @@
-"""A real SLURM of several nodes on this one machine, private to the tests.
+"""A real SLURM cluster of several nodes on one machine, private to the tests.
 
-Each node is a slurmd with its own name and port. What cannot be had this way: separate networks, disks and cgroups. A node's
-temporary folder is its own, and its processes are known by a mark in their environment.
+Each node is a slurmd with its own name and port. The nodes share the network, the disks and the cgroups. Each node has its own
+temporary folder, and its processes are identified by a mark in their environment.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ Job = dict[str, str]
 class SlurmCluster:
     """A cluster of the nodes n1, n2 and so on, with the partitions `low` (preemptable, the default) and `high`.
 
-    `folder` holds everything, is short-lived and private. AssertionError with the daemons' logs where one does not start.
+    `folder` is a private folder with all files, deleted by `close`.
+
+    Raises:
+        AssertionError: a daemon does not start; the message has the daemons' logs.
     """
 
     def __init__(self, nodes: int = 3) -> None:
         self.nodes = tuple(f"n{number}" for number in range(1, nodes + 1))
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
-        # MUNGE wants its socket to be reachable by all users.
+        # MUNGE requires that all users can reach its socket.
         self.folder.chmod(0o711)
         self._configuration = write_configuration(self.folder, self.nodes)
         self._slurmds: dict[str, subprocess.Popen[bytes]] = {}
@@ -57,16 +60,20 @@ class SlurmCluster:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # Commands and what they say.
+    # Commands and their output.
 
     def environment(self) -> dict[str, str]:
-        """This process's environment for SLURM's commands: of this cluster, and without traces of another one."""
+        """Return this process's environment with this cluster's SLURM settings instead of any other's."""
         other = ("SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SINFO_", "SCANCEL_", NODE_MARK)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(other)}
         return {**kept, "SLURM_CONF": str(self._configuration.slurm_conf), "PATH": SEARCH_PATH}
 
     def run(self, *command: str, timeout_seconds: float = 120.0) -> str:
-        """Standard output of a command that runs in the cluster's folder `work`; AssertionError with all output if it fails."""
+        """Run a command in the cluster's folder `work`, and return its standard output.
+
+        Raises:
+            AssertionError: the command fails; the message has all output.
+        """
         result = subprocess.run(
             command,
             capture_output=True,
@@ -81,7 +88,7 @@ class SlurmCluster:
         return result.stdout
 
     def show(self, *what: str) -> list[Job]:
-        """What `scontrol show` prints; asked again where a busy slurmctld hangs up, which ends scontrol by SIGPIPE."""
+        """Return the records of `scontrol show`. Retry if a busy slurmctld hangs up, which ends scontrol by SIGPIPE."""
         tries_left = 3
         while True:
             tries_left -= 1
@@ -93,7 +100,7 @@ class SlurmCluster:
                 time.sleep(1)
 
     def job(self, job_id: str) -> Job:
-        """What SLURM knows of a job or of an array's task ("12_0"), by scontrol's own keys."""
+        """Return the record of a job or of an array's task ("12_0"), by scontrol's keys."""
         records = self.show("job", job_id)
         assert len(records) == 1, f"job {job_id} is an array of {len(records)} tasks; name one, as in {job_id}_0"
         return records[0]
@@ -102,14 +109,16 @@ class SlurmCluster:
         return self.show("job")
 
     def node_states(self) -> dict[str, str]:
-        """Each node's state as scontrol prints it: "IDLE", "ALLOCATED", "DOWN+NOT_RESPONDING"."""
+        """Return each node's state in scontrol's notation: "IDLE", "ALLOCATED", "DOWN+NOT_RESPONDING"."""
         records = self.show("node")
         return {record["NodeName"]: record["State"] for record in records}
 
     def wait(self, job_id: str, expected: str | tuple[str, ...] | Callable[[Job], bool], timeout_seconds: float = 60.0) -> Job:
-        """Wait until the job is in a state, in one of several, or as a function wants it; the job then.
+        """Wait until the job has one of the expected states, or until a function of the job returns true. Return the job.
 
-        AssertionError, with the job and the end of its log, when the time is over or the job has ended in another state.
+        Raises:
+            AssertionError: the time limit has passed, or the job has ended in another state. The message has the job's record
+                and the end of its log.
         """
         states = (expected,) if isinstance(expected, str) else expected
         deadline = time.monotonic() + timeout_seconds
@@ -120,24 +129,24 @@ class SlurmCluster:
                 return job
             now = time.monotonic()
             ended = ended or now if job["JobState"] in ENDED else 0.0
-            # A job that is being requeued shows its end for a moment.
+            # A job that is being requeued briefly shows an ended state.
             if now > deadline or (not callable(states) and ended and now > ended + 5):
-                wanted = "what the test waits for" if callable(states) else " or ".join(states)
+                wanted = "in the expected state" if callable(states) else " or ".join(states)
                 raise AssertionError(f"job {job_id} is not {wanted} after {timeout_seconds:g} s\n{self._describe(job)}")
             time.sleep(0.2)
 
-    # Nodes, and how they are lost.
+    # Nodes and their failures.
 
     def temporary_folder(self, node: str) -> Path:
-        """The folder that the jobs of a node see as TMPDIR. A test may spoil it; `heal` mends it."""
+        """Return the TMPDIR of a node's jobs. A test may damage it; `heal` repairs it."""
         return self._configuration.temporary_folder(node)
 
     def kill_node(self, node: str, processes_too: bool = True) -> None:
-        """Lose a node without a word, so that only SLURM's own timeout (about 25 s) notices.
+        """Lose a node without notice, so that SLURM detects the loss only by its timeout (about 25 s).
 
-        With `processes_too` everything on it is killed, as when power fails. Without, it is the network that fails: slurmd is
-        gone and SLURM's step daemons are stopped, so that they say nothing; the processes of jobs live on and notice nothing.
-        `restart_node` brings the network back.
+        With `processes_too`, kill everything on the node, as in a power failure. Without it, simulate a network failure: kill
+        slurmd and stop SLURM's step daemons, so that they do not respond. The processes of jobs continue. `restart_node`
+        restores the network.
         """
         slurmd = self._slurmds.pop(node)
         slurmd.kill()
@@ -148,19 +157,19 @@ class SlurmCluster:
             send(self._step_daemons(node), signal.SIGSTOP)
 
     def restart_node(self, node: str) -> None:
-        """Start a node's slurmd again, ending the one that runs; step daemons that were stopped go on."""
+        """Restart a node's slurmd, and resume stopped step daemons."""
         if node in self._slurmds:
             stop_daemon(self._slurmds.pop(node))
         send(self._step_daemons(node), signal.SIGCONT)
         self._start_slurmd(node)
 
     def heal(self) -> None:
-        """No job, every node up and idle, every temporary folder an empty folder. Ended jobs are still known."""
+        """End all jobs, bring all nodes up and idle, and empty the temporary folders. SLURM keeps records of ended jobs."""
         for node in self.nodes:
             if node not in self._slurmds:
                 self._kill_processes(node)
                 self._start_slurmd(node)
-        # A job may be requeued, by itself or by SLURM, while it is being cancelled.
+        # A job may be requeued, by its script or by SLURM, while it is being cancelled.
         until(self._empty, START_SECONDS, lambda: f"all nodes idle and no job\n{self._logs()}")
         for node in self.nodes:
             folder = self.temporary_folder(node)
@@ -168,7 +177,7 @@ class SlurmCluster:
             folder.mkdir()
 
     def close(self) -> None:
-        """End every process of this cluster and delete its folder."""
+        """End all processes of this cluster, and delete its folder."""
         for node in self.nodes:
             if node in self._slurmds:
                 self.kill_node(node)
@@ -186,11 +195,11 @@ class SlurmCluster:
         self._check_daemons()
         try:
             states = self.node_states()
-        except AssertionError:  # slurmctld does not answer yet
+        except AssertionError:  # slurmctld does not respond yet
             return False
         for node, state in states.items():
             if "DOWN" in state or "DRAIN" in state:
-                # Refused where the node came back by itself meanwhile.
+                # SLURM refuses this if the node has recovered by itself in the meantime.
                 resume = ["scontrol", "update", f"NodeName={node}", "State=RESUME"]
                 subprocess.run(resume, env=self.environment(), capture_output=True, check=False)
         return set(states) == set(self.nodes) and set(states.values()) == {"IDLE"}
@@ -199,7 +208,7 @@ class SlurmCluster:
         active = {job["JobId"] for job in self.jobs() if job["JobState"] not in ENDED}
         if active:
             subprocess.run(["scancel", *active], env=self.environment(), capture_output=True, check=False)
-            # Without KillWait.
+            # Do not wait for KillWait.
             for node in self.nodes:
                 send(self._job_processes(node), signal.SIGKILL)
             return False
@@ -237,7 +246,7 @@ class SlurmCluster:
         return [pid for pid, program in node_processes(self._mark(node)).items() if program == "slurmstepd"]
 
     def _kill_processes(self, node: str) -> None:
-        """SIGKILL to everything on a node, also to what is started meanwhile."""
+        """Kill all processes of a node, including those started in the meantime."""
 
         def gone() -> bool:
             left = node_processes(self._mark(node))
@@ -255,8 +264,8 @@ class SlurmCluster:
 
 
 def tail(path: Path, lines: int) -> str:
-    """A heading and a file's last lines."""
+    """Return a heading and a file's last lines."""
     if not path.is_file():
-        return f"--- {path} is not there"
+        return f"--- {path} does not exist"
     with path.open(errors="replace") as file:
         return f"--- {path}\n{''.join(deque(file, lines))}"

@@ -1,4 +1,4 @@
-"""Writes the files of a private SLURM: every path lies in one folder, every port is free, nothing of a real cluster is read."""
+"""Write the configuration of a private SLURM cluster: all paths in one folder, free ports, no files of a real cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 CPUS_PER_NODE = 4
 GPUS_PER_NODE = 2
-# Set in every daemon (by `SlurmCluster`) and in every process of a job (by the task prolog): "FOLDER/NODE".
+# Environment variable of every daemon (set by `SlurmCluster`) and every job process (set by the task prolog): "FOLDER/NODE".
 NODE_MARK = "INFINI_TRAIN_TEST_NODE"
 
 SLURM_CONF = """\
@@ -22,7 +22,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# A node that has just died must not make its requeued job wait: SLURM holds such a job for as long as its old credential lives.
+# SLURM holds a requeued job until its old credential expires. A short lifetime lets the job of a lost node restart soon.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 
 StateSaveLocation={folder}/state
@@ -41,7 +41,7 @@ TaskPlugin=task/none
 TaskProlog={folder}/task_prolog
 MpiDefault=none
 PropagateResourceLimits=NONE
-# Nodes have the size that is written here, whatever the machine has.
+# Nodes have the size configured here, regardless of the machine.
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
@@ -51,7 +51,7 @@ ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-# A lost node is noticed within two to three times this time.
+# SLURM detects a lost node within two to three times this time.
 SlurmdTimeout=10
 KillWait=20
 SchedulerType=sched/backfill
@@ -75,7 +75,7 @@ echo "export {mark}={folder}/$SLURMD_NODENAME"
 
 @dataclass(frozen=True)
 class Configuration:
-    """Where a cluster's files are. The folder's path must be short: it holds unix sockets, whose paths end at 107 bytes."""
+    """Paths of a cluster's files. The folder's path must be short, because paths of unix sockets have at most 107 bytes."""
 
     folder: Path
     nodes: tuple[str, ...]
@@ -93,9 +93,9 @@ class Configuration:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free now and that the kernel gives to nobody: below its range for outgoing connections.
+    """Return free ports below the kernel's range for outgoing connections.
 
-    A node that was killed needs its port again much later.
+    The kernel does not assign these ports to other programs, so a node that was killed can reuse its port much later.
     """
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     ports: list[int] = []
@@ -108,7 +108,7 @@ def free_ports(count: int) -> list[int]:
         ports.append(port)
         if len(ports) == count:
             return ports
-    raise RuntimeError(f"{count} free ports below {lowest} were not found")
+    raise RuntimeError(f"found fewer than {count} free ports below {lowest}")
 
 
 def write_configuration(folder: Path, nodes: tuple[str, ...]) -> Configuration:

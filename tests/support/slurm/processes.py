@@ -1,4 +1,4 @@
-"""Starts daemons and ends exactly those; finds the processes of a virtual node by a mark in their environment."""
+"""Start and stop daemons, and find the processes of a virtual node by a mark in their environment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SLURM_DAEMONS = ("slurmd", "slurmstepd")
 
 
 def start_daemon(command: list[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """A daemon in the foreground and in a session of its own, which the kernel ends if this process dies first."""
+    """Start a daemon in the foreground, in its own session. The kernel kills it if this process dies first."""
     with log.open("ab") as output:
         return subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *command],
@@ -39,7 +39,11 @@ def stop_daemon(daemon: subprocess.Popen[bytes], timeout_seconds: float = 5.0) -
 
 
 def until(condition: Callable[[], bool], timeout_seconds: float, what: Callable[[], str]) -> None:
-    """Wait for a condition; an AssertionError with `what()` if it does not come."""
+    """Wait for a condition.
+
+    Raises:
+        AssertionError: the condition is still false at the time limit; the message has `what()`.
+    """
     deadline = time.monotonic() + timeout_seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -50,12 +54,12 @@ def until(condition: Callable[[], bool], timeout_seconds: float, what: Callable[
 def read(path: str) -> str:
     try:
         return Path(path).read_bytes().decode(errors="replace")
-    except OSError:  # the process has ended, or is another user's
+    except OSError:  # the process has ended, or belongs to another user
         return ""
 
 
 def process_table() -> Iterator[tuple[int, int, str]]:
-    """Every process that is not a zombie: its id, its parent's id and its program's name."""
+    """Yield the id, the parent's id and the program name of every process that is not a zombie."""
     for entry in os.listdir("/proc"):
         if entry.isdigit() and (stat := read(f"/proc/{entry}/stat")):
             program = stat[stat.index("(") + 1 : stat.rindex(")")]
@@ -65,7 +69,7 @@ def process_table() -> Iterator[tuple[int, int, str]]:
 
 
 def node_processes(mark: str) -> dict[int, str]:
-    """Id and program of each process whose environment holds the mark "FOLDER/NODE", and of their descendants."""
+    """Return id and program of each process with the mark "FOLDER/NODE" in its environment, and of its descendants."""
     table = list(process_table())
     entry = f"{NODE_MARK}={mark}"
     found = {pid: program for pid, _, program in table if entry in read(f"/proc/{pid}/environ").split("\0")}
@@ -75,7 +79,7 @@ def node_processes(mark: str) -> dict[int, str]:
 
 
 def job_processes(mark: str) -> list[int]:
-    """The processes of jobs on a node: all but SLURM's daemons."""
+    """Return the ids of a node's processes, except SLURM's daemons."""
     return [pid for pid, program in node_processes(mark).items() if program not in SLURM_DAEMONS]
 
 

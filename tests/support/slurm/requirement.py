@@ -1,4 +1,4 @@
-"""What happens to a test whose programs are not installed: skipped on a developer's machine, failed where CI requires it."""
+"""Skip tests whose programs are not installed, or fail them where CI requires the programs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NoReturn
 import pytest
 
 REQUIRE = "INFINI_TRAIN_REQUIRE_SLURM"
-# Where daemons are on Debian, although not in every user's PATH.
+# Debian installs daemons in sbin folders, which are not in every user's PATH.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
 def unavailable(reason: str) -> NoReturn:
-    """Skip the test, or fail it with INFINI_TRAIN_REQUIRE_SLURM=1."""
+    """Skip the test, or fail it if INFINI_TRAIN_REQUIRE_SLURM=1."""
     if os.environ.get(REQUIRE) == "1":
         pytest.fail(f"{reason}; {REQUIRE}=1 requires it", pytrace=False)
     pytest.skip(reason)

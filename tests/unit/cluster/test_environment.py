@@ -1,4 +1,4 @@
-"""Presets of environment variables: a strict format, and no secrets."""
+"""Environment presets: strict file format, and detection of secrets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from infini_train.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.env")))
-def test_every_preset_holds_what_all_need_and_no_default_of_another_network(name):
+def test_every_preset_has_the_common_variables_and_only_those_of_its_network(name):
     variables = read_environment(name)
     common = read_environment("single_node")
     assert {"TORCH_NCCL_ASYNC_ERROR_HANDLING", "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_DEBUG"} == set(common)
@@ -21,11 +21,11 @@ def test_every_preset_holds_what_all_need_and_no_default_of_another_network(name
     assert all(f"`{key}`" in (PRESETS.parent / "README.md").read_text(encoding="utf-8") for key in variables)
 
 
-def test_the_presets_are_those_that_the_profiles_name():
+def test_the_list_of_presets():
     assert {path.stem for path in PRESETS.glob("*.env")} == {"single_node", "infiniband", "efa"}
 
 
-def test_values_are_taken_letter_by_letter(tmp_path):
+def test_values_are_used_literally(tmp_path):
     lines = [
         "# comment",
         "",
@@ -57,18 +57,18 @@ def test_values_are_taken_letter_by_letter(tmp_path):
         (" A=1", "' A'"),
         ("1A=1", "'1A'"),
         ("A-B=1", "'A-B'"),
-        ("=1", "no name"),
+        ("=1", "not a variable name"),
         ("A= 1", "blanks"),
         ("A=1 ", "blanks"),
         ("A=1\r", "blanks"),
-        ("A=a\x1b[2J", "printed"),
+        ("A=a\x1b[2J", "unprintable"),
         ('A="hf_abcdefgh"', "quotes"),
         ("A='hf_abcdefgh", "quotes"),
         ("GOOD=2", "GOOD was set before"),
         ("WANDB_API_KEY=hf_abcdefgh", "WANDB_API_KEY looks like a secret"),
     ],
 )
-def test_a_wrong_line_is_named_and_its_value_is_not_shown(line, words, tmp_path):
+def test_a_malformed_line_is_reported_without_its_value(line, words, tmp_path):
     path = tmp_path / "mine.env"
     path.write_text(f"# head\nGOOD=1\n{line}\n", encoding="utf-8")
     with pytest.raises(UserError, match=re.escape(words)) as error:
@@ -77,19 +77,19 @@ def test_a_wrong_line_is_named_and_its_value_is_not_shown(line, words, tmp_path)
     assert f"{path}, line 3" in message and "\n" not in message and "abcdefgh" not in message
 
 
-def test_an_unknown_preset_names_those_that_exist():
+def test_the_error_for_an_unknown_preset_lists_the_presets():
     with pytest.raises(UserError, match="'infinband' is unknown; known are efa, infiniband, single_node"):
         read_environment("infinband")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "nowhere.env", "/"])
-def test_a_file_that_cannot_be_read_is_named(name):
+def test_the_error_for_an_unreadable_file_names_it(name):
     with pytest.raises(UserError, match="cannot be read") as error:
         read_environment(name)
     assert repr(name.removeprefix("./")) in str(error.value)
 
 
-def test_a_file_that_is_not_text_is_refused(tmp_path):
+def test_a_file_that_is_not_utf_8_is_refused(tmp_path):
     (tmp_path / "mine.env").write_bytes(b"A=\xff\n")
     with pytest.raises(UserError, match="UTF-8"):
         read_environment(str(tmp_path / "mine.env"))
@@ -122,7 +122,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
         "comet_api_key",
     ],
 )
-def test_names_of_secrets(name):
+def test_names_that_suggest_a_secret(name):
     assert is_secret(name)
 
 
@@ -148,5 +148,5 @@ def test_names_of_secrets(name):
         "PASSES",
     ],
 )
-def test_names_that_only_look_like_it(name):
+def test_names_that_do_not_suggest_a_secret(name):
     assert not is_secret(name)

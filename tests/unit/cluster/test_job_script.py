@@ -1,4 +1,4 @@
-"""The rendered job script: golden files, and values that try to become shell code."""
+"""The rendered job script: golden files, shell injection, and runs of the script with stub commands."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ REFUSED = ["a\ntouch canary", "a\r\ntouch canary", "a\ttab", "50%j", "back\\slas
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PROFILES.glob("*.yaml")))
 @pytest.mark.parametrize("job", [JOB, ARRAY], ids=["single", "array"])
-def test_every_rendered_script_is_as_it_was(name, job):
-    """Golden files, written by `UPDATE_GOLDEN=1 pytest tests/unit/cluster/test_job_script.py`: look at what has changed."""
+def test_rendered_scripts_match_golden_files(name, job):
+    """Update the files with `UPDATE_GOLDEN=1 pytest tests/unit/cluster/test_job_script.py`, then review the diff."""
     path = GOLDEN / f"{name}-{'single' if job.tasks is None else 'array'}.sh"
     script = render_job(job, load_profile(name)).replace(f"project={PROJECT}\n", "project=/home/user/infini_train\n")
     if os.environ.get("UPDATE_GOLDEN"):
@@ -59,7 +59,7 @@ def test_every_rendered_script_is_as_it_was(name, job):
 
 
 def variables(script: str, folder: Path, names: list[str]) -> list[str]:
-    """Values of variables after bash ran the script up to its first function, in a folder where a canary would be seen."""
+    """Run the script up to its first function, and return the values of variables. Fail if the script created a file."""
     head = script.split("\njob_dir=")[0]
     printing = "".join(f'\nprintf "%s\\0" "${name}"' for name in names)
     path = folder / "head.sh"
@@ -73,7 +73,7 @@ def variables(script: str, folder: Path, names: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("value", HOSTILE)
-def test_hostile_values_stay_values(value, tmp_path):
+def test_hostile_values_are_not_executed(value, tmp_path):
     profile = ClusterProfile(
         gpus_per_node=8,
         environment={"NCCL_DEBUG_FILE": value},
@@ -91,8 +91,8 @@ def test_hostile_values_stay_values(value, tmp_path):
 
 
 @pytest.mark.parametrize("value", HOSTILE)
-def test_container_arguments_arrive_unharmed(value, tmp_path):
-    """What srun would be given, seen by a stand-in for it."""
+def test_container_arguments_reach_srun_unchanged(value, tmp_path):
+    """A stub of srun prints its arguments."""
     profile = ClusterProfile(container_image=value, container_mounts=[f"{value}:/mnt", "/data:/data"])
     script = render_job(JOB, profile)
     function = script[script.index("on_all_ranks() {") : script.index("\n}\n", script.index("on_all_ranks() {")) + 3]
@@ -109,7 +109,7 @@ def test_container_arguments_arrive_unharmed(value, tmp_path):
 
 
 @pytest.mark.parametrize("value", REFUSED)
-def test_what_slurm_would_interpret_is_refused(value):
+def test_a_run_dir_that_slurm_would_interpret_is_refused(value):
     with pytest.raises(UserError, match="run_dir") as error:
         render_job(replace(JOB, run_dir=Path("/runs") / value), ClusterProfile())
     assert "\n" not in str(error.value)
@@ -133,7 +133,7 @@ def test_hostile_job_names_and_exclusions_are_refused(value):
 
 
 @pytest.mark.parametrize("value", [*HOSTILE, *REFUSED])
-def test_a_job_name_is_made_of_any_folder(value):
+def test_any_folder_name_gives_a_valid_job_name(value):
     assert render_job(replace(JOB, name=job_name(Path("/runs") / value)), ClusterProfile())
 
 
@@ -151,22 +151,22 @@ def test_a_job_name_is_made_of_any_folder(value):
         ({"max_restarts": -1}, "max_restarts"),
     ],
 )
-def test_profiles_that_cannot_work_are_refused(change, words):
+def test_invalid_profiles_are_refused(change, words):
     with pytest.raises(UserError, match=words):
         validate_profile(ClusterProfile(**change), "profile")
 
 
-def test_a_job_without_time_to_save_is_refused():
+def test_a_time_limit_without_time_to_save_is_refused():
     with pytest.raises(UserError, match="signal_seconds"):
         render_job(replace(JOB, time_limit="00:05:00"), ClusterProfile(signal_seconds=300))
 
 
-def test_an_unknown_profile_names_those_that_exist():
+def test_the_error_for_an_unknown_profile_lists_the_profiles():
     with pytest.raises(UserError, match="h100-infiniband"):
         load_profile("h200")
 
 
-def test_an_unknown_key_of_a_profile_is_named(tmp_path):
+def test_an_unknown_profile_key_is_named(tmp_path):
     (tmp_path / "mine.yaml").write_text("partitoin: gpu\n", encoding="utf-8")
     with pytest.raises(UserError, match="partitoin"):
         load_profile(str(tmp_path / "mine.yaml"))
@@ -186,7 +186,7 @@ OPTIONAL = {
 
 
 @pytest.mark.parametrize("key", sorted(ClusterProfile.__dataclass_fields__))
-def test_a_key_of_a_profile_without_a_value_is_refused_unless_it_may_be_null(key, tmp_path):
+def test_a_profile_key_without_a_value_is_refused_unless_null_is_allowed(key, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(f"{key}:\n" + ("partition: gpu\n" if key != "partition" else "qos: high\n"), encoding="utf-8")
     if key in OPTIONAL:
@@ -197,14 +197,14 @@ def test_a_key_of_a_profile_without_a_value_is_refused_unless_it_may_be_null(key
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- partition\n", "partition\n"])
-def test_a_profile_without_keys_is_refused_as_such(text, tmp_path):
+def test_a_profile_without_keys_is_refused(text, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match="holds no keys with values; slurm/profiles/ has files to start from"):
         load_profile(str(path))
 
 
-def test_a_profile_that_is_not_yaml_is_not_taken_for_a_configuration(tmp_path):
+def test_the_error_for_a_profile_that_is_not_yaml_names_the_profile(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("partition: [\n", encoding="utf-8")
     with pytest.raises(UserError, match=f"--profile {path}: the file is not YAML"):
@@ -233,11 +233,11 @@ exit 138
 
 
 def job_with_stubs(folder: Path, code: int, **more: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """A job of the profile with a container, on a host without the image's interpreter; what srun was called with.
+    """Run a container job on a host without the image's interpreter, and return the result and the arguments of srun.
 
     Args:
         code: exit code of the ranks.
-        more: text of other commands, or of these in another form.
+        more: scripts of additional stub commands, or replacements of the default ones, by name.
     """
     commands, calls = folder / "commands", folder / "calls"
     commands.mkdir()
@@ -254,7 +254,7 @@ def job_with_stubs(folder: Path, code: int, **more: str) -> tuple[subprocess.Com
     return result, calls.read_text(encoding="utf-8").split("\0") if calls.exists() else []
 
 
-def test_a_job_whose_interpreter_is_in_the_image_starts_its_ranks_there(tmp_path):
+def test_ranks_start_with_the_interpreter_of_the_image(tmp_path):
     result, calls = job_with_stubs(tmp_path, code=0)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stderr == "" and (tmp_path / "run" / "job" / "finished").exists()
@@ -266,15 +266,15 @@ def test_a_job_whose_interpreter_is_in_the_image_starts_its_ranks_there(tmp_path
     assert len(ports) == 2 and all(10000 <= port < 30000 for port in ports)
 
 
-def test_a_job_that_is_cancelled_during_the_preflight_is_not_queued_again(tmp_path):
+def test_a_job_cancelled_during_the_preflight_is_not_requeued(tmp_path):
     srun = SRUN_WHILE_CANCELLED.format(run_dir=tmp_path / "run")
     result, _ = job_with_stubs(tmp_path, code=0, srun=srun, scancel="#!/bin/bash\n")
     assert "told to stop; ranks save" in result.stdout and "cancelled (exit code 138)" in result.stdout
     assert "requeue" not in result.stdout and result.returncode == 138
 
 
-def test_setup_may_read_variables_that_are_not_set(tmp_path):
-    """As scripts that activate an environment do; the rest of the job still must not."""
+def test_setup_commands_may_read_unset_variables(tmp_path):
+    """Scripts that activate an environment do so. The rest of the job script still runs with `set -u`."""
     script = render_job(JOB, ClusterProfile(setup=['export FOUND="$NOT_SET/lib"']))
     assert variables(script, tmp_path, ["FOUND"]) == ["/lib"]
     head = script.split("\njob_dir=")[0]
@@ -282,19 +282,19 @@ def test_setup_may_read_variables_that_are_not_set(tmp_path):
     assert result.returncode == 1 and "NOT_SET: unbound variable" in result.stderr
 
 
-def test_an_interpreter_that_is_nowhere_is_named(tmp_path):
+def test_a_missing_interpreter_is_named(tmp_path):
     result, _ = job_with_stubs(tmp_path, code=127)
     assert "requeued: /opt/infini-train/bin/python is not there where the ranks run; failure 1 of 3" in result.stdout
 
 
 @pytest.mark.parametrize("family,address", [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, ""), (socket.AF_INET6, "::1")])
-def test_a_port_that_somebody_listens_on_is_not_taken(family, address):
+def test_a_port_in_use_is_not_chosen(family, address):
     script = render_job(JOB, ClusterProfile())
     function = script[script.index("free_port() {") : script.index("\n}\n", script.index("free_port() {")) + 3]
     with socket.socket(family) as listener:
         taken = next(port for port in range(10000, 29999) if bound(listener, address, port))
         listener.listen()
-        # Without its special meaning RANDOM is what it is set to.
+        # After `unset`, RANDOM is an ordinary variable that keeps the assigned value.
         drawn = f"unset RANDOM; RANDOM={taken - 10000}; {function}\nfree_port"
         result = subprocess.run(["bash", "-c", drawn], capture_output=True, text=True, check=True)
         assert taken < int(result.stdout) < taken + 100

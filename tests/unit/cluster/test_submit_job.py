@@ -1,4 +1,4 @@
-"""What `submit` checks and writes before SLURM is asked."""
+"""The checks and files of `submit`, with stub commands in place of SLURM."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def profile(tmp_path):
     return path
 
 
-def test_sweeps_make_every_combination_with_the_keys_own_types(run):
+def test_sweeps_make_every_combination_with_values_of_the_keys_type(run):
     runs = sweep_runs(run, ["optimizer.learning_rate=1e-3,3e-4", "model.update_rule=linear,delta"])
     found = [(each.optimizer.learning_rate, each.model.update_rule) for each in runs]
     assert found == [(1e-3, "linear"), (1e-3, "delta"), (3e-4, "linear"), (3e-4, "delta")]
@@ -57,7 +57,7 @@ def test_sweeps_make_every_combination_with_the_keys_own_types(run):
         (["training.rows=8", "training.rows=16"], "training.rows twice"),
     ],
 )
-def test_sweeps_that_cannot_work_are_refused(sweeps, words, run):
+def test_invalid_sweeps_are_refused(sweeps, words, run):
     with pytest.raises(UserError, match=words) as error:
         sweep_runs(run, sweeps)
     assert "\n" not in str(error.value)
@@ -88,7 +88,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(run, profile, capfd):
     assert not Path(run.run_dir).exists()
 
 
-def test_a_run_that_does_not_fit_the_profiles_gpus_is_refused(tmp_path, capsys):
+def test_a_run_too_large_for_the_profiles_gpus_is_refused(tmp_path, capsys):
     profile = tmp_path / "small.yaml"
     profile.write_text("gpus_per_node: 8\ngpu: a100-40gb\n", encoding="utf-8")
     options = ["submit", "--config", "configs/8b.yaml", "--profile", str(profile), "--dry-run", "--nodes"]
@@ -103,8 +103,8 @@ def test_a_run_that_does_not_fit_the_profiles_gpus_is_refused(tmp_path, capsys):
     assert "h100-80gb" in capsys.readouterr().err
 
 
-def test_what_is_planned_is_for_nodes_as_the_profile_has_them(tmp_path):
-    """A tensor group of 8 is on two nodes of 4, and on one of 8."""
+def test_the_plan_uses_the_node_size_of_the_profile(tmp_path):
+    """A tensor-parallel group of 8 spans two nodes with 4 GPUs, and fits on one with 8."""
     run = read_config(REPOSITORY / "configs" / "8b.yaml")
     run = replace(run, layout=replace(run.layout, tensor_parallel_size=8))
     speeds = []
@@ -119,7 +119,7 @@ def test_what_is_planned_is_for_nodes_as_the_profile_has_them(tmp_path):
 
 @pytest.mark.parametrize("secret", ["it's-a-password", 'a-"quoted"-one', "back\\slash-$x"])
 @pytest.mark.parametrize("place", ["data.path", "environment"])
-def test_a_secret_is_found_between_quotes_too(secret, place, run, profile, monkeypatch):
+def test_an_escaped_secret_is_found(secret, place, run, profile, monkeypatch):
     monkeypatch.setenv("PGPASSWORD", secret)
     if place == "data.path":
         run = replace(run, data=replace(run.data, path=f"/data: {secret}"))
@@ -131,7 +131,7 @@ def test_a_secret_is_found_between_quotes_too(secret, place, run, profile, monke
 
 
 @pytest.mark.parametrize("place", ["run_dir", "profile"])
-def test_a_secret_of_the_environment_is_never_written(place, run, profile, tmp_path, monkeypatch):
+def test_a_job_that_contains_a_secret_is_refused(place, run, profile, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     if place == "run_dir":
         run = replace(run, run_dir=str(tmp_path / SECRET))
@@ -142,8 +142,8 @@ def test_a_secret_of_the_environment_is_never_written(place, run, profile, tmp_p
     assert SECRET not in str(error.value)
 
 
-def test_nothing_of_the_environment_enters_script_or_run_directory(run, profile, tmp_path, monkeypatch):
-    """SLURM is stood in for by a script that only says an id: what is looked at is what was written before."""
+def test_secrets_are_not_written_to_script_or_run_directory(run, profile, tmp_path, monkeypatch):
+    """A stub of sbatch prints a job id; the test inspects the files written before the call."""
     commands = tmp_path / "commands"
     commands.mkdir()
     (commands / "sbatch").write_text("#!/bin/sh\npwd > pwd\necho 77\n", encoding="utf-8")
@@ -161,8 +161,8 @@ def test_nothing_of_the_environment_enters_script_or_run_directory(run, profile,
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_job_that_is_submitted_inside_of_another_inherits_nothing_of_it(inside, run, profile, tmp_path, monkeypatch):
-    """SLURM_ARRAY_JOB_ID of the other, for one, would make the job's script requeue that one."""
+def test_a_job_submitted_inside_another_job_does_not_inherit_its_slurm_variables(inside, run, profile, tmp_path, monkeypatch):
+    """With an inherited SLURM_ARRAY_JOB_ID, for example, the job script would requeue the other job."""
     commands = tmp_path / "commands"
     commands.mkdir()
     (commands / "sbatch").write_text(f"#!/bin/sh\nenv > {tmp_path}/env\necho 77\n", encoding="utf-8")
@@ -193,7 +193,7 @@ def test_a_job_that_is_submitted_inside_of_another_inherits_nothing_of_it(inside
         ("JobId=77 ArrayTaskId=1 JobState=COMPLETED\nJobId=78 ArrayTaskId=0 JobState=FAILED", False),
     ],
 )
-def test_a_second_job_is_refused_while_any_of_the_first_lives(shown, alive, run, profile, tmp_path, monkeypatch):
+def test_a_second_job_is_refused_while_the_first_is_active(shown, alive, run, profile, tmp_path, monkeypatch):
     commands = tmp_path / "commands"
     commands.mkdir()
     for name, text in {"sbatch": "echo 77", "scontrol": f"cat <<'END'\n{shown}\nEND"}.items():
@@ -216,13 +216,13 @@ def refusal(capsys, *command: str) -> str:
     return error
 
 
-def test_a_home_folder_that_is_not_there(profile, capsys):
+def test_a_missing_home_folder_is_refused(profile, capsys):
     assert "run_dir is ~nobody-of-that-name/x" in refusal(
         capsys, "submit", "--profile", str(profile), "--run_dir", "~nobody-of-that-name/x"
     )
 
 
-def test_a_folder_whose_name_is_not_in_utf_8(run, profile, tmp_path, monkeypatch):
+def test_a_folder_name_that_is_not_utf_8_is_refused(run, profile, tmp_path, monkeypatch):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -230,7 +230,7 @@ def test_a_folder_whose_name_is_not_in_utf_8(run, profile, tmp_path, monkeypatch
         prepare_job(run, SubmitOptions(profile=str(profile), nodes=1))
 
 
-def test_a_disk_that_is_full_once_the_job_is_submitted(run, profile, tmp_path, monkeypatch):
+def test_a_write_error_after_submission_names_the_job(run, profile, tmp_path, monkeypatch):
     commands = tmp_path / "commands"
     commands.mkdir()
     (commands / "sbatch").write_text("#!/bin/sh\nmkdir job/submission.json\necho 77\n", encoding="utf-8")
@@ -240,8 +240,8 @@ def test_a_disk_that_is_full_once_the_job_is_submitted(run, profile, tmp_path, m
         submit(prepare_job(run, SubmitOptions(profile=str(profile), nodes=1)), "mine")
 
 
-def test_a_job_of_a_folder_that_cannot_be_written_is_not_signaled(run, profile, tmp_path, monkeypatch, capsys):
-    """It would be requeued."""
+def test_cancel_does_not_signal_a_job_if_it_cannot_prevent_the_requeue(run, profile, tmp_path, monkeypatch, capsys):
+    """Without the file `cancelled`, the job would be requeued after the signal."""
     commands = tmp_path / "commands"
     commands.mkdir()
     for name, text in {
@@ -266,7 +266,7 @@ def test_a_job_of_a_folder_that_cannot_be_written_is_not_signaled(run, profile, 
     [("RUNNING", "--batch --signal=USR1 77\n"), ("SIGNALING", "--batch --signal=USR1 77\n"), ("SPECIAL_EXIT", "77\n")],
 )
 def test_cancel_lets_a_running_job_save(state, expected, run, profile, tmp_path, monkeypatch):
-    """Also when it is called twice, so that the first signal is still on its way."""
+    """SIGNALING is the state when `cancel` is called twice and the first signal is not yet delivered."""
     commands = tmp_path / "commands"
     commands.mkdir()
     texts = {"sbatch": "echo 77", "scontrol": f"echo JobId=77 JobState={state}", "scancel": f'echo "$@" > {tmp_path}/told'}
@@ -279,14 +279,14 @@ def test_cancel_lets_a_running_job_save(state, expected, run, profile, tmp_path,
     assert (tmp_path / "told").read_text(encoding="utf-8") == expected
 
 
-def test_a_negative_number_of_lines(run, capsys):
+def test_a_negative_number_of_lines_is_refused(run, capsys):
     folder = Path(run.run_dir) / "logs"
     folder.mkdir(parents=True)
     (folder / "77.log").write_text("one\ntwo\n", encoding="utf-8")
     assert "--lines is -1" in refusal(capsys, "logs", run.run_dir, "--lines", "-1")
 
 
-def test_the_git_state_holds_what_is_not_committed_but_no_secret(tmp_path, monkeypatch):
+def test_the_git_state_has_uncommitted_changes_without_secrets(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
@@ -307,7 +307,7 @@ def test_the_git_state_holds_what_is_not_committed_but_no_secret(tmp_path, monke
     assert "-one" in diff and "+two <HF_TOKEN>" in diff and SECRET not in diff
 
 
-def test_dry_run_prints_the_script_and_writes_nothing(tmp_path, capsys):
+def test_a_dry_run_without_data_prints_the_script_and_a_warning(tmp_path, capsys):
     run_dir = tmp_path / "it's a run"
     arguments = ["submit", "--profile", "cpu", "--nodes", "2", "--dry-run", "--run_dir", str(run_dir)]
     arguments += ["--data.path", str(tmp_path / "nowhere")]
@@ -319,7 +319,7 @@ def test_dry_run_prints_the_script_and_writes_nothing(tmp_path, capsys):
     assert not run_dir.exists()
 
 
-def test_every_run_of_an_array_is_checked_for_its_own_data(tmp_path, profile, capsys):
+def test_the_data_of_every_array_run_is_checked(tmp_path, profile, capsys):
     write_corpus(tmp_path / "text")
     options = ["--data.vocab_size", "512", "--data.held_out_fraction", "0.2", "--layout.pipeline_parallel_size", "4"]
     for name in ("a", "b"):
@@ -372,26 +372,26 @@ def test_the_commands_of_the_slurm_page_prepare_the_data_that_they_submit(tmp_pa
         '{"step": 3, "tokens_per_second": 1, "step_seconds": NaN}',
     ],
 )
-def test_status_of_metrics_without_a_step(record, tmp_path, capsys):
+def test_status_with_an_invalid_metrics_record(record, tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text(record + "\n")
     (tmp_path / "config.yaml").write_text("training:\n  steps: 10\n")
     assert main(["status", str(tmp_path)]) == 0
-    assert "metrics.jsonl ends in a record that is none of a step" in capsys.readouterr().out
+    assert "the last record of metrics.jsonl is not that of a step" in capsys.readouterr().out
 
 
-def test_status_beside_files_that_are_not_as_written(tmp_path, capsys):
+def test_status_with_invalid_configuration_and_excluded_nodes(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "tokens_per_second": 1, "step_seconds": 1, "loss": 2}\n')
     (tmp_path / "config.yaml").write_text("training:\n  steps: .inf\n")
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "excluded").write_bytes(b"node\xe9\n")
     assert main(["status", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "step 3, loss 2.0000, 1 tokens/s\n" in printed and "left out    node" in printed
+    assert "step 3, loss 2.0000, 1 tokens/s\n" in printed and "excluded    node" in printed
 
 
 @pytest.mark.parametrize("change", [{"job_id": 77}, {"tasks": "two"}, {"job": "77"}])
 @pytest.mark.parametrize("command", ["status", "cancel", "logs"])
-def test_a_submission_that_is_not_as_written_is_one_line(command, change, tmp_path, capsys):
+def test_an_invalid_submission_file_is_reported_in_one_line(command, change, tmp_path, capsys):
     (tmp_path / "job").mkdir()
     whole = {"job_id": "77", "submitted": "", "profile": "mine", "nodes": 1, "processes": 4}
     (tmp_path / "job" / "submission.json").write_text(json.dumps({**whole, **change}), encoding="utf-8")
@@ -402,7 +402,7 @@ def test_a_submission_that_is_not_as_written_is_one_line(command, change, tmp_pa
 
 @pytest.mark.parametrize("command", ["status", "cancel", "logs"])
 @pytest.mark.parametrize("kind", ["folder", "file", "nothing"])
-def test_a_folder_without_a_run_is_refused_in_one_line(command, kind, tmp_path, capsys):
+def test_a_folder_without_a_run_is_reported_in_one_line(command, kind, tmp_path, capsys):
     path = {"folder": tmp_path, "file": tmp_path / "file", "nothing": tmp_path / "nothing"}[kind]
     (tmp_path / "file").touch()
     assert main([command, str(path)]) == 2

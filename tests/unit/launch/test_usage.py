@@ -1,4 +1,4 @@
-"""What the launchers say to a wrong command and to --help, before any process is started."""
+"""Messages of the launchers for a wrong command and for --help, before any process is started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HOST = ["--hosts", "127.0.0.1", "--processes_per_host", "2"]
 
 @pytest.fixture(params=["local.py", "multinode.py"])
 def launcher(request, monkeypatch):
-    """A launcher as a function of the words after its number of processes, or of all its words; it starts nothing."""
+    """Return a function that runs a launcher with a command, or with `bare` arguments only. It starts no process."""
     module, processes = (local, ["2"]) if request.param == "local.py" else (multinode, HOST)
     monkeypatch.setattr(module, "StopSignals", object)
 
@@ -29,9 +29,9 @@ def launcher(request, monkeypatch):
 @pytest.mark.parametrize(
     "command,words",
     [
-        ("pretrian", "pretrian is no command; did you mean pretrain?"),
-        ("prefligt", "prefligt is no command; did you mean preflight?"),
-        ("xyz", "xyz is no command; `infini-train --help` lists them"),
+        ("pretrian", "pretrian is not a command; did you mean pretrain?"),
+        ("prefligt", "prefligt is not a command; did you mean preflight?"),
+        ("xyz", "xyz is not a command; `infini-train --help` lists them"),
         ("prepare", "prepare is for one process: call infini-train prepare without a launcher"),
     ],
 )
@@ -40,7 +40,7 @@ def test_a_wrong_command_is_named(command, words, launcher, capsys):
     assert capsys.readouterr().err == f"launch: error: {words}\n"
 
 
-def test_help_says_what_it_does_and_shows_an_example(launcher, capsys):
+def test_help_has_a_description_and_an_example(launcher, capsys):
     with pytest.raises(SystemExit) as ended:
         launcher("--help", bare=True)
     assert not ended.value.code
@@ -58,7 +58,7 @@ def test_wrong_usage_of_the_local_launcher_is_one_line(arguments, monkeypatch, c
 
 
 @pytest.mark.parametrize("flag", ["--help", "--print_config"])
-def test_help_of_a_command_is_printed_once(flag, monkeypatch):
+def test_help_of_a_command_is_printed_by_one_process(flag, monkeypatch):
     asked = []
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
@@ -70,7 +70,7 @@ def test_help_of_a_command_is_printed_once(flag, monkeypatch):
     assert asked == [[sys.executable, "-m", "infini_train", "evaluate", flag]]
 
 
-def test_the_examples_name_files_that_are_there():
+def test_the_examples_name_existing_files():
     for module in (local, multinode):
         words = module.EXAMPLE.split()
         assert (Path(module.__file__).parents[1] / words[words.index("--config") + 1]).is_file()

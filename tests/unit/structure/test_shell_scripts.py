@@ -1,4 +1,4 @@
-"""Every shell script of the repository, and every job script that `submit` renders, is accepted by bash and shellcheck."""
+"""bash and shellcheck accept every shell script of the repository, including the golden job scripts of `submit`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def tracked_scripts() -> list[str]:
-    """Files that git knows and that end in .sh or begin with a shell's shebang line; the golden job scripts are among them."""
+    """Return the files tracked by git that end in .sh, or that have no suffix and a shell's shebang line."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     names = [name for name in listed.split("\0") if name and (ROOT / name).is_file()]
     return [name for name in names if name.endswith(".sh") or (not Path(name).suffix and shebang(ROOT / name))]
@@ -33,7 +33,7 @@ def complaints(command: list[str]) -> str:
     return result.stdout if result.returncode else ""
 
 
-def test_the_list_holds_what_it_should():
+def test_the_list_has_scripts_with_and_without_suffix():
     assert {".ci/run", "tests/slurm/install.sh"} <= set(SCRIPTS)
     assert any(name.startswith("tests/unit/cluster/golden/") for name in SCRIPTS)
 
@@ -49,8 +49,8 @@ def test_shellcheck_finds_nothing(script):
     assert complaints(["shellcheck", "--severity=style", script]) == ""
 
 
-def test_both_see_a_mistake(tmp_path):
-    """The checks above can fail."""
+def test_bash_and_shellcheck_report_a_mistake(tmp_path):
+    """Show that the tests above can fail."""
     require_programs("shellcheck")
     script = tmp_path / "bad.sh"
     script.write_text("#!/bin/bash\nrm $1/*\n")

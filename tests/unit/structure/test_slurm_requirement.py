@@ -1,4 +1,4 @@
-"""SLURM missing: tests are skipped, or fail where it is required; install.sh says in one line what it cannot do."""
+"""Without SLURM, tests are skipped, or fail if it is required. install.sh reports in one line why it cannot install."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from tests.support.slurm.requirement import REQUIRE, require_programs
 INSTALL = Path(__file__).parents[2] / "slurm" / "install.sh"
 
 
-def test_a_missing_program_skips(monkeypatch):
+def test_a_missing_program_skips_the_test(monkeypatch):
     monkeypatch.delenv(REQUIRE, raising=False)
     require_programs("bash")
     with pytest.raises(pytest.skip.Exception, match=r"no-such-program not installed: run tests/slurm/install\.sh"):
         require_programs("bash", "no-such-program")
 
 
-def test_a_missing_program_fails_where_it_is_required(monkeypatch):
+def test_a_missing_program_fails_the_test_if_required(monkeypatch):
     monkeypatch.setenv(REQUIRE, "1")
     require_programs("bash")
-    # Both are caught: a skip that came out of here would skip this test.
+    # Catch both, because an uncaught skip would skip this test.
     with pytest.raises((pytest.fail.Exception, pytest.skip.Exception), match=r"no-such-program.*SLURM=1 requires it") as raised:
         require_programs("no-such-program")
     assert raised.type is pytest.fail.Exception
 
 
-def test_install_says_what_it_cannot_do(tmp_path):
-    """Where `srun` is not in PATH, and apt-get neither."""
+def test_install_reports_a_missing_package_manager(tmp_path):
+    """Neither `srun` nor `apt-get` is in PATH."""
     for program in ("bash", "id"):
         (tmp_path / program).symlink_to(str(shutil.which(program)))
     result = subprocess.run([INSTALL], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
