@@ -1,1 +1,1 @@
-"""What measures speed and memory; records with device, versions and commit stand in results/."""
+"""Benchmarks of speed and memory. Records with device, versions and commit are in results/."""

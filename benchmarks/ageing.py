@@ -1,7 +1,7 @@
-"""What memory ageing costs: one layer's operation forward and backward at the geometry of `configs/passkey-cpu.yaml`, without
-it and with bounds of the counts that rise in training.
+"""Cost of memory ageing: one layer's operation, forward and backward, with the geometry of `configs/passkey-cpu.yaml`.
 
-Processor time, the median of rounds in which every variant takes its turn; so other work on the machine hits all of them alike.
+The variants are no ageing and several bounds of the repeat counts, as they rise in training. The result is processor time, as
+the median over rounds. Each round runs every variant, so other work on the machine affects all variants equally.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from infini_train.model.memory_ageing import memory_repeats
 
 ROWS, SEGMENTS, SEGMENT, HEADS, WIDTH = 2, 32, 64, 4, 32
 BOUNDS = (None, 1, 100, 10_000)
-"""None: the operation without counts."""
+"""Bounds of the repeat counts. None is the operation without counts."""
 ROUNDS = 15
 
 
 def measure() -> tuple[list[dict[str, Any]], list[str]]:
-    """Milliseconds for each rule and bound, on one thread."""
+    """Return milliseconds for each rule and bound, on one thread."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     shape = ROWS, SEGMENTS * SEGMENT, HEADS, WIDTH

@@ -1,4 +1,4 @@
-"""Saving and loading a run's state on two processes (ZeRO-1): ours beside torch.distributed.checkpoint and DeepSpeed alone."""
+"""Time to save and load a run's state on two processes (ZeRO-1), compared with torch.distributed.checkpoint and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MODEL = ModelConfig(
 
 
 def rank(number: int, port: int, root: str, results: Any) -> None:
-    """All measurements of one process; every one ends with a barrier, so that its time is that of the slower process."""
+    """Run all measurements on one process. Each ends with a barrier, so its time is the time of the slower process."""
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(PROCESSES), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
     from infini_train.runtime import platform
@@ -56,7 +56,7 @@ def rank(number: int, port: int, root: str, results: Any) -> None:
         optimizer=OptimizerConfig(warmup_steps=1),
     )
     dataset = OneDocument(run.data.vocab_size, 1 << 20)
-    dataset.document_lengths = dataset.document_lengths.repeat(PROCESSES)  # one for each row
+    dataset.document_lengths = dataset.document_lengths.repeat(PROCESSES)  # one document per row
     dataset.available = dataset.available.repeat(PROCESSES)
     training = build_training_run(run, dataset)
     train_step(training, StopRequest())
@@ -90,14 +90,14 @@ def rank(number: int, port: int, root: str, results: Any) -> None:
         timed("torch.distributed.checkpoint: load", lambda: dcp.load(flat, checkpoint_id=plain))  # noqa: B023
         theirs = f"{root}/deepspeed{round_number}"
         timed("DeepSpeed: save_checkpoint", lambda: training.engine.deepspeed.save_checkpoint(theirs))  # noqa: B023
-    # Once and last: it leaves moments behind that DeepSpeed's own functions no longer find.
+    # Run once, and last: after it, DeepSpeed's functions no longer find the moments.
     timed("DeepSpeed: load_checkpoint", lambda: training.engine.deepspeed.load_checkpoint(f"{root}/deepspeed0"))
     if number == 0:
         results.put((gigabytes, seconds))
 
 
 def measure() -> tuple[list[dict[str, Any]], list[str]]:
-    """Medians over the rounds, all in turn in one run; per gigabyte of weights and moments."""
+    """Return the median seconds over the rounds, also per gigabyte of weights and moments. Each round runs all variants."""
     root = tempfile.mkdtemp(prefix="checkpoint-benchmark-")
     try:
         results = multiprocessing.get_context("spawn").SimpleQueue()

@@ -1,4 +1,4 @@
-"""Time and memory of a call: on CUDA by its events, elsewhere by the clock. Needs torch alone, and Triton on CUDA."""
+"""Timing of calls, with CUDA events on a GPU and the system clock elsewhere. Needs only torch, and Triton on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def median_milliseconds(work: Callable[[], Any], on_gpu: bool) -> float:
-    """Median of repeated calls, with the cache flushed before each on CUDA."""
+    """Return the median time of repeated calls. On a GPU, the cache is flushed before each call."""
     if on_gpu:
         from triton.testing import do_bench
 
@@ -26,7 +26,7 @@ def median_milliseconds(work: Callable[[], Any], on_gpu: bool) -> float:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a copy of a large tensor reads and writes on this device."""
+    """Return the bytes per second that a copy of a large tensor reads and writes on this device."""
     size = 2**30 if device.type == "cuda" else 2**24
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -1,7 +1,7 @@
-"""The Triton kernels compiled for A100 (sm_80), H100 (sm_90) and, where they are taken on them, cards with less shared memory
-(sm_89) without a card: registers, spills and shared memory.
+"""Registers, spills and shared memory of the Triton kernels, compiled without a GPU.
 
-What is compiled are the launches of one layer's forward and backward at a geometry, recorded in place of a device.
+The targets are A100 (sm_80), H100 (sm_90) and, for the kernels that run on them, GPUs with less shared memory (sm_89). The
+benchmark records the launches of one layer's forward and backward pass instead of running them, and compiles them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from infini_kernels.triton.heads import join_heads
 from infini_kernels.triton.swiglu import swiglu
 
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448}
-"""Bytes of shared memory that one block may have: CUDA C++ Programming Guide, table of compute capabilities (99 KB on 89)."""
+"""Maximum bytes of shared memory per thread block, by compute capability. Source: CUDA C++ Programming Guide, table of compute
+capabilities (99 KB on 89)."""
 SEGMENT = 2048
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int8: "i8"}
 Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, int], dict[str, Any]]
@@ -34,10 +35,15 @@ Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, int], dict[str, 
 def launches(
     width: int, dtype: torch.dtype, update_rule: str, beyond_the_paper: bool = False, capability: int = 90
 ) -> list[Launch]:
-    """What one layer launches, forward and backward, with 2 key/value heads for 4 query heads of this width.
+    """Return the kernel launches of one layer, forward and backward, with 4 query heads and 2 key/value heads.
 
     Args:
-        beyond_the_paper: with learned writes, sharp features and, under the delta rule, the corrected normaliser.
+        width: head width.
+        dtype: type of queries, keys and values.
+        update_rule: "linear" or "delta".
+        beyond_the_paper: use learned write strengths, the softmax feature map and, with the delta rule, the corrected
+            normaliser.
+        capability: compute capability that the launches are made for.
     """
     T = 2 * SEGMENT
     q = torch.empty(1, T, 4, width, dtype=dtype, requires_grad=True)
@@ -51,26 +57,26 @@ def launches(
     found: list[Launch] = []
     blocks.observers.append(lambda *launch: found.append(launch))
     blocks.compiled_for.append(capability)
-    # The longest loops, as where there are segments enough to fill a card.
-    enough, blocks.WARPS_OF_A_FULL_CARD = blocks.WARPS_OF_A_FULL_CARD, 1
+    # Use the longest loops, as with enough segments to fill a GPU.
+    previous, blocks.WARPS_OF_A_FULL_CARD = blocks.WARPS_OF_A_FULL_CARD, 1
     try:
         out, memory = infini_attention(
             q, k, v, gate, segment_length=SEGMENT, update_rule=update_rule, rotary=(angle, angle), backend="triton", **more
         )
         (out.sum() + memory.M.sum()).backward()
         if dtype != torch.float32:
-            add_contiguous(torch.empty(width * width), torch.empty(width * width, dtype=dtype))  # a weight's gradient
+            add_contiguous(torch.empty(width * width), torch.empty(width * width, dtype=dtype))  # gradient of a weight
         join_heads(*(x.detach().transpose(0, 1) for x in (q, k, v)))
         swiglu(torch.empty(T, 16 * width, dtype=dtype, requires_grad=True)).sum().backward()
     finally:
         blocks.observers.pop()
         blocks.compiled_for.pop()
-        blocks.WARPS_OF_A_FULL_CARD = enough
+        blocks.WARPS_OF_A_FULL_CARD = previous
     return found
 
 
 def compile_for(launch: Launch, capability: int) -> dict[str, Any]:
-    """One launch, compiled and taken apart."""
+    """Compile one launch and return its resource usage."""
     kernel, _, arguments, options, constants = launch
     signature, values, attributes = {}, dict(constants), {}
     for number, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
@@ -100,20 +106,20 @@ def compile_for(launch: Launch, capability: int) -> dict[str, Any]:
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """What the assembler allotted; a stack is where registers are spilled to."""
+    """Return registers and spilled bytes from the compiled binary. Spilled registers are on the stack or in local memory."""
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile("wb", suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([str(program), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said))
+        output = subprocess.run([str(program), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", output))
     return {"registers": int(used["REG"]), "spilled_bytes": int(used["STACK"]) + int(used["LOCAL"])}
 
 
 def measure(
     widths: tuple[int, ...] = (64, 128, 256), capabilities: tuple[int, ...] = (80, 89, 90)
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """One row for each kernel, head width, type and architecture."""
+    """Return one row for each kernel, head width, type and compute capability."""
     rows = []
     for width in widths:
         for dtype in (torch.bfloat16, torch.float32):

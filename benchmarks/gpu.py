@@ -1,6 +1,6 @@
-"""`make bench-gpu`: the kernels checked on this card, then all that only a GPU can tell, recorded in benchmarks/results/.
+"""`make bench-gpu`: kernel checks on this GPU, then the GPU benchmarks. Records are written to benchmarks/results/.
 
-Torch and Triton are enough for the checks and for `operation`; `step` and `stream` need Megatron-core and DeepSpeed as well.
+The checks and `operation` need only torch and Triton; `step` and `stream` also need Megatron-core and DeepSpeed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from benchmarks import operation, run
 from tests.support import kernel_cases
 
 MEASURED = {"operation": (), "stream": ("megatron", "deepspeed"), "step": ("megatron", "deepspeed")}
-"""What is measured, and the packages that it needs."""
-PARTS = ("checks", *MEASURED)
+"""Benchmark -> packages that it needs in addition to torch and Triton."""
+PHASES = ("checks", *MEASURED)
 
 
 def failure(number: int) -> str | None:
-    """Run one body of tests/gpu/test_triton.py; what went wrong."""
+    """Run one check of tests/support/kernel_cases.py and return the error, or None."""
     name, check = kernel_cases.on_cuda()[number]
     try:
         check()
@@ -35,16 +35,22 @@ def failure(number: int) -> str | None:
 
 
 def failures(measures_operation: bool) -> list[str]:
-    """What went wrong in each check that failed. Compiling the kernels takes most of their time, so several run at once."""
-    # Those that take longest first: a single one at the end would keep the others waiting.
+    """Run all checks and return the error of each that failed.
+
+    Compiling the kernels takes most of the time, so several checks run in parallel.
+
+    Args:
+        measures_operation: also compile the kernels that `benchmarks.operation` will measure.
+    """
+    # Start the longest checks first, so that none of them runs alone at the end.
     long = ("compiles_whole", "holds_memory", "8B", "many short segments")
     names = [name for name, _ in kernel_cases.on_cuda()]
     numbers = sorted(range(len(names)), key=lambda number: not any(word in names[number] for word in long))
-    # Processes that each take every core for the reference would stand in each other's way.
+    # One thread per process: with more, the processes would compete for the cores in the reference computation.
     os.environ["OMP_NUM_THREADS"] = "1"
     workers = max(1, min(16, os.cpu_count() or 1))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        # What will be measured is compiled by the way: torch.compile above all takes long.
+        # Compile the measured operation at the same time, because torch.compile takes long.
         compiled = [pool.submit(operation.compile_all, *each) for each in operation.CASES] if measures_operation else []
         found = [each for each in pool.map(failure, numbers) if each is not None]
         return found + [f"compiling the operation\n{error}" for future in compiled if (error := future.exception()) is not None]
@@ -52,31 +58,31 @@ def failures(measures_operation: bool) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of the parts")
-    parts = parser.parse_args(arguments).only
+    parser.add_argument("--only", nargs="+", choices=PHASES, default=PHASES, help="run only these phases")
+    phases = parser.parse_args(arguments).only
     if not torch.cuda.is_available():
-        print("make bench-gpu needs a CUDA device, and torch sees none here", file=sys.stderr)
+        print("make bench-gpu needs a CUDA device, but torch finds none", file=sys.stderr)
         return 2
     started = time.monotonic()
-    if "checks" in parts:
+    if "checks" in phases:
         print(f"{torch.cuda.get_device_name()}: checking the kernels against float64", flush=True)
-        failed = failures("operation" in parts)
+        failed = failures("operation" in phases)
         print(f"{len(kernel_cases.on_cuda())} checks, {len(failed)} failed, {time.monotonic() - started:.0f} s", flush=True)
         if failed:
             print("nothing is measured, because these fail:", *failed, sep="\n", file=sys.stderr)
             return 1
     wanted = []
-    for name in (name for name in MEASURED if name in parts):
+    for name in (name for name in MEASURED if name in phases):
         missing = [package for package in MEASURED[name] if find_spec(package) is None]
         if missing:
             print(f"{name} is left out: {', '.join(missing)} is not installed")
         else:
             wanted.append(name)
     for name, following in zip(wanted, [*wanted[1:], None], strict=True):
-        if following is not None and MEASURED[following]:  # in processes of their own, with libraries to import
-            from benchmarks.one_process import expect
+        if following is not None and MEASURED[following]:  # runs in its own process and imports large libraries
+            from benchmarks.one_process import prestart
 
-            expect(f"benchmarks.{following}")
+            prestart(f"benchmarks.{following}")
         run.run(name)
         print(f"{time.monotonic() - started:.0f} s in all", flush=True)
     return 0

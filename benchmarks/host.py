@@ -1,7 +1,8 @@
-"""What a layer costs the host, which must stay ahead of the device.
+"""Host time of a layer, which must be shorter than its GPU time.
 
-The memory operation alone, without launches and without a card: processor time of one thread, two ways taking turns. On a GPU
-whole training steps instead, of 1B with micro-batches so small that the device waits for the host.
+Without a GPU, this measures the processor time of the memory operation on one thread, without kernel launches. It alternates
+between custom operators and direct calls. On a GPU, it measures training steps of 1B with micro-batches so small that the GPU
+waits for the host.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from infini_kernels.triton import blocks
 from infini_kernels.triton.operator import as_custom_operators
 
 SEGMENTS, SEGMENT, ROWS = 2, 16, 2
-"""Few tokens, for local attention is computed."""
+"""Few tokens, because local attention is computed on the CPU."""
 ROUNDS, CALLS = 30, 20
 prepare = import_trainer
 WAYS: dict[str, Callable[[], Any]] = {"custom operators": as_custom_operators, "called directly": nullcontext}
 
 
 def layer(rule: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Forward, and forward and backward, of one layer as training calls it."""
+    """Return two functions that run one layer as training does: forward, and forward and backward."""
     shapes = [(ROWS, SEGMENTS * SEGMENT, heads, 16) for heads in (4, 2, 2)]
     q, k, v = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
     gate = torch.zeros(4, requires_grad=True)
@@ -53,7 +54,7 @@ WARMUP, STEPS = 3, 8
 
 
 def one(variant: str) -> dict[str, Any]:
-    """Milliseconds of a training step of 1B for each of its layers and micro-batches, forward and backward."""
+    """Return the milliseconds of a training step of 1B per layer and micro-batch, forward and backward."""
     from benchmarks import step
 
     small = {"segments_per_micro_batch": 1, "micro_batches_per_window": MICRO_BATCHES, "fused_layers": "fused"}
@@ -61,13 +62,13 @@ def one(variant: str) -> dict[str, Any]:
     seconds = []
     for _ in range(WARMUP + STEPS):
         started = time.perf_counter()
-        train()  # ends with the loss, which the host waits for
+        train()  # the host waits for the loss at the end
         seconds.append(time.perf_counter() - started)
     return {"ms a layer": 1000 * median(seconds[WARMUP:]) / (step.MODELS["1B"][1] * MICRO_BATCHES)}
 
 
 def measure_on_gpu() -> tuple[list[dict[str, Any]], list[str]]:
-    """One row for each attention."""
+    """Return one row for each attention."""
     variants = ("infini linear", "infini delta", "local")
     rows = []
     for number, variant in enumerate(variants, 1):
@@ -79,7 +80,7 @@ def measure_on_gpu() -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def measure() -> tuple[list[dict[str, Any]], list[str]]:
-    """One row for each rule and way: microseconds of a call, medians."""
+    """Return one row for each rule and way of calling: median microseconds of a call."""
     if torch.cuda.is_available():
         return measure_on_gpu()
     blocks.observers.append(lambda *launch: None)

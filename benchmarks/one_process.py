@@ -1,4 +1,4 @@
-"""One measurement in a process of its own, so that its peak memory is its own."""
+"""Measurements in separate processes, so that the peak memory belongs to one measurement."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from infini_train.data.dataset import TokenDataset
 
 
 class OneDocument(TokenDataset):
-    """Streams that are one document of random tokens each, made as they are read."""
+    """Dataset whose streams each consist of one document of random tokens, generated on read."""
 
     def __init__(self, vocab_size: int, tokens: int, documents: int = 1) -> None:
         self.path, self.split = Path("random"), "train"
@@ -39,7 +39,7 @@ class OneDocument(TokenDataset):
 
 
 def single_stream_run(model: ModelConfig, training: TrainingConfig) -> RunConfig:
-    """One row in one process, float32, without clipping's or warm-up's influence on what is measured."""
+    """Return a run with one row in one process, in float32 and without learning-rate warm-up."""
     return RunConfig(
         model=model,
         data=DataConfig(vocab_size=256),
@@ -50,19 +50,19 @@ def single_stream_run(model: ModelConfig, training: TrainingConfig) -> RunConfig
 
 
 def peak_megabytes() -> float:
-    """Most memory that this process had so far: of its GPU, or resident where there is none."""
+    """Return the peak memory of this process in MiB: allocated GPU memory, or resident memory without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def current_megabytes() -> float:
-    """Resident size of this process now."""
+    """Return the current resident size of this process in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 _waiting: dict[tuple[str, bool], subprocess.Popen[str]] = {}
-"""Processes that have imported a benchmark's module and wait for its arguments."""
+"""Processes that have imported a benchmark module and wait for arguments, by (module, returns_memory)."""
 
 
 def _start(module: str, returns_memory: bool) -> subprocess.Popen[str]:
@@ -75,31 +75,36 @@ def _start(module: str, returns_memory: bool) -> subprocess.Popen[str]:
         environment["OMP_NUM_THREADS"] = "1"
     environment.pop("MALLOC_MMAP_THRESHOLD_", None)
     if returns_memory:
-        # glibc gives memory back at once above this size. Its own threshold grows, and freed tensors would stay in fragments.
+        # glibc returns freed blocks above this size at once. By default it grows, and freed tensors fragment the heap.
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", code], text=True, env=environment, **pipes)  # type: ignore[call-overload]
 
 
-def expect(module: str) -> None:
-    """`in_own_process` will be called for this module: on a GPU machine let it import its libraries from now on."""
+def prestart(module: str) -> None:
+    """Start the process for the next `in_own_process` of a module, so that it imports libraries now. Only on GPU machines."""
     if torch.cuda.is_available() and (module, True) not in _waiting:
         _waiting[module, True] = _start(module, True)
 
 
 def in_own_process(module: str, *, returns_memory: bool = True, others: bool = False, **arguments: Any) -> dict[str, Any]:
-    """Call `module.one(**arguments)` in a fresh interpreter, on a CPU with one thread; its result as JSON.
+    """Call `module.one(**arguments)` in a new interpreter and return its result. Without a GPU, it uses one thread.
 
     Args:
-        returns_memory: let freed tensors leave the process, which makes its peak exact but costs time at every allocation;
-            otherwise the C library decides, as it would outside of a benchmark.
-        others: more calls for this module follow. The libraries take ten seconds to import; on a GPU machine, which has cores
-            enough, the next process does so beside this measurement.
+        module: name of the benchmark's module.
+        returns_memory: return freed tensors to the system at once. The peak is then exact, but every allocation takes longer.
+            Otherwise the C library decides, as outside of a benchmark.
+        others: more calls for this module follow. Importing the libraries takes ten seconds. On a GPU machine, which has
+            enough cores, the next process imports them during this measurement.
+        arguments: arguments of `one`, which must be JSON values.
+
+    Raises:
+        RuntimeError: the process failed; the message is the end of its stderr.
     """
     key = module, returns_memory
     process = _waiting.pop(key, None) or _start(*key)
     if others:
-        expect(module)
+        prestart(module)
     output, errors = process.communicate(json.dumps(arguments) + "\n")
     if process.returncode:
         raise RuntimeError(errors[-2000:])
@@ -107,13 +112,13 @@ def in_own_process(module: str, *, returns_memory: bool = True, others: bool = F
 
 
 @atexit.register
-def _let_go() -> None:
+def _kill_waiting() -> None:
     for process in _waiting.values():
         process.kill()
 
 
 def import_trainer() -> None:
-    """Import everything that a training step needs."""
+    """Import all modules that a training step needs."""
     from infini_train.runtime import platform
 
     platform.install()
@@ -124,7 +129,10 @@ def import_trainer() -> None:
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds that a call takes on the GPU; without one its processor time, on one thread what an idle machine would take."""
+    """Return the seconds of a call: wall time with a GPU, else processor time.
+
+    On one thread, processor time is equal to the wall time on an idle machine.
+    """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         started = time.perf_counter()

@@ -1,7 +1,8 @@
 """Infini-attention of one layer, forward and backward: kernels, plain PyTorch, torch.compile, and local attention alone.
 
-The memory path is the rest beside local attention. Bytes it must move: queries, keys, values and the local output are read, the
-mixed output is written; the backward reads these and the output's gradient and writes four gradients; states move as well.
+The memory path is everything except local attention. Its forward pass must read queries, keys, values and the local output,
+and write the mixed output. Its backward pass must read these tensors and the output's gradient, and write four gradients.
+Both also read and write states.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from infini_kernels.triton.states import segment_states
 
 @dataclass(frozen=True)
 class Geometry:
-    """A layer's heads and segment."""
+    """Heads and segment length of a layer. `groups` are key/value heads, `width` is the head width."""
 
     name: str
     heads: int
@@ -42,11 +43,11 @@ GEOMETRIES = (Geometry("1B", 16, 8, 128), Geometry("8B", 32, 8, 128))
 CASES = tuple(itertools.product(GEOMETRIES, ("linear", "delta")))
 LENGTHS = (8192, 32768, 131072, 1048576)
 PLAIN_AT = (32768,)
-"""Lengths at which plain PyTorch is measured too: it keeps several times the memory, and compiling it takes long."""
+"""Lengths at which plain PyTorch is measured too. It needs several times the GPU memory, and compiling it takes long."""
 
 
 def inputs(geometry: Geometry, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v and gates of one row, all with gradients."""
+    """Return random q [1, T, H, D], k and v [1, T, G, D] and zero gates [H] of one row, all with gradients."""
     shapes = [(1, tokens, heads, geometry.width) for heads in (geometry.heads, geometry.groups, geometry.groups)]
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
     return q, k, v, torch.zeros(geometry.heads, device=device, requires_grad=True)
@@ -58,14 +59,18 @@ def rotary_tables(geometry: Geometry, device: torch.device) -> tuple[Tensor, Ten
     return angle.cos(), angle.sin()
 
 
-def both_ways(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> Callable[[], Any]:
-    """Forward and backward for a fixed gradient of the output."""
+def forward_backward(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...]) -> Callable[[], Any]:
+    """Return a function that runs forward and backward with a fixed gradient of the output."""
     gradient = torch.ones_like(forward())
     return lambda: torch.autograd.grad(forward(), leaves, gradient)
 
 
 def memory_path(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, local: Tensor, geometry: Geometry, rule: str) -> Tensor:
-    """What `infini_attention` does beside local attention, from the same kernels."""
+    """Run all steps of `infini_attention` except local attention, with the same kernels.
+
+    Returns:
+        The mixed output [1, T, H, D].
+    """
     tokens = torch.full((1, -(-q.shape[1] // geometry.segment)), geometry.segment, dtype=torch.int32, device=q.device)
     carried = SegmentMemory(KernelUpdates(k, v, tokens, geometry.segment), None, None, rule, 1e-6).carry()
     assert carried.entering is not None
@@ -73,11 +78,12 @@ def memory_path(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, local: Tensor, ge
 
 
 def bytes_moved(geometry: Geometry, tokens: int, item: int) -> tuple[int, int]:
-    """Bytes that the memory path cannot do without: (forward, backward)."""
+    """Return the bytes that the memory path must read and write at least: (forward, backward)."""
     query, key = tokens * geometry.heads * geometry.width * item, tokens * geometry.groups * geometry.width * item
     states = -(-tokens // geometry.segment) * geometry.groups * geometry.width * (geometry.width + 1) * 4
-    # Forward: q, k, v, local, out; update and entering state, each written and read once. Backward: the same four and the
-    # gradient of the output are read, four gradients written, gradients of both states written and read, and the states read.
+    # Forward: q, k, v, local and out, and the update and the entering state, each written and read once.
+    # Backward: q, k, v, local and the output's gradient are read, and four gradients are written. Gradients of both states are
+    # written and read, and both states are read.
     return 3 * query + 2 * key + 4 * states, 5 * query + 4 * key + 6 * states
 
 
@@ -88,7 +94,7 @@ Makers = dict[str, Callable[[], Work]]
 def variants(
     geometry: Geometry, tokens: int, rule: str, device: torch.device, plain_at: tuple[int, ...]
 ) -> dict[str, Callable[[], Work]]:
-    """What is measured at this size; each makes a call to be timed."""
+    """Return variant -> function that prepares a call to be timed, for all variants measured at this size."""
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     q, k, v, gate = leaves = inputs(geometry, tokens, device, dtype)
@@ -99,15 +105,15 @@ def variants(
     }
 
     def whole(operation: Callable[..., Any], backend: str, **more: Any) -> Callable[[], Work]:
-        return lambda: both_ways(lambda: operation(q, k, v, gate, **options, **more, backend=backend)[0], leaves)
+        return lambda: forward_backward(lambda: operation(q, k, v, gate, **options, **more, backend=backend)[0], leaves)
 
     def local_alone() -> Work:
         layout = SegmentLayout.of(tokens, geometry.segment)
         present = tokens_by_segment(None, layout, q, geometry.segment)
-        return both_ways(lambda: local_half(q, k, v, options["rotary"], present, None, layout), (q, k, v))
+        return forward_backward(lambda: local_half(q, k, v, options["rotary"], present, None, layout), (q, k, v))
 
     def local_deterministic() -> Work:
-        """As in training, unless `training.deterministic` is off."""
+        """Return local attention as in training with `training.deterministic`."""
         work = local_alone()
 
         def deterministic() -> None:
@@ -121,7 +127,7 @@ def variants(
 
     def memory_alone() -> Work:
         local = torch.randn_like(q).requires_grad_()
-        return both_ways(lambda: memory_path(q, k, v, gate, local, geometry, rule), (*leaves, local))
+        return forward_backward(lambda: memory_path(q, k, v, gate, local, geometry, rule), (*leaves, local))
 
     def states_forward() -> Work:
         present = torch.full((1, -(-tokens // geometry.segment)), geometry.segment, dtype=torch.int32, device=device)
@@ -146,17 +152,17 @@ def variants(
 
 
 def compile_all(geometry: Geometry, rule: str, device: str = "cuda") -> None:
-    """Fill the compilers' caches on disk with what `measure` launches, so that several processes can share that work."""
-    for tokens in LENGTHS[:2]:  # longer ones launch the same code
+    """Compile the kernels that `measure` launches into the compilers' disk caches, so that several processes share the work."""
+    for tokens in LENGTHS[:2]:  # longer lengths launch the same kernels
         for make in variants(geometry, tokens, rule, torch.device(device), PLAIN_AT).values():
-            with suppress(torch.OutOfMemoryError):  # several processes share the device
+            with suppress(torch.OutOfMemoryError):  # several processes share the GPU
                 make()()
 
 
 def measure_one(
     geometry: Geometry, tokens: int, rule: str, device: torch.device, bandwidth: float, plain_at: tuple[int, ...] = PLAIN_AT
 ) -> dict[str, Any]:
-    """Milliseconds of every variant; None where it ran out of memory or was left out."""
+    """Return the milliseconds of every variant, or None if it ran out of GPU memory or was left out."""
     on_gpu = device.type == "cuda"
     item = 2 if on_gpu else 4
     makers = variants(geometry, tokens, rule, device, plain_at)
@@ -166,11 +172,11 @@ def measure_one(
             found[name] = median_milliseconds(make(), on_gpu)
         except torch.OutOfMemoryError:
             found[name] = None
-            gc.collect()  # its traceback holds tensors; after the others there is nothing to collect, and it takes long
+            gc.collect()  # the traceback holds tensors; without an error, nothing needs collection, which takes long
         if on_gpu:
             torch.cuda.empty_cache()
     floor = 1000 * sum(bytes_moved(geometry, tokens, item)) / bandwidth
-    local, memory, all_of_it = found["local"], found["memory path"], found["whole"]
+    local, memory, total = found["local"], found["memory path"], found["whole"]
     plain, compiled = found.get("whole, plain"), found.get("whole, torch.compile")
     return {
         "geometry": geometry.name,
@@ -182,17 +188,17 @@ def measure_one(
         "floor ms": floor,
         "of copy bandwidth": memory and floor / memory,
         "memory/local": memory and local and memory / local,
-        "whole ms": all_of_it,
+        "whole ms": total,
         "learned writes, softmax ms": found.get("whole, beyond"),
-        "plain/whole": plain and all_of_it and plain / all_of_it,
-        "compiled/whole": compiled and all_of_it and compiled / all_of_it,
+        "plain/whole": plain and total and plain / total,
+        "compiled/whole": compiled and total and compiled / total,
         "states ms": found["states forward"],
         "fla states ms": found.get("states forward, fla"),
     }
 
 
 def _fla_states(k: Tensor, v: Tensor, segment: int) -> Work:
-    """The states of flash-linear-attention, which takes keys as they are: σ is left out."""
+    """Return a call that computes the states with flash-linear-attention, which does not apply σ to the keys."""
     from fla.ops.common.chunk_h import chunk_fwd_h
 
     return torch.no_grad()(lambda: chunk_fwd_h(k, v, g=None, chunk_size=64, split_size=segment, states_in_fp32=True))
@@ -201,7 +207,7 @@ def _fla_states(k: Tensor, v: Tensor, segment: int) -> Work:
 def measure(
     geometries: tuple[Geometry, ...] = GEOMETRIES, lengths: tuple[int, ...] = LENGTHS, device: str = "cuda"
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """One row for each geometry, rule and length."""
+    """Return one row for each geometry, rule and length."""
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     where = torch.device(device)
     bandwidth = copy_bandwidth(where)

@@ -1,7 +1,8 @@
-"""One forward and backward through 8 segments' memory: ours beside two public implementations of recurrent long context.
+"""Comparison with two public implementations of recurrent long context: one forward and backward pass over 8 segments.
 
-All have the same widths and train on every token; none holds an optimizer's state. The recurrent memory transformer has no
-compressive memory: its state is the memory tokens that one segment hands to the next, as many as its own example has.
+All models have the same widths and train on every token. None has optimizer states. The recurrent memory transformer has no
+compressive memory: its state consists of memory tokens that each segment passes to the next. It has as many memory tokens as
+in its own example.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from infini_train.config import ModelConfig, TrainingConfig
 
 SEGMENT, SEGMENTS = 512, 8
 VOCABULARY, LAYERS, WIDTH, HEADS, HEAD_WIDTH = 256, 4, 512, 8, 64
-FEED_FORWARD = int(4 * WIDTH * 2 / 3)  # what both packages make of their default multiplier 4
+FEED_FORWARD = int(4 * WIDTH * 2 / 3)  # both packages derive this from their default multiplier 4
 MEMORY_TOKENS = 128
 PACKAGES = ("infini_transformer_pytorch", "recurrent_memory_transformer_pytorch")
 
-# One residual stream, a fused attention and no second kind of memory: nearest to what the others compute, and faster and
-# smaller than the package's defaults.
+# One residual stream, fused attention and no XL memory. This is closest to the computation of the other models. It is also
+# faster and needs less memory than the package's defaults.
 PLAIN = {"num_residual_streams": 1, "use_flash_attn": True, "use_xl_memories": False}
-# By name: which implementation, and its settings.
+# Name -> implementation and its settings.
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours none": ("ours", {"recompute": "none"}),
     "ours layer": ("ours", {"recompute": "layer"}),
@@ -37,14 +38,19 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "rmt replay": ("recurrent_memory", {**PLAIN, "replay": True}),
 }
 OURS = [name for name, (kind, _) in CONTENDERS.items() if kind == "ours"]
-FORMER, LATTER = "infini-transformer", "rmt"
+PEERS = ("infini-transformer", "rmt")
 ROUNDS = 3
-# Freed memory goes back to the system, as in the other benchmarks; or the C library keeps it for the next tensor, its default.
+# Name -> whether freed memory returns to the system, as in the other benchmarks, or stays in the C library, its default.
 ALLOCATORS = {"returned": True, "kept": False}
 
 
 def ours(recompute: str) -> tuple[nn.Module, Callable[[], float], int]:
-    """The training code: module, a pass that returns the mean loss, and numbers that cross a segment's end."""
+    """Build the model of this package.
+
+    Returns:
+        The module, a function that runs forward and backward and returns the mean loss, and the number of state elements
+        that pass from one segment to the next.
+    """
     from infini_train.runtime import platform
 
     platform.install()
@@ -68,7 +74,7 @@ def ours(recompute: str) -> tuple[nn.Module, Callable[[], float], int]:
     )
     run = single_stream_run(model, training)
     trained = build_training_run(run, OneDocument(VOCABULARY, SEGMENT * SEGMENTS))
-    trained.engine.adamw.state.clear()  # nothing steps here, and the others hold no moments either
+    trained.engine.adamw.state.clear()  # no optimizer step is run, and the other models have no moments
     batches = [trained.state.reader.next(1) for _ in range(SEGMENTS)]
 
     def forward_backward() -> float:
@@ -79,7 +85,7 @@ def ours(recompute: str) -> tuple[nn.Module, Callable[[], float], int]:
 
 
 def infini_transformer() -> tuple[nn.Module, Callable[[], float], int]:
-    """infini-transformer-pytorch with the delta rule, never detaching its memory inside the sequence."""
+    """Build infini-transformer-pytorch with the delta rule. Its memory is never detached in the sequence. Returns as `ours`."""
     from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
 
     model = InfiniTransformer(
@@ -91,7 +97,11 @@ def infini_transformer() -> tuple[nn.Module, Callable[[], float], int]:
 
 
 def recurrent_memory(replay: bool = False, **settings: Any) -> tuple[nn.Module, Callable[[], float], int]:
-    """recurrent-memory-transformer-pytorch; `replay` is its own way of recomputing segments in the backward."""
+    """Build recurrent-memory-transformer-pytorch. Returns as `ours`.
+
+    Args:
+        replay: recompute segments in the backward pass, as the package does.
+    """
     from recurrent_memory_transformer_pytorch import RecurrentMemoryTransformer, RecurrentMemoryTransformerWrapper
 
     model = RecurrentMemoryTransformer(
@@ -120,7 +130,7 @@ def recurrent_memory(replay: bool = False, **settings: Any) -> tuple[nn.Module, 
 
 
 def one(contender: str) -> dict[str, Any]:
-    """A first pass that allocates, then the one that counts."""
+    """Measure one pass, after a first pass that allocates memory."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     kind, settings = CONTENDERS[contender]
@@ -146,7 +156,7 @@ def one(contender: str) -> dict[str, Any]:
 
 
 def measure() -> tuple[list[dict[str, Any]], list[str]]:
-    """Rounds in turn, each measurement in a process of its own; medians over the rounds.
+    """Return medians over the rounds. Each round measures every model, each in its own process.
 
     Raises:
         SystemExit: the packages to compare with are not installed.
@@ -178,16 +188,16 @@ def measure() -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def conclusions(rows: list[dict[str, Any]]) -> list[str]:
-    """Time and memory of each of ours, as shares of each peer's."""
+    """Return time and memory of each variant of this package as fractions of each peer's values."""
     by_name = {(row["freed memory"], row["contender"]): row for row in rows}
     lines = []
     for allocator in ALLOCATORS:
-        for peer in (FORMER, LATTER):
+        for peer in PEERS:
             for name in OURS:
                 mine, other = by_name[allocator, name], by_name[allocator, peer]
                 shares = {key: mine[key] / other[key] for key in ("seconds", "peak MB", "above start MB")}
                 lines.append(
                     f"freed memory {allocator}: {name} takes {shares['seconds']:.2f} of {peer}'s time, {shares['peak MB']:.2f} "
-                    f"of its peak memory, {shares['above start MB']:.2f} of what a pass adds to it"
+                    f"of its peak memory, {shares['above start MB']:.2f} of its increase in memory during a pass"
                 )
     return lines

@@ -1,4 +1,7 @@
-"""The pipeline's bubble with a fixed sleep in place of each stage's work, against (P - 1) / (v N + P - 1)."""
+"""Pipeline bubble with a fixed sleep in place of each stage's work, compared with (P - 1) / (v N + P - 1).
+
+P is the number of stages, v the number of virtual stages and N the number of micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from infini_train.config import LayoutConfig, RunConfig
 from infini_train.parallel.schedule import segment_schedule
 
 FORWARD, BACKWARD = 0.1, 0.2
-"""Seconds of a stage's work on a micro-batch; a chunk of it takes its share."""
+"""Seconds that a stage works on a micro-batch; each of its v chunks takes 1/v of that."""
 CASES = ((2, 1, 8, 4), (2, 1, 32, 8), (2, 2, 8, 4), (4, 1, 8, 4), (4, 1, 32, 8), (4, 1, 32, 32), (4, 2, 8, 4), (4, 2, 32, 8))
 """Stages, virtual stages, micro-batches, window."""
 
 
 def stage(rank: int, stages: int, virtual: int, micro_batches: int, window: int, port: int, results: Any) -> None:
-    """One stage: the schedule and the transport of training, asleep instead of at work."""
+    """Run one stage with the schedule and transport of training, and with sleeps instead of computation."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(stages), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
     from infini_train.runtime import platform
@@ -34,7 +37,7 @@ def stage(rank: int, stages: int, virtual: int, micro_batches: int, window: int,
     hidden = torch.zeros(64, 1, 64)
     operations = segment_schedule(stages, rank, micro_batches, window, virtual_stages=virtual)
     seconds = 0.0
-    for _ in range(2):  # the first round opens connections
+    for _ in range(2):  # the first round opens the connections
         torch.distributed.barrier()
         started = time.perf_counter()
         for operation in operations:
@@ -54,7 +57,7 @@ def stage(rank: int, stages: int, virtual: int, micro_batches: int, window: int,
 
 
 def measure() -> tuple[list[dict[str, Any]], list[str]]:
-    """Bubble: the share of the step in which a stage does nothing."""
+    """Return one row for each case. The bubble is the fraction of the step in which a stage is idle."""
     rows = []
     context = multiprocessing.get_context("spawn")
     for number, (stages, virtual, micro_batches, window) in enumerate(CASES):

@@ -1,10 +1,10 @@
-"""A retrieval recipe from nothing, once a seed: data, training, accuracy by length and depth, and all of it in one record.
+"""Run a retrieval recipe from scratch for several seeds: prepare data, train, evaluate by length and depth, and record.
 
     python -m benchmarks.recipe configs/passkey-cpu.yaml --seeds 1 2 3
 
-What is finished stays in runs/, so that the same command goes on where it was stopped, and a seed that is in the record is not
-run again; folders and records of other settings are refused, never replaced. The seed is that of the data and of the weights;
-evaluation texts have seeds of their own under the same number, which no training text shares.
+Finished steps stay in runs/, so the same command continues after an interruption. A seed that is already in the record does
+not run again. Folders and records of other settings are refused and never replaced. A seed sets the data and the initial
+weights. Evaluation texts are derived from the same seed, but never use the random streams of training texts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from infini_train.runtime.errors import UserError
 from infini_train.tokenizers.tokenizer import tokenizer_file
 
 LONG = 1 << 20
-"""From this length on a cell has the second number of samples."""
+"""Length in tokens from which a cell has the second number of samples."""
 SAMPLES = (50, 10)
 GRIDS = {"short": [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1], "long": [0, 0.25, 0.5, 0.75, 1]}
 
@@ -45,9 +45,11 @@ class Seed:
 
     Args:
         config: YAML file of the recipe.
-        folder: holds the data, the run and its evaluations.
-        processes: that train.
-        samples: texts a cell below LONG tokens, and from there on.
+        run: the configuration in that file.
+        seed: seed of the data and the weights.
+        folder: folder of the data, the run and its evaluations.
+        processes: number of training processes.
+        samples: texts per cell for lengths below LONG tokens, and from LONG tokens.
     """
 
     def __init__(
@@ -73,7 +75,11 @@ class Seed:
         _run([*command, *arguments[:2], *rest, *arguments[2:]])
 
     def train(self) -> None:
-        """Data and weights, as far as they are not there."""
+        """Prepare the data and train, unless finished already.
+
+        Raises:
+            UserError: the folder has a run with other settings.
+        """
         if (difference := difference_from(self.folder / "config.yaml", self.seeded_run())) is not None:
             raise UserError(f"{self.folder} belongs to other settings ({difference}); move it away first")
         if not (self.folder / "data" / MANIFEST_FILE).exists():
@@ -82,7 +88,7 @@ class Seed:
             self._call("pretrain", run_dir=self.folder, processes=self.processes)
 
     def seeded_run(self) -> RunConfig:
-        """The run as `_call` starts it."""
+        """Return the run as `_call` starts it."""
         return replace(
             self.run,
             data=replace(self.run.data, path=str(self.folder / "data")),
@@ -91,12 +97,12 @@ class Seed:
         )
 
     def _trained(self) -> Path | None:
-        """The checkpoint of the last step."""
+        """Return the checkpoint of the last step, or None."""
         found = [path for path in list_checkpoints(self.folder) if path.name == f"step_{self.run.training.steps:08d}"]
         return found[0] if found else None
 
     def evaluate(self) -> None:
-        """Every cell, as far as it is not there."""
+        """Evaluate all cells, unless finished already."""
         checkpoint = self._trained()
         assert checkpoint is not None
         for name, depths in GRIDS.items():
@@ -116,7 +122,7 @@ class Seed:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def record(self) -> dict[str, Any]:
-        """What this seed gave."""
+        """Return the record of this seed: steps, tokens, training time, environment and cells."""
         records = read_metrics(self.folder / "metrics.jsonl")
         return {
             "seed": self.seed,
@@ -129,9 +135,9 @@ class Seed:
         }
 
     def keep_weights(self, target: Path) -> None:
-        """Copy weights and tokenizer to a new folder from which `evaluate passkey --from_checkpoint` can measure again.
+        """Copy weights and tokenizer to a new folder, so that `evaluate passkey --from_checkpoint` can repeat the evaluation.
 
-        Where another seed was first, nothing is left.
+        If another seed has created the folder first, nothing is written.
         """
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             shutil.copy(tokenizer_file(self.folder / "data"), folder)
@@ -145,29 +151,29 @@ class Seed:
 
 
 def _run(command: list[str]) -> None:
-    """One command; the program ends with its exit code where that is not 0, after it has said why itself."""
+    """Run a command, which prints its own errors. If it fails, exit with its exit code."""
     if code := run_forwarding_signals(command):
         if code != UserError.exit_code:
-            print(f"recipe: ended with {code}; the same command goes on from there", file=sys.stderr)
+            print(f"recipe: ended with {code}; the same command continues from there", file=sys.stderr)
         raise SystemExit(code)
 
 
 def recorded_seeds(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a record holds; nothing where there is none.
+    """Return the seeds in a record, or an empty list if the file does not exist.
 
     Raises:
-        UserError: it is of other settings.
+        UserError: the record has other settings.
     """
     if not path.exists():
         return []
     report = json.loads(path.read_text(encoding="utf-8"))
     if report["settings"] != settings:
-        raise UserError(f"{path} holds seeds of other settings; move it and the folder {path.stem}/ beside it away first")
+        raise UserError(f"{path} has seeds of other settings; first move it and the folder {path.stem}/ next to it away")
     return report["seeds"]
 
 
 def show(name: str, records: list[dict[str, Any]]) -> None:
-    """Token accuracy in per cent, of the worst seed and over all seeds, lengths down and depths across."""
+    """Print a table of token accuracy in per cent by length and depth: worst seed and mean of all seeds."""
     by_place: dict[tuple[int, float], list[float]] = {}
     for record in records:
         for cell in record["cells"]:
@@ -184,8 +190,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recipe", description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--processes", type=int, default=2, help="that train; evaluation takes one")
-    counts = f"texts a cell below {LONG:,} tokens, and from there on; the record has them (default: %(default)s)"
+    parser.add_argument("--processes", type=int, default=2, help="number of training processes; evaluation uses one")
+    counts = f"texts per cell for lengths below {LONG:,} tokens, and from there on; recorded (default: %(default)s)"
     parser.add_argument("--samples", type=int, nargs=2, default=SAMPLES, metavar=("SHORT", "LONG"), help=counts)
     arguments = parser.parse_args()
     try:
@@ -199,10 +205,10 @@ def main() -> int:
 
 
 def run_recipe(config: Path, seeds: list[int], processes: int, samples: tuple[int, int] = SAMPLES) -> None:
-    """Run what is not in the record yet, and show it.
+    """Run the seeds that are not in the record yet, and print the results.
 
     Raises:
-        UserError: the configuration is wrong, or the record or a seed's folder is of another one.
+        UserError: the configuration is invalid, or the record or a seed's folder has other settings.
     """
     run = read_config(config)
     name, settings = config.stem, yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -218,7 +224,7 @@ def run_recipe(config: Path, seeds: list[int], processes: int, samples: tuple[in
         if not (RESULTS / name).exists():
             each.keep_weights(RESULTS / name)
         with locked(RESULTS):
-            # Read again: other seeds may have been run at the same time.
+            # Read the record again, because other seeds may have finished in the meantime.
             others = [record for record in recorded_seeds(path, settings) if record["seed"] != seed]
             records = sorted([*others, each.record()], key=lambda record: record["seed"])
             report = {"config": str(config), "settings": settings, "seeds": records}

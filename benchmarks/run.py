@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run NAME` runs a benchmark, prints its table and appends a record to benchmarks/results/NAME.jsonl."""
+"""Run a benchmark: `python -m benchmarks.run NAME` prints its table and appends a record to benchmarks/results/NAME.jsonl."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def environment() -> dict[str, Any]:
-    """What a figure depends on."""
+    """Return the conditions of a measurement: date, commit, device, cores and library versions."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False).stdout.strip()
     return {
@@ -48,7 +48,7 @@ def _is_installed(name: str) -> bool:
 
 
 def show(name: str, rows: list[dict[str, Any]]) -> None:
-    """A table in plain text: a bare machine may lack a library for better ones."""
+    """Print a plain-text table, without a table library, which a minimal GPU machine may lack."""
     head = list(rows[0])
     cells = [head, *([f"{value:,.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
@@ -61,14 +61,14 @@ _rows: list[dict[str, Any]] = []
 
 
 def progress(row: dict[str, Any]) -> dict[str, Any]:
-    """Show a row of a benchmark that takes minutes as soon as it is there; it is recorded even if the rest is cut off."""
+    """Print a row of a slow benchmark at once, and keep it so that it is recorded even if the benchmark is stopped."""
     print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
     _rows.append(row)
     return row
 
 
 def run(name: str) -> None:
-    """Measure, show and record one benchmark."""
+    """Run one benchmark, print its table and conclusions, and record them."""
     _rows.clear()
     previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -85,7 +85,7 @@ def run(name: str) -> None:
 
 
 def record(name: str, rows: list[dict[str, Any]], conclusions: list[str]) -> None:
-    """Append to benchmarks/results/NAME.jsonl."""
+    """Append a record to benchmarks/results/NAME.jsonl."""
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"name": name, **environment(), "rows": rows, "conclusions": conclusions}) + "\n")
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", choices=NAMES)
     name = parser.parse_args(arguments).name
     if name in ON_CUDA and not torch.cuda.is_available():
-        print(f"python -m benchmarks.run {name} needs a CUDA device, and torch sees none here", file=sys.stderr)
+        print(f"python -m benchmarks.run {name} needs a CUDA device, but torch finds none", file=sys.stderr)
         return 2
     run(name)
     return 0

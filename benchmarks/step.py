@@ -1,4 +1,4 @@
-"""A whole training step on one GPU: 1B and a slice of 8B (its width, fewer layers), with infini, local and full attention."""
+"""Training step on one GPU: 1B and a slice of 8B (same width, fewer layers), with infini, local and full attention."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ from infini_train.config.overrides import with_overrides
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = {"slice of 8B": ("8b.yaml", 4), "1B": ("1b.yaml", 20)}
-"""Configuration, and the layers that are kept."""
+"""Name -> configuration file and number of layers."""
 VARIANTS = ("infini linear", "local", "full")
 CASES = tuple(itertools.product(MODELS, VARIANTS))
 SEGMENTS, MICRO_BATCHES, ROWS = 4, 2, 2
-"""Micro-batches of 16,384 tokens: with half as many the host held up the 1B model, and the 8B slice where a host was slow."""
+"""Micro-batches of 16,384 tokens. With 8,192 tokens, the host limited the 1B model, and on slow hosts also the 8B slice."""
 WARMUP, STEPS = 3, 6
-"""The first steps compile; what follows is measured, twice."""
+"""The warm-up steps compile. STEPS steps are measured with deterministic algorithms, then as many without."""
 prepare = import_trainer
 
 
 def step_run(model: str, variant: str, steps: int, **training: Any) -> RunConfig:
-    """The run of one measurement: one process, one window a step.
+    """Return the run of one measurement: one process, one window per step.
 
     Args:
-        training: values of the section of that name.
+        model: a key of MODELS.
+        variant: attention, followed by the update rule for infini: "infini delta".
+        steps: number of training steps.
+        training: values that replace those of the training section.
     """
     file, layers = MODELS[model]
     attention, _, rule = variant.partition(" ")
@@ -59,7 +62,10 @@ def step_run(model: str, variant: str, steps: int, **training: Any) -> RunConfig
 
 
 def trainer(model: str, variant: str, steps: int, **training: Any) -> Callable[[], dict[str, Any]]:
-    """What trains a step of `step_run` on random tokens and gives its metrics; for so many steps."""
+    """Return a function that trains one step of `step_run` on random tokens and returns its metrics.
+
+    It can be called `steps` times. The arguments are those of `step_run`.
+    """
     from infini_train.runtime import platform
 
     platform.install()
@@ -75,23 +81,23 @@ def trainer(model: str, variant: str, steps: int, **training: Any) -> Callable[[
 
 
 def one(model: str, variant: str, fused_layers: str) -> dict[str, Any]:
-    """A few steps that have the same bits twice, as by default, and then a few in any order of sums."""
+    """Measure steps with deterministic algorithms (the default), then steps without."""
     from infini_train.runtime import platform
 
     train = trainer(model, variant, WARMUP + 1 + 2 * STEPS, fused_layers=fused_layers)
-    same_bits = [train() for _ in range(WARMUP + STEPS)][WARMUP:]
+    deterministic = [train() for _ in range(WARMUP + STEPS)][WARMUP:]
     platform.set_deterministic(False)
     any_order = [train() for _ in range(1 + STEPS)][1:]
-    known = [key for key in ("tokens_per_second", "mfu") if key in same_bits[0]]  # no MFU on an unknown device
+    known = [key for key in ("tokens_per_second", "mfu") if key in deterministic[0]]  # no MFU on an unknown device
     return {
-        **{key: statistics.median(record[key] for record in same_bits) for key in known},
+        **{key: statistics.median(record[key] for record in deterministic) for key in known},
         "any order": statistics.median(record["tokens_per_second"] for record in any_order),
-        "peak_gb": max(record["peak_memory"] for record in same_bits) / 1e9,
+        "peak_gb": max(record["peak_memory"] for record in deterministic) / 1e9,
     }
 
 
 def measure() -> tuple[list[dict[str, Any]], list[str]]:
-    """One row for each model and attention."""
+    """Return one row for each model and attention."""
     fused = "fused" if hasattr(torch, "_fused_rms_norm") or find_spec("liger_kernel") else "plain"
     rows: list[dict[str, Any]] = []
     for number, (model, variant) in enumerate(CASES, 1):
@@ -103,5 +109,5 @@ def measure() -> tuple[list[dict[str, Any]], list[str]]:
         row["of local"] = row["tokens_per_second"] / local["tokens_per_second"]
     return rows, [
         f"{ROWS} rows, micro-batches of {SEGMENTS} segments of 2,048 tokens, {MICRO_BATCHES} a window and step, bfloat16; "
-        "the same bits twice, and beside it tokens/s with sums in any order"
+        "deterministic; column 'any order' is tokens/s without deterministic algorithms"
     ]

@@ -1,6 +1,7 @@
-"""Tokens per second (on a CPU: of processor time) and peak memory of training and evaluation, from streams of 32K to 1M tokens.
+"""Tokens per second and peak memory of training and evaluation for streams of 32K to 1M tokens.
 
-Both should stay constant."""
+Both should be independent of the length. On a CPU, the speed is per second of processor time.
+"""
 
 from __future__ import annotations
 
@@ -31,21 +32,26 @@ ON_GPU = ModelConfig(
     ffn_hidden_size=14336,
     segment_length=2048,
 )
-"""Layers of 8B: for narrower ones the host is the bound, and hosts are unsteady."""
+"""Layers of 8B. With narrower layers, the host limits the speed, and host speed fluctuates."""
 WINDOW = 4
 SEGMENTS_ON_GPU = 4
-"""Segments of a micro-batch, for the same reason."""
+"""Segments of a micro-batch. More than one, so that the host does not limit the speed."""
 CHUNK = 32 * 1024
-"""Tokens of one timing."""
+"""Number of tokens in one timing."""
 LENGTHS = {CHUNK: 8, 8 * CHUNK: 2, 32 * CHUNK: 1}
-"""Rounds by length, so that each length has at least eight timings."""
+"""Length in tokens -> number of rounds, so that each length has at least eight timings."""
 STRETCHES = {"to 128K": slice(0, 4), "to 256K": slice(4, 8), "to 1M": slice(24, 32)}
-"""Chunks of one training stream that are compared on a GPU, where nothing else runs: one process takes less time."""
+"""Chunks of one training stream that are compared on a GPU. A GPU machine is otherwise idle, so one process is enough."""
 prepare = import_trainer
 
 
 def one(kind: str, tokens: int) -> dict[str, Any]:
-    """Train on a stream of so many tokens, or evaluate it."""
+    """Train on a stream or evaluate it, and measure each chunk.
+
+    Args:
+        kind: "train" or "evaluate".
+        tokens: length of the stream.
+    """
     from infini_train.runtime import platform
 
     platform.install()
@@ -79,7 +85,7 @@ def one(kind: str, tokens: int) -> dict[str, Any]:
             memory = trained.pipeline.evaluate([batch], memory, lambda batch, losses: None)
 
     work = train if kind == "train" else evaluate
-    work(2)  # the first steps allocate
+    work(2)  # the first steps allocate memory
     chunk_steps = CHUNK // tokens_per_step
     seconds, peaks = [], []
     for _ in range(steps // chunk_steps):
@@ -89,7 +95,10 @@ def one(kind: str, tokens: int) -> dict[str, Any]:
 
 
 def measure() -> tuple[list[dict[str, Any]], list[str]]:
-    """Lower quartiles of the time of a chunk: what else the machine does only adds to it. The largest peak of the rounds."""
+    """Return the speed from the lower quartile of the chunk times, and the largest peak of the rounds.
+
+    Other work on the machine can only increase a time, hence the lower quartile.
+    """
     if torch.cuda.is_available():
         return measure_on_gpu()
     rows, conclusions = [], []
@@ -124,7 +133,7 @@ def measure() -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def measure_on_gpu() -> tuple[list[dict[str, Any]], list[str]]:
-    """Stretches of one stream of a million tokens: medians of the time of a chunk, and the peak so far."""
+    """Return one row per stretch of a stream of a million tokens: speed from the median chunk time, and the peak so far."""
     result = in_own_process("benchmarks.stream", kind="train", tokens=max(LENGTHS))
     rows: list[dict[str, Any]] = []
     for name, chunks in STRETCHES.items():

@@ -1,6 +1,6 @@
-"""Which tiles suit this card: every kernel of one layer's memory path, timed with other blocks, warps and pipeline stages.
+"""Tile sizes for this GPU: time every kernel of one layer's memory path with other blocks, warps and pipeline stages.
 
-What `blocks.tile` and `blocks.sum_tile` choose is the row marked "now". Needs CUDA, torch and Triton.
+The row marked "now" is the choice of `blocks.tile` and `blocks.sum_tile`. Needs CUDA, torch and Triton.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "_removal_kernel": {"BW": (32, 64, 128), "BD": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
     "_recurrence_kernel": {"BV": (16, 32), "BK": (32, 64, 128), "num_warps": (4, 8), "PRECISION": ("ieee", "tf32x3")},
 }
-"""Values to try, by kernel and by name of a constant or of an option. Others are timed as they are."""
+"""Values to try, by kernel and by name of a constant or option. Other kernels are timed only with their current choice."""
 BY_PROGRAM = {"_read_backward_kernel": ("dshare_ptr", "dstate_ptr", "dz_ptr"), "_removal_backward_kernel": ("dz_ptr",)}
-"""Outputs that hold a number or a state for each program, of which another tile may have more."""
+"""Outputs with one element or state per program. They must be larger if another tile has more programs."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A launch with one choice of blocks."""
+    """A kernel launch with one choice of blocks and options."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -64,23 +64,23 @@ class Trial:
         self.kernel[self.grid](*self.arguments, **self.settings)
 
     def compilation(self) -> tuple[str, str, list[Any], dict[str, Any]]:
-        """What another process needs to compile it into Triton's cache."""
+        """Return the arguments with which another process can compile the kernel into Triton's cache."""
         plain = [argument.dtype if isinstance(argument, Tensor) else argument for argument in self.arguments]
         return self.kernel.fn.__module__, self.kernel.__name__, plain, self.settings
 
 
 def compile_one(compilation: tuple[str, str, list[Any], dict[str, Any]]) -> str | None:
-    """Compile into the cache; what went wrong."""
+    """Compile a kernel into the cache and return the error, or None."""
     module, name, arguments, settings = compilation
     try:
         getattr(importlib.import_module(module), name).warmup(*arguments, grid=(1,), **settings)
-    except Exception as error:  # a tile that this compiler cannot make is a finding
+    except Exception as error:  # a tile that does not compile is a result, not a failure
         return f"{type(error).__name__}: {error}"[:200]
     return None
 
 
 def recorded(geometry: Geometry, tokens: int, rule: str, device: str = "cuda") -> list[Trial]:
-    """What one layer's memory path launches, forward and backward, while it runs."""
+    """Run one layer's memory path, forward and backward, and return its kernel launches."""
     found: list[Trial] = []
 
     def record(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: Any, constants: Any) -> None:
@@ -99,7 +99,7 @@ def recorded(geometry: Geometry, tokens: int, rule: str, device: str = "cuda") -
 
 
 def others(now: Trial) -> Iterator[Trial]:
-    """The same launch with every other choice."""
+    """Yield the same launch with every other choice."""
     name = now.kernel.__name__
     choices = CHOICES.get(name, {})
     grow = BY_PROGRAM.get(name, ())
@@ -118,7 +118,11 @@ def others(now: Trial) -> Iterator[Trial]:
 
 
 def grid(name: str, now: tuple[int, ...], settings: dict[str, Any]) -> tuple[int, ...]:
-    """Programs of a launch whose blocks have changed."""
+    """Return the grid of a launch with changed blocks.
+
+    Args:
+        now: grid of the current choice.
+    """
     if name in ("_states_kernel", "_read_backward_states_kernel"):
         return now[0], -(-settings["D"] // settings["BD"]), -(-settings["DV"] // settings["BV"])
     if name == "_removal_kernel":
@@ -129,7 +133,7 @@ def grid(name: str, now: tuple[int, ...], settings: dict[str, Any]) -> tuple[int
 
 
 def milliseconds(trial: Trial) -> float | None:
-    """None where the card refuses the launch."""
+    """Return the median time of a launch, or None if the GPU rejects it."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
@@ -140,7 +144,7 @@ def milliseconds(trial: Trial) -> float | None:
 
 
 def measure(geometry: Geometry = GEOMETRIES[-1], tokens: int = TOKENS, best: int = 4) -> tuple[list[dict[str, Any]], list[str]]:
-    """For each kernel of the delta rule what it takes now, and its fastest choices."""
+    """Return the current time of each kernel of the delta rule, and its `best` fastest other choices."""
     launches = recorded(geometry, tokens, "delta")
     trials = [[now, *others(now)] for now in launches]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:

@@ -1,4 +1,4 @@
-"""Peak memory over the length of a window, for every way of recomputing."""
+"""Peak memory as a function of the window length, for each value of `training.recompute`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WINDOWS = (2, 8, 32, 64)
 
 
 def one(recompute: str, window: int) -> dict[str, Any]:
-    """Two steps of one window each."""
+    """Train two steps of one window each."""
     from infini_train.runtime import platform
 
     platform.install()
@@ -31,20 +31,20 @@ def one(recompute: str, window: int) -> dict[str, Any]:
     training = TrainingConfig(steps=4, rows=1, micro_batches_per_window=window, recompute=recompute)  # type: ignore[arg-type]
     run = single_stream_run(MODEL, training)
     trained = build_training_run(run, OneDocument(run.data.vocab_size, 4 * window * MODEL.segment_length))
-    # One short window's work first: what the libraries allocate once is not the window's.
+    # Measured from here, so that the allocations of imports and setup do not count.
     before = current_megabytes()
     seconds = [timed(lambda: train_step(trained, StopRequest())) for _ in range(2)]
     return {"above_start_mb": peak_megabytes() - before, "tokens_per_second": window * MODEL.segment_length / min(seconds)}
 
 
 def bytes_kept_by_stage_recompute() -> int:
-    """What a micro-batch in flight must keep under `stage`: its tokens and targets, and the memory that enters its layers."""
+    """Return the bytes per micro-batch in flight with recompute "stage": tokens, targets, loss mask and entering states."""
     state = MODEL.num_query_groups * MODEL.head_dim * (MODEL.head_dim + 1) * 4
     return MODEL.num_layers * state + MODEL.segment_length * (8 + 8 + 4)
 
 
 def measure() -> tuple[list[dict[str, Any]], list[str]]:
-    """Each combination in a process of its own."""
+    """Measure each combination in its own process."""
     rows = []
     for window in WINDOWS:
         row: dict[str, Any] = {"segments": window}

@@ -1,1 +1,1 @@
-"""Models of Hugging Face transformers to start from, and trained ones for it."""
+"""Conversion between Hugging Face transformers models and weights of this package."""

@@ -1,4 +1,4 @@
-"""`infini-train convert`: between a folder of Hugging Face transformers and weights of this package, whichever is given."""
+"""`infini-train convert`: conversion between a Hugging Face transformers folder and weights of this package."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from infini_train.runtime.files import writing
 
 
 def convert(source: Path, output: Path) -> list[str]:
-    """Write the folder `output`, which appears finished or not at all.
+    """Convert `source` and write the result to the folder `output`. The folder appears only when it is complete.
 
     Args:
-        source: a folder with config.json; or a checkpoint's folder, or a weights file.
+        source: a transformers folder with config.json, a checkpoint folder, or a weights file. It sets the direction.
+        output: folder to create; it must not exist.
 
     Returns:
-        Lines for the user.
+        Lines to print for the user.
 
     Raises:
-        UserError: what `source` holds cannot be converted, or `output` cannot be written.
+        UserError: `source` cannot be converted, or `output` exists or cannot be written.
     """
     if source.suffix == SUFFIX or is_committed(source):
         write = convert_to
@@ -41,7 +42,7 @@ def convert(source: Path, output: Path) -> list[str]:
     partial = output.with_name(output.name + ".partial")
     try:
         with writing(f"--output {output}", "free space there, or name another folder", SafetensorError):
-            shutil.rmtree(partial, ignore_errors=True)  # of a program that was killed
+            shutil.rmtree(partial, ignore_errors=True)  # left over from a killed process
             partial.mkdir(parents=True)
             lines = write(source, partial, output)
             partial.rename(output)

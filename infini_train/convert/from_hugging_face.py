@@ -1,4 +1,4 @@
-"""A folder that transformers' `save_pretrained` wrote becomes weights, a tokenizer and a configuration to start from."""
+"""Conversion of a folder written by transformers' `save_pretrained` to weights, a tokenizer and a configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from infini_train.checkpoint.compatibility import FIXED_MODEL_KEYS
 from infini_train.checkpoint.weights_file import write_weights_file
 from infini_train.config import DataConfig, ModelConfig, RunConfig, dump_keys
-from infini_train.convert.llama import IN_A_LAYER, WHOLE_MODEL, join, model_config, their_shapes, whole_number
+from infini_train.convert.llama import GLOBAL_NAMES, LAYER_NAMES, llama_shapes, merge_weights, model_config, read_positive_int
 from infini_train.runtime.errors import UserError
 from infini_train.tokenizers.tokenizer import TOKENIZER_FILES, Tokenizer, tokenizer_file
 from infini_train.tokenizers.tokenizer_file import read_tokenizer
@@ -25,16 +25,20 @@ CONFIG_FILE = "config.yaml"
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 FLOATING = ("F32", "F16", "BF16")
-"""Types of weights, as safetensors names them; others are quantized."""
+"""Supported weight types, named as in safetensors. Other types are quantized."""
 BUFFERS = ("rotary_emb.inv_freq",)
-"""What older versions of transformers saved beside the weights."""
+"""Names of buffers that older versions of transformers saved with the weights. They are ignored."""
 
 
 class PretrainedFolder:
-    """Configuration and tensors of a folder.
+    """Configuration and tensors of a transformers folder.
+
+    Args:
+        path: the folder.
+        files: closes the opened safetensors files.
 
     Raises:
-        UserError: a file is missing or cannot be read, or the tensors are not those of its config.json.
+        UserError: a file is missing or cannot be read.
     """
 
     def __init__(self, path: Path, files: ExitStack) -> None:
@@ -62,11 +66,15 @@ class PretrainedFolder:
         )
 
     def check(self, model: ModelConfig, vocab_size: int) -> None:
-        """Refuse tensors that a Llama of this configuration does not have, lacks or has in another shape."""
-        expected = their_shapes(model, vocab_size)
-        # A tied output matrix may be stored all the same.
-        spare = {"lm_head.weight"} if model.tie_embeddings else set()
-        for name in sorted(self._file_of.keys() - expected.keys() - spare):
+        """Compare the folder's tensors with those of a Llama of this configuration.
+
+        Raises:
+            UserError: a tensor is unknown, missing, quantized or has another shape.
+        """
+        expected = llama_shapes(model, vocab_size)
+        # A tied output matrix may also be stored.
+        optional = {"lm_head.weight"} if model.tie_embeddings else set()
+        for name in sorted(self._file_of.keys() - expected.keys() - optional):
             if not name.endswith(BUFFERS):
                 raise UserError(f"--source {self.path} holds {name}, which a Llama does not have; it cannot be converted")
         for name, shape in expected.items():
@@ -87,21 +95,21 @@ def convert_from(source: Path, folder: Path, final: Path) -> list[str]:
     """Write weights, tokenizer and configuration.
 
     Args:
-        source: folder with config.json, safetensors and tokenizer.model or tokenizer.json.
-        folder: to write to.
-        final: where the folder will be, which the configuration names.
+        source: folder with config.json, safetensors files, and tokenizer.model or tokenizer.json.
+        folder: folder to write to.
+        final: final path of that folder, which the written configuration refers to.
 
     Returns:
-        Lines for the user.
+        Lines to print for the user.
 
     Raises:
-        UserError: the model is of another kind, or a file is missing or cannot be read.
+        UserError: the model is not supported, or a file is missing or cannot be read.
     """
     with ExitStack() as files:
         pretrained = PretrainedFolder(source, files)
         model = model_config(pretrained.config, str(source / "config.json"))
         tokenizer = _tokenizer(source)
-        rows = whole_number(pretrained.config, "vocab_size", str(source / "config.json"))
+        rows = read_positive_int(pretrained.config, "vocab_size", str(source / "config.json"))
         if rows < tokenizer.vocab_size:
             raise UserError(
                 f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model's vocab_size is {rows}; it is "
@@ -109,7 +117,7 @@ def convert_from(source: Path, folder: Path, final: Path) -> list[str]:
             )
         pretrained.check(model, rows)
         weights = dict(_weights(pretrained, model, tokenizer.vocab_size))
-        # What was trained is local attention; a run that has a memory finds no gates in the file.
+        # The weights were trained without a memory, so record local attention. A run with a memory initializes its gates.
         trained = RunConfig(model=replace(model, attention="local"), data=DataConfig(vocab_size=tokenizer.vocab_size))
         facts = {"step": 0, "config": asdict(trained), "tokenizer_fingerprint": tokenizer.fingerprint}
         write_weights_file(folder / WEIGHTS_FILE, weights, facts)
@@ -118,8 +126,8 @@ def convert_from(source: Path, folder: Path, final: Path) -> list[str]:
         _configuration(source, final, model, written.name, tokenizer.vocab_size), encoding="utf-8"
     )
     lines = [f"{final}: {sum(tensor.numel() for tensor in weights.values()):,} parameters of {source}"]
-    if spare := rows - tokenizer.vocab_size:
-        lines.append(f"left out: the last {spare} rows of the embedding and the output matrix, for which there are no tokens")
+    if unused := rows - tokenizer.vocab_size:
+        lines.append(f"left out: the last {unused} rows of the embedding and the output matrix, which have no tokens")
     return [*lines, f"next: infini-train prepare --config {final / CONFIG_FILE} --data.source YOUR_TEXT"]
 
 
@@ -131,22 +139,22 @@ def _tokenizer(source: Path) -> Tokenizer:
 
 
 def _weights(pretrained: PretrainedFolder, model: ModelConfig, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
-    for ours, theirs in WHOLE_MODEL.items():
+    for ours, theirs in GLOBAL_NAMES.items():
         if ours == "output_layer.weight" and model.tie_embeddings:
             continue
         tensor = pretrained.tensor(theirs)
         yield ours, tensor if ours == "decoder.final_layernorm.weight" else tensor[:vocab_size].contiguous()
     for layer in range(model.num_layers):
-        for ours, several in IN_A_LAYER.items():
-            parts = [pretrained.tensor(f"model.layers.{layer}.{name}") for name in several]
-            yield f"decoder.layers.{layer}.{ours}", join(ours, parts, model.num_query_groups)
+        for ours, several in LAYER_NAMES.items():
+            tensors = [pretrained.tensor(f"model.layers.{layer}.{name}") for name in several]
+            yield f"decoder.layers.{layer}.{ours}", merge_weights(ours, tensors, model.num_query_groups)
 
 
 def _configuration(source: Path, final: Path, model: ModelConfig, tokenizer: str, vocab_size: int) -> str:
     run_dir = Path("runs") / final.name
     keys = {
         "run_dir": str(run_dir),
-        # All of them, defaults too: it may lie over another configuration.
+        # Write all keys, also defaults, because this file may override another configuration.
         "model": {
             name: getattr(model, name) for name in (*FIXED_MODEL_KEYS, "segment_length", "first_segment", "initial_gate")
         },
@@ -158,7 +166,7 @@ def _configuration(source: Path, final: Path, model: ModelConfig, tokenizer: str
         "training": {"initial_weights": str(final.absolute() / WEIGHTS_FILE)},
     }
     return (
-        f"# Goes on from {source.name} with a memory. Layout, batch, steps and learning rate are yours to choose.\n"
+        f"# Continues training of {source.name} with a memory. Choose layout, batch, steps and learning rate yourself.\n"
         + dump_keys(keys)
     )
 

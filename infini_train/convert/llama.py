@@ -1,4 +1,4 @@
-"""A Llama of Hugging Face transformers and the model here: one layer after another the same matrices under two names.
+"""Mapping between a transformers Llama and the model of this package, whose layers have the same matrices with other names.
 
 H query heads, G key/value heads, R = H / G, D head width, h hidden size.
 """
@@ -16,25 +16,25 @@ from infini_train.config import ModelConfig
 from infini_train.runtime.errors import UserError
 
 MODEL_TYPES = ("llama", "mistral")
-"""Of config.json. Mistral is a Llama with a sliding window, which a segment replaces."""
-SCALED_LIKE_LLAMA_3 = {
+"""Supported values of `model_type` in config.json. Mistral is a Llama with a sliding window; here a segment replaces it."""
+LLAMA_3_ROPE_SCALING = {
     "low_freq_factor": SLOW_TURNS,
     "high_freq_factor": FAST_TURNS,
     "original_max_position_embeddings": SCALED_CONTEXT,
 }
-"""What `model.rotary_scaling` means beside its factor: the same in every Llama from 3.1 on."""
-MOST_TOKENS_A_SEGMENT = 2048
+"""Fixed constants of `model.rotary_scaling`. All Llama models from 3.1 on use these values; only the factor varies."""
+MAX_SEGMENT_LENGTH = 2048
 INITIAL_GATE = -2.0
-"""β at the start: what no training has shaped yet counts for little, so the model begins near its loss, and yet gradients
-reach the memory. docs/pretrained.md has measurements against 0 and -4."""
+"""Initial value of the gate β. The untrained memory then has little weight, so the initial loss is close to the loss of the
+source model, but gradients still reach the memory. docs/pretrained.md compares it with 0 and -4."""
 
-WHOLE_MODEL = {
+GLOBAL_NAMES = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
 }
-"""Ours -> theirs."""
-IN_A_LAYER = {
+"""Weights outside the layers: name here -> name in transformers."""
+LAYER_NAMES = {
     "input_layernorm.weight": ("input_layernorm.weight",),
     "self_attention.linear_qkv.weight": (
         "self_attn.q_proj.weight",
@@ -46,19 +46,19 @@ IN_A_LAYER = {
     "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
 }
-"""Ours -> theirs, of which one of ours is made."""
+"""Weights of a layer: name here -> names in transformers of the matrices that it consists of."""
 QKV = "self_attention.linear_qkv.weight"
 
 
 def model_config(config: Mapping[str, Any], path: str) -> ModelConfig:
-    """The `model` section that computes what config.json says, with an empty memory beside it.
+    """Return the `model` section for the model of a config.json, with Infini-attention added.
 
     Args:
-        config: config.json.
-        path: of it, for messages.
+        config: content of config.json.
+        path: path of config.json, for messages.
 
     Raises:
-        UserError: it is no Llama, or one with a part that no key of `model` stands for.
+        UserError: the model is not a Llama, or a feature of it has no counterpart in `model`.
     """
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
@@ -67,22 +67,22 @@ def model_config(config: Mapping[str, Any], path: str) -> ModelConfig:
         if config.get(key, value) != value:
             raise UserError(f"{path}: {key} is {config[key]}; only models with {key} {value} have the layers of this model")
     if config.get("quantization_config"):
-        raise UserError(f"{path}: the model is quantized; convert the one that it was made of")
+        raise UserError(f"{path}: the model is quantized; convert the unquantized original")
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key) or {}, dict):
             raise UserError(f"{path}: {key} is {config[key]!r}; it must be an object or null")
     rotary = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    hidden, heads = whole_number(config, "hidden_size", path), whole_number(config, "num_attention_heads", path)
+    hidden, heads = read_positive_int(config, "hidden_size", path), read_positive_int(config, "num_attention_heads", path)
     return ModelConfig(
         attention="infini",
-        num_layers=whole_number(config, "num_hidden_layers", path),
+        num_layers=read_positive_int(config, "num_hidden_layers", path),
         hidden_size=hidden,
         num_attention_heads=heads,
-        num_query_groups=whole_number(config, "num_key_value_heads", path, heads),
-        head_dim=whole_number(config, "head_dim", path, hidden // heads),
-        ffn_hidden_size=whole_number(config, "intermediate_size", path),
-        segment_length=min(MOST_TOKENS_A_SEGMENT, whole_number(config, "max_position_embeddings", path)),
-        # What was learned without a memory is scaled by nothing where there is none.
+        num_query_groups=read_positive_int(config, "num_key_value_heads", path, heads),
+        head_dim=read_positive_int(config, "head_dim", path, hidden // heads),
+        ffn_hidden_size=read_positive_int(config, "intermediate_size", path),
+        segment_length=min(MAX_SEGMENT_LENGTH, read_positive_int(config, "max_position_embeddings", path)),
+        # The source model has no gates, so in the first segment, where the memory is empty, nothing may scale its output.
         first_segment="local_only",
         initial_gate=INITIAL_GATE,
         rotary_base=_number({"rope_theta": 10000.0, **config, **rotary}, "rope_theta", path),
@@ -98,7 +98,7 @@ def _rotary_scaling(rotary: Mapping[str, Any], path: str) -> float:
         return 1.0
     if kind != "llama3":
         raise UserError(f"{path}: its rotary embedding is scaled ({kind}); only that of Llama 3 (llama3) can be converted")
-    for key, value in SCALED_LIKE_LLAMA_3.items():
+    for key, value in LLAMA_3_ROPE_SCALING.items():
         if rotary.get(key) != value:
             raise UserError(f"{path}: {key} of its rotary embedding is {rotary.get(key)}; only {value:g} can be converted")
     if (factor := _number(rotary, "factor", path)) < 1:
@@ -106,7 +106,7 @@ def _rotary_scaling(rotary: Mapping[str, Any], path: str) -> float:
     return factor
 
 
-def whole_number(config: Mapping[str, Any], key: str, path: str, default: int | None = None) -> int:
+def read_positive_int(config: Mapping[str, Any], key: str, path: str, default: int | None = None) -> int:
     value = default if config.get(key) is None else config[key]
     if not isinstance(value, int) or value < 1:
         raise UserError(f"{path}: {key} is {value!r}; it must be a positive whole number")
@@ -120,13 +120,14 @@ def _number(config: Mapping[str, Any], key: str, path: str) -> float:
 
 
 def llama_config(model: ModelConfig, vocab_size: int, context: int, dtype: str) -> dict[str, Any]:
-    """config.json of a model's layers without their memory.
+    """Return the content of config.json for a model's layers without their memory.
 
     Args:
-        context: tokens in which the two compute the same.
-        dtype: of the weights.
+        vocab_size: rows of the embedding.
+        context: number of tokens from the start of a document for which both models compute the same.
+        dtype: type of the weights.
     """
-    scaling = {"rope_type": "llama3", "factor": model.rotary_scaling, **SCALED_LIKE_LLAMA_3}
+    scaling = {"rope_type": "llama3", "factor": model.rotary_scaling, **LLAMA_3_ROPE_SCALING}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -149,8 +150,8 @@ def llama_config(model: ModelConfig, vocab_size: int, context: int, dtype: str) 
     }
 
 
-def their_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a Llama with this configuration, by their name."""
+def llama_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Return name in transformers -> shape of every tensor of a Llama with this configuration."""
     hidden, width = model.hidden_size, model.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocab_size, hidden),
@@ -172,17 +173,24 @@ def their_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ..
     return shapes
 
 
-def join(ours: str, parts: list[Tensor], num_query_groups: int) -> Tensor:
-    """One matrix of ours made of theirs; qkv holds, for each group, R queries, the key and the value: [G (R + 2) D, h]."""
+def merge_weights(ours: str, tensors: list[Tensor], num_query_groups: int) -> Tensor:
+    """Return one matrix of this package, built from the matrices of transformers.
+
+    The qkv matrix holds R queries, the key and the value of each group: [G (R + 2) D, h].
+
+    Args:
+        ours: a key of LAYER_NAMES.
+        tensors: the matrices of transformers, in the order of LAYER_NAMES.
+    """
     if ours == QKV:
-        return torch.cat([part.unflatten(0, (num_query_groups, -1)) for part in parts], dim=1).flatten(0, 1)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat([tensor.unflatten(0, (num_query_groups, -1)) for tensor in tensors], dim=1).flatten(0, 1)
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def split(ours: str, whole: Tensor, model: ModelConfig) -> list[Tensor]:
-    """The inverse of `join`."""
-    count = len(IN_A_LAYER[ours])
+def split_weight(ours: str, whole: Tensor, model: ModelConfig) -> list[Tensor]:
+    """Return the matrices of transformers that `merge_weights` builds `whole` from."""
+    count = len(LAYER_NAMES[ours])
     if ours == QKV:
         heads = whole.unflatten(0, (model.num_query_groups, -1, model.head_dim))  # [G, R + 2, D, h]
-        return [part.flatten(0, 2).contiguous() for part in (heads[:, :-2], heads[:, -2:-1], heads[:, -1:])]
-    return [part.contiguous() for part in whole.chunk(count)]
+        return [block.flatten(0, 2).contiguous() for block in (heads[:, :-2], heads[:, -2:-1], heads[:, -1:])]
+    return [block.contiguous() for block in whole.chunk(count)]

@@ -1,4 +1,4 @@
-"""Trained weights become a folder that transformers loads as a Llama, for what it computes without a memory."""
+"""Conversion of trained weights to a folder that transformers loads as a Llama without a memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from infini_train.checkpoint import folder as checkpoint_folder
 from infini_train.checkpoint.inspection import read_model
 from infini_train.checkpoint.weights_file import SUFFIX, read_weights_facts
 from infini_train.config import ModelConfig
-from infini_train.convert.llama import IN_A_LAYER, WHOLE_MODEL, llama_config, split
+from infini_train.convert.llama import GLOBAL_NAMES, LAYER_NAMES, llama_config, split_weight
 from infini_train.runtime.errors import UserError
 from infini_train.tokenizers.tokenizer import Tokenizer, tokenizer_file
 from infini_train.tokenizers.tokenizer_file import read_tokenizer
@@ -26,24 +26,25 @@ GATE = "self_attention.core_attention.attention.gate"
 def convert_to(source: Path, folder: Path, final: Path) -> list[str]:
     """Write config.json, model.safetensors and, if it is found, the tokenizer.
 
-    In a document's first segment the memory is empty, so there the model is a Llama: with `first_segment: paper` one whose
-    output projection is scaled by 1 - sigmoid(β) head by head, which the written weights are.
+    In the first segment of a document the memory is empty, so there the model is equal to a Llama. With
+    `first_segment: paper`, the local attention output of each head is scaled by 1 - sigmoid(β). The written output projection
+    includes this factor.
 
     Args:
-        source: a checkpoint's folder, or a weights file.
-        folder: to write to.
-        final: where the folder will be.
+        source: a checkpoint folder or a weights file.
+        folder: folder to write to.
+        final: final path of that folder, for messages.
 
     Returns:
-        Lines for the user.
+        Lines to print for the user.
 
     Raises:
-        UserError: the model is no Llama even there, or the source is damaged.
+        UserError: the model differs from a Llama also in the first segment, or the source is damaged.
     """
     facts, weights = _read(source)
     saved = facts["config"]
     model = ModelConfig(**{name: value for name, value in saved["model"].items() if name in ModelConfig.__dataclass_fields__})
-    _refuse_other(model, source)
+    _refuse_unsupported(model, source)
     training = saved["training"]
     context = model.segment_length * (training["segments_per_micro_batch"] if model.attention == "full" else 1)
     dtype = training["precision"]
@@ -54,23 +55,23 @@ def convert_to(source: Path, folder: Path, final: Path) -> list[str]:
         config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         tokenizer.write_for_transformers(folder)
     save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
+    (folder / "model.safetensors").chmod(0o644)  # safetensors creates the file readable for its owner only
     _write_json(folder / "config.json", config)
     lines = [f"{final}: {sum(tensor.numel() for tensor in theirs.values()):,} parameters of step {facts['step']}, {dtype}"]
     if model.attention != "full":
-        lines.append(
-            f"transformers computes with it what this model computes in a document's first {context} tokens: it has no memory"
-        )
+        lines.append(f"in transformers it has no memory: it agrees with this model in the first {context} tokens of a document")
     if tokenizer is None:
-        lines.append(f"no tokenizer of these weights is at data.path {saved['data']['path']}; copy it there yourself")
+        lines.append(
+            f"data.path {saved['data']['path']} has no tokenizer of these weights; copy the tokenizer to {final} yourself"
+        )
     return lines
 
 
-def _refuse_other(model: ModelConfig, source: Path) -> None:
+def _refuse_unsupported(model: ModelConfig, source: Path) -> None:
     if model.attention not in ("infini", "local", "full"):
         raise UserError(
-            f"--source {source} was trained with model.attention {model.attention}, which is no Llama in any segment; "
-            "infini, local and full can be converted"
+            f"--source {source} was trained with model.attention {model.attention}, which differs from a Llama in every "
+            "segment; infini, local and full can be converted"
         )
     if model.hidden_size % model.num_attention_heads:
         raise UserError(
@@ -90,18 +91,18 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _theirs(weights: Mapping[str, Tensor], model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    for ours, theirs in WHOLE_MODEL.items():
+    for ours, theirs in GLOBAL_NAMES.items():
         if ours in weights:
             yield theirs, weights[ours]
     for layer in range(model.num_layers):
         prefix = f"decoder.layers.{layer}."
-        for ours, several in IN_A_LAYER.items():
+        for ours, several in LAYER_NAMES.items():
             whole = weights[prefix + ours]
             if ours == "self_attention.linear_proj.weight" and model.attention == "infini" and model.first_segment == "paper":
                 local = 1 - torch.sigmoid(weights[prefix + GATE].double())  # [H]
                 whole = (whole.double() * local.repeat_interleave(model.head_dim)).float()  # [h, H D]
-            for name, part in zip(several, split(ours, whole, model), strict=True):
-                yield f"model.layers.{layer}.{name}", part
+            for name, tensor in zip(several, split_weight(ours, whole, model), strict=True):
+                yield f"model.layers.{layer}.{name}", tensor
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""What a run will take, before GPUs are asked for: memory, communication and time from formulas, checked against real runs."""
+"""Estimates of GPU memory, communication and step time before a run starts. Tests check the formulas against real runs."""

@@ -1,8 +1,9 @@
-"""What one process of a stage sends in one optimizer step: kind, number of messages, bytes, and the link that carries them.
+"""Communication of one process of a stage in one optimizer step: kind, number of messages, bytes and link.
 
-Ranks lie as `infini_train.parallel.layout` makes them: neighbours form a tensor group, then context, data and pipeline. Nodes
-take consecutive ranks, and groups of n processes that lie s apart fill blocks of n × s ranks. So all groups of a kind stay in
-one node each if n × s divides the GPUs of a node: on nodes of 8, the third group of 3 neighbours is on two of them.
+`infini_train.parallel.layout` orders the ranks: neighbouring ranks form a tensor group, then come context, data and pipeline.
+Nodes hold consecutive ranks. Groups of n processes with stride s fill blocks of n × s ranks. So every group of a kind stays
+within one node if n × s divides the GPUs per node. Otherwise some groups span nodes: with 8 GPUs per node, the third group
+of 3 neighbours is on two nodes.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 
 @dataclass(frozen=True)
 class Traffic:
-    """Messages of one process that are alike."""
+    """Messages of one process with the same operation, group and size."""
 
     kind: Kind
-    """Which group: over tensor, context, pipeline or data parallelism (the last includes context ranks)."""
+    """Process group: tensor, context, pipeline or data parallel. The data-parallel group includes the context ranks."""
     operation: Operation
     what: str
     messages: int
-    """In one step, by one process."""
+    """Number of messages that one process sends in one step."""
     bytes: int
-    """Of one message: the whole tensor, the gathered one for a gather, the unreduced one for a reduction."""
+    """Bytes of one message: the full tensor. This is the output of a gather and the input of a reduction."""
     size: int
-    """Processes of the group."""
+    """Number of processes in the group."""
     stride: int
-    """Distance of their ranks."""
+    """Distance between neighbouring ranks of the group."""
     processes: int
-    """Of the run."""
+    """Number of processes in the job."""
 
     @property
     def wire_bytes(self) -> float:
@@ -46,16 +47,19 @@ class Traffic:
         return self.messages * self.bytes * parts.get(self.operation, (self.size - 1) / self.size)
 
     def per_node(self, gpus_per_node: int) -> int:
-        """Processes of a group in one node, where they are fewest: that group holds up the others."""
+        """Return the smallest number of processes that a group of this kind has on one node; that group is the slowest."""
         return max(1, gcd(self.size * self.stride, min(gpus_per_node, self.processes)) // self.stride)
 
     def link(self, gpus_per_node: int) -> Literal["NVLink", "network"]:
-        """The slowest link on the way."""
+        """Return the slowest link that the group uses."""
         return "NVLink" if self.per_node(gpus_per_node) == self.size else "network"
 
 
 def stage_traffic(sizes: Sizes, stage: int) -> list[Traffic]:
-    """All messages of one process of a stage in one step whose size depends on the model; empty groups are left out."""
+    """Return the messages of one process of a stage in one step.
+
+    Messages whose size does not depend on the model are left out, and so are groups of one process.
+    """
     micro_batches = sizes.run.micro_batches_per_step
     traffic = [*_tensor(sizes, stage), *_context(sizes), *_pipeline(sizes, stage)]
     per_step = [*_data(sizes, stage, micro_batches)]
@@ -67,20 +71,20 @@ def _times(item: Traffic, micro_batches: int) -> Traffic:
 
 
 def _tensor(sizes: Sizes, stage: int) -> Iterator[Traffic]:
-    """Of one micro-batch, over the tensor group."""
+    """Yield the messages of one micro-batch over the tensor group."""
     if sizes.tp == 1:
         return
     run, layers, recomputed = sizes.run, sizes.stage_layers, sizes.recomputed_layers
     hidden = sizes.tokens * run.model.hidden_size * sizes.element
     first, last = sizes.is_first(stage), sizes.is_last(stage)
-    # Forwards of the embedding: with recompute "layer" only the layers run again.
+    # Number of forward passes through the embedding: recompute "layer" repeats only the layers.
     embeddings = (2 if run.training.recompute == "stage" else 1) * first
     outputs = (2 if run.training.recompute == "stage" else 1) * last
 
     def item(operation: Operation, what: str, messages: int, size: int) -> Traffic:
         return Traffic("tensor", operation, what, messages, size, size=sizes.tp, stride=1, processes=sizes.processes)
 
-    # What enters linear_proj and fc2 is reduced behind them. A layer that is computed again stops at what fc2 keeps, before it.
+    # Outputs of linear_proj and fc2 are reduced. Recomputation of a layer stops at the saved input of fc2.
     reduced = 4 * layers + recomputed * (2 if run.training.recompute == "stage" else 1) + embeddings
 
     if run.layout.sequence_parallel:
@@ -91,7 +95,7 @@ def _tensor(sizes: Sizes, stage: int) -> Iterator[Traffic]:
     else:
         yield item("all_reduce", "hidden states and their gradients", reduced, hidden)
     if last:
-        # A loss that is taken in chunks is computed once more in the backward, chunk by chunk.
+        # A chunked loss is recomputed in the backward pass, chunk by chunk.
         again = outputs + activations.chunks_loss(sizes)
         chunk = activations.loss_chunk_tokens(sizes)
         whole, rest = divmod(sizes.tokens, chunk)
@@ -102,20 +106,23 @@ def _tensor(sizes: Sizes, stage: int) -> Iterator[Traffic]:
 
 
 def _context(sizes: Sizes) -> Iterator[Traffic]:
-    """Of one micro-batch, over the context group: memory maps and convolution tails forward, their gradients backward."""
+    """Yield the messages of one micro-batch over the context group.
+
+    The forward pass sends memory maps and convolution tails; the backward pass sends their gradients.
+    """
     if sizes.cp == 1 or not sizes.has_memory:
         return
     model = sizes.run.model
     width, layers = model.head_dim, sizes.stage_layers
     heads = sizes.cp * sizes.rows * sizes.groups * FLOAT32
     factor = width if model.update_rule == "delta" else 1
-    travels = {
+    exchanged = {
         "memory maps, z": heads * (width + 1),
         "memory maps, M": heads * width * (model.memory_value_width + factor),
     }
     if sizes.tail_bytes:
-        travels["convolution tails"] = sizes.cp * sizes.tail_bytes
-    for name, size in travels.items():
+        exchanged["convolution tails"] = sizes.cp * sizes.tail_bytes
+    for name, size in exchanged.items():
         for operation, what, messages in (
             ("all_gather", name, layers + sizes.recomputed_layers),
             ("all_reduce", f"gradients of {name}", layers),
@@ -133,7 +140,7 @@ def _context(sizes: Sizes) -> Iterator[Traffic]:
 
 
 def _pipeline(sizes: Sizes, stage: int) -> Iterator[Traffic]:
-    """Of one micro-batch, to the neighbouring stages. Memory states never leave their stage, and so neither their gradients."""
+    """Yield the messages of one micro-batch to neighbouring stages. Memory states and their gradients stay on their stage."""
     if sizes.pp == 1:
         return
     hidden = sizes.shard_tokens * sizes.run.model.hidden_size * sizes.element
@@ -147,7 +154,7 @@ def _pipeline(sizes: Sizes, stage: int) -> Iterator[Traffic]:
 
 
 def _data(sizes: Sizes, stage: int, micro_batches: int) -> Iterator[Traffic]:
-    """Of one step, over the processes that hold the same weights: what DeepSpeed reduces and gathers."""
+    """Yield the messages of one step that DeepSpeed sends among the processes with the same weights."""
     if sizes.replicas == 1:
         return
     run = sizes.run
@@ -158,10 +165,10 @@ def _data(sizes: Sizes, stage: int, micro_batches: int) -> Iterator[Traffic]:
     def item(operation: Operation, what: str, messages: int, size: int) -> Traffic:
         return Traffic("data", operation, what, messages, size, size=sizes.replicas, stride=sizes.tp, processes=sizes.processes)
 
-    # Seen with DeepSpeed 0.19: stages 0 to 2 all-reduce, stage 2 in every backward.
+    # Observed with DeepSpeed 0.19: ZeRO 0 to 2 all-reduce gradients; ZeRO 2 does so in every backward pass.
     if zero == 3:
         yield item("reduce_scatter", "gradients", micro_batches, gradients)
-        # For the forward, the backward and, of the layers that are computed again, once more.
+        # One gather for the forward pass, one for the backward pass, and one more for recomputed layers.
         passes = 2 + (sizes.recomputed_layers > 0)
         each = weights * (2 + sizes.recomputed_layers / sizes.stage_layers) / passes
         yield item("all_gather", "weights", passes * micro_batches, round(each))

@@ -1,8 +1,12 @@
-"""How long a step takes, from FLOPs, bytes and a few assumed shares of what a data sheet promises.
+"""Estimate of the step time from FLOPs, bytes and assumed fractions of the data-sheet rates.
 
-Every assumption is a constant of this file with its source. Against measured steps (benchmarks/results/step.jsonl; fused
-layers, same bits twice, linear rule): a slice of 8B, 4 layers, 0.401 s planned and 0.452 measured on an H100, 0.380 and 0.400
-on an H200; 1B on an H200 0.481 and 0.482.
+Each assumption is a constant in this file, with its source. Comparison with measured steps (benchmarks/results/step.jsonl;
+fused layers, deterministic, linear rule):
+
+    model                     GPU   planned  measured
+    slice of 8B with 4 layers H100  0.401 s  0.452 s
+    slice of 8B with 4 layers H200  0.380 s  0.400 s
+    1B                        H200  0.481 s  0.482 s
 """
 
 from __future__ import annotations
@@ -18,54 +22,55 @@ from infini_train.planning.sizes import FLOAT32, Sizes
 from infini_train.runtime.hardware import Gpu
 
 MATMUL_SHARE = 0.70
-"""Share of the peak that large matrix products reach. FlashAttention-3 (arXiv 2407.08608, section 1) puts optimised products on
-Hopper at 80 to 90%; the layers' products are smaller and run between other kernels."""
+"""Fraction of the peak that large matrix products reach. FlashAttention-3 (arXiv 2407.08608, section 1) reports 80 to 90% for
+optimised products on Hopper. The products of a layer are smaller and run between other kernels."""
 ATTENTION_SHARE = {"A100": 0.50, "H100": 0.35, "H200": 0.35}
-"""Share of the peak of FlashAttention-2, forward and backward: 50 to 73% on A100 (arXiv 2307.08691, abstract), 35% on H100
-(arXiv 2407.08608, abstract)."""
+"""Fraction of the peak that FlashAttention-2 reaches, forward and backward: 50 to 73% on A100 (arXiv 2307.08691, abstract),
+35% on H100 (arXiv 2407.08608, abstract)."""
 MEMORY_SHARE = 0.50
-"""Share of the float32 peak that the memory's products reach. Cautious: with bfloat16 tokens the kernels of one layer of 8B
-took 1.5 (linear) and 1.9 ms (delta) for 32,768 tokens on an H100, as products at 1.2 to 1.3 of that peak would.
-Other types were not measured."""
+"""Fraction of the float32 peak that the products of the compressive memory reach. This is a conservative value. With bfloat16
+tokens, the kernels of one layer of 8B took 1.5 ms (linear) and 1.9 ms (delta) for 32,768 tokens on an H100. That time
+corresponds to 1.2 to 1.3 times the float32 peak. Other types were not measured."""
 BANDWIDTH_SHARE = 0.80
-"""Share of the memory bandwidth of passes over tensors. STREAM-like copies reach 80 to 90% (a rule of thumb, no source)."""
+"""Fraction of the GPU memory bandwidth that passes over tensors reach. STREAM-like copies reach 80 to 90% (a rule of thumb, no
+source)."""
 TRAFFIC_PER_KEPT_BYTE = 6.0
-"""Passes over memory for each byte of activations: written and read in the forward, read in the backward, its gradient written
-and read, and one more for what is never kept. A guess: no source."""
+"""Passes over GPU memory for each saved byte of activations: written and read in the forward pass, read in the backward pass,
+gradient written and read, and one pass for temporaries. A guess, no source."""
 LINK_SHARE = {"NVLink": 0.75, "network": 0.80}
-"""Share of a link's bandwidth that collectives reach (NCCL's tests report bus bandwidths of this order for messages of many
-megabytes; https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md says how that number is defined)."""
+"""Fraction of a link's bandwidth that collectives reach. NCCL's tests report bus bandwidths of this order for messages of many
+megabytes (defined in https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md)."""
 MESSAGE_SECONDS = {"NVLink": 15e-6, "network": 30e-6}
-"""Time of a message however small. A guess at NCCL's latency: no source."""
+"""Latency of a message in seconds, independent of its size. A guess for NCCL, no source."""
 HOST_SECONDS = 6e-3
-"""Time that the host takes to launch a layer's kernels for one micro-batch, forward and backward, however few tokens it has. In
-the profile of a step of 1B it took 3.2 and 2.8 ms (medians, PyTorch's profiler included; an H200's host, commit 6699f28, in no
-record). Hosts were seen to differ by 40%."""
+"""Seconds that the host needs to launch the kernels of one layer for one micro-batch, forward and backward. The number of
+tokens does not matter. A profile of a step of 1B showed 3.2 ms (forward) and 2.8 ms (backward): medians with PyTorch's
+profiler overhead on the host of an H200, commit 6699f28, not recorded in benchmarks/results/. Hosts differed by 40%."""
 OPTIMIZER_BYTES = 28
-"""Bytes that a fused Adam reads and writes for each number that it steps: float32 gradient, weight and two moments read, the
-last three written."""
+"""Bytes that fused Adam moves per parameter: it reads the float32 gradient, weight and two moments, and writes the weight and
+moments."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step on the stage that holds up the others."""
+    """Seconds of one optimizer step on the slowest stage."""
 
     stage: int
     device: float
-    """Matrix products, attention, memory and passes over tensors, recomputation included, of all micro-batches."""
+    """GPU time of all micro-batches: matrix products, attention, compressive memory, passes over tensors, and recomputation."""
     host: float
-    """Launching all that, beside the GPU's work."""
+    """Host time to launch the kernels of all micro-batches, in parallel with the GPU."""
     communication: float
-    """Over tensor, context and pipeline groups, of all micro-batches; nothing overlaps with computation."""
+    """Messages of all micro-batches over tensor, context and pipeline groups, assuming no overlap with computation."""
     bubble: float
-    """Waiting for other stages."""
+    """Idle time while waiting for other stages."""
     data: float
-    """Reducing gradients and gathering weights."""
+    """Reducing gradients and gathering weights over the data-parallel group."""
     optimizer: float
 
     @property
     def compute(self) -> float:
-        """Whichever of the two is slower holds up the other."""
+        """Return the larger of GPU time and host time, which run in parallel."""
         return max(self.device, self.host)
 
     @property
@@ -74,9 +79,9 @@ class StepTime:
 
 
 def traffic_seconds(item: Traffic, gpu: Gpu) -> float:
-    """Time of a kind of message in one step.
+    """Return the seconds that all messages of `item` take in one step.
 
-    A ring over several nodes enters and leaves a node once, over the adapters of all its members there.
+    A ring over several nodes enters and leaves each node once, over the network adapters of all group members on the node.
     """
     link = item.link(gpu.gpus_per_node)
     bandwidth = gpu.nvlink_bandwidth
@@ -87,7 +92,7 @@ def traffic_seconds(item: Traffic, gpu: Gpu) -> float:
 
 
 def stage_compute_seconds(sizes: Sizes, stage: int, gpu: Gpu) -> float:
-    """Computation of one micro-batch on one process of a stage, forward and backward."""
+    """Return the GPU seconds of one micro-batch on one process of a stage, forward and backward."""
     run, layers, forward_passes = sizes.run, sizes.stage_layers, _forward_passes(sizes)
     peak = gpu.peak(run.training.precision)
     per_layer = 2.0 * (linear_parameters(run) - output_matrix_parameters(run)) / run.model.num_layers
@@ -106,17 +111,20 @@ def stage_compute_seconds(sizes: Sizes, stage: int, gpu: Gpu) -> float:
 
 
 def stage_host_seconds(sizes: Sizes) -> float:
-    """Launching one micro-batch on one process of a stage, forward and backward."""
+    """Return the host seconds to launch one micro-batch on one process of a stage, forward and backward."""
     return sizes.stage_layers * HOST_SECONDS * _forward_passes(sizes) / 3
 
 
 def _forward_passes(sizes: Sizes) -> float:
-    """What forward and backward of the layers cost, in forward passes: a backward is two, and recomputation is one more."""
+    """Return the cost of the layers' forward and backward pass, in forward passes.
+
+    A backward pass counts as two forward passes, and full recomputation as one more.
+    """
     return 3 + sizes.recomputed_layers / sizes.stage_layers
 
 
 def step_time(sizes: Sizes, gpu: Gpu) -> StepTime:
-    """The slowest stage's step."""
+    """Return the step time of the slowest stage."""
     return max((_stage_time(sizes, stage, gpu) for stage in range(sizes.pp)), key=lambda time: time.total)
 
 
@@ -130,7 +138,7 @@ def _stage_time(sizes: Sizes, stage: int, gpu: Gpu) -> StepTime:
     idle = pipeline_bubble(layout.pipeline_parallel_size, micro_batches, virtual_stages=layout.virtual_stages)
     number = count(stage_parameters(sizes, stage))
     stepped = number / (sizes.replicas if layout.zero_stage else 1)
-    # Beside Adam: the norm reads the gradients, clipping reads and writes them, and they are set to zero.
+    # In addition to Adam: the norm reads the gradients, clipping reads and writes them, and zeroing writes them.
     step_bytes = stepped * OPTIMIZER_BYTES + 4 * FLOAT32 * number
     return StepTime(
         stage=stage,
@@ -144,9 +152,12 @@ def _stage_time(sizes: Sizes, stage: int, gpu: Gpu) -> StepTime:
 
 
 def model_flops_utilization(sizes: Sizes, gpu: Gpu, seconds: float) -> float:
-    """MFU of a step that takes so long: the convention of `infini_train.model.flops`, which metrics.jsonl reports too.
+    """Return the MFU of a step, with the convention of `infini_train.model.flops` and metrics.jsonl.
 
-    The denominator is the bfloat16 peak whatever the precision, as there.
+    The denominator is the bfloat16 peak for every precision.
+
+    Args:
+        seconds: duration of one step.
     """
     flops = training_flops_per_token(sizes.run) * sizes.run.tokens_per_step
     return flops / (seconds * gpu.bfloat16_flops * sizes.processes)

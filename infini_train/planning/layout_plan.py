@@ -1,4 +1,4 @@
-"""The plan of a run on so many GPUs of a kind: whether it fits, what it takes, and how fast it should be."""
+"""The plan of a run on a number of GPUs of one type: GPU memory, communication, step time, and whether the run fits."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ from infini_train.planning.sizes import Sizes
 from infini_train.runtime.hardware import Gpu, find_gpu
 
 USABLE_MEMORY = 0.90
-"""Share of the data sheet's memory that a plan may fill. The rest is for CUDA's context, NCCL's buffers and what the allocator
-loses to fragments. A guess: no source."""
-
+"""Fraction of the data-sheet GPU memory that a plan may use. The rest is for the CUDA context, NCCL buffers and allocator
+fragmentation. A guess, no source."""
 
 PLANNED_ATTENTION = ("infini", "local", "full")
-"""Values of model.attention whose memory and time the formulas here know."""
+"""Values of `model.attention` for which the formulas give GPU memory and time."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A valid run on GPUs of a kind."""
+    """A valid run on GPUs of one type."""
 
     sizes: Sizes
     gpu: Gpu
 
     @cached_property
     def memory(self) -> StageMemory:
-        """Of the stage whose processes need most."""
+        """GPU memory of the stage whose processes need the most."""
         return worst_stage(self.sizes)
 
     @cached_property
     def time(self) -> StepTime:
-        """Of the stage that is slowest."""
+        """Step time of the slowest stage."""
         return step_time(self.sizes, self.gpu)
 
     @property
@@ -52,7 +51,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the worst process stays within the memory of its GPU."""
+        """Whether the process that needs the most GPU memory stays within the usable GPU memory."""
         return self.memory.total <= self.usable_memory
 
     @property
@@ -65,7 +64,7 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all GPUs together, without padding."""
+        """Tokens per second of all GPUs together, assuming no padding."""
         return self.sizes.run.tokens_per_step / self.time.total
 
     @property
@@ -74,7 +73,7 @@ class Plan:
 
     @property
     def days(self) -> float:
-        """For all steps of the run, without evaluation, checkpoints and restarts."""
+        """Days for all steps of the run, without evaluation, checkpoints and restarts."""
         return self.sizes.run.training.steps * self.time.total / 86400
 
 
@@ -82,12 +81,13 @@ def plan(run: RunConfig, gpus: int, gpu: str, *, gpus_per_node: int | None = Non
     """Plan a run.
 
     Args:
-        gpus: processes, one a GPU.
-        gpu: a name of `infini_train.runtime.hardware.GPUS`.
-        gpus_per_node: as many as that table has where None.
+        run: the run.
+        gpus: number of GPUs; each has one process.
+        gpu: a key of `infini_train.runtime.hardware.GPUS`.
+        gpus_per_node: replaces the value of that table if given.
 
     Raises:
-        UserError: the GPU is not known, or the run is not valid on so many processes.
+        UserError: the GPU is not known, or the run is not valid on this number of processes.
     """
     found = find_gpu(gpu)
     if gpus_per_node is not None:
@@ -97,10 +97,10 @@ def plan(run: RunConfig, gpus: int, gpu: str, *, gpus_per_node: int | None = Non
 
 
 def with_layout(run: RunConfig, **values: object) -> RunConfig:
-    """The run with other values of its layout."""
+    """Return a copy of the run with changed values in its layout section."""
     return replace(run, layout=replace(run.layout, **values))  # type: ignore[arg-type]
 
 
 def with_training(run: RunConfig, **values: object) -> RunConfig:
-    """The run with other values of its training section."""
+    """Return a copy of the run with changed values in its training section."""
     return replace(run, training=replace(run.training, **values))  # type: ignore[arg-type]

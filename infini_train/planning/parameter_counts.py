@@ -1,4 +1,4 @@
-"""The parameters of a stage, by global name and shape, as the model builds them."""
+"""Global names and shapes of the parameters of a stage. Tests compare them with the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from infini_train.planning.sizes import Sizes
 
 
 def stage_parameters(sizes: Sizes, stage: int) -> dict[str, tuple[int, ...]]:
-    """Global name -> shape of the slice that a process of this stage holds (before ZeRO splits it further)."""
+    """Return global name -> shape of the slice that a process of this stage holds, before ZeRO shards it."""
     run, tp = sizes.run, sizes.tp
     model = run.model
     vocabulary = (run.data.vocab_size // tp, model.hidden_size)
@@ -32,7 +32,11 @@ def stage_parameters(sizes: Sizes, stage: int) -> dict[str, tuple[int, ...]]:
 
 
 def _layer(sizes: Sizes, number: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Of the layer with this number, counted from 1."""
+    """Yield the parameter names and shapes of one layer.
+
+    Args:
+        number: layer number in the whole model, counted from 1.
+    """
     model = sizes.run.model
     hidden, width, inner = model.hidden_size, model.head_dim, model.ffn_hidden_size // sizes.tp
     yield "input_layernorm.weight", (hidden,)
@@ -54,15 +58,15 @@ def _layer(sizes: Sizes, number: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def count(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Numbers in all of these tensors."""
+    """Return the total number of elements in tensors of these shapes."""
     return sum(prod(shape) for shape in shapes.values())
 
 
 def model_parameters(run: RunConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the whole model, by global name."""
+    """Return global name -> shape of every parameter of the whole model."""
     return stage_parameters(Sizes(replace(run, layout=LayoutConfig()), 1), 0)
 
 
 def total_parameters(run: RunConfig) -> int:
-    """Parameters of the whole model."""
+    """Return the number of parameters of the whole model."""
     return count(model_parameters(run))

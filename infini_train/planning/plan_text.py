@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Text output of `infini-train plan`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GB = 1e9
 
 
 def layout_text(plan: Plan) -> str:
-    """The layout in a few words."""
+    """Return the layout in one line."""
     sizes, layout, training = plan.sizes, plan.sizes.run.layout, plan.sizes.run.training
     text = f"tp {sizes.tp}" + " with sequence parallelism" * layout.sequence_parallel
     text += f", cp {sizes.cp}, pp {sizes.pp}" + f" × {layout.virtual_stages} chunks" * (layout.virtual_stages > 1)
@@ -21,7 +21,7 @@ def layout_text(plan: Plan) -> str:
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """Everything that `infini-train plan` prints."""
+    """Return the lines that `infini-train plan` prints."""
     return [
         *_head(plan),
         "",
@@ -36,7 +36,7 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def headline(plan: Plan) -> str:
-    """Memory, speed and utilisation in one line; the heads of the files in configs/ quote it."""
+    """Return GPU memory, speed and MFU in one line. The head comments of the files in configs/ quote this line."""
     return (
         f"{plan.memory.total / GB:.1f} GB of {plan.gpu.memory / GB:.0f} GB per GPU, {plan.tokens_per_second:,.0f} tokens/s, "
         f"MFU {plan.mfu:.0%}, {plan.days:.1f} days"
@@ -55,18 +55,18 @@ def _head(plan: Plan) -> list[str]:
         f"tokens                {run.tokens_per_step:,} a step × {run.training.steps:,} steps = {budget / 1e9:,.4g} billion",
         f"micro-batches         {run.micro_batches_per_step} a step, windows of {run.training.micro_batches_per_window}; on "
         f"one process each is {sizes.rows} rows × {run.micro_batch_tokens // sizes.cp:,} tokens",
-        f"checkpoints           {_disk(checkpoint_bytes(run))} each; {kept_checkpoints(run)} stay at the end: "
-        f"{_disk(checkpoint_bytes(run) * kept_checkpoints(run))}; one more while it is written",
+        f"checkpoints           {_format_bytes(checkpoint_bytes(run))} each; {kept_checkpoints(run)} stay at the end: "
+        f"{_format_bytes(checkpoint_bytes(run) * kept_checkpoints(run))}; one more while it is written",
     ]
 
 
-def _disk(size: int) -> str:
+def _format_bytes(size: int) -> str:
     return f"{size / 1e12:,.1f} TB" if size >= 1e12 else f"{size / GB:.1f} GB" if size >= GB else f"{size / 1e6:.1f} MB"
 
 
 def _memory(plan: Plan) -> list[str]:
     memory = plan.memory
-    parts = {
+    categories = {
         "weights": memory.weights,
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
@@ -81,7 +81,7 @@ def _memory(plan: Plan) -> list[str]:
         "total": f"of {plan.gpu.memory / GB:.0f} GB, of which {plan.usable_memory / GB:.1f} GB may be planned",
     }
     lines = [f"memory per GPU, in GB, of stage {memory.stage}, which needs most"]
-    return lines + [f"  {name:<20}{size / GB:>9.3f}  {notes.get(name, '')}".rstrip() for name, size in parts.items()]
+    return lines + [f"  {name:<20}{size / GB:>9.3f}  {notes.get(name, '')}".rstrip() for name, size in categories.items()]
 
 
 def _communication(plan: Plan) -> list[str]:
@@ -103,7 +103,7 @@ def _time(plan: Plan) -> list[str]:
     sizes, time, layout = plan.sizes, plan.time, plan.sizes.run.layout
     bubble = pipeline_bubble(sizes.pp, sizes.run.micro_batches_per_step, virtual_stages=layout.virtual_stages)
     rows = {
-        "computation": (time.compute, _bound(time)),
+        "computation": (time.compute, _computation_note(time)),
         "communication": (time.communication, "tensor, context and pipeline groups; none of it overlaps"),
         "pipeline bubble": (time.bubble, f"{bubble:.1%} of the pipeline's time"),
         "data parallel": (time.data, "reducing gradients, gathering weights"),
@@ -115,7 +115,7 @@ def _time(plan: Plan) -> list[str]:
     return [*lines, f"expected: {headline(plan)}"]
 
 
-def _bound(time: estimate.StepTime) -> str:
+def _computation_note(time: estimate.StepTime) -> str:
     if time.host > time.device:
         return f"held up by the host, the GPU alone would take {time.device:.3f}; larger micro-batches help"
     return f"the host launches it in {time.host:.3f} beside it"
@@ -140,7 +140,7 @@ def _recomputed(plan: Plan) -> str:
 
 
 def search_lines(plans: list[Plan]) -> list[str]:
-    """Layouts, best first."""
+    """Return the table that `infini-train plan --search` prints, best layout first."""
     head = f"{'':>3} {'tokens/s':>10} {'MFU':>5} {'GB':>6} {'tp':>3} {'cp':>3} {'pp':>3} {'chunks':>6} {'dp':>4} {'ZeRO':>4} "
     lines = [f"{head}{'recompute':>9} {'segments × micro-batches':>25}"]
     for number, each in enumerate(plans, 1):

@@ -1,4 +1,4 @@
-"""What is said of a run that does not fit, or that no layout makes valid on so many GPUs."""
+"""Error messages for a run that does not fit into GPU memory, or that has no valid layout on the given GPUs."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from infini_train.runtime.hardware import GPUS, find_gpu
 
 
 def refuse_too_large(planned: Plan) -> None:
-    """Say what would make a run fit.
+    """Refuse a run that does not fit into GPU memory.
 
     Raises:
-        UserError: the run does not fit.
+        UserError: the run does not fit. The message lists changes that make it fit.
     """
     if planned.fits:
         return
     memory, changes = planned.memory, remedies(planned)
     largest = max(
-        ("weights", "gradients", "optimizer", "activations", "memory_states", "buffers"), key=lambda part: getattr(memory, part)
+        ("weights", "gradients", "optimizer", "activations", "memory_states", "buffers"), key=lambda name: getattr(memory, name)
     )
-    part = largest.replace("_", " ")
+    category = largest.replace("_", " ")
     raise UserError(
         f"the run needs {memory.total / GB:.1f} GB on a GPU of stage {memory.stage}, but {planned.gpu.name} has "
-        f"{planned.usable_memory / GB:.1f} GB to plan with ({part} take {getattr(memory, largest) / GB:.1f} GB); it fits with "
-        f"{', or '.join(changes) if changes else 'no layout on any number of GPUs: make the model smaller'}"
+        f"{planned.usable_memory / GB:.1f} GB to plan with ({category} take {getattr(memory, largest) / GB:.1f} GB); it fits "
+        f"with {', or '.join(changes) if changes else 'no layout on any number of GPUs: make the model smaller'}"
     )
 
 
 def refuse_no_layout(run: RunConfig, gpus: int, gpu: str) -> NoReturn:
-    """Say why `search` found nothing, and what would let it find something.
+    """Report why `search` found no layout.
 
     Raises:
-        UserError: always.
+        UserError: always. The message lists changes with which `search` finds a layout.
     """
-    valid, refused = _sorted_out(run, gpus, gpu)
-    # Rows are what validation looks at last: a layout that it refuses for them is right in everything else.
+    valid, refused = _check_layouts(run, gpus, gpu)
+    # Validation checks the rows last, so a layout that it refuses because of the rows is valid in everything else.
     uneven = sorted({each.data_parallel_size(gpus) for each, why in refused if why.startswith("training.rows ")})
     sizes = " or ".join(", ".join(map(str, uneven)).rsplit(", ", 1))
     rows = f"training.rows is {run.training.rows}, which a data-parallel size of {sizes} does not divide"
@@ -52,20 +52,20 @@ def refuse_no_layout(run: RunConfig, gpus: int, gpu: str) -> NoReturn:
             f"no layout of this run fits {gpus} × {gpu}: of {len(valid)} valid ones the smallest needs {least:.1f} GB, and "
             f"{valid[0].usable_memory / GB:.1f} GB may be planned"
             + (f"; in others {rows}" if other_rows else "")
-            + _with(other_rows + _other_gpus(doubled(gpus), run, gpu) + _larger_gpus(run, gpus, gpu))
+            + _suggestion(other_rows + _other_gpus(doubled(gpus), run, gpu) + _larger_gpus(run, gpus, gpu))
         )
     if uneven:
         node = find_gpu(gpu).gpus_per_node
         step = node if gpus > node else 1
         fewer = range((gpus - 1) // step * step, 0, -step)
-        # More of them are powers of two, which are more often a divisor of the rows than multiples of these GPUs.
+        # For a larger number of GPUs, try powers of two: they divide the rows more often than multiples of this number.
         changes = other_rows + _other_gpus(fewer, run, gpu) or _other_gpus(doubled(1 << gpus.bit_length() - 1), run, gpu)
-        raise UserError(f"no layout of this run works on {gpus} GPUs: {rows}{_with(changes)}")
+        raise UserError(f"no layout of this run works on {gpus} GPUs: {rows}{_suggestion(changes)}")
     raise UserError(f"no layout of this run works on {gpus} GPUs; of the simplest: {refused[0][1]}")
 
 
-def _sorted_out(run: RunConfig, gpus: int, gpu: str) -> tuple[list[Plan], list[tuple[RunConfig, str]]]:
-    """Every layout that validation passes, and the others with its reason."""
+def _check_layouts(run: RunConfig, gpus: int, gpu: str) -> tuple[list[Plan], list[tuple[RunConfig, str]]]:
+    """Return plans of all valid layouts, and the refused layouts with the error of the validation."""
     valid, refused = [], []
     for each in layouts(run, gpus, find_gpu(gpu).gpus_per_node):
         try:
@@ -75,21 +75,22 @@ def _sorted_out(run: RunConfig, gpus: int, gpu: str) -> tuple[list[Plan], list[t
     return valid, refused
 
 
-def _with(changes: list[str]) -> str:
+def _suggestion(changes: list[str]) -> str:
     return f"; layouts fit with {', or '.join(changes)}" if changes else "; make the model smaller"
 
 
 def _other_rows(run: RunConfig, gpus: int, gpu: str) -> list[str]:
-    """The next multiple of the GPUs, which every data-parallel size divides."""
+    """Suggest the next multiple of the number of GPUs, which every data-parallel size divides, if a layout fits with it."""
     rows = -(-run.training.rows // gpus) * gpus
     return [f"--training.rows {rows}"] if search(with_training(run, rows=rows), gpus, gpu, count=1) else []
 
 
 def _other_gpus(numbers: Iterable[int], run: RunConfig, gpu: str) -> list[str]:
-    """The first of these numbers of GPUs that has a layout."""
+    """Suggest the first of these numbers of GPUs on which a layout fits."""
     return [f"--gpus {number}" for number in islice((each for each in numbers if search(run, each, gpu, count=1)), 1)]
 
 
 def _larger_gpus(run: RunConfig, gpus: int, gpu: str) -> list[str]:
+    """Suggest the smallest GPU type with more memory on which a layout fits."""
     larger = sorted((each for each in GPUS.values() if each.memory > find_gpu(gpu).memory), key=lambda each: each.memory)
     return [f"--gpu {each.name}" for each in larger if search(run, gpus, each.name, count=1)][:1]

@@ -1,4 +1,4 @@
-"""Other layouts of the same run: the best of those that fit, and the smallest change that makes a run fit."""
+"""Search over layouts of a run: the fastest layouts that fit, and changes that make a run fit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from infini_train.runtime.errors import UserError
 from infini_train.runtime.hardware import find_gpu
 
 MOST_GPUS = 8192
-"""More are not suggested."""
+"""Largest number of GPUs that is suggested."""
 LAYOUT_OPTIONS = {
     "layout": (
         "tensor_parallel_size",
@@ -25,19 +25,23 @@ LAYOUT_OPTIONS = {
     ),
     "training": ("recompute", "recompute_layers", "segments_per_micro_batch", "micro_batches_per_window"),
 }
-"""What `layouts` changes, by section of the configuration."""
+"""Keys that `layouts` changes, by section of the configuration."""
 SIMPLICITY = 0.01
-"""Layouts within this share of the best time are equals; the simpler one comes first."""
+"""Layouts whose step times differ by less than this fraction of the best time rank as equal. Then the simpler one is first."""
 
 
 def layouts(run: RunConfig, gpus: int, gpus_per_node: int) -> Iterator[RunConfig]:
-    """The same training spread in other ways: every layout with one, two or four virtual stages, every recomputation, and cuts
-    of a window into micro-batches of up to 16 segments or as many as the run has, as far as they fit the processes; and last
-    the run's own layout, where it is none of these. What a step computes is the same in all of them."""
+    """Yield runs that compute the same training step with other layouts.
+
+    The runs combine all tensor, context and pipeline sizes that divide the number of GPUs, 1, 2 or 4 virtual stages, all ZeRO
+    stages, and all values of `training.recompute`. A window is split into micro-batches of at most 16 segments, or of as
+    many segments as the run has. The last item is the run's own layout, if it is not among the others. Some of the yielded
+    runs may be invalid.
+    """
     own = with_training(run, recompute_layers=0)
     window = run.training.segments_per_micro_batch * run.training.micro_batches_per_window
     cuts = [run.training.segments_per_micro_batch]
-    if run.model.attention != "full":  # its context is the micro-batch
+    if run.model.attention != "full":  # with full attention, the context is the micro-batch, so its length must stay
         cuts = sorted({*cuts, *(segments for segments in _divisors(window) if segments <= 16)})
     own_is_new = True
     for tp, cp, pp in product(_divisors(gpus_per_node), _divisors(window), _divisors(run.model.num_layers)):
@@ -86,10 +90,16 @@ def _valid(runs: Iterable[RunConfig], gpus: int, gpu: str) -> Iterator[Plan]:
 
 
 def search(run: RunConfig, gpus: int, gpu: str, count: int = 10) -> list[Plan]:
-    """The fastest layouts that fit, best first; among equals, the one with fewer kinds of parallelism.
+    """Return the fastest layouts that fit, best first. Among equal layouts, those with fewer kinds of parallelism come first.
+
+    Args:
+        run: the run whose layout is changed.
+        gpus: number of GPUs; each has one process.
+        gpu: a key of `infini_train.runtime.hardware.GPUS`.
+        count: largest number of layouts to return.
 
     Raises:
-        UserError: the GPU is not known, or the run is wrong in every layout.
+        UserError: the GPU is not known, or the run is invalid in every layout.
     """
     validate_model(run)
     validate_data(run)
@@ -105,7 +115,7 @@ def search(run: RunConfig, gpus: int, gpu: str, count: int = 10) -> list[Plan]:
 
 
 def _with_fewest_recomputed(each: Plan) -> Plan:
-    """A plan that fits and whose layers are computed again: with as few of them as fit."""
+    """Return a plan that recomputes as few layers as fit into GPU memory. `each` must fit."""
     sizes = each.sizes
     if sizes.run.training.recompute != "layer":
         return each
@@ -124,9 +134,13 @@ def _complexity(each: Plan) -> int:
 
 
 def remedies(refused: Plan) -> list[str]:
-    """What makes a run fit that does not: single changes, or else another layout on as many GPUs; and more GPUs, or else more
-    GPUs in another layout. Empty if nothing up to MOST_GPUS does. Where only some layers are computed again, changes other than
-    of their number go with all of them."""
+    """Return command-line options that make a run fit, one string for each alternative.
+
+    The alternatives are single changes, or a different layout on the same GPUs if no single change helps. One more alternative
+    is a larger number of GPUs. If none of these helps, the result is a larger number of GPUs with a different layout. The list
+    is empty if nothing fits on up to MOST_GPUS GPUs. If the run recomputes only some layers, changes of other keys also set
+    `training.recompute_layers` to 0 (all layers).
+    """
     run, gpus, gpu = refused.sizes.run, refused.sizes.processes, refused.gpu.name
     layout, some, also = run.layout, "", ""
     found = []
@@ -164,7 +178,7 @@ def _fits(run: RunConfig, gpus: int, gpu: str) -> bool:
 
 
 def doubled(gpus: int) -> Iterator[int]:
-    """Numbers of GPUs to try where so many are too few."""
+    """Yield larger numbers of GPUs to try: `gpus` times 2, 4, 8 and so on, up to MOST_GPUS."""
     while (gpus := 2 * gpus) <= MOST_GPUS:
         yield gpus
 
@@ -181,12 +195,12 @@ def _layout_on_more(run: RunConfig, gpus: int, gpu: str) -> list[str]:
 
 
 def layout_options(each: Plan, run: RunConfig) -> list[str]:
-    """What to write on the command line of a run to get this layout."""
+    """Return the command-line options that change `run` to the layout of a plan."""
     found = []
     for section, keys in LAYOUT_OPTIONS.items():
         for key in keys:
             value, own = (getattr(getattr(of, section), key) for of in (each.sizes.run, run))
-            # Without recompute "layer" it does not matter how many layers that would take.
+            # `recompute_layers` has an effect only with recompute "layer".
             if value != own and (key != "recompute_layers" or each.sizes.run.training.recompute == "layer"):
                 found.append(f"--{section}.{key} {str(value).lower() if isinstance(value, bool) else value}")
     return found

@@ -1,4 +1,4 @@
-"""The shapes that one process of a run works with."""
+"""Tensor dimensions on one process of a run."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from infini_train.config import RunConfig
 from infini_train.parallel.schedule import segment_schedule
 
 FLOAT32 = 4
-"""Bytes of a number in memory, master weights, moments and gradient sums, whatever the precision."""
+"""Bytes of a float32 element. Memory states, master weights, moments and gradient sums are float32 in every precision."""
 
 
 @dataclass(frozen=True)
 class InFlight:
-    """The most that a stage keeps at one time during a step."""
+    """Largest numbers of objects that a stage keeps at the same time during a step."""
 
     micro_batches: tuple[int, ...]
-    """For each of its chunks, those between forward and backward, when they are most over all chunks."""
+    """Micro-batches between forward and backward for each chunk, at the time when their sum over the chunks is largest."""
     states: int
-    """Memories of one chunk's layers, with their gradients."""
+    """Memory states, each of all layers of one chunk, including their gradients."""
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of one process of a validated run on `processes` processes.
 
-    kernels: the memory is computed by the Triton kernels, as on GPUs; else in PyTorch, as on CPUs.
+    Attributes:
+        run: the validated run.
+        processes: number of processes in the job.
+        kernels: whether the Triton kernels compute the memory, as on GPUs, or PyTorch does, as on CPUs.
     """
 
     run: RunConfig
@@ -36,7 +39,7 @@ class Sizes:
 
     @property
     def element(self) -> int:
-        """Bytes of a weight or an activation."""
+        """Bytes of one element of a weight or an activation."""
         return 2 if self.run.training.precision == "bfloat16" else 4
 
     @property
@@ -57,17 +60,17 @@ class Sizes:
 
     @property
     def replicas(self) -> int:
-        """Processes that hold the same weights: DeepSpeed's data-parallel group."""
+        """Number of processes that hold the same weights; they form DeepSpeed's data-parallel group."""
         return self.dp * self.cp
 
     @property
     def rows(self) -> int:
-        """Rows of this process (B)."""
+        """Rows on this process (B)."""
         return self.run.training.rows // self.dp
 
     @property
     def segments(self) -> int:
-        """Segments of a row's micro-batch on this process (N)."""
+        """Segments per row of a micro-batch on this process (N)."""
         return self.run.training.segments_per_micro_batch // self.cp
 
     @property
@@ -77,7 +80,7 @@ class Sizes:
 
     @property
     def shard_tokens(self) -> int:
-        """The same between tensor-parallel layers, where sequence parallelism splits them."""
+        """Tokens of one micro-batch between tensor-parallel layers, where sequence parallelism shards them."""
         return self.tokens // self.tp if self.run.layout.sequence_parallel else self.tokens
 
     @property
@@ -100,12 +103,12 @@ class Sizes:
 
     @property
     def recomputed_chunk_layers(self) -> int:
-        """Layers of one chunk whose inside is computed again in the backward."""
+        """Layers of one chunk that are recomputed in the backward pass."""
         return self.chunk_layers if self.run.training.recompute == "stage" else self.run.recomputed_layers
 
     @property
     def recomputed_layers(self) -> int:
-        """The same of one stage, over its chunks."""
+        """Layers of one stage, over its chunks, that are recomputed in the backward pass."""
         return self.recomputed_chunk_layers * self.run.layout.virtual_stages
 
     @property
@@ -114,29 +117,29 @@ class Sizes:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of what one layer carries on this process: M [B, G, D, Dv], z [B, G, D] and the convolution's tail."""
+        """Bytes of one layer's memory state on this process: M [B, G, D, Dv], z [B, G, D] and the convolution tail."""
         width, values = self.run.model.head_dim, self.run.model.memory_value_width
         return self.rows * self.groups * width * (values + 1) * FLOAT32 + self.tail_bytes if self.has_memory else 0
 
     @property
     def tail_bytes(self) -> int:
-        """Bytes of the tokens that one layer's convolution carries across borders: [B, G, R + 1, W, D]."""
+        """Bytes of the tokens that one layer's convolution carries to the next micro-batch: [B, G, R + 1, W, D]."""
         model = self.run.model
         if model.short_convolution_reach == "segment":
             return 0
         return self.rows * (self.heads + self.groups) * model.short_convolution * model.head_dim * FLOAT32
 
     def is_first(self, stage: int, chunk: int = 0) -> bool:
-        """Whether the chunk embeds tokens."""
+        """Return whether the chunk has the embedding."""
         return stage == 0 and chunk == 0
 
     def is_last(self, stage: int, chunk: int | None = None) -> bool:
-        """Whether the chunk (the last one if None) has the output layer and the loss."""
+        """Return whether the chunk (the last one if None) has the output layer and the loss."""
         last = self.run.layout.virtual_stages - 1
         return stage == self.pp - 1 and (last if chunk is None else chunk) == last
 
     def in_flight(self, stage: int) -> InFlight:
-        """What a stage keeps, counted along the schedule itself."""
+        """Return the maxima of a stage over its pipeline schedule."""
         training = self.run.training
         return _in_flight(
             self.pp,
@@ -154,7 +157,7 @@ def _in_flight(num_stages: int, stage: int, num_micro_batches: int, window: int,
     most, most_states = list(live), 0
     for operation in segment_schedule(num_stages, stage, num_micro_batches, window, virtual_stages=chunks):
         index, chunk, gradients = operation.micro_batch, operation.chunk, 0
-        # What leaves one micro-batch enters the next.
+        # The state that leaves a micro-batch enters the next one.
         both = (chunk, index), (chunk, index + 1)
         if operation.kind == "forward":
             live[chunk] += 1
@@ -162,7 +165,7 @@ def _in_flight(num_stages: int, stage: int, num_micro_batches: int, window: int,
             if sum(live) > sum(most):
                 most = list(live)
         else:
-            # Of the memory that left this micro-batch, and of what entered it: a window's ends have none.
+            # Gradients of the leaving and the entering state. States at the start and the end of a window have none.
             gradients = (index % window != window - 1 and index != num_micro_batches - 1) + (index % window != 0)
         most_states = max(most_states, len(states) + gradients)
         if operation.kind == "backward":

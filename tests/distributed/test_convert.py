@@ -1,4 +1,4 @@
-"""`convert` against transformers' own Llama, and runs that start from weights, in every kind of layout."""
+"""`convert` compared with transformers' Llama, and runs that start from weights in every kind of layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.cli.configuration import read_config
 from infini_train.config import RunConfig, save_config
 from infini_train.config.validation import ATTENTION
-from infini_train.convert.llama import SCALED_LIKE_LLAMA_3
+from infini_train.convert.llama import LLAMA_3_ROPE_SCALING
 from infini_train.planning.parameter_counts import model_parameters
 from infini_train.tokenizers.tokenizer import tokenizer_file
 from infini_train.tokenizers.tokenizer_file import tokenizer_of
@@ -41,7 +41,7 @@ SIZES = {
 
 
 def pretrained(folder: Path, run: RunConfig, model_class: Any, config_class: Any, **options: Any) -> Any:
-    """A model of transformers with random weights in several files, and the tokenizer of the run's data."""
+    """Save a transformers model with random weights in several files, and the tokenizer of the run's data."""
     torch.manual_seed(0)
     model = model_class(config_class(**{**SIZES, "vocab_size": 512, **options})).eval()
     for parameter in model.parameters():
@@ -60,7 +60,7 @@ def started(run: RunConfig, folder: Path) -> RunConfig:
 
 @torch.no_grad()
 def by_segment(model: Any, tokens: Tensor, length: int) -> Tensor:
-    """Logits of transformers, each segment as a text of its own."""
+    """Return the logits of a transformers model that processes each segment as a separate text."""
     return torch.cat([model(segment).logits for segment in tokens.split(length, dim=1)], dim=1).float()
 
 
@@ -73,24 +73,24 @@ def by_segment(model: Any, tokens: Tensor, length: int) -> Tensor:
     ],
     ids=["llama", "tied, with spare rows", "mistral"],
 )
-def test_a_model_of_transformers_gives_the_same_logits_here(classes, options, pool, run_config, tmp_path):
+def test_a_converted_transformers_model_gives_the_same_logits(classes, options, pool, run_config, tmp_path):
     theirs = pretrained(tmp_path / "hf", run_config, *classes, **options)
     output = call("convert", "--source", str(tmp_path / "hf"), "--output", str(tmp_path / "ours"))
     assert ("the last 3 rows" in output) == (theirs.config.vocab_size == 515)
     run = read_config(tmp_path / "ours" / "config.yaml")
     assert (run.model.segment_length, run.model.first_segment, run.data.vocab_size) == (64, "local_only", 512)
     assert run.training.initial_weights == str(tmp_path / "ours" / "weights.safetensors")
-    # Of the same weights, what does not depend on a memory: local attention, and all of a document's first segment.
+    # Use local attention, so that the logits do not depend on a memory.
     local = replace(run, data=run_config.data, model=replace(run.model, attention="local"))
     tokens = torch.randint(3, 512, (2, 150), generator=torch.Generator().manual_seed(1))
     ours = pool(1).run(JOBS, "logits", local, run.training.initial_weights, tokens)[0]
     window = options.get("sliding_window", 64)
     expected = by_segment(theirs, tokens, 64)[..., :512]
-    within = torch.arange(150) % 64 < window  # a segment is longer than this Mistral's window
+    within = torch.arange(150) % 64 < window  # the segment is longer than the window of this Mistral
     assert expected[:, within].std() > 0.3
     torch.testing.assert_close(ours[:, within], expected[:, within], rtol=1e-4, atol=1e-4)
     if window < 64:
-        assert (ours - expected)[:, ~within].abs().max() > 1e-3, "beyond its window it must differ"
+        assert (ours - expected)[:, ~within].abs().max() > 1e-3, "beyond the window the logits must differ"
 
 
 @pytest.mark.parametrize("attention,first_segment", [("infini", "paper"), ("infini", "local_only"), ("full", "paper")])
@@ -112,14 +112,14 @@ def test_trained_weights_give_the_same_logits_in_transformers(attention, first_s
     torch.testing.assert_close(ours[:, :context], by_segment(theirs, tokens[:, :context], context), rtol=1e-4, atol=1e-5)
     if attention == "infini":
         beyond = by_segment(theirs, tokens[:, 16:32], 16)
-        assert (ours[:, 16:32] - beyond).abs().max() > 1e-3, "with a memory it must differ"
+        assert (ours[:, 16:32] - beyond).abs().max() > 1e-3, "with a memory the logits must differ"
 
     tokenizer, mine = AutoTokenizer.from_pretrained(tmp_path / "hf"), tokenizer_of(run.data.path)
     for text in ("two  words\n\n\tand a tab", " é ☃ 123"):
         assert tokenizer(text, add_special_tokens=False).input_ids == mine.encode(text)
     assert tokenizer("a").input_ids == [mine.bos_id, *mine.encode("a")]
 
-    # A file of consolidated weights holds the same.
+    # A consolidated weights file gives the same result.
     weights = tmp_path / "weights.safetensors"
     call("checkpoint", "consolidate", "--path", str(checkpoint), "--output", str(weights))
     call("convert", "--source", str(weights), "--output", str(tmp_path / "again"))
@@ -127,7 +127,7 @@ def test_trained_weights_give_the_same_logits_in_transformers(attention, first_s
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_there_and_back_changes_no_bit(pool, run_config, tmp_path):
+def test_round_trip_is_bitwise_equal(pool, run_config, tmp_path):
     theirs = pretrained(tmp_path / "hf", run_config, LlamaForCausalLM, LlamaConfig)
     call("convert", "--source", str(tmp_path / "hf"), "--output", str(tmp_path / "ours"))
     call("convert", "--source", str(tmp_path / "ours" / "weights.safetensors"), "--output", str(tmp_path / "back"))
@@ -136,10 +136,10 @@ def test_there_and_back_changes_no_bit(pool, run_config, tmp_path):
     assert all(torch.equal(back[name], before[name]) for name in before)
 
 
-def test_a_llama_of_the_third_kind_goes_there_and_trains_and_back(pool, run_config, tmp_path):
-    """Its rotary embedding is scaled, and its tokenizer a tokenizer.json."""
+def test_llama_3_1_converts_trains_and_converts_back(pool, run_config, tmp_path):
+    """Its rotary embedding is scaled, and its tokenizer is a tokenizer.json."""
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(run_config.data.source).glob("*.txt")))
-    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, **SCALED_LIKE_LLAMA_3}
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, **LLAMA_3_ROPE_SCALING}
     theirs = pretrained(tmp_path / "hf", run_config, LlamaForCausalLM, LlamaConfig, head_dim=16, rope_parameters=rope)
     (tmp_path / "hf" / "tokenizer.model").unlink()
     write_llama_3_tokenizer(tmp_path / "hf", [text], 512)
@@ -158,7 +158,7 @@ def test_a_llama_of_the_third_kind_goes_there_and_trains_and_back(pool, run_conf
     unscaled = replace(theirs.config, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     other = LlamaForCausalLM(unscaled).eval()
     other.load_state_dict(theirs.state_dict())
-    assert (by_segment(other, tokens, 64) - expected).abs().max() > 1e-3, "unscaled it must differ"
+    assert (by_segment(other, tokens, 64) - expected).abs().max() > 1e-3, "without scaling the logits must differ"
 
     sizes = ["--model.segment_length", "16", "--training.rows", "2", "--training.steps", "2"]
     sizes += ["--training.segments_per_micro_batch", "2", "--training.micro_batches_per_window", "2"]
@@ -186,7 +186,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def source(run_config: RunConfig, pool: Callable[[int], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint's folder and a file of the same weights, of a model with local attention."""
+    """Return a folder with a checkpoint and a weights file of the same model, which has local attention."""
     folder = tmp_path_factory.mktemp("source")
     model = replace(run_config.model, attention="local")
     run = replace(run_config, run_dir=str(folder / "run"), model=model, training=replace(run_config.training, steps=3))
@@ -224,8 +224,8 @@ def test_every_layout_starts_from_the_same_weights(case, kind, source, expected,
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_gates_of_another_attention_are_not_taken(pool, run_config, tmp_path):
-    """One layer of `memorizing` has a gate under the name of Infini-attention's."""
+def test_gates_of_another_attention_are_not_loaded(pool, run_config, tmp_path):
+    """One layer of `memorizing` has a gate with the same name as the gate of Infini-attention."""
     run = replace(run_config, run_dir=str(tmp_path / "run"), training=replace(run_config.training, steps=3))
     run.model = replace(run.model, attention="memorizing", initial_gate=1.5)
     save_config(run, tmp_path / "run.yaml")
@@ -235,7 +235,7 @@ def test_gates_of_another_attention_are_not_taken(pool, run_config, tmp_path):
     assert "as in a new model: gate (4)" in started[0]["said"]
     gates = [value for name, value in global_weights(started, "initial").items() if name.endswith("gate")]
     assert len(gates) == 4 and not any(value.any() for value in gates)
-    # And back: Infini-attention's gates are nothing to local attention.
+    # In the other direction, local attention ignores the gates of Infini-attention.
     run = replace(run_config, run_dir=str(tmp_path / "infini"), training=replace(run_config.training, steps=3))
     save_config(run, tmp_path / "infini.yaml")
     call("pretrain", "--config", str(tmp_path / "infini.yaml"))
@@ -245,7 +245,7 @@ def test_gates_of_another_attention_are_not_taken(pool, run_config, tmp_path):
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_master_weights_of_a_bfloat16_run_take_all_bits(zero, source, pool, run_config):
+def test_weights_load_into_float32_master_weights_without_rounding(zero, source, pool, run_config):
     path = source / "weights.safetensors"
     training = replace(run_config.training, initial_weights=str(path), precision="bfloat16")
     run = Case(zero=zero).apply(replace(run_config, training=training))
@@ -255,14 +255,14 @@ def test_master_weights_of_a_bfloat16_run_take_all_bits(zero, source, pool, run_
     assert kept == stored.keys()
 
 
-def test_a_run_that_was_started_from_weights_goes_on_without_them(source, run_config, tmp_path):
+def test_a_run_started_from_weights_resumes_without_the_weights_file(source, run_config, tmp_path):
     path = tmp_path / "weights.safetensors"
     shutil.copyfile(source / "weights.safetensors", path)
     run = replace(run_config, run_dir=str(tmp_path / "run"))
     run = replace(run, training=replace(run.training, initial_weights=str(path)))
     save_config(run, tmp_path / "run.yaml")
     config = ["--config", str(tmp_path / "run.yaml")]
-    # The same learning rates in both: the schedule ends at step 8.
+    # Both calls use the same learning rates: the schedule ends at step 8.
     assert "starting from" in call("pretrain", *config, "--checkpoint.every", "4", processes=2)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000008")
@@ -279,13 +279,13 @@ OPTIONS = {"infini": {"write_strength": "learned", "short_convolution": 3}, "loc
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_the_names_that_weights_are_held_against_are_those_of_the_model(attention, pool, run_config):
+def test_planned_parameters_are_those_of_the_model(attention, pool, run_config):
     model = replace(run_config.model, attention=attention, **OPTIONS.get(attention, {}))
     run = replace(run_config, model=model)
     assert pool(1).run(JOBS, "parameter_shapes", run)[0] == model_parameters(run)
 
 
-def test_weights_that_do_not_fit_are_refused_before_the_start(source, run_config, tmp_path):
+def test_incompatible_weights_are_refused_before_the_start(source, run_config, tmp_path):
     run = replace(run_config, run_dir=str(tmp_path / "run"))
     save_config(run, tmp_path / "run.yaml")
     weights = source / "weights.safetensors"

@@ -1,4 +1,4 @@
-"""One rank of a job of 64 GPUs in the real code: the same parameters, shapes, messages and memory as the plan says."""
+"""Dry run of one rank of a job with 64 GPUs: parameters, shapes, messages and memory agree with the plan."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHORT = "--training.micro_batches_per_window=2 --training.windows_per_step=2"
     ],
     ids=["8b", "some-layers", "tp2-cp2-pp4", "last-of-chunks", "no-recompute", "8b-1m"],
 )
-def test_dry_run_counts_what_the_plan_says(config, rank, options):
+def test_dry_run_agrees_with_the_plan(config, rank, options):
     job = ["plan", "--config", str(REPOSITORY / "configs" / f"{config}.yaml"), "--gpus", "64", "--gpu", "h100-80gb"]
     printed = call(*job, *options.split(), "--dry_run", "--rank", str(rank))
     assert f"dry run of rank {rank} of 64" in printed

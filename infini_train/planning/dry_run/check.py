@@ -1,4 +1,4 @@
-"""`infini-train plan --dry_run`: a rank's dry run beside the plan, line by line."""
+"""`infini-train plan --dry_run`: comparison of a dry run of one rank with the plan."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from infini_train.planning.layout_plan import Plan
 from infini_train.planning.parameter_counts import count, stage_parameters
 from infini_train.planning.plan_text import GB, layout_text
 
-WITHIN = {"activations": 0.02, "peak": 0.10}
-"""Largest difference of a part of the memory; 1% for those that are not named."""
-DIFFERS = 1
-"""Exit code of a dry run that differs from the plan."""
+TOLERANCES = {"activations": 0.02, "peak": 0.10}
+"""Largest relative difference by memory category; 1% for all others."""
+EXIT_DIFFERS = 1
+"""Exit code if the dry run differs from the plan."""
 
 
-def rehearse(plan: Plan, rank: int) -> int:
-    """Run one rank dry and print the comparison; returns 0, or DIFFERS."""
-    # There are no kernels here. In PyTorch the memory keeps more for the backward.
+def compare_dry_run(plan: Plan, rank: int) -> int:
+    """Do a dry run of one rank and print the comparison with the plan.
+
+    Returns:
+        The exit code: 0 or EXIT_DIFFERS.
+    """
+    # The dry run has no Triton kernels. The PyTorch implementation of the memory saves more for the backward pass.
     plan = replace(plan, sizes=replace(plan.sizes, kernels=False))
     sizes = plan.sizes
     seen = dry_run(sizes.run, sizes.processes, rank)
@@ -32,11 +36,11 @@ def rehearse(plan: Plan, rank: int) -> int:
     ]
     differences += message_differences(sizes, seen.stage, seen.messages)
     print(f"dry run of rank {rank} of {sizes.processes} (stage {seen.stage}): {layout_text(plan)}")
-    print("the memory is computed in PyTorch; kernels on a GPU keep less of it, as a plan without --dry_run says")
+    print("the compressive memory is computed in PyTorch here; the GPU kernels need less, see the plan without --dry_run")
     print(f"parameters      {len(seen.parameters)} tensors, {count(seen.parameters):,} numbers; planned {count(planned):,}")
     for name, (expected, found) in _memory(plan, seen).items():
         print(f"{name:<16}{found / GB:.3f} GB; planned {expected / GB:.3f} GB")
-        if abs(expected - found) > WITHIN.get(name, 0.01) * found:
+        if abs(expected - found) > TOLERANCES.get(name, 0.01) * found:
             differences.append(f"{name}: planned {expected:,} bytes, seen {found:,}")
     memory = stage_memory(sizes, seen.stage)
     print(f"in flight       {seen.in_flight} micro-batches; planned {memory.in_flight}")
@@ -46,12 +50,12 @@ def rehearse(plan: Plan, rank: int) -> int:
         differences.append(f"micro-batches in flight: planned {memory.in_flight}, seen {seen.in_flight}")
     print(*(f"differs: {line}" for line in differences), sep="\n", end="\n" if differences else "")
     if not differences:
-        print("the real code does what the plan says: shapes and messages are equal, memory parts within 2%, peak within 10%")
-    return DIFFERS if differences else 0
+        print("the real code agrees with the plan: shapes and messages are equal, memory parts within 2%, peak within 10%")
+    return EXIT_DIFFERS if differences else 0
 
 
 def _memory(plan: Plan, seen: DryRun) -> dict[str, tuple[int, int]]:
-    """Planned and seen bytes by part."""
+    """Return planned and observed bytes by category."""
     memory = stage_memory(plan.sizes, seen.stage)
     peak = memory.weights + memory.gradients + memory.optimizer + memory.constant_buffers
     peak += memory.memory_states + memory.activations + memory.backward_buffers

@@ -1,4 +1,4 @@
-"""Holds observed messages against the plan's."""
+"""Comparison of observed messages with planned messages."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from infini_train.planning.dry_run.recorded_operations import Message
 from infini_train.planning.sizes import Sizes
 
 SMALL = 4096
-"""Bytes up to which a message is a norm, a flag or a count: not planned, and too small to matter."""
+"""Largest message in bytes that is ignored. Messages of this size are norms, flags or counts, which the plan leaves out."""
 
 _Key = tuple[str, int, int]
-"""Operation, processes of the group, distance of their ranks."""
+"""Operation, number of processes in the group, and distance between their ranks."""
 
 
 def message_differences(sizes: Sizes, stage: int, messages: Iterable[Message]) -> list[str]:
-    """What one step's messages have that the plan has not, or the other way round; empty if they agree.
+    """Return the differences between the messages of one step and the plan, one line each; empty if they agree.
 
-    Over tensor, context and pipeline groups each size must occur exactly as often as planned. What DeepSpeed reduces and
-    gathers is cut into parameter groups and filled up to equal shares: there the sum of bytes must agree within 1%.
+    In tensor, context and pipeline groups, each message size must occur exactly as often as planned. DeepSpeed splits its
+    messages by parameter group and pads them to equal sizes. So for data-parallel groups the sum of bytes must agree within 1%.
     """
     found: dict[_Key, Counter[int]] = {}
     for message in messages:
@@ -41,13 +41,13 @@ def message_differences(sizes: Sizes, stage: int, messages: Iterable[Message]) -
     for item in data:
         seen = sum(size * number for size, number in found.pop(_traffic_key(item), Counter()).items())
         share = seen / (item.messages * item.bytes)
-        # DeepSpeed keeps some of ZeRO-3's weights between uses, so that they are gathered less often.
+        # With ZeRO-3, DeepSpeed keeps some gathered weights between uses, so it gathers less often than planned.
         lowest = 0.5 if sizes.run.layout.zero_stage == 3 and item.operation == "all_gather" else 0.99
         if not lowest <= share <= 1.01:
             differences.append(f"{_name(item)}: planned {item.messages * item.bytes:,} bytes, seen {seen:,}")
     for key, counts in found.items():
         for size, number in counts.items():
-            # A group of one sends nothing; what was sent by others is theirs.
+            # A group of one process sends nothing. Received messages are counted on the sender.
             if size > SMALL and key[1] != 1 and key[0] not in ("receive", "broadcast"):
                 differences.append(f"{key[0]} over {key[1]} ranks of {size:,} bytes: not planned, seen {number}")
     return differences
@@ -58,7 +58,7 @@ def _name(item: Traffic) -> str:
 
 
 def _message_key(message: Message) -> _Key:
-    if message.operation == "send":  # the group is a whole pipeline, or its two ends
+    if message.operation == "send":  # the group is the whole pipeline or its two end stages
         return ("send", 0, 0)
     stride = message.ranks[1] - message.ranks[0] if len(message.ranks) > 1 else 0
     return (message.operation, len(message.ranks), stride)

@@ -1,4 +1,4 @@
-"""The tensors of a running engine by kind, found where DeepSpeed keeps them."""
+"""Weights, gradients and optimizer tensors of an initialized engine, read from DeepSpeed's internal attributes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from infini_train.parallel.deepspeed.optimizer_state import stepped_tensors
 
 
 def weight_tensors(engine: Engine) -> Iterator[Tensor]:
-    """Weights that the layers compute with, and ZeRO-3's slices of them."""
+    """Yield the weights that the layers compute with, and ZeRO-3's slices of them."""
     for parameter in engine.module.parameters():
         yield parameter
         if hasattr(parameter, "ds_tensor"):
@@ -19,7 +19,7 @@ def weight_tensors(engine: Engine) -> Iterator[Tensor]:
 
 
 def optimizer_tensors(engine: Engine) -> Iterator[Tensor]:
-    """Master weights, where ZeRO keeps them apart from the weights, and moments."""
+    """Yield the moments, and the master weights if ZeRO stores them separately from the weights."""
     masters = stepped_tensors(engine)
     if engine.run.layout.zero_stage:
         yield from masters
@@ -28,7 +28,7 @@ def optimizer_tensors(engine: Engine) -> Iterator[Tensor]:
 
 
 def gradient_tensors(engine: Engine) -> Iterator[Tensor]:
-    """Gradients of the step so far."""
+    """Yield the gradients that the current step has accumulated so far."""
     yield from (parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None)
     zero = engine.deepspeed.optimizer
     yield from getattr(zero, "fp32_groups_gradients_flat", [])  # bfloat16

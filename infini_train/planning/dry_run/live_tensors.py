@@ -1,4 +1,4 @@
-"""Watches what micro-batches keep between their forward and their backward."""
+"""Measurement of the tensors that micro-batches keep between forward and backward."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from infini_train.planning.dry_run.recorded_operations import tensor_bytes
 
 
 class KeptTensors:
-    """What live micro-batches keep: storages that autograd saves, and memory states apart from them.
+    """Tensors that the micro-batches in flight keep: storages saved by autograd, and memory states counted separately.
 
     Args:
-        pipeline: watched from now on.
+        pipeline: pipeline to observe. Its forward and backward functions are wrapped.
 
     Attributes:
-        most_activations: the most bytes that were kept at one time.
-        most_states: the most bytes of memory states, with their gradients.
-        most_live: the most micro-batches (and chunks) between forward and backward.
+        max_activation_bytes: the largest number of activation bytes kept at the same time.
+        max_state_bytes: the largest number of bytes of memory states and their gradients.
+        max_in_flight: the largest number of micro-batches between forward and backward, counted once per chunk.
     """
 
     def __init__(self, pipeline: SegmentPipeline) -> None:
         self.module = pipeline.engine.module
-        # By the identity of the memory that enters, which the pipeline keeps as long as the micro-batch.
+        # Keyed by the id of the entering memory, which the pipeline keeps alive as long as the micro-batch.
         self.activations: dict[int, dict[int, int]] = {}
         self.states: dict[int, list[Tensor]] = {}
-        self.most_activations = self.most_states = self.most_live = 0
+        self.max_activation_bytes = self.max_state_bytes = self.max_in_flight = 0
         forward, backward = pipeline._forward, pipeline._backward
         recompute = pipeline.run.training.recompute == "stage"
 
-        def counted_forward(batch: Any, chunk: int, hidden: Tensor | None, memory: Any, **kwargs: Any) -> Any:
-            if recompute and torch.is_grad_enabled():  # inside a backward, which lets go of it again
+        def observed_forward(batch: Any, chunk: int, hidden: Tensor | None, memory: Any, **kwargs: Any) -> Any:
+            if recompute and torch.is_grad_enabled():  # recomputation inside a backward pass, which frees its tensors again
                 return forward(batch, chunk, hidden, memory, **kwargs)
             saved: dict[int, int] = {}
 
@@ -48,33 +48,33 @@ class KeptTensors:
                 output, leaving, loss = forward(batch, chunk, hidden, memory, **kwargs)
             if not recompute and chunk != pipeline.last_chunk:
                 keep(output)
-            states = [part for state in (*memory.values(), *leaving.values()) for part in state]
-            for storage in self._not_activations(states):
+            states = [tensor for state in (*memory.values(), *leaving.values()) for tensor in state]
+            for storage in self._non_activation_storages(states):
                 saved.pop(storage, None)
             self.activations[id(memory)], self.states[id(memory)] = saved, states
-            self._note()
+            self._update_maxima()
             return output, leaving, loss
 
-        def counted_backward(live: Any, *arguments: Any) -> Any:
+        def observed_backward(live: Any, *arguments: Any) -> Any:
             entered = backward(live, *arguments)
-            gradients = [part for states in (arguments[-1], entered) for state in states.values() for part in state]
-            self._note(gradients)
+            gradients = [tensor for states in (arguments[-1], entered) for state in states.values() for tensor in state]
+            self._update_maxima(gradients)
             del self.activations[id(live.memory_in)], self.states[id(live.memory_in)]
             return entered
 
-        pipeline._forward, pipeline._backward = counted_forward, counted_backward  # type: ignore[assignment,method-assign]
+        pipeline._forward, pipeline._backward = observed_forward, observed_backward  # type: ignore[assignment,method-assign]
 
-    def _not_activations(self, states: list[Tensor]) -> set[int]:
+    def _non_activation_storages(self, states: list[Tensor]) -> set[int]:
         tensors = [*states, *self.module.parameters()]
         for layer in self.module.layers():
             tensors += [table for pair in layer.self_attention.core_attention.attention._rotary.values() for table in pair]
         return {tensor.untyped_storage()._cdata for tensor in tensors}
 
-    def _note(self, gradients: Sequence[Tensor] = ()) -> None:
+    def _update_maxima(self, gradients: Sequence[Tensor] = ()) -> None:
         union: dict[int, int] = {}
         for saved in self.activations.values():
             union |= saved
-        self.most_activations = max(self.most_activations, sum(union.values()))
-        self.most_live = max(self.most_live, len(self.activations))
-        states = [part for states in self.states.values() for part in states]
-        self.most_states = max(self.most_states, tensor_bytes([*states, *gradients]))
+        self.max_activation_bytes = max(self.max_activation_bytes, sum(union.values()))
+        self.max_in_flight = max(self.max_in_flight, len(self.activations))
+        states = [tensor for states in self.states.values() for tensor in states]
+        self.max_state_bytes = max(self.max_state_bytes, tensor_bytes([*states, *gradients]))

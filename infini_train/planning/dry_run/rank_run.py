@@ -1,9 +1,10 @@
-"""One rank of a large job, rehearsed in this process: the real code on meta tensors and torch's fake process group.
+"""Dry run of one rank of a large job in this process, with meta tensors and torch's fake process group.
 
-Real are the process groups' ranks, the model, DeepSpeed's engine and its optimizer, the pipeline with its schedule and
-transport, every micro-batch's forward and backward, and the optimizer step. Tensors have shapes and no values, messages have
-sizes and no other side. Softmax attention is the flash attention that torch runs on a GPU; norms run as on a CPU. Not covered:
-reading data, initial values, evaluation, checkpoints, what fused kernels of a GPU set aside, and how long anything takes.
+The dry run executes the real code: process groups, model, DeepSpeed engine and optimizer, pipeline schedule and transport,
+the forward and backward pass of every micro-batch, and the optimizer step. Tensors have shapes but no values. Messages have
+sizes but no receiver. Softmax attention uses the flash attention that torch runs on a GPU; norms run as on a CPU.
+
+The dry run does not cover data loading, initialization, evaluation, checkpoints, workspaces of fused GPU kernels, or timing.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ META = torch.device("meta")
 
 
 class MetaObserver(Observer):
-    """Reads the value 0 where the code asks a meta tensor for its value (a loss, a norm)."""
+    """Observer that returns 0 when the code reads the value of a meta tensor, such as a loss or a norm."""
 
     def compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -39,7 +40,7 @@ class MetaObserver(Observer):
 
 
 class FlashAttention:
-    """Stands in for the module `flash_attn`: torch would take a meta tensor for one without a fused kernel."""
+    """Replacement for the module `flash_attn`. Without it, torch would not select a fused kernel for meta tensors."""
 
     @staticmethod
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, deterministic: bool) -> Tensor:
@@ -51,32 +52,41 @@ class FlashAttention:
 
 @dataclass
 class DryRun:
-    """What one rank did in one step."""
+    """Observations of one rank in one step."""
 
     stage: int
     parameters: dict[str, tuple[int, ...]]
-    """Shape on this rank by global name."""
+    """Global parameter name -> shape on this rank."""
     weights: int
+    """Bytes."""
     gradients: int
+    """Bytes."""
     optimizer: int
     """Bytes."""
     in_flight: int
-    """Micro-batches (and chunks) between forward and backward when most were."""
+    """Largest number of micro-batches between forward and backward, counted once per chunk."""
     activations: int
+    """Bytes of activations of the micro-batches in flight, at the maximum."""
     memory_states: int
-    """Bytes that they kept."""
+    """Bytes of memory states of the micro-batches in flight, at the maximum."""
     peak: int
-    """Bytes that were alive at most before the optimizer step."""
+    """Largest number of live bytes before the optimizer step."""
     messages: list[Message] = field(default_factory=list)
-    """Of the step; what starting DeepSpeed sends is left out."""
+    """Messages of the step, without those of DeepSpeed's initialization."""
 
 
 @contextmanager
 def meta_process(rank: int, processes: int) -> Iterator[None]:
-    """Makes this process rank so-and-so of a job whose device is `meta`. It is good for nothing else afterwards.
+    """Make this process one rank of a job on the device `meta`.
+
+    This replaces functions of torch, DeepSpeed and this package, so the process cannot be used for anything else afterwards.
+
+    Args:
+        rank: rank of this process.
+        processes: number of processes in the job.
 
     Raises:
-        UserError: this process belongs to a job already.
+        UserError: this process already belongs to a job.
     """
     if dist.is_initialized():
         raise UserError("--dry_run needs a process of its own; call `infini-train plan` without a launcher")
@@ -87,16 +97,16 @@ def meta_process(rank: int, processes: int) -> Iterator[None]:
     from deepspeed.accelerator import get_accelerator
 
     accelerator, autocast = get_accelerator(), torch.is_autocast_enabled
-    # Megatron-core makes its weights and buffers on "the current device", and this project on `platform.device`.
+    # Megatron-core allocates weights and buffers on the current CUDA device; this package allocates on `platform.device`.
     torch.cuda.current_device = lambda: META  # type: ignore[assignment, return-value]
     platform.device = lambda: META
-    # DeepSpeed asks its accelerator for the device of its buffers, and refuses parameters that are elsewhere.
+    # DeepSpeed allocates buffers on the device of its accelerator and rejects parameters on other devices.
     accelerator.device_name = lambda *_: "meta"
     accelerator.current_device_name = lambda: "meta"
     accelerator.on_accelerator = lambda tensor: tensor.is_meta
-    # Torch knows no autocast for meta tensors and raises when it is asked, as checkpointing and the kernels do.
+    # Activation checkpointing and the kernels query autocast, and torch raises for the device type "meta".
     torch.is_autocast_enabled = lambda kind="cuda": False if kind == "meta" else autocast(kind)
-    # On a GPU flash-attn keeps no matrix of scores; neither may what is counted here.
+    # On a GPU, flash attention does not store the score matrix, so the dry run must not count one.
     softmax_attention.flash_attention_for = lambda *_: FlashAttention  # type: ignore[assignment]
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(processes))
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
@@ -107,13 +117,15 @@ def meta_process(rank: int, processes: int) -> Iterator[None]:
 
 
 def dry_run(run: RunConfig, processes: int, rank: int) -> DryRun:
-    """One training step of one rank; call it once in the life of a process.
+    """Run one training step of one rank. A process can call this once.
 
     Args:
-        rank: below processes.
+        run: a valid run.
+        processes: number of processes in the job.
+        rank: rank to run, less than `processes`.
 
     Raises:
-        UserError: this process belongs to a job already.
+        UserError: this process already belongs to a job.
     """
     with meta_process(rank, processes):
         return _step(run)
@@ -152,16 +164,16 @@ def _step(run: RunConfig) -> DryRun:
         weights=tensor_bytes(weights),
         gradients=gradients,
         optimizer=tensor_bytes(optimizer),
-        in_flight=kept.most_live,
-        activations=kept.most_activations,
-        memory_states=kept.most_states,
+        in_flight=kept.max_in_flight,
+        activations=kept.max_activation_bytes,
+        memory_states=kept.max_state_bytes,
         peak=peak,
         messages=observer.messages,
     )
 
 
 def _memory(run: RunConfig, pipeline: Any, rows: int, tensor_processes: int) -> Any:
-    """What a step before this one left."""
+    """Return memory states as a previous step would leave them."""
     if run.model.attention != "infini":
         return {}
     from infini_train.model.layer_context import empty_memory
@@ -170,7 +182,7 @@ def _memory(run: RunConfig, pipeline: Any, rows: int, tensor_processes: int) -> 
 
 
 def _batch(run: RunConfig, rows: int, context_processes: int) -> Any:
-    """A micro-batch without padding in the middle of a document; what it holds decides nothing."""
+    """Return a micro-batch without padding from the middle of a document. Its token values have no effect."""
     from infini_train.data.streams import Batch
 
     segments = run.training.segments_per_micro_batch // context_processes

@@ -1,4 +1,4 @@
-"""Watches real tensors and real messages while the training code runs: what the plan's formulas are held against."""
+"""Recording of tensors and messages while the training code runs. Tests and dry runs compare the records with the plan."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Message:
     operation: str
     """all_reduce, all_gather, reduce_scatter, reduce, broadcast, send or receive."""
     ranks: tuple[int, ...]
-    """The group's processes."""
+    """Global ranks of the process group."""
     bytes: int
-    """Of the largest tensor that takes part: all of it for reductions, the gathered one for a gather."""
+    """Bytes of the largest tensor of the call: the full tensor for reductions, the output for a gather."""
 
 
 _OPERATIONS = {
@@ -44,15 +44,15 @@ _OPERATIONS = {
 
 
 class Observer(TorchDispatchMode):
-    """Counts bytes of tensors while it is active, and messages.
+    """Dispatch mode that records messages and counts the bytes of live tensors while it is active.
 
     Args:
-        existing: tensors that are there from the start and count as well.
+        existing: tensors that exist before the mode is entered and are counted too.
 
     Attributes:
         messages: every message, in order.
         live: bytes of storages that are not freed.
-        peak: the most that `live` has been.
+        peak: maximum of `live` so far.
     """
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
@@ -75,7 +75,7 @@ class Observer(TorchDispatchMode):
         return result
 
     def compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run an operation."""
+        """Run an operation. Subclasses override this to replace results."""
         return func(*args, **kwargs)
 
     def _record(self, func: Any, args: Any) -> None:
@@ -83,7 +83,7 @@ class Observer(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg))
         size = max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
-        if name == "allgather_":  # a list of one tensor for each process
+        if name == "allgather_":  # a list with one tensor per process
             size = sum(tensor.numel() * tensor.element_size() for tensor in tree_leaves(args[0]))
         operation = _OPERATIONS.get(name, name)
         self.messages.append(Message(operation, tuple(dist.get_process_group_ranks(group)), size))
@@ -109,7 +109,7 @@ def _is_group(argument: Any) -> bool:
 
 
 def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Bytes of the storages behind tensors, each counted once."""
+    """Return the bytes of the tensors' storages. A storage that several tensors share counts once."""
     storages = {}
     for tensor in tensors:
         if tensor is not None:

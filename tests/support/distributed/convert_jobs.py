@@ -1,4 +1,4 @@
-"""What the ranks of the conversion's tests run."""
+"""Functions that the ranks run in the tests of `convert`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ from tests.support.distributed import jobs
 
 
 def logits(run: RunConfig, checkpoint: str, tokens: Tensor) -> Tensor:
-    """[B, T, V] of a model that is read from a checkpoint's folder or a weights file."""
+    """Return the logits [B, T, V] of a model loaded from a checkpoint folder or a weights file."""
     module = load_model(run, Path(checkpoint)).engine.module
     return torch.cat(list(StreamingModel(module, run, batch_size=len(tokens)).feed(tokens)), dim=1)
 
 
 def start(run: RunConfig, steps: int) -> dict[str, Any]:
-    """Start from `training.initial_weights` and train; what was said, the weights at the start, the losses."""
+    """Start from `training.initial_weights` and train.
+
+    Returns:
+        The printed line ("said"), the initial weights, and losses, gradient norms and weights after training.
+    """
     training = build_training_run(run)
     said = load_initial_weights(run, training.engine, training.checkpointer.placements)
     initial = jobs.weights(training)
@@ -41,12 +45,12 @@ def start(run: RunConfig, steps: int) -> dict[str, Any]:
 
 
 def parameter_shapes(run: RunConfig) -> dict[str, tuple[int, ...]]:
-    """Global name -> shape of every parameter of a model in one process."""
+    """Return global name -> shape of every parameter of a model in one process."""
     return {each.name: each.global_shape for each in build_training_run(run).checkpointer.placements.values()}
 
 
 def master_weights(run: RunConfig) -> dict[str, Tensor]:
-    """Global name -> float32 master weight right after the start, in one process."""
+    """Return global name -> initial float32 master weight, in one process."""
     training = build_training_run(run)
     load_initial_weights(run, training.engine, training.checkpointer.placements)
     placements = training.checkpointer.placements

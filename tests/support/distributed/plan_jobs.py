@@ -1,4 +1,4 @@
-"""What the ranks of the planning tests run: the real engine and pipeline, with their tensors counted."""
+"""Functions that the ranks run in the planning tests: the real engine and pipeline, with observed tensors."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from infini_train.training.training_run import TrainingRun, build_training_run
 
 
 def measured_step(run: RunConfig) -> dict[str, Any]:
-    """Bytes of each part of the memory in the second training step, and the messages of this rank."""
+    """Return the bytes of each memory category in the second training step, and the messages of this rank."""
     training = build_training_run(run)
     train_step(training, StopRequest())
     _without_padding(training)
     kept = KeptTensors(training.pipeline)
     weights, optimizer = [*weight_tensors(training.engine)], [*optimizer_tensors(training.engine)]
-    states = [part for state in training.state.memory.values() for part in state]
+    states = [tensor for state in training.state.memory.values() for tensor in state]
     observer = Observer([*weights, *optimizer, *gradient_tensors(training.engine), *states])
     at_step: dict[str, int] = {}
     step = training.engine.step
 
-    def counted_step(number: int) -> float:
-        # Up to here, because AdamW on a CPU has temporaries of its own that the fused one on a GPU has not.
+    def observed_step(number: int) -> float:
+        # Measure before the step, because AdamW on a CPU has temporary tensors that fused AdamW on a GPU does not have.
         at_step.update(gradients=tensor_bytes(gradient_tensors(training.engine)), peak=observer.peak)
         return step(number)
 
-    training.engine.step = counted_step  # type: ignore[method-assign]
+    training.engine.step = observed_step  # type: ignore[method-assign]
     with observer:
         train_step(training, StopRequest())
     messages: list[Message] = observer.messages
@@ -43,16 +43,16 @@ def measured_step(run: RunConfig) -> dict[str, Any]:
         },
         "weights": tensor_bytes(weights),
         "optimizer": tensor_bytes(optimizer),
-        "activations": kept.most_activations,
-        "in_flight": kept.most_live,
-        "memory_states": kept.most_states,
+        "activations": kept.max_activation_bytes,
+        "in_flight": kept.max_in_flight,
+        "memory_states": kept.max_state_bytes,
         **at_step,
         "messages": messages,
     }
 
 
 def _without_padding(training: TrainingRun) -> None:
-    """Take what fills up a document's last segment for tokens: most of a long document's segments have none."""
+    """Treat padding in the last segment of a document as tokens, because most segments of a long document have no padding."""
     read = training.state.reader.next
 
     def full(num_segments: int) -> Batch | None:

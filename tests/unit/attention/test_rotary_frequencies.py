@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from infini_train.attention import build_attention
 from infini_train.attention.rotary_frequencies import rotary_frequencies
 from infini_train.config import ModelConfig, RunConfig
-from infini_train.convert.llama import SCALED_LIKE_LLAMA_3
+from infini_train.convert.llama import LLAMA_3_ROPE_SCALING
 from infini_train.reference.plain_model import _rotary
 
 WAYS = [(1.0, 1e4, 64), (8.0, 5e5, 128), (32.0, 5e5, 64), (4.0, 1e4, 20)]
@@ -19,7 +19,7 @@ WAYS = [(1.0, 1e4, 64), (8.0, 5e5, 128), (32.0, 5e5, 64), (4.0, 1e4, 20)]
 @pytest.mark.parametrize("factor,base,width", WAYS)
 def test_frequencies_are_those_of_transformers(factor, base, width):
     ours = rotary_frequencies(ModelConfig(head_dim=width, rotary_base=base, rotary_scaling=factor))
-    scaling = {"rope_type": "llama3", "rope_theta": base, "factor": factor, **SCALED_LIKE_LLAMA_3}
+    scaling = {"rope_type": "llama3", "rope_theta": base, "factor": factor, **LLAMA_3_ROPE_SCALING}
     theirs, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](
         LlamaConfig(num_attention_heads=1, hidden_size=width, max_position_embeddings=131072, rope_parameters=scaling), "cpu"
     )

@@ -32,7 +32,7 @@ def test_benchmarks_report_a_missing_cuda_device(capsys: pytest.CaptureFixture[s
     assert set(gpu.MEASURED) <= set(NAMES)
     for name in run.ON_CUDA:
         assert run.main([name]) == 2
-        assert capsys.readouterr().err == f"python -m benchmarks.run {name} needs a CUDA device, and torch sees none here\n"
+        assert capsys.readouterr().err == f"python -m benchmarks.run {name} needs a CUDA device, but torch finds none\n"
 
 
 def test_table_columns_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:

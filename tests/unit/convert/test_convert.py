@@ -1,4 +1,4 @@
-"""What `convert` refuses, in one line each, and its arrangement of matrices."""
+"""One-line errors of `convert`, and its mapping of matrices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from infini_train.checkpoint.weights_file import write_weights_file
 from infini_train.cli.main import main
 from infini_train.config import ModelConfig
-from infini_train.convert.llama import IN_A_LAYER, QKV, join, model_config, split, their_shapes
+from infini_train.convert.llama import LAYER_NAMES, QKV, llama_shapes, merge_weights, model_config, split_weight
 from infini_train.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 
 CONFIG: dict[str, Any] = {
@@ -53,12 +53,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path, tokenizer: Path) -> Path:
-    """A folder as transformers writes it."""
+    """Write a folder as transformers does and return its path."""
     folder = tmp_path / "hf"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     shutil.copyfile(tokenizer, folder / "tokenizer.model")
-    shapes = their_shapes(model_config(CONFIG, ""), CONFIG["vocab_size"])
+    shapes = llama_shapes(model_config(CONFIG, ""), CONFIG["vocab_size"])
     save_file({name: torch.randn(shape) for name, shape in shapes.items()}, folder / "model.safetensors")
     return folder
 
@@ -80,7 +80,7 @@ NORM = "model.layers.0.input_layernorm.weight"
 
 
 @pytest.mark.parametrize(
-    "spoil,words",
+    "change,words",
     [
         (configured(model_type="qwen2"), "model_type is qwen2; only llama and mistral"),
         (configured(attention_bias=True), "attention_bias is True"),
@@ -121,16 +121,16 @@ NORM = "model.layers.0.input_layernorm.weight"
         (stored(lambda tensors: tensors.update({"model.layers.0.bias": torch.ones(5)})), "which a Llama does not have"),
     ],
 )
-def test_what_is_no_llama_is_refused_and_leaves_nothing(spoil, words, source, capsys):
-    spoil(source)
+def test_unsupported_models_are_refused_and_write_nothing(change, words, source, capsys):
+    change(source)
     output = source.parent / "out"
     assert main(["convert", "--source", str(source), "--output", str(output)]) == 2
-    said = capsys.readouterr().err
-    assert words in said and len(said.splitlines()) == 1, said
+    error = capsys.readouterr().err
+    assert words in error and len(error.splitlines()) == 1, error
     assert sorted(path.name for path in source.parent.iterdir()) == ["hf"]
 
 
-def test_an_output_that_exists_is_left_alone(source, capsys):
+def test_an_existing_output_is_refused_and_unchanged(source, capsys):
     output = source.parent / "out"
     output.mkdir()
     assert main(["convert", "--source", str(source), "--output", str(output)]) == 2
@@ -138,11 +138,11 @@ def test_an_output_that_exists_is_left_alone(source, capsys):
     assert not list(output.iterdir())
 
 
-def test_what_a_killed_program_left_is_in_nobodys_way(source, capsys):
+def test_a_partial_folder_of_a_killed_process_is_replaced(source, capsys):
     partial = source.parent / "out.partial"
     partial.mkdir()
     (partial / "old").write_text("")
-    # Buffers of old versions are no weights.
+    # Buffers that old versions of transformers saved are ignored.
     stored(lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}))(source)
     assert main(["convert", "--source", str(source), "--output", str(source.parent / "out")]) == 0
     written = source.parent / "out"
@@ -153,21 +153,21 @@ def test_what_a_killed_program_left_is_in_nobodys_way(source, capsys):
 
 
 @pytest.mark.parametrize("heads,groups,width", [(4, 2, 6), (3, 3, 2), (5, 1, 4)])
-def test_split_undoes_join_and_each_head_keeps_its_group(heads, groups, width):
+def test_split_inverts_merge_and_each_head_keeps_its_group(heads, groups, width):
     model = replace(model_config(CONFIG, ""), num_attention_heads=heads, num_query_groups=groups, head_dim=width)
-    shapes = their_shapes(model, 300)
-    for ours, theirs in IN_A_LAYER.items():
-        parts = [torch.randn(shapes[f"model.layers.0.{name}"]) for name in theirs]
-        whole = join(ours, parts, groups)
-        assert all(torch.equal(*pair) for pair in zip(split(ours, whole, model), parts, strict=True))
-    # Megatron-core's order: for each group its queries, then its key, then its value.
+    shapes = llama_shapes(model, 300)
+    for ours, theirs in LAYER_NAMES.items():
+        tensors = [torch.randn(shapes[f"model.layers.0.{name}"]) for name in theirs]
+        whole = merge_weights(ours, tensors, groups)
+        assert all(torch.equal(*pair) for pair in zip(split_weight(ours, whole, model), tensors, strict=True))
+    # Megatron-core's order: queries, key and value of each group.
     q, k, v = (torch.arange(count * width)[:, None] + start for count, start in ((heads, 0), (groups, 1000), (groups, 2000)))
-    rows = join(QKV, [q, k, v], groups).flatten().unflatten(0, (groups, heads // groups + 2, width))
+    rows = merge_weights(QKV, [q, k, v], groups).flatten().unflatten(0, (groups, heads // groups + 2, width))
     assert torch.equal(rows[:, -2].flatten(), k.flatten()) and torch.equal(rows[:, -1].flatten(), v.flatten())
     assert torch.equal(rows[:, :-2].flatten(), q.flatten())
 
 
-def test_defaults_of_config_json_are_those_of_transformers():
+def test_missing_keys_of_config_json_have_the_defaults_of_transformers():
     few = {key: value for key, value in CONFIG.items() if key not in ("num_key_value_heads", "head_dim", "rope_theta")}
     model = model_config({**few, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "")
     assert isinstance(model, ModelConfig)
@@ -178,7 +178,7 @@ def test_defaults_of_config_json_are_those_of_transformers():
     assert (model.segment_length, model_config({**few, "max_position_embeddings": 8192}, "").segment_length) == (32, 2048)
 
 
-def test_transformers_finds_the_begin_and_end_tokens_under_their_own_names(tmp_path):
+def test_transformers_finds_custom_begin_and_end_tokens(tmp_path):
     path = tmp_path / "tokenizer.model"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 40),
@@ -204,7 +204,7 @@ def test_transformers_finds_the_begin_and_end_tokens_under_their_own_names(tmp_p
 @pytest.mark.parametrize(
     "changes,words",
     [
-        ({"attention": "window"}, "model.attention window, which is no Llama in any segment"),
+        ({"attention": "window"}, "model.attention window, which differs from a Llama in every segment"),
         ({"short_convolution": 3}, "model.short_convolution 3"),
         (
             {"hidden_size": 40, "num_attention_heads": 6, "num_query_groups": 2},
@@ -212,10 +212,10 @@ def test_transformers_finds_the_begin_and_end_tokens_under_their_own_names(tmp_p
         ),
     ],
 )
-def test_what_transformers_would_not_compute_is_refused(changes, words, tmp_path, capsys):
+def test_weights_without_an_equal_llama_are_refused(changes, words, tmp_path, capsys):
     model = {"num_layers": 1, "hidden_size": 40, "num_attention_heads": 4, **changes}
     facts = {"step": 1, "config": {"model": model, "training": {}, "data": {}}, "tokenizer_fingerprint": ""}
     write_weights_file(tmp_path / "weights.safetensors", {"a": torch.ones(1)}, facts)
     assert main(["convert", "--source", str(tmp_path / "weights.safetensors"), "--output", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert words in said and len(said.splitlines()) == 1
+    error = capsys.readouterr().err
+    assert words in error and len(error.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""`infini-train plan` as a user sees it: refusals with remedies, ranked layouts, configurations whose heads quote it."""
+"""Output of `infini-train plan`: refusals with suggested changes, ranked layouts, and the head comments of configs/."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def load(path: Path, gpus: int, gpu: str, *options: str):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_config_fits_what_its_head_names_and_the_head_quotes_the_plan(path):
+def test_every_config_fits_and_its_head_quotes_the_plan(path):
     text = path.read_text(encoding="utf-8")
     found = PLANNED.search(text)
-    if re.search(r"^# Hardware: .*no GPU", text, flags=re.MULTILINE):  # for CPU processes; they would fit anywhere
+    if re.search(r"^# Hardware: .*no GPU", text, flags=re.MULTILINE):  # for CPU processes; fits on every GPU
         assert found is None
         assert plan(load(path, 2, "a100-40gb"), 2, "a100-40gb").fits
         return
-    assert found is not None, "the head says what `plan` prints"
+    assert found is not None, "the head must quote the output of `plan`"
     assert found[1] == path.name
     gpus, gpu = int(found[2]), found[3]
     each = plan(load(path, gpus, gpu), gpus, gpu)
@@ -45,10 +45,10 @@ def test_every_config_fits_what_its_head_names_and_the_head_quotes_the_plan(path
     assert f"# Hardware: {gpus} × {gpu}. Layout: {layout_text(each)}.\n" in text
 
 
-def test_rivals_that_no_plan_knows_are_refused(capsys):
+def test_attention_without_planning_formulas_is_refused(capsys):
     command = ["plan", "--config", str(CONFIGS / "1b.yaml"), "--gpus", "8", "--gpu", "h100-80gb"]
     assert main([*command, "--model.attention", "transformer_xl"]) == 2
-    assert "model.attention is transformer_xl, whose memory and time no plan knows" in capsys.readouterr().err
+    assert "model.attention is transformer_xl, whose memory and time cannot be planned" in capsys.readouterr().err
 
 
 def test_8b_has_the_geometry_of_llama_3_8b():
@@ -63,7 +63,7 @@ def test_streams_of_a_million_tokens_are_one_window():
     assert run.model.segment_length == 2048
 
 
-def test_paper_is_table_2():
+def test_paper_config_is_table_2_of_the_paper():
     run = load(CONFIGS / "paper.yaml", 8, "a100-80gb")
     model = run.model
     assert (model.num_layers, model.num_attention_heads, model.head_dim, model.ffn_hidden_size) == (12, 8, 128, 4096)
@@ -71,7 +71,7 @@ def test_paper_is_table_2():
     assert run.micro_batches_per_step * run.micro_batch_tokens == 32768
 
 
-def test_the_table_names_every_part(capsys):
+def test_the_output_has_every_category(capsys):
     assert main(["plan", "--config", str(CONFIGS / "8b-1m.yaml"), "--gpus", "64", "--gpu", "h100-80gb"]) == 0
     printed = capsys.readouterr().out
     for words in (
@@ -85,7 +85,7 @@ def test_the_table_names_every_part(capsys):
         assert words in printed, words
 
 
-def test_it_says_when_the_host_holds_up_the_gpu(capsys):
+def test_output_says_when_the_host_limits_the_gpu(capsys):
     command = ["plan", "--config", str(CONFIGS / "1b.yaml"), "--gpus", "8", "--gpu", "h100-80gb"]
     assert main([*command, "--training.segments_per_micro_batch", "1", "--training.micro_batches_per_window", "16"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "computation" in line)
@@ -110,19 +110,19 @@ def refused(capsys, *arguments: str) -> str:
     return captured.err
 
 
-def test_a_run_that_does_not_fit_is_refused_with_what_makes_it_fit(capsys):
+def test_a_run_that_does_not_fit_is_refused_with_changes_that_make_it_fit(capsys):
     job = ["--config", str(CONFIGS / "8b.yaml"), "--gpu", "a100-40gb", "--training.recompute", "none"]
     line = refused(capsys, *job, "--gpus", "64")
     assert "has 36.0 GB to plan with (activations take" in line
     changes = line.split("it fits with ")[1].strip().split(", or ")
     assert changes
     for change in changes:
-        # `--gpus 128` takes the place of --gpus 64; others come after it.
+        # `--gpus 128` overrides --gpus 64; other changes add an option.
         assert main(["plan", *job, "--gpus", "64", *shlex.split(change)]) == 0, change
         capsys.readouterr()
 
 
-def test_where_no_single_change_helps_a_whole_layout_is_named(capsys):
+def test_if_no_single_change_helps_a_whole_layout_is_suggested(capsys):
     job = ["--config", str(CONFIGS / "8b-1m.yaml"), "--gpu", "a100-40gb", "--training.recompute", "none"]
     job += ["--layout.context_parallel_size", "1", "--layout.pipeline_parallel_size", "1", "--gpus", "4"]
     change = refused(capsys, *job).split("it fits with ")[1].strip()
@@ -130,7 +130,7 @@ def test_where_no_single_change_helps_a_whole_layout_is_named(capsys):
     assert main(["plan", *job, *shlex.split(change)]) == 0
 
 
-def test_another_layout_on_the_same_gpus_comes_before_more_of_them(capsys):
+def test_another_layout_on_the_same_gpus_is_suggested_before_more_gpus(capsys):
     job = ["--config", str(CONFIGS / "8b.yaml"), "--gpu", "h100-80gb", "--gpus", "16", "--training.recompute", "none"]
     layout, *_ = refused(capsys, *job).split("it fits with ")[1].strip().split(", or ")
     assert "--layout." in layout
@@ -138,12 +138,12 @@ def test_another_layout_on_the_same_gpus_comes_before_more_of_them(capsys):
     assert main(["plan", *job, *shlex.split(layout)]) == 0
 
 
-def test_a_model_that_fits_nowhere(capsys):
+def test_a_model_that_fits_on_no_gpu_is_refused(capsys):
     line = refused(capsys, "--gpu", "a100-40gb", "--gpus", "1", "--model.hidden_size", "4000000", "--model.num_layers", "1")
     assert "make the model smaller" in line
 
 
-def test_unknown_gpu_and_wrong_counts_are_one_line(capsys):
+def test_unknown_gpu_and_invalid_counts_are_one_line_errors(capsys):
     assert "known are a100-40gb, a100-80gb, h100-80gb, h200-141gb" in refused(capsys, "--gpus", "8", "--gpu", "v100")
     assert "--gpus is 0" in refused(capsys, "--gpus", "0", "--gpu", "h100-80gb")
     assert "--rank is 8" in refused(capsys, "--gpus", "8", "--gpu", "h100-80gb", "--dry_run", "--rank", "8")
@@ -152,12 +152,12 @@ def test_unknown_gpu_and_wrong_counts_are_one_line(capsys):
 @pytest.mark.parametrize(
     ("option", "words"), [("zero_stage=3", "zero_stage is 3"), ("offload_optimizer=true", "offload_optimizer is true")]
 )
-def test_what_no_dry_run_can_do_is_refused_before_it(option, words, capsys):
+def test_options_that_a_dry_run_does_not_support_are_refused(option, words, capsys):
     line = refused(capsys, "--gpus", "8", "--gpu", "h100-80gb", f"--layout.{option}", "--dry_run")
     assert f"layout.{words}" in line and "without --dry_run" in line
 
 
-def test_search_proposes_only_what_fits_and_is_valid_best_first():
+def test_search_returns_valid_layouts_that_fit_best_first():
     found = search(large(), 16, "a100-80gb", count=30)
     assert len(found) == 30
     for each in found:
@@ -169,8 +169,8 @@ def test_search_proposes_only_what_fits_and_is_valid_best_first():
     assert ranks == sorted(ranks)
 
 
-def test_search_leaves_out_what_validation_refuses():
-    """Three rows cannot be shared by 16 processes, so only layouts with one row group are left."""
+def test_search_leaves_out_invalid_layouts():
+    """One row cannot be split, so only layouts with data-parallel size 1 are valid."""
     run = large(rows=1)
     assert {each.sizes.dp for each in search(run, 16, "a100-80gb", count=100)} == {1}
     tried = list(layouts(run, 16, 8))
@@ -180,14 +180,14 @@ def test_search_leaves_out_what_validation_refuses():
 @pytest.mark.parametrize(
     "options",
     [
-        # Segments of a micro-batch that are no power of two, or more than 16.
+        # Segments per micro-batch that are not a power of two, or more than 16.
         "--training.segments_per_micro_batch 3 --training.micro_batches_per_window 3",
         "--training.segments_per_micro_batch 9 --training.micro_batches_per_window 1 --training.rows 8",
         "--training.segments_per_micro_batch 32 --training.micro_batches_per_window 1 --training.rows 1 "
         "--layout.context_parallel_size 8",
     ],
 )
-def test_search_is_never_behind_the_layout_that_the_run_has(options: str) -> None:
+def test_search_is_not_slower_than_the_own_layout_of_the_run(options: str) -> None:
     run = load(CONFIGS / "1b.yaml", 8, "h100-80gb", "--training.recompute", "none", *options.split())
     own, first = plan(run, 8, "h100-80gb"), search(run, 8, "h100-80gb", count=1)[0]
     assert own.fits
@@ -216,7 +216,7 @@ def test_search_tries_each_layout_once():
         ("--gpus 4", "of 249 valid ones the smallest needs 164.0 GB, and 72.0 GB may be planned;"),
     ],
 )
-def test_a_search_without_result_says_why_and_what_gives_one(options: str, words: str, capsys: pytest.CaptureFixture[str]):
+def test_a_search_without_result_says_why_and_suggests_changes(options: str, words: str, capsys: pytest.CaptureFixture[str]):
     job = ["--config", str(CONFIGS / "8b.yaml"), "--gpu", "h100-80gb", "--search", *options.split()]
     line = refused(capsys, *job)
     assert words in line
@@ -227,7 +227,7 @@ def test_a_search_without_result_says_why_and_what_gives_one(options: str, words
         capsys.readouterr()
 
 
-def test_a_search_in_which_nothing_is_valid_repeats_what_validation_says(capsys: pytest.CaptureFixture[str]):
+def test_a_search_without_valid_layout_repeats_the_validation_error(capsys: pytest.CaptureFixture[str]):
     line = refused(
         capsys,
         "--gpus",
@@ -243,7 +243,7 @@ def test_a_search_in_which_nothing_is_valid_repeats_what_validation_says(capsys:
     assert "no layout of this run works on 3 GPUs; of the simplest: layout.offload_optimizer is true with" in line
 
 
-def test_a_search_for_a_model_that_fits_nowhere(capsys: pytest.CaptureFixture[str]):
+def test_a_search_for_a_model_that_fits_on_no_gpu(capsys: pytest.CaptureFixture[str]):
     line = refused(
         capsys, "--gpu", "a100-40gb", "--gpus", "1", "--search", "--model.hidden_size", "4000000", "--model.num_layers", "1"
     )
@@ -252,7 +252,7 @@ def test_a_search_for_a_model_that_fits_nowhere(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(("config", "gpus"), [("1b", 8), ("8b", 64)])
 def test_search_prints_options_that_give_the_first_layout(config: str, gpus: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also where the configuration has another tensor parallelism than the best layout."""
+    """This also holds if the best layout has another tensor-parallel size than the configuration."""
     path = CONFIGS / f"{config}.yaml"
     job = ["plan", "--config", str(path), "--gpus", str(gpus), "--gpu", "h100-80gb"]
     assert main([*job, "--search", "--top", "3"]) == 0
@@ -265,7 +265,7 @@ def test_search_prints_options_that_give_the_first_layout(config: str, gpus: int
     assert again.time.total == first.time.total
 
 
-def test_no_more_layers_are_computed_again_than_memory_asks_for() -> None:
+def test_search_recomputes_as_few_layers_as_fit() -> None:
     found = [each for each in search(large(rows=8), 8, "a100-40gb", count=1000) if each.sizes.run.training.recompute == "layer"]
     some = [each for each in found if each.sizes.recomputed_chunk_layers < each.sizes.chunk_layers]
     assert some and len(some) < len(found)
@@ -279,7 +279,7 @@ def test_no_more_layers_are_computed_again_than_memory_asks_for() -> None:
         assert (each.time.total < everywhere.time.total) is (layers < each.sizes.chunk_layers)
 
 
-def test_too_few_layers_computed_again_are_said_to_be_too_few(capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_recomputed_layers_are_refused_with_the_smallest_number_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     job = ["--config", str(CONFIGS / "1b.yaml"), "--gpu", "h100-80gb", "--gpus", "4"]
     changes = refused(capsys, *job, "--training.recompute_layers", "1").split("it fits with ")[1].strip().split(", or ")
     assert changes[0].startswith("--training.recompute_layers ")
@@ -290,15 +290,15 @@ def test_too_few_layers_computed_again_are_said_to_be_too_few(capsys: pytest.Cap
     refused(capsys, *job, "--training.recompute_layers", str(fewer))
 
 
-def test_recompute_is_a_remedy_also_where_the_run_names_too_few_layers_for_it(capsys: pytest.CaptureFixture[str]) -> None:
-    """configs/8b.yaml computes 27 layers again, which 32 GPUs are too few for."""
+def test_recompute_is_suggested_also_if_the_run_has_too_few_recompute_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    """configs/8b.yaml recomputes 27 layers, which does not fit on 32 GPUs."""
     job = ["--config", str(CONFIGS / "8b.yaml"), "--gpu", "h100-80gb", "--gpus", "32", "--training.recompute", "none"]
     for change in refused(capsys, *job).split("it fits with ")[1].strip().split(", or "):
         assert main(["plan", *job, *shlex.split(change)]) == 0, change
         capsys.readouterr()
 
 
-def test_zero_is_a_remedy_in_float32():
+def test_zero_stage_is_suggested_in_float32():
     run = large(rows=8, precision="float32", recompute="stage")
     run = with_layout(replace(run, model=replace(run.model, num_layers=32)), zero_stage=0)
     each = plan(run, 8, "a100-40gb")
@@ -306,7 +306,7 @@ def test_zero_is_a_remedy_in_float32():
     assert "--layout.zero_stage 1" in remedies(each)
 
 
-def test_options_leave_out_what_the_run_has():
+def test_options_leave_out_unchanged_keys():
     run = large()
     changed = with_training(with_layout(run, tensor_parallel_size=2, sequence_parallel=True), recompute="stage")
     each = plan(changed, 8, "h100-80gb")

@@ -1,4 +1,4 @@
-"""The plan's formulas: small cases by hand, and how they move when a run changes."""
+"""Formulas of the plan: small cases calculated by hand, and the effect of configuration changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from infini_train.runtime.hardware import GPUS, bfloat16_peak
 
 
 def small(**training: object) -> RunConfig:
-    """Two layers of 2 query heads and 1 key/value head, 4 tokens a segment."""
+    """Return a run with two layers, 2 query heads, 1 key/value head and segments of 4 tokens."""
     return RunConfig(
         model=ModelConfig(
             num_layers=2,
@@ -43,7 +43,7 @@ def small(**training: object) -> RunConfig:
 
 
 def large(**training: object) -> RunConfig:
-    """About a billion parameters."""
+    """Return a run with about a billion parameters."""
     return RunConfig(
         model=ModelConfig(
             num_layers=16, hidden_size=2048, num_attention_heads=16, num_query_groups=8, head_dim=128, ffn_hidden_size=8192
@@ -56,7 +56,7 @@ def planned(run: RunConfig, gpus: int = 8, **layout: object) -> Plan:
     return plan(with_layout(run, **layout), gpus, "h100-80gb")
 
 
-def test_parameters_by_hand():
+def test_parameter_count_by_hand():
     # Per layer: qkv 4 heads × 4 × 8, projection 8 × 8, fc1 12 × 8, fc2 8 × 6, two norms, two gates.
     layer = 128 + 64 + 96 + 48 + 16 + 2
     assert total_parameters(small()) == 2 * layer + 8 + 2 * 80
@@ -66,7 +66,7 @@ def test_parameters_by_hand():
 @pytest.mark.parametrize(
     "layout", [{}, {"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 4}], ids=str
 )
-def test_stages_hold_the_whole_model_once(layout):
+def test_stages_together_hold_each_parameter_once(layout):
     sizes = Sizes(with_layout(large(), **layout), 8)
     by_stage = [stage_parameters(sizes, stage) for stage in range(sizes.pp)]
     names = [name for shapes in by_stage for name in shapes]
@@ -86,14 +86,14 @@ def test_activations_of_a_layer_by_hand():
     norms = 2 * (4 * 8 * 2 + 4 * 4)
     products = 2 * 4 * 8 * 2 + 4 * 8 * 2 + 4 * 18 * 2
     softmax = (2 * 32 + 2 * 16) * 2 + 4 * 2 * 4
-    memory = (16 + 16 + 32 + 2 * 4 * 2 + 16 + 4) * 4  # σ(K), V, σ(Q), two scales, M, z; one head and row: nothing is copied
+    memory = (16 + 16 + 32 + 2 * 4 * 2 + 16 + 4) * 4  # σ(K), V, σ(Q), two scales, M, z; no copies with one head and row
     assert layer_bytes(Sizes(small(), 1)) == norms + products + softmax + memory
 
 
-def test_what_recomputation_keeps_by_hand():
+def test_activations_with_recomputation_by_hand():
     sizes = Sizes(with_layout(small(recompute="layer"), pipeline_parallel_size=2), 2)
     hidden = 4 * 8 * 2
-    assert micro_batch_bytes(sizes, 0, 0) == 4 * 8 + hidden + hidden  # token ids, the layer's input, what is sent
+    assert micro_batch_bytes(sizes, 0, 0) == 4 * 8 + hidden + hidden  # token ids, the layer's input, the sent output
     assert micro_batch_bytes(sizes, 1, 0, recompute="stage") == hidden
     assert micro_batch_bytes(sizes, 0, 0, recompute="stage") == 0
 
@@ -108,7 +108,7 @@ def test_what_recomputation_keeps_by_hand():
         ("float32", 3, 4 / 8, 4 / 8, 12 / 8),
     ],
 )
-def test_bytes_a_parameter(precision, zero, weights, gradients, optimizer):
+def test_bytes_per_parameter(precision, zero, weights, gradients, optimizer):
     run = large(precision=precision)
     memory = planned(run, zero_stage=zero).memory
     number = total_parameters(run)
@@ -118,17 +118,17 @@ def test_bytes_a_parameter(precision, zero, weights, gradients, optimizer):
 
 
 def test_memory_states_by_hand():
-    """One row of 8 key/value heads in 16 layers, 8 micro-batches in flight in one window; what leaves, and one gradient."""
+    """One row, 8 key/value heads, 16 layers, 8 micro-batches in flight; plus the last leaving state and one gradient."""
     run = large(rows=8)
     state = 16 * 8 * (128 * 128 + 128) * 4
     assert planned(run).memory.in_flight == 8
     assert planned(run).memory.memory_states == (8 + 1 + 1) * state
 
 
-def test_parts_add_up_to_the_total():
+def test_categories_add_up_to_the_total():
     memory = planned(large()).memory
-    parts = memory.weights + memory.gradients + memory.optimizer + memory.activations + memory.memory_states
-    assert memory.total == parts + memory.buffers
+    categories = memory.weights + memory.gradients + memory.optimizer + memory.activations + memory.memory_states
+    assert memory.total == categories + memory.buffers
     assert memory.buffers > 0
 
 
@@ -145,8 +145,8 @@ def test_activations_grow_with(less, more):
     assert planned(large(**less)).memory.activations < planned(large(**more)).memory.activations
 
 
-def test_recomputing_a_stage_pays_when_the_window_is_long():
-    """In a short one, a whole stage computed again at once takes more than its layers' inputs."""
+def test_recompute_stage_saves_memory_for_long_windows():
+    """In a short window, the recomputed activations of a whole stage need more memory than the inputs of its layers."""
 
     def total(recompute: str, window: int) -> int:
         return planned(large(rows=8, recompute=recompute, micro_batches_per_window=window)).memory.total
@@ -162,7 +162,7 @@ def test_splitting_the_model_saves_weights_and_gradients(layout):
     assert split.gradients < 0.6 * whole.gradients
 
 
-def test_more_micro_batches_make_the_bubble_smaller():
+def test_more_micro_batches_reduce_the_bubble():
     def share(windows: int, rows: int = 64) -> float:
         time = planned(large(windows_per_step=windows, rows=rows), pipeline_parallel_size=4).time
         assert (time.host > time.device) == (rows < 64)
@@ -170,29 +170,29 @@ def test_more_micro_batches_make_the_bubble_smaller():
 
     assert share(1) == pytest.approx(3 / 11)
     assert share(4) == pytest.approx(3 / 35)
-    assert share(1, rows=2) == pytest.approx(3 / 11)  # where the host holds up a stage, the others wait for that
+    assert share(1, rows=2) == pytest.approx(3 / 11)  # where the host limits a stage, the bubble includes host time
 
 
-def test_recomputation_costs_a_third_and_no_mfu_is_won_by_it():
+def test_recomputation_costs_a_third_more_time_and_reduces_mfu():
     none, layer = planned(large(rows=8)), planned(large(rows=8, recompute="layer"))
     assert 1.2 < layer.time.compute / none.time.compute < 1.36
     assert layer.mfu < none.mfu < 1
 
 
-def test_layers_that_keep_what_they_computed_cost_memory_and_save_time():
+def test_fewer_recomputed_layers_need_more_memory_and_less_time():
     plans = [planned(large(rows=8, recompute="layer", recompute_layers=layers)) for layers in (4, 8, 16, 0, 99)]
     assert plans[0].time.compute < plans[1].time.compute < plans[2].time.compute
     assert plans[0].memory.activations > plans[1].memory.activations > plans[2].memory.activations
     some, none, every = plans[1], planned(large(rows=8)), plans[2]
     assert some.time.compute == pytest.approx((none.time.compute + every.time.compute) / 2, rel=0.01)
-    # 0 is all, and so are more than there are.
+    # 0 means all layers, and so does a number above the number of layers.
     assert plans[3].time == plans[4].time == every.time and plans[3].memory == plans[4].memory == every.memory
 
 
 @pytest.mark.parametrize("model", step.MODELS)
 @pytest.mark.parametrize("attention", ["infini linear", "local"])
-def test_a_step_that_was_measured_is_planned_nearly_so(model: str, attention: str) -> None:
-    """The last record of an H200."""
+def test_plan_is_close_to_a_measured_step(model: str, attention: str) -> None:
+    """The plan is compared with the last record of an H200."""
     lines = (Path(step.__file__).parent / "results" / "step.jsonl").read_text(encoding="utf-8").splitlines()
     record = next(each for each in map(json.loads, reversed(lines)) if each["device"] == "NVIDIA H200")
     measured = next(row for row in record["rows"] if (row["model"], row["attention"]) == (model, attention))
@@ -201,7 +201,7 @@ def test_a_step_that_was_measured_is_planned_nearly_so(model: str, attention: st
     assert found.tokens_per_second == pytest.approx(measured["tokens_per_second"], rel=0.13)
 
 
-def test_the_host_holds_up_micro_batches_that_are_too_small():
+def test_the_host_limits_micro_batches_that_are_too_small():
     small, larger = (
         planned(large(rows=8, recompute="layer", segments_per_micro_batch=each, micro_batches_per_window=8 // each)).time
         for each in (1, 8)
@@ -224,7 +224,7 @@ def test_ring_bytes_by_hand():
 
 
 def test_links_follow_the_order_of_ranks():
-    """Tensor, context, data, pipeline: on nodes of 8, tp 4 × cp 2 fill one, and everything else goes over the network."""
+    """The order is tensor, context, data, pipeline. With 8 GPUs per node, tp 4 × cp 2 fill a node; others use the network."""
     run = large(segments_per_micro_batch=2)
     sizes = Sizes(with_layout(run, tensor_parallel_size=4, context_parallel_size=2, pipeline_parallel_size=2), 32)
     links = {item.kind: item.link(8) for item in stage_traffic(sizes, 0)}
@@ -232,8 +232,8 @@ def test_links_follow_the_order_of_ranks():
 
 
 @pytest.mark.parametrize("processes", [*range(1, 9), 12, 16, 20, 24, 48, 96])
-def test_a_group_is_in_one_node_only_if_every_group_of_its_kind_is(processes: int):
-    """Counted over all groups, rank by rank, on nodes of 8."""
+def test_link_is_nvlink_only_if_every_group_of_the_kind_is_in_one_node(processes: int):
+    """The expected value is counted over all groups, rank by rank, with 8 GPUs per node."""
     for span in (each for each in range(2, processes + 1) if processes % each == 0):
         for stride in (each for each in range(1, span) if span % each == 0):
             groups = [
@@ -248,14 +248,14 @@ def test_a_group_is_in_one_node_only_if_every_group_of_its_kind_is(processes: in
 
 
 def test_seconds_of_a_message_by_hand():
-    """Over nodes with two members in each, two adapters carry the ring."""
+    """A group with two ranks on each node uses two network adapters per node."""
     item = Traffic("data", "all_reduce", "", messages=1, bytes=10**9, size=8, stride=4, processes=32)
     gpu = GPUS["h100-80gb"]
     assert item.per_node(8) == 2
     assert traffic_seconds(item, gpu) == pytest.approx(1.75e9 / (2 * 50e9 * 0.8) + MESSAGE_SECONDS["network"])
 
 
-def test_a_context_group_exchanges_states_whatever_the_segment_length():
+def test_context_group_messages_do_not_depend_on_the_segment_length():
     def sizes(length: int) -> list[int]:
         run = large(segments_per_micro_batch=2)
         run = with_layout(replace(run, model=replace(run.model, segment_length=length)), context_parallel_size=2)
@@ -275,7 +275,7 @@ def test_the_last_chunk_of_a_loss_may_be_shorter(chunk: int, expected: list[tupl
     assert sent == [(messages, 2 * tokens * 8 * 2) for messages, tokens in expected]
 
 
-def test_nothing_is_sent_by_one_process():
+def test_one_process_sends_nothing():
     assert stage_traffic(Sizes(large(), 1), 0) == []
 
 
@@ -284,7 +284,7 @@ def test_unknown_gpu_lists_the_known_ones():
         plan(large(), 8, "h100")
 
 
-def test_impossible_layouts_are_refused_as_by_pretrain():
+def test_invalid_layouts_are_refused_as_in_pretrain():
     with pytest.raises(UserError, match="does not fit 6 process"):
         planned(large(), 6, tensor_parallel_size=4)
     with pytest.raises(UserError, match=r"training\.rows is 64"):
@@ -305,13 +305,13 @@ def test_impossible_layouts_are_refused_as_by_pretrain():
         ("Quadro RTX 8000", None),
     ],
 )
-def test_training_reads_the_same_table_by_the_name_that_cuda_gives(name, peak):
+def test_bfloat16_peak_by_cuda_device_name(name, peak):
     assert bfloat16_peak(name) == peak
 
 
-def test_every_known_gpu_plans():
+def test_plan_works_for_every_known_gpu():
     totals = {plan(large(), 8, name).memory.total for name in GPUS}
-    assert len(totals) == 1, "what a run needs does not depend on the GPU"
+    assert len(totals) == 1, "the GPU memory of a run does not depend on the GPU type"
     times = [plan(with_training(large(), rows=8), 8, name).time.total for name in GPUS]
     assert times == sorted(times, reverse=True)
 
@@ -333,7 +333,7 @@ def test_planning_imports_no_torch():
 
 @pytest.fixture
 def observed():
-    """A pipeline's run, and messages exactly as planned for its second stage."""
+    """Sizes of a run with a pipeline, and messages exactly as planned for its second stage."""
     from infini_train.planning.dry_run.recorded_operations import Message
 
     run = with_layout(large(rows=8), tensor_parallel_size=2, pipeline_parallel_size=2)
@@ -345,7 +345,7 @@ def observed():
     return sizes, messages
 
 
-def test_messages_as_planned_do_not_differ(observed):
+def test_planned_messages_have_no_differences(observed):
     from infini_train.planning.dry_run.differences import message_differences
 
     sizes, messages = observed
@@ -354,7 +354,7 @@ def test_messages_as_planned_do_not_differ(observed):
 
 
 @pytest.mark.parametrize("change", ["one missing", "one more", "another size", "another group", "unplanned"])
-def test_messages_that_differ_are_named(observed, change):
+def test_message_differences_are_reported(observed, change):
     from infini_train.planning.dry_run.differences import message_differences
 
     sizes, messages = observed
