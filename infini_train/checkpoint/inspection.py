@@ -19,7 +19,7 @@ from infini_train.checkpoint.compatibility import split_block_name
 from infini_train.checkpoint.reader import describe_tensors, read_whole
 from infini_train.checkpoint.weights_file import SUFFIX, write_weights_file
 from infini_train.runtime.errors import UserError
-from infini_train.runtime.files import check_writable, writing
+from infini_train.runtime.files import check_writable, report_write_errors
 
 DAMAGED_EXIT_CODE = 1
 
@@ -115,7 +115,7 @@ def consolidate(path: Path, output: Path) -> int:
     check_writable(output.parent, f"--output {output}", elsewhere)
     weights = read_model(path, by="consolidate")
     facts = folder.read_state_file(path)
-    with writing(f"--output {output}", elsewhere, SafetensorError):
+    with report_write_errors(f"--output {output}", elsewhere, SafetensorError):
         write_weights_file(output, weights, facts)
     print(f"{output}: {sum(tensor.numel() for tensor in weights.values()):,} parameters of step {facts['step']}")
     return 0

@@ -12,7 +12,7 @@ from infini_train.checkpoint.weights_file import SUFFIX
 from infini_train.convert.from_hugging_face import convert_from
 from infini_train.convert.to_hugging_face import convert_to
 from infini_train.runtime.errors import UserError
-from infini_train.runtime.files import writing
+from infini_train.runtime.files import report_write_errors
 
 
 def convert(source: Path, output: Path) -> list[str]:
@@ -41,8 +41,8 @@ def convert(source: Path, output: Path) -> list[str]:
         raise UserError(f"--output {output} exists; name another folder, or delete it")
     partial = output.with_name(output.name + ".partial")
     try:
-        with writing(f"--output {output}", "free space there, or name another folder", SafetensorError):
-            shutil.rmtree(partial, ignore_errors=True)  # left over from a killed process
+        with report_write_errors(f"--output {output}", "free space there, or name another folder", SafetensorError):
+            shutil.rmtree(partial, ignore_errors=True)  # of a program that was killed
             partial.mkdir(parents=True)
             lines = write(source, partial, output)
             partial.rename(output)

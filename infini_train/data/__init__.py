@@ -1,4 +1,4 @@
-"""Text to token streams: documents, tokenizer, shards, index, streams.
+"""Data pipeline: documents, tokenizer, shards, index and streams.
 
-Only `streams` needs torch. The other modules refuse bad input before torch is imported, so this file imports nothing.
+Only `streams` imports torch. The other modules can refuse bad input before torch is imported, so this file imports nothing.
 """

@@ -1,4 +1,4 @@
-"""Write a data folder completely or not at all."""
+"""Atomic creation of a data folder: it appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ LOCK_FILE = ".lock"
 
 @contextmanager
 def atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Create an empty folder `<target>.partial`. It becomes `target` if the block succeeds, and is removed otherwise.
+    """Yield an empty folder `<target>.partial`; rename it to `target` on success and remove it on an exception.
 
-    A `<target>.partial` that a killed process left behind is removed first.
+    Files that a killed process left in `<target>.partial` are removed first.
 
     Raises:
-        UserError: if `target` exists and overwrite is false, if it holds other files than prepared data, or if another
-            process writes it.
+        UserError: if `target` exists and overwrite is false, if it holds files other than prepared data, or if another
+            process is writing it.
     """
-    # Keep a link to a folder on another disk: replace the folder that it points to.
+    # Replace the folder that a symbolic link points to, and keep the link: it may lead to another disk.
     target = target.resolve()
     replaced = target.with_name(target.name + ".replaced")
     if replaced.exists() and not target.exists():
-        replaced.rename(target)  # a process was killed between the two renames below
+        replaced.rename(target)  # an earlier process was killed between the two renames below
     _check_replaceable(target, overwrite)
     partial = target.with_name(target.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    # The lock travels with the folder when it is renamed, so nobody can clear it between the last write and the rename.
+    # The lock file is inside the folder and is renamed with it. So no other process can empty the folder between the last
+    # write and the rename.
     with open(partial / LOCK_FILE, "w", encoding="utf-8") as lock:
         _lock(lock, target)
         for entry in partial.iterdir():
@@ -60,7 +61,7 @@ def _lock(lock: TextIO, target: Path) -> None:
     except BlockingIOError as error:
         raise UserError(f"another process is preparing data.path {target}; wait for it or choose another path") from error
     except OSError:
-        # Some cluster file systems have no locks. There the user must avoid two runs at once.
+        # Some cluster file systems have no locks. There, the user must not start two processes at once.
         pass
 
 

@@ -1,4 +1,4 @@
-"""Random access to the tokens of a prepared split, without torch."""
+"""Random access to the tokens of a prepared split. Reads only the requested bytes, and does not import torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ import numpy as np
 from infini_train.config import RunConfig
 from infini_train.data.manifest import REMEDY, SPLITS, Shard, SplitFacts, index_file, load_manifest
 from infini_train.runtime.errors import UserError
-from infini_train.runtime.files import file_digest
-from infini_train.runtime.retries import PASSING, retry_read
-from infini_train.tokenizers.tokenizer import tokenizer_file
+from infini_train.runtime.retries import TRANSIENT_ERRORS, retry_read
 
 MAX_OPEN_SHARDS = 64
-"""Limit of open shards: a large corpus has more shards than a process may have open files."""
+"""Shards that a process keeps open; a large corpus has more shards than the limit of open files."""
 
 
 class TokenDataset:
@@ -28,19 +26,20 @@ class TokenDataset:
     Args:
         path: folder written by `infini-train prepare`.
         split: train or held_out.
-        bad_shards: names of shard files that are missing or damaged. Their documents keep their numbers and lengths, but
-            are not available.
+        bad_shards: names of shard files that are missing or damaged. Their documents keep their number and length, but
+            `available` is false for them.
 
     Attributes:
-        document_lengths: [num_documents] int64, tokens of each document with its begin and end token.
+        document_lengths: [num_documents] int64, tokens of each document, including its begin and end token.
         available: [num_documents] bool, whether the document can be read.
-        vocab_size: number of token ids.
-        tokenizer_fingerprint: SHA-256 of the tokenizer that made the tokens.
-        fingerprint: of its shards, see `SplitFacts`.
-        weighted: whether tokens have loss weights; without them each token counts 1.
+        vocab_size: size of the vocabulary; all token ids are smaller.
+        tokenizer_fingerprint: SHA-256 of the tokenizer that encoded the documents.
+        fingerprint: fingerprint of the split's shards, see `SplitFacts`.
+        weighted: whether the split stores a loss weight for each token; otherwise every weight is 1.
 
     Raises:
-        UserError: if dataset.json, the index or a shard is missing, damaged or of another size than recorded.
+        UserError: if dataset.json, the index or a shard is missing or damaged, or if a shard's size differs from the
+            recorded size.
     """
 
     weighted = False
@@ -65,7 +64,7 @@ class TokenDataset:
         self._shard, self._offset, self.document_lengths, self._weight_offset = self._load_index(facts)
         self.available = ~np.array([shard.file in bad_shards for shard in facts.shards])[self._shard]
         self._open: OrderedDict[int, int] = OrderedDict()
-        # Open the folder itself, because `prepare --overwrite` puts other shards under the same name.
+        # Open shards relative to this descriptor and not by path: `prepare --overwrite` puts other shards under the same path.
         self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
 
     @property
@@ -73,14 +72,14 @@ class TokenDataset:
         return len(self.document_lengths)
 
     def read(self, document: int, start: int, count: int) -> np.ndarray:
-        """Read tokens start .. start + count - 1 of a document, without the rest of it.
+        """Read tokens start .. start + count - 1 of a document from disk, without reading the rest of the document.
 
         Returns:
             [count] int64.
 
         Raises:
             IndexError: if the document does not have these tokens.
-            UserError: if the shard holds invalid tokens there.
+            UserError: if the shard cannot be read, or if its bytes are not token ids.
         """
         tokens = self._read(document, start, count, self._offset, self._token_type, self.vocab_size)
         return tokens.astype(np.int64)
@@ -89,7 +88,7 @@ class TokenDataset:
         """Read the loss weights of tokens start .. start + count - 1 of a document of a `weighted` split.
 
         Returns:
-            [count] float32.
+            [count] float32, the weight of each token's cross-entropy term in the loss.
 
         Raises:
             IndexError, UserError: as for `read`.
@@ -98,7 +97,13 @@ class TokenDataset:
         return self._weight_levels[levels]
 
     def _read(self, document: int, start: int, count: int, offset: np.ndarray, kind: np.dtype, limit: int) -> np.ndarray:
-        """Read one number below `limit` per token. The document's first number is `offset` bytes into its shard."""
+        """Read one number per token: token ids, or numbers of weight levels.
+
+        Args:
+            offset: [num_documents] bytes from the start of the shard to the document's first number.
+            kind: numpy type of the numbers.
+            limit: every number must be smaller.
+        """
         if not 0 <= document < self.num_documents:
             raise IndexError(f"document is {document}; the {self.split} split has {self.num_documents}")
         length = int(self.document_lengths[document])
@@ -125,7 +130,7 @@ class TokenDataset:
             raise
 
     def close(self) -> None:
-        """Close the shards. A later read reopens them."""
+        """Close the open shards. A later read opens them again."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -135,7 +140,7 @@ class TokenDataset:
             os.close(self._folder)
 
     def _descriptor(self, shard: int) -> int:
-        """Return an open file of the shard, and close the least recently used one if there are too many."""
+        """Return the file descriptor of a shard; open the shard if needed, and close the least recently used one."""
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
@@ -144,17 +149,18 @@ class TokenDataset:
         try:
             self._open[shard] = os.open(self._files[shard].name, os.O_RDONLY, dir_fd=self._folder)
         except OSError as error:
-            if error.errno in PASSING:
+            if error.errno in TRANSIENT_ERRORS:
                 raise
-            if not self._folder_is_there():
+            if not self._folder_unchanged():
                 raise UserError(
-                    f"data.path {self.path} was replaced or moved away while it was read; put back what was there, or begin "
-                    "another run with what is there now"
+                    f"data.path {self.path} was replaced or moved away while it was read; restore the original folder, or "
+                    "start a new run with the current one"
                 ) from error
             raise UserError(f"{self._files[shard]} cannot be opened ({error.strerror}); {REMEDY}") from error
         return self._open[shard]
 
-    def _folder_is_there(self) -> bool:
+    def _folder_unchanged(self) -> bool:
+        """Return whether `path` still leads to the folder that was opened."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._folder))
         except OSError:
@@ -177,25 +183,25 @@ class TokenDataset:
             and (not self.weighted or bool((weight_offset + tokens <= sizes[shard]).all()))
         )
         if not fits:
-            raise UserError(f"{path} does not belong to dataset.json; {REMEDY}")
+            raise UserError(f"{path} does not match dataset.json; {REMEDY}")
         return shard, offset, tokens.astype(np.int64), weight_offset
 
 
 def _read_fully(descriptor: int, size: int, offset: int) -> bytes:
-    """Read `size` bytes from `offset`, or fewer at the end of the file. One pread may return less than requested."""
-    parts = []
-    while size > 0 and (part := os.pread(descriptor, size, offset)):
-        parts.append(part)
-        size -= len(part)
-        offset += len(part)
-    return b"".join(parts)
+    """Read `size` bytes from `offset`, or fewer at the end of the file. One pread may return fewer bytes than requested."""
+    chunks = []
+    while size > 0 and (chunk := os.pread(descriptor, size, offset)):
+        chunks.append(chunk)
+        size -= len(chunk)
+        offset += len(chunk)
+    return b"".join(chunks)
 
 
 def shard_damage(folder: Path, shard: Shard, *, checksum: bool) -> str | None:
-    """Describe the damage of a shard, starting with its name; None if it is intact.
+    """Describe the damage of a shard in a phrase that starts with its path; return None if the shard is intact.
 
     Args:
-        checksum: read the whole file and compare its SHA-256 too.
+        checksum: also read the whole file and compare its SHA-256.
     """
     path = folder / shard.file
 
@@ -216,13 +222,13 @@ def shard_damage(folder: Path, shard: Shard, *, checksum: bool) -> str | None:
 
 
 def check_dataset(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> None:
-    """Refuse a run whose data folder is missing, damaged or made for another vocabulary.
+    """Check that the data folder exists, is not damaged and was prepared for the configured vocabulary.
 
     Args:
-        splits: the splits that the command needs.
+        splits: splits that the run needs.
 
     Raises:
-        UserError: the folder cannot be used; the line names the key or file and the remedy.
+        UserError: if a check fails; names the key or file and the remedy.
     """
     folder = Path(config.data.path)
     if not folder.is_dir():
@@ -245,7 +251,7 @@ def check_dataset(config: RunConfig, splits: tuple[str, ...] = SPLITS) -> None:
     for split in splits:
         bad: frozenset[str] = frozenset()
         if split == "train" and config.data.on_bad_shard == "skip":
-            # Damaged shards are reported at the run's start, by all processes together.
+            # `training/shard_check.py` reports bad shards when the run starts, on all ranks together.
             shards = manifest.splits[split].shards
             bad = frozenset(shard.file for shard in shards if shard_damage(folder, shard, checksum=False) is not None)
         TokenDataset(folder, split, bad)

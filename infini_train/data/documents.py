@@ -1,4 +1,4 @@
-"""Read documents from files, .jsonl records or a Hugging Face dataset folder. A document is never split."""
+"""Documents from text files, .jsonl records or a Hugging Face dataset folder. A document is never split."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from infini_train.runtime.errors import UserError
 PLAIN_SUFFIXES = (".txt", ".md", ".py")
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
-HUGGING_FACE_MARKS = ("dataset_dict.json", "dataset_info.json", "state.json")
+HUGGING_FACE_MARKERS = ("dataset_dict.json", "dataset_info.json", "state.json")
+"""Files that identify a folder written by `datasets.Dataset.save_to_disk`."""
 READ_BYTES = 1 << 20
-NAMED_SKIPPED = 5
-"""Number of skipped items that are named for each reason."""
+MAX_SKIPPED_NAMES = 5
+"""Skipped texts whose names are recorded, for each reason."""
 
 
 class Document(NamedTuple):
@@ -35,7 +36,7 @@ class Document(NamedTuple):
 
 
 class DocumentSource:
-    """Iterable over the documents of a source in a fixed order. It holds one document at a time.
+    """Iterable over the documents of a source, in a fixed order. One document is in memory at a time.
 
     Every iteration starts from the beginning and resets the counters.
 
@@ -45,12 +46,12 @@ class DocumentSource:
         max_text_mb: stop after the document that brings the text to this many megabytes of UTF-8; None reads all.
 
     Attributes:
-        documents: number of documents so far.
+        documents: number of documents yielded so far.
         text_bytes: their size in UTF-8, in bytes.
-        stopped_early: whether there was more text than max_text_mb.
-        skipped_not_utf8: files and records whose text is not valid UTF-8.
-        skipped_empty: texts that are empty or white space.
-        skipped_names: names of the first few skipped items, by reason.
+        stopped_early: whether the source has more text than max_text_mb.
+        skipped_not_utf8: number of files and records whose text is not valid UTF-8.
+        skipped_empty: number of texts that are empty or hold only white space.
+        skipped_names: the first MAX_SKIPPED_NAMES names for each reason.
 
     Raises:
         UserError: at construction if the source is missing or of an unknown kind; while iterating if a file or record
@@ -63,10 +64,10 @@ class DocumentSource:
         self.max_text_bytes = None if max_text_mb is None else max_text_mb * 1e6
         self.is_standard_library = source == "stdlib"
         self.root = Path(sysconfig.get_paths()["stdlib"]) if self.is_standard_library else Path(source)
-        with _readable(self.root):
+        with _report_read_errors(self.root):
             if not self.root.exists():
                 raise UserError(f"data.source {source} does not exist; give a file, a folder or the word stdlib")
-            self.is_hugging_face = self.root.is_dir() and any((self.root / mark).is_file() for mark in HUGGING_FACE_MARKS)
+            self.is_hugging_face = self.root.is_dir() and any((self.root / name).is_file() for name in HUGGING_FACE_MARKERS)
         if self.root.is_file() and not _is_text_file(self.root):
             kinds = ", ".join(PLAIN_SUFFIXES + RECORD_SUFFIXES)
             raise UserError(f"data.source {source} is a file of unknown kind; its name must end in one of {kinds}")
@@ -83,7 +84,7 @@ class DocumentSource:
 
     @property
     def fraction_read(self) -> float:
-        """Return the share of the source that was read, 0 to 1, estimated for progress displays."""
+        """Fraction of the source that this iteration has read, 0 to 1; an estimate for progress displays."""
         fraction = self._work_done / max(self._work_total, 1)
         if self.max_text_bytes is not None:
             fraction = max(fraction, self.text_bytes / self.max_text_bytes)
@@ -121,12 +122,12 @@ class DocumentSource:
         self._name_skipped("not in UTF-8", name)
 
     def _name_skipped(self, reason: str, name: str) -> None:
-        if len(self.skipped_names[reason]) < NAMED_SKIPPED:
+        if len(self.skipped_names[reason]) < MAX_SKIPPED_NAMES:
             self.skipped_names[reason].append(name)
 
     @cached_property
     def _work_total(self) -> int:
-        """Return the bytes of all files, or the rows of all dataset splits, in the unit of `_work_done`."""
+        """Total of `_work_done`: bytes of all files, or rows of all dataset splits."""
         if self.is_hugging_face:
             return sum(len(rows) for rows in self._hugging_face_splits.values())
         return sum(path.stat().st_size for path in self._paths())
@@ -136,27 +137,27 @@ class DocumentSource:
             yield self.root
             return
         entered: set[tuple[int, int]] = set()
-        with _readable(self.root):
-            # Without onerror, a folder that cannot be read would appear empty.
+        with _report_read_errors(self.root):
+            # Without onerror, os.walk treats a folder that cannot be read as empty.
             for folder, folders, files in os.walk(self.root, followlinks=True, onerror=_raise):
                 facts = os.stat(folder)
-                if (place := (facts.st_dev, facts.st_ino)) in entered:  # reached by another link
+                if (place := (facts.st_dev, facts.st_ino)) in entered:  # already visited through another link
                     folders.clear()
                     continue
                 entered.add(place)
-                # os.walk descends into the remaining `folders`, in this order.
+                # os.walk descends into the remaining entries of `folders`, in this order.
                 folders[:] = sorted(name for name in folders if not (self.is_standard_library and name in NOT_STANDARD_LIBRARY))
                 for name in sorted(files):
                     path = Path(folder, name)
                     is_text = path.suffix == ".py" if self.is_standard_library else _is_text_file(path)
-                    # Not is_file(), which is false for a broken link.
+                    # stat() raises an error for a broken link, whereas is_file() would skip the link.
                     if is_text and stat.S_ISREG(path.stat().st_mode):
                         yield path
 
     def _files(self) -> Iterator[tuple[str, str]]:
         for path in self._paths():
             before = self._work_done
-            with _readable(path):
+            with _report_read_errors(path):
                 if _is_record_file(path):
                     yield from self._records(path)
                 else:
@@ -188,7 +189,7 @@ class DocumentSource:
     def _record_text(self, line: bytes, place: str) -> str:
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # RecursionError if it is nested too deeply
+        except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
             raise UserError(f"{place} is not valid JSON ({error}); repair or delete the line") from error
         return self._field(record, place)
 
@@ -219,7 +220,7 @@ class DocumentSource:
         try:
             loaded = datasets.load_from_disk(str(self.root))
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise self._not_a_dataset("cannot be opened as a Hugging Face dataset", error) from error
+            raise self._dataset_error("cannot be opened as a Hugging Face dataset", error) from error
         splits = {name: loaded[name] for name in sorted(loaded)} if isinstance(loaded, dict) else {"": loaded}
         for name, rows in splits.items():
             if self.text_key not in rows.column_names:
@@ -227,12 +228,12 @@ class DocumentSource:
                     f"data.source {self.source} {name} has no column {self.text_key!r} (found: "
                     f"{', '.join(rows.column_names)}); set data.text_key to the column that holds the text"
                 )
-        # Select the column: iterating would decode images or audio in others.
+        # Drop the other columns: iteration would decode images or audio in them.
         return {name: rows.select_columns([self.text_key]) for name, rows in splits.items()}
 
-    def _not_a_dataset(self, what: str, error: Exception) -> UserError:
+    def _dataset_error(self, problem: str, error: Exception) -> UserError:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return UserError(f"data.source {self.source} {what} ({reason}); save it again with save_to_disk")
+        return UserError(f"data.source {self.source} {problem} ({reason}); save it again with save_to_disk")
 
     def _hugging_face_rows(self) -> Iterator[tuple[str, str]]:
         for split, rows in self._hugging_face_splits.items():
@@ -243,15 +244,18 @@ class DocumentSource:
                     name = f"{split}:{number}" if split else str(number)
                     yield self._field(row, f"{self.source}, row {name}"), name
             except (OSError, ValueError) as error:
-                raise self._not_a_dataset(f"is damaged behind row {name}", error) from error
+                raise self._dataset_error(f"is damaged after row {name}", error) from error
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Convert errors of reading a file or folder to a UserError.
+def _report_read_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the enclosed reads into a `UserError`.
+
+    Args:
+        path: the file or folder that is read; used where the error names no file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: if a file or folder cannot be read.
     """
     try:
         yield
@@ -273,7 +277,7 @@ def _is_text_file(path: Path) -> bool:
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a .jsonl file, decompressed by its suffix."""
+    """Yield the lines of a .jsonl file, decompressed according to its suffix."""
     name = path.name.lower()
     if name.endswith(".zst"):
         yield from _zstandard_lines(path, file)
@@ -289,10 +293,10 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
 def _zstandard_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
     """Yield the lines of a file of one or more zstandard frames.
 
-    zstandard's stream_reader ends silently inside a truncated frame. A decompressobj per frame distinguishes the end of a
-    frame from the end of the file.
+    zstandard's stream_reader raises no error at the end of a truncated file. With a decompressobj per frame, the end of a
+    frame and the end of the file can be distinguished.
     """
-    # The largest window of the format's --long option.
+    # The largest window that zstd's --long option can write.
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame: Any = None
     rest = b""

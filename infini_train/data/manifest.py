@@ -1,4 +1,7 @@
-"""`dataset.json`, the description of a prepared data folder. JSON and numpy types: any program can read the shards."""
+"""The manifest `dataset.json` of a prepared data folder.
+
+It holds only plain JSON and numpy types, so that any program can read the shards.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,12 @@ from infini_train.runtime.errors import UserError
 FORMAT_VERSION = 2
 SPLITS = ("train", "held_out")
 MANIFEST_FILE = "dataset.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
+HUGGING_FACE_FILE = "tokenizer.json"
+TOKENIZER_FILES = SENTENCEPIECE_FILE, HUGGING_FACE_FILE
+"""Possible names of the tokenizer file; a prepared folder holds exactly one."""
 WEIGHT_MEMBER = "weights.u8"
-"""Extension of the optional tar member with a document's loss weights."""
+"""Extension of the optional tar member that holds a document's loss weights."""
 REMEDY = "run `infini-train prepare --config FILE --overwrite` again"
 
 
@@ -23,13 +30,24 @@ def token_format(vocab_size: int) -> tuple[str, str]:
     return ("<u2", "u16") if vocab_size <= 1 << 16 else ("<u4", "u32")
 
 
-def index_file(split: str) -> str:
-    """Return the file name of a split's index.
+def tokenizer_file(folder: Path) -> Path:
+    """Return the path of a folder's tokenizer file; the SentencePiece path if the folder has none."""
+    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), folder / SENTENCEPIECE_FILE)
 
-    It holds the arrays `shard`, `offset` (bytes into the tar) and `tokens`, one entry per document; with loss weights also
-    `weight_offset`.
+
+def index_file(split: str) -> str:
+    """Return the name of a split's index.
+
+    The index holds the arrays `shard`, `offset` (bytes from the start of the tar) and `tokens`, with one entry per document.
+    A split with loss weights also has `weight_offset`.
     """
     return f"{split}.index.npz"
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass
@@ -41,7 +59,7 @@ class Shard:
 
 @dataclass
 class SplitFacts:
-    """Sizes of one split; tokens include the begin and end token of every document."""
+    """Sizes and shards of one split. `tokens` includes the begin and end token of every document."""
 
     documents: int
     tokens: int
@@ -50,7 +68,7 @@ class SplitFacts:
 
     @property
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the shards' checksums. It identifies the content, whatever the folder's path."""
+        """SHA-256 of the shards' checksums. It identifies the documents and their order, independent of the folder's path."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
 
@@ -64,16 +82,19 @@ class Manifest:
     bos_id: int
     eos_id: int
     token_type: str
-    """numpy type of the token members: <u2 or <u4, little-endian."""
+    """numpy type of the token members: <u2 or <u4 (little-endian)."""
     token_member: str
     """Extension of the tar member that holds a document's tokens: u16 or u32."""
     splits: dict[str, SplitFacts]
     format_version: int = FORMAT_VERSION
     weight_levels: list[float] | None = None
-    """Loss weights, float32. If set, each document has a u8 member beside its tokens: for each token, the index in this list of
-    the weight of its prediction. If not set, every token counts 1."""
+    """Distinct loss weights, float32; None if every token has weight 1.
+
+    With weights, each document has a second member of type u8 that holds an index into this list for each token. The weight
+    multiplies the loss of predicting that token.
+    """
     task: dict[str, Any] | None = None
-    """Section `task` of the configuration, if the documents are samples of a task."""
+    """The task section of the configuration, if the documents are samples of a task."""
 
     def save(self, folder: Path) -> None:
         record = {key: value for key, value in asdict(self).items() if value is not None}
@@ -84,7 +105,7 @@ def load_manifest(folder: Path) -> Manifest:
     """Read `dataset.json`.
 
     Raises:
-        UserError: if the folder or the file is missing, damaged or of another format version.
+        UserError: if the folder or the file is missing, damaged or has another format version.
     """
     path = folder / MANIFEST_FILE
     if not path.is_file():

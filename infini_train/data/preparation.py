@@ -1,4 +1,4 @@
-"""Turn text or samples of a task into a tokenizer, shards and an index."""
+"""The `prepare` command: turn text, or the samples of a task, into a tokenizer, shards and indexes."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from infini_train.tokenizers.tokenizer_file import read_tokenizer
 
 @dataclass
 class SplitSummary:
-    """Sizes of one split; tokens include the begin and end token of every document."""
+    """Sizes of one split. `tokens` includes the begin and end token of every document."""
 
     documents: int
     characters: int
     tokens: int
     padding_share: float
-    """Share of padding if every document starts at a segment start."""
+    """Fraction of token positions that are padding when every document starts at a segment start."""
 
 
 @dataclass
 class PrepareSummary:
-    """Result of `prepare`."""
+    """Contents of the data folder that `prepare` wrote. `str()` gives the text that the command prints."""
 
     path: Path
     vocab_size: int
@@ -50,9 +50,9 @@ class PrepareSummary:
     skipped_empty: int
     skipped_not_utf8: int
     skipped_names: dict[str, list[str]]
-    """Names of the first few skipped items, by reason."""
+    """Names of the first skipped texts, for each reason."""
     stopped_at_mb: float | None
-    """data.max_text_mb, if the source has more text."""
+    """data.max_text_mb if the source has more text, else None."""
     splits: dict[str, SplitSummary]
 
     @property
@@ -96,29 +96,26 @@ class PrepareSummary:
 
 
 def prepare(config: RunConfig, overwrite: bool = False) -> PrepareSummary:
-    """Write the folder `data.path` with tokenizer, shards, indexes and dataset.json.
+    """Write the folder `data.path`: tokenizer, shards, indexes and dataset.json.
 
-    Print a summary, and a warning if the held-out split is too small.
-
-    The shards hold the text of data.source or, with task.kind, samples of that task.
-
-    The folder appears when all files are written. A failed run leaves the old folder. Progress goes to stderr, the
-    summary to stdout.
+    The shards hold the text of data.source or, with task.kind, samples of that task. The folder appears when all files are
+    written; a failure leaves an earlier folder unchanged. Progress is printed to stderr and the summary to stdout, followed
+    by a warning if the held-out split is too small.
 
     Args:
         overwrite: replace an existing prepared folder.
 
     Raises:
-        UserError: invalid configuration, unreadable source, or a disk that cannot be written.
+        UserError: if the configuration is invalid, the source cannot be read or the folder cannot be written.
     """
     validate_model(config)
     validate_data(config)
     validate_task(config)
     data, target = config.data, Path(config.data.path)
-    # Samples with the paper's filler need no text.
+    # Samples with the filler "repeated" need no text.
     reads_source = config.task.kind is None or config.task.filler == "text"
     source = DocumentSource(data.source, data.text_key, data.max_text_mb) if reads_source else None
-    given = None if data.tokenizer is None else _given_tokenizer(Path(data.tokenizer), data.vocab_size)
+    given = None if data.tokenizer is None else _load_given_tokenizer(Path(data.tokenizer), data.vocab_size)
     console = Console(file=sys.stderr)
     if source is not None and source.is_standard_library:
         console.print("Corpus: the source files of Python's standard library (data.source is stdlib)")
@@ -127,7 +124,7 @@ def prepare(config: RunConfig, overwrite: bool = False) -> PrepareSummary:
             if given is None:
                 texts: Iterable[str] = []
                 if source is not None:
-                    texts = (document.text for document in _watched(source, progress, "Training the tokenizer"))
+                    texts = (document.text for document in _track_documents(source, progress, "Training the tokenizer"))
                 if config.task.kind is not None:
                     texts = chain(texts, task_texts(config.task))
                 written = folder / SENTENCEPIECE_FILE
@@ -140,7 +137,7 @@ def prepare(config: RunConfig, overwrite: bool = False) -> PrepareSummary:
                 write_task_shards(samples, config, tokenizer, folder, "repeated" if source is None else data.source)
             else:
                 write_shards(
-                    _watched(source, progress, "Writing shards"),
+                    _track_documents(source, progress, "Writing shards"),
                     tokenizer,
                     folder,
                     source=data.source,
@@ -159,7 +156,7 @@ def prepare(config: RunConfig, overwrite: bool = False) -> PrepareSummary:
 
 
 def _samples(config: RunConfig, tokenizer: Tokenizer, progress: Progress) -> Iterator[tuple[str, Sample]]:
-    """Yield (split, sample) of a task and update the progress line."""
+    """Yield (split, sample) for every sample of the task, and update a progress bar."""
     total = config.task.samples + config.task.held_out_samples
     line = progress.add_task("Writing samples", total=total, documents=0)
     done = 0
@@ -171,7 +168,7 @@ def _samples(config: RunConfig, tokenizer: Tokenizer, progress: Progress) -> Ite
             progress.update(line, completed=done, documents=done)
 
 
-def _given_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+def _load_given_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     tokenizer = read_tokenizer(path)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
@@ -196,8 +193,8 @@ def _progress(console: Console) -> Iterator[Progress]:
         yield progress
 
 
-def _watched(source: DocumentSource, progress: Progress, description: str) -> Iterator[Document]:
-    """Yield the documents of the source and update the progress line."""
+def _track_documents(source: DocumentSource, progress: Progress, description: str) -> Iterator[Document]:
+    """Yield the documents of the source, and update a progress bar."""
     task = progress.add_task(description, total=1.0, documents=0)
     for document in source:
         progress.update(task, completed=source.fraction_read, documents=source.documents)
@@ -225,10 +222,10 @@ def _summary(folder: Path, segment_length: int, source: DocumentSource | None) -
 
 
 def padding_share(document_lengths: np.ndarray, segment_length: int) -> float:
-    """Return the share of padding in a split whose documents start at segment starts.
+    """Return the fraction of token positions that are padding when every document starts at a segment start.
 
     Args:
-        document_lengths: [documents] tokens of each; a document of n tokens has n - 1 positions.
+        document_lengths: [documents] tokens of each document; a document of n tokens has n - 1 positions.
         segment_length: tokens per segment.
     """
     positions = document_lengths - 1

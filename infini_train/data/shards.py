@@ -1,4 +1,4 @@
-"""Write documents as WebDataset shards: one sample per document, with its tokens and a small JSON record."""
+"""Writing of WebDataset shards. Each document is one sample with its tokens and a small JSON record."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from infini_train.tokenizers.tokenizer import Tokenizer, usable_cores
 
 TAR_BLOCK = 512
 TAR_END = 10240
-"""A tar file is padded with zeros to a multiple of this."""
+"""The size of a tar file is padded with zeros to a multiple of this many bytes."""
 BATCH_CHARACTERS = 4_000_000
 BATCH_DOCUMENTS = 1024
 
@@ -35,34 +35,33 @@ def write_shards(
     held_out_fraction: float,
     shard_size_mb: float,
 ) -> Manifest:
-    """Tokenise documents into the shards of both splits, and write their indexes and `dataset.json`.
+    """Tokenise documents into the shards of both splits, then write the indexes and `dataset.json`.
 
-    A document's tokens are [begin] + encode(text) + [end]. A hash of its text chooses its split, so equal
-    documents are in the same split and the order of the source does not matter.
+    A document's tokens are [begin] + encode(text) + [end]. A hash of its text decides its split. So equal documents are in the
+    same split, and the split does not depend on the order of the source.
 
     Args:
         folder: an existing empty folder; see `atomic_folder`.
         source: recorded in `dataset.json`.
-        held_out_fraction: expected share of the documents in the held_out split.
-        shard_size_mb: a shard is closed before it would grow beyond this many megabytes; a larger document gets a shard of
-            its own.
+        held_out_fraction: expected fraction of the documents in the held_out split.
+        shard_size_mb: maximum size of a shard in megabytes; a larger document gets a shard of its own.
 
     Raises:
-        UserError: if a split would be empty; the line names a fraction that fills it.
+        UserError: if a split would be empty; names a held_out_fraction for which neither split is empty.
     """
     token_type, member = token_format(tokenizer.vocab_size)
     writers = {split: SplitWriter(folder, split, int(shard_size_mb * 1e6), member) for split in SPLITS}
     lowest, highest, number = 1.0, 0.0, 0
     try:
         for document, ids in _tokenised(documents, tokenizer):
-            fraction = text_fraction(document.text)
+            fraction = text_hash_fraction(document.text)
             lowest, highest, number = min(lowest, fraction), max(highest, fraction), number + 1
             tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype=token_type)
             writers["held_out" if fraction < held_out_fraction else "train"].write(document, tokens)
     finally:
         for writer in writers.values():
             writer.close()
-    _check_both_filled(lowest, highest, number, held_out_fraction)
+    _check_splits_not_empty(lowest, highest, number, held_out_fraction)
     return finish_shards(folder, tokenizer, source, writers)
 
 
@@ -75,7 +74,7 @@ def finish_shards(
     weight_levels: list[float] | None = None,
     task: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Write the indexes and `dataset.json` of closed writers, one per split."""
+    """Write the indexes and `dataset.json` for closed writers, one per split."""
     token_type, member = token_format(tokenizer.vocab_size)
     manifest = Manifest(
         source=source,
@@ -95,14 +94,14 @@ def finish_shards(
     return manifest
 
 
-def text_fraction(text: str) -> float:
-    """Return a number in [0, 1) from a hash of the text. Below held_out_fraction the document is held out."""
-    # 53 bits, so that the quotient is exact and stays below 1.
+def text_hash_fraction(text: str) -> float:
+    """Map a text to a number in [0, 1) by its SHA-256. A document is held out if the number is below held_out_fraction."""
+    # Use 53 bits, so that the quotient is exact and below 1.
     return (int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") >> 11) / 2**53
 
 
 def _tokenised(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, list[int]]]:
-    """Yield documents with their token ids. Batches keep all cores busy and limit the text in host memory."""
+    """Yield documents with their token ids. Encode in batches, which uses all cores and limits the text in memory."""
     threads = usable_cores()
     for batch in _batches(documents):
         yield from zip(batch, tokenizer.encode_batch([d.text for d in batch], num_threads=threads), strict=True)
@@ -121,7 +120,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _check_both_filled(lowest: float, highest: float, number: int, held_out_fraction: float) -> None:
+def _check_splits_not_empty(lowest: float, highest: float, number: int, held_out_fraction: float) -> None:
     if lowest < held_out_fraction <= highest:
         return
     empty = "train" if highest < held_out_fraction else "held_out"
@@ -137,7 +136,7 @@ def _check_both_filled(lowest: float, highest: float, number: int, held_out_frac
 
 
 def _short_number(lowest: float, highest: float, from_below: bool) -> str:
-    """Return the number with the fewest decimals in (lowest, highest], nearest to the requested end."""
+    """Return the number with the fewest decimals in (lowest, highest]: the smallest one if from_below, else the largest."""
     for decimals in range(1, 17):
         scale = 10**decimals
         number = (math.floor(lowest * scale) + 1 if from_below else math.floor(highest * scale)) / scale
@@ -148,7 +147,7 @@ def _short_number(lowest: float, highest: float, from_below: bool) -> str:
 
 @dataclass
 class SplitWriter:
-    """Writer of one split, one shard at a time."""
+    """Writer of one split. One shard is open at a time."""
 
     folder: Path
     split: str
@@ -166,14 +165,14 @@ class SplitWriter:
 
         Args:
             tokens: [n], in the split's token type.
-            weights: [n] uint8, numbers of loss weights.
+            weights: [n] uint8, for each token the index of its loss weight in `Manifest.weight_levels`.
         """
         record: dict[str, Any] = {"source": document.name, "characters": len(document.text), "tokens": len(tokens)}
-        # An upper bound for the json member and both headers; the exact size does not matter.
+        # The blocks are an upper bound for the JSON member and the tar headers; the exact size is not needed.
         size = tokens.nbytes + (0 if weights is None else weights.nbytes) + 8 * TAR_BLOCK
         if self._writer is None or (self._size > TAR_END and self._size + size > self.max_bytes):
             self._next_shard()
-        # The key is unique in the split, so that shards can be mixed or joined.
+        # The key is unique in the split, so that shards can be shuffled or merged.
         members = {"__key__": f"{self.documents:010d}", self.member: tokens.tobytes(), "json": record}
         self._writer.write(members if weights is None else members | {WEIGHT_MEMBER: weights.tobytes()})
         self._size += size
@@ -184,7 +183,7 @@ class SplitWriter:
     def _next_shard(self) -> None:
         self.close()
         self.files.append(f"{self.split}-{len(self.files):06d}.tar")
-        # Fixed times and owners: the same corpus gives the same bytes.
+        # Fix the time and the owner, so that the same corpus gives the same bytes.
         self._writer = webdataset.TarWriter(
             str(self.folder / self.files[-1]), mtime=0.0, user="infini", group="infini", compress=False
         )
@@ -201,7 +200,7 @@ class SplitWriter:
 
 
 def _write_index(folder: Path, split: str, facts: SplitFacts, member: str, token_bytes: int, *, weighted: bool = False) -> None:
-    """Write the positions of each document's tokens and weights, read back from the finished tar files."""
+    """Write the positions of each document's tokens and weights, read from the finished tars so that they match the disk."""
     shard, offset, tokens, weight_offset = [], [], [], []
     for number, entry in enumerate(facts.shards):
         with tarfile.open(folder / entry.file) as tar:
@@ -212,7 +211,7 @@ def _write_index(folder: Path, split: str, facts: SplitFacts, member: str, token
                     tokens.append(item.size // token_bytes)
                 elif item.name.endswith("." + WEIGHT_MEMBER):
                     weight_offset.append(item.offset_data)
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would remember every member
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every member in a list
     arrays: dict[str, Any] = {
         "shard": np.array(shard, dtype=np.int32),
         "offset": np.array(offset, dtype=np.int64),

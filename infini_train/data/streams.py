@@ -1,6 +1,6 @@
-"""Streams: every row of the global batch reads its own sequence of documents.
+"""Streams: each row of the global batch reads its own documents, one after another.
 
-Shapes: B rows that this reader holds, N segments, S segment_length, T = N S tokens.
+Shapes: B rows of this reader, N segments, S segment_length, T = N S tokens.
 """
 
 from __future__ import annotations
@@ -16,59 +16,57 @@ from infini_train.runtime.errors import UserError
 
 @dataclass
 class Batch:
-    """The data of a micro-batch: the next N segments of every row.
-
-    A segment holds tokens of one document, then padding (token 0).
-    """
+    """The next N segments of each row. A segment holds tokens of one document, then padding (token 0)."""
 
     tokens: torch.Tensor  # [B, T] int64
-    targets: torch.Tensor  # [B, T] int64, the token after each
-    loss_mask: torch.Tensor  # [B, T] float32: the target's weight (1 in ordinary data), 0 without a target
-    lengths: torch.Tensor  # [B, N] int64, valid tokens of each segment, at its start
-    reset: torch.Tensor  # [B, N] bool, a document begins in this segment; also true in a row that has ended
+    targets: torch.Tensor  # [B, T] int64, the next token at each position
+    loss_mask: torch.Tensor  # [B, T] float32, weight of the target, 1 in ordinary data; 0 at positions without a target
+    lengths: torch.Tensor  # [B, N] int64, number of valid tokens; they are at the start of the segment
+    reset: torch.Tensor  # [B, N] bool, whether a document begins in this segment; also true in a row that has ended
     segment_index: torch.Tensor  # [B, N] int64, number of the segment within its document
-    draws: torch.Tensor  # [B, N, 2] float64, random numbers in [0, 1) of the segment: the same in every layout
-    repeats: torch.Tensor  # [B, N] int64: number of times that its memory update counts; 1 without memory ageing
+    draws: torch.Tensor  # [B, N, 2] float64, random numbers in [0, 1) of the segment, equal in every layout
+    repeats: torch.Tensor  # [B, N] int64, times that the segment's memory update is applied; training can set more than 1
 
     @property
     def num_valid(self) -> int:
-        """Return the number of positions with a target."""
+        """Number of positions with a target."""
         return int(self.lengths.sum())
 
     @property
     def loss_weight(self) -> float:
-        """Return the sum of the targets' weights; num_valid in ordinary data."""
+        """Sum of the targets' weights; equal to num_valid in ordinary data."""
         return float(self.loss_mask.sum(dtype=torch.float64))
 
 
 class StreamReader:
     """Reader of some rows of the global batch.
 
-    In epoch e row r of R reads documents `order_e[r::R]`, where order_e is a permutation seeded by (seed, e) of all documents
-    with a target. All rows together read every document once per epoch. Each row enters its next epoch independently.
-    Its documents depend on (dataset, r, R, S, seed, shuffle, curriculum) only, not on the other rows of the reader.
+    In epoch e, row r of R reads the documents `order_e[r::R]`. order_e is a permutation of all documents with a target, seeded
+    by (seed, e). So all rows together read every document once per epoch. Each row starts its next epoch independently of the
+    other rows. The documents of a row depend only on (dataset, r, R, S, seed, shuffle, curriculum), and not on the other rows
+    of the reader.
 
-    A document that is not available is skipped, and all others keep their place. A run that continues without a shard reads
-    the same documents, except those of the shard.
+    A document that is not available is skipped at its position in the order, and the order of the others does not change. So a
+    run that continues without a shard reads the same sequence without that shard's documents.
 
-    A document of n tokens has n - 1 positions, padded to a multiple of S. Documents begin at segment starts, and no target
-    is in another document.
+    A document of n tokens gives n - 1 positions, padded to a multiple of S. Documents begin at segment starts, and no target
+    is a token of another document.
 
     Args:
-        rows: the global row numbers that this reader holds.
-        total_rows: R, rows of the global batch.
+        rows: global numbers of the rows that this reader reads.
+        total_rows: R, number of rows of the global batch.
         segment_length: S, in tokens.
-        seed: fixes the order of documents, together with the epoch.
-        shuffle: False reads in the order of the dataset, or by length.
-        num_epochs: rows end after so many epochs; None never ends.
-        longest_first: with shuffle False, read the longest documents first. Rows then end within one document's length of
-            each other.
-        length_curriculum: with shuffle, share of the first epoch's documents that are sorted by length,
-            shortest first. The others follow in their order.
+        seed: seed of the document order, together with the epoch.
+        shuffle: if False, read documents in the order of the dataset, or by length with longest_first.
+        num_epochs: number of epochs after which a row ends; None for no end.
+        longest_first: with shuffle False, read the longest documents first. All rows then end within the length of one
+            document of each other.
+        length_curriculum: with shuffle, the fraction of the first epoch's documents that is sorted by length, shortest first.
+            It is taken from the start of the epoch's order; the rest of the order does not change.
 
     Raises:
         ValueError: if rows is empty or not inside 0 .. total_rows - 1.
-        UserError: if no document has a target, or if rows would never get a document.
+        UserError: if no document has a target, or if a row would never get a document.
     """
 
     def __init__(
@@ -110,15 +108,19 @@ class StreamReader:
                 f"{readable}, or prepare more documents"
             )
         self._orders: dict[int, np.ndarray] = {}
-        # Per row: epoch, index in the row's share of that epoch, offset in that document in tokens.
+        # Per row: epoch, index into the row's documents of that epoch, offset in tokens within that document.
         self._position = np.zeros((len(rows), 3), dtype=np.int64)
         for b in range(len(rows)):
-            if not self._share_size(b):  # only with num_epochs: the row ends before it begins
+            if not self._documents_per_epoch(b):  # possible only with num_epochs: a row without documents has ended
                 self._position[b, 0] = num_epochs or 0
-            self._pass_over_unavailable(b)
+            self._skip_unavailable(b)
 
     def next(self, num_segments: int) -> Batch | None:
-        """Return the next segments of every row, or None after every row has ended."""
+        """Return the next segments of every row, or None if every row has ended.
+
+        Args:
+            num_segments: N, segments to read per row.
+        """
         if num_segments < 1:
             raise ValueError(f"num_segments is {num_segments}; it must be positive")
         if all(self._ended(b) for b in range(len(self.rows))):
@@ -162,17 +164,17 @@ class StreamReader:
         )
 
     def _draws(self, b: int, document: int, first_segment: int, segments: int) -> np.ndarray:
-        """Return [segments, 2] random numbers of a document's segments in the row's epoch."""
+        """Return random numbers [segments, 2] of a document's segments in the row's epoch."""
         generator = np.random.PCG64(np.random.SeedSequence([self.seed, int(self._position[b, 0]), document]))
         generator.advance(2 * first_segment)
         return (generator.random_raw(2 * segments) >> np.uint64(11)).reshape(segments, 2) / 2.0**53
 
     def state(self) -> torch.Tensor:
-        """Return the position of every row: [B, 3] int64 of epoch, index in the row's share, token offset in the document."""
+        """Return the position of every row, [B, 3] int64: epoch, index into the row's documents, token offset."""
         return torch.from_numpy(self._position.copy())
 
     def load_state(self, state: torch.Tensor) -> None:
-        """Continue from `state()` of a reader with the same settings. Rows of several readers can be split and joined.
+        """Continue from the `state()` of readers with the same settings. Their states can be split and joined by row.
 
         Raises:
             ValueError: if the shape or type is wrong.
@@ -183,21 +185,21 @@ class StreamReader:
         before = self._position
         self._position = state.cpu().numpy().copy()
         for b, row in enumerate(self.rows):
-            if not self._exists(b):
+            if not self._position_exists(b):
                 found = self._position[b].tolist()
                 self._position = before
                 raise UserError(
-                    f"row {row} cannot go on at epoch, document, token {found}: {self.dataset.path} ({self.dataset.split}) has "
-                    "no such segment; resume with the data, training.rows and model.segment_length of the run that saved it"
+                    f"row {row} cannot continue at epoch, document, token {found}: {self.dataset.path} ({self.dataset.split}) "
+                    "has no such segment; resume with the data, training.rows and model.segment_length of the run that saved it"
                 )
         for b in range(len(self.rows)):
-            self._pass_over_unavailable(b)
+            self._skip_unavailable(b)
 
-    def _exists(self, b: int) -> bool:
+    def _position_exists(self, b: int) -> bool:
         epoch, index, offset = self._position[b].tolist()
         if self.num_epochs is not None and epoch >= self.num_epochs:
             return (epoch, index, offset) == (self.num_epochs, 0, 0)
-        if epoch < 0 or not 0 <= index < self._share_size(b):
+        if epoch < 0 or not 0 <= index < self._documents_per_epoch(b):
             return False
         return 0 <= offset < self._current(b)[2] and offset % self.segment_length == 0
 
@@ -205,7 +207,7 @@ class StreamReader:
         return self.num_epochs is not None and self._position[b, 0] >= self.num_epochs
 
     def _current(self, b: int) -> tuple[int, int, int]:
-        """Return the document at the row's position, the offset in it, and the document's number of positions."""
+        """Return (document, offset, number of positions of the document) at the row's position."""
         epoch, index, offset = self._position[b].tolist()
         document = int(self._order(epoch)[self.rows[b] + index * self.total_rows])
         return document, offset, int(self.dataset.document_lengths[document]) - 1
@@ -215,30 +217,30 @@ class StreamReader:
         self._position[b, 2] += count
         if offset + count == positions:
             self._next_document(b)
-            self._pass_over_unavailable(b)
+            self._skip_unavailable(b)
 
     def _next_document(self, b: int) -> None:
         self._position[b, 1:] = self._position[b, 1] + 1, 0
-        if self._position[b, 1] == self._share_size(b):
+        if self._position[b, 1] == self._documents_per_epoch(b):
             self._position[b] = self._position[b, 0] + 1, 0, 0
 
-    def _pass_over_unavailable(self, b: int) -> None:
+    def _skip_unavailable(self, b: int) -> None:
         while not self._ended(b) and not self.dataset.available[self._current(b)[0]]:
             self._next_document(b)
 
-    def _share_size(self, b: int) -> int:
-        """Return the number of documents of the row in one epoch."""
+    def _documents_per_epoch(self, b: int) -> int:
+        """Return the number of documents that the row reads in each epoch."""
         return max(0, -(-(len(self._documents) - self.rows[b]) // self.total_rows))
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Return the documents in the order of an epoch."""
+        """Return all documents in the order of an epoch."""
         if not self.shuffle:
             return self._documents
         if epoch not in self._orders:
-            # Drop epochs that no row reads any more.
+            # Drop the orders of epochs that no row reads now.
             reading = set(self._position[:, 0].tolist())
             self._orders = {e: order for e, order in self._orders.items() if e in reading}
-            # Sorting raw bits: numpy guarantees a bit generator's stream between versions, not that of permutation().
+            # Sort raw bits: numpy keeps the stream of a bit generator stable between versions, but not permutation().
             bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(len(self._documents))
             order = self._documents[np.argsort(bits, kind="stable")]
             if epoch == 0:

@@ -1,4 +1,4 @@
-"""Write samples of a task as a data folder with loss weights. Each sample is one document."""
+"""Samples of a task as a data folder with loss weights. Each sample is one document."""
 
 from __future__ import annotations
 
@@ -12,43 +12,44 @@ import numpy as np
 from infini_train.config import RunConfig, TaskConfig
 from infini_train.data.documents import Document, DocumentSource
 from infini_train.data.manifest import SPLITS, Manifest, token_format
-from infini_train.data.shards import SplitWriter, finish_shards, text_fraction
+from infini_train.data.shards import SplitWriter, finish_shards, text_hash_fraction
 from infini_train.runtime.errors import UserError
 from infini_train.tasks import Purpose, RepeatedFiller, Sample, Task, TextFiller, training_placement
 from infini_train.tasks.draws import Draws, sample_seed
 from infini_train.tasks.filler import SENTENCES
-from infini_train.tasks.task import tell
+from infini_train.tasks.task import draw_story
 from infini_train.tokenizers.tokenizer import Tokenizer
 
 FILLER_TOKENS = 1 << 24
-"""Maximum number of tokens of real text that are kept as filler."""
+"""Maximum number of tokens of real text that are kept in memory as filler."""
 TOKENIZER_STORIES = 2000
+"""Stories from which the tokenizer is trained."""
 PURPOSES = {"train": Purpose.TRAIN, "held_out": Purpose.HELD_OUT}
 
 
 def task_texts(task: TaskConfig) -> Iterator[str]:
-    """Yield texts to train a tokenizer for the task: stories that no split contains, and the filler sentences."""
+    """Yield texts of the task for tokenizer training: stories that are in no split, and the filler sentences."""
     for number in range(TOKENIZER_STORIES):
-        story = tell(task, Draws(sample_seed(task.seed, Purpose.TOKENIZER, number)))
+        story = draw_story(task, Draws(sample_seed(task.seed, Purpose.TOKENIZER, number)))
         needles = "".join([*story.before, *story.anywhere, story.needle])
         yield f"{story.introduction}{SENTENCES} {needles}{SENTENCES} {story.question}{story.answer}"
 
 
 def text_filler(documents: Iterable[Document], tokenizer: Tokenizer, held_out: bool, held_out_fraction: float) -> TextFiller:
-    """Return the concatenated documents of one split of a source, at most FILLER_TOKENS tokens.
+    """Build filler from the documents of one split of a source, joined one after another, at most FILLER_TOKENS tokens.
 
     Raises:
         UserError: if the split is empty.
     """
     found: list[np.ndarray] = []
-    room = FILLER_TOKENS
+    remaining = FILLER_TOKENS
     for document in documents:
-        if (text_fraction(document.text) < held_out_fraction) != held_out:
+        if (text_hash_fraction(document.text) < held_out_fraction) != held_out:
             continue
-        tokens = tokenizer.encode(document.text + "\n\n")[:room]
+        tokens = tokenizer.encode(document.text + "\n\n")[:remaining]
         found.append(np.array(tokens, dtype=np.int32))
-        room -= len(tokens)
-        if room == 0:
+        remaining -= len(tokens)
+        if remaining == 0:
             break
     if not found:
         raise UserError(
@@ -59,7 +60,7 @@ def text_filler(documents: Iterable[Document], tokenizer: Tokenizer, held_out: b
 
 
 def make_filler(run: RunConfig, tokenizer: Tokenizer, held_out: bool) -> TextFiller:
-    """Return the configured filler: the paper's sentences, or documents of one split of data.source."""
+    """Build the configured filler: the paper's sentences, or the documents of one split of data.source."""
     if run.task.filler == "repeated":
         return RepeatedFiller(tokenizer)
     source = DocumentSource(run.data.source, run.data.text_key, run.data.max_text_mb)
@@ -67,12 +68,12 @@ def make_filler(run: RunConfig, tokenizer: Tokenizer, held_out: bool) -> TextFil
 
 
 def split_samples(run: RunConfig, tokenizer: Tokenizer, split: str, filler: TextFiller) -> Iterator[Sample]:
-    """Yield the samples of a split. Training and held-out data have the same lengths and depths."""
+    """Yield the samples of a split. Both splits use the configured lengths and placements of the needle."""
     config = run.task
     task = Task(config, tokenizer, filler)
     placement = training_placement(config.late_share, config.border_share, config.own_segment_share, run.model.segment_length)
     for number in range(config.samples if split == "train" else config.held_out_samples):
-        # The length has a seed of its own, so that it does not depend on the draws of the sample.
+        # The length has its own seed, so that it does not depend on the sample's draws.
         draws = Draws(sample_seed(config.seed, PURPOSES[split], number, 1))
         length = task_length(config, draws.fraction())
         fewest = config.min_keys or config.keys
@@ -81,7 +82,14 @@ def split_samples(run: RunConfig, tokenizer: Tokenizer, split: str, filler: Text
 
 
 def task_length(config: TaskConfig, fraction: float) -> int:
-    """Return the length at a quantile of a split's texts, in tokens from the begin token to the last of the answer."""
+    """Return a quantile of the configured length distribution (inverse of its cumulative distribution function).
+
+    Args:
+        fraction: cumulative probability in [0, 1).
+
+    Returns:
+        Tokens from the begin token to the last token of the answer.
+    """
     low, high = config.min_tokens, config.max_tokens + 1
     if config.length_distribution == "uniform":
         length = low + fraction * (high - low)
@@ -89,18 +97,18 @@ def task_length(config: TaskConfig, fraction: float) -> int:
         length = math.exp(math.log(low) + fraction * (math.log(high) - math.log(low)))
     else:  # density 1 / length²
         length = low * high / (high - fraction * (high - low))
-    return max(low, min(high - 1, int(length)))  # guards against rounding
+    return max(low, min(high - 1, int(length)))  # clamp rounding errors
 
 
 def write_task_shards(
     samples: Iterable[tuple[str, Sample]], run: RunConfig, tokenizer: Tokenizer, folder: Path, source: str
 ) -> Manifest:
-    """Write samples as documents with an end token, then the indexes and `dataset.json`.
+    """Write each sample as a document that ends with the end token, then the indexes and `dataset.json`.
 
-    A sample of n tokens has n positions; the target of the last is the end token.
+    A sample of n tokens has n positions. The target of the last position is the end token.
 
     Args:
-        samples: (split, sample), every split at least once.
+        samples: pairs (split, sample), with at least one sample for each split.
         source: recorded in `dataset.json`.
     """
     token_type, member = token_format(tokenizer.vocab_size)

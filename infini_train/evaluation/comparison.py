@@ -27,7 +27,7 @@ from infini_train.report.run_results import read_json, read_metrics
 from infini_train.resilience.stop_request import RESUMABLE_EXIT_CODE
 from infini_train.runtime import platform
 from infini_train.runtime.errors import UserError
-from infini_train.runtime.files import COPIED_RUN_DIR, check_writable, write_result, writing
+from infini_train.runtime.files import COPIED_RUN_DIR, check_writable, report_write_errors, write_result
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _remaining_commands(each: CompareRun) -> Iterator[str]:
 def _run(command: str, each: CompareRun) -> int:
     """Run an infini-train command in one process and return its exit code."""
     folder = Path(each.run.run_dir)
-    with writing(folder / "variant.yaml", COPIED_RUN_DIR):
+    with report_write_errors(folder / "variant.yaml", COPIED_RUN_DIR):
         folder.mkdir(parents=True, exist_ok=True)
         save_config(each.run, folder / "variant.yaml")
     return run_forwarding_signals([sys.executable, "-m", "infini_train", command, "--config", str(folder / "variant.yaml")])

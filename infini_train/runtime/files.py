@@ -1,4 +1,4 @@
-"""Write result files completely or not at all, and report a failure in one line."""
+"""Atomic writes of result files. A write error becomes a `UserError` of one line."""
 
 from __future__ import annotations
 
@@ -18,63 +18,68 @@ COPIED_RUN_DIR = "free space there, or copy the folder to where you can write an
 
 
 @contextmanager
-def writing(name: object, remedy: str, also: type[Exception] = OSError) -> Iterator[None]:
-    """Convert errors of writing a file or folder to a UserError.
+def report_write_errors(name: object, remedy: str, other_error: type[Exception] = OSError) -> Iterator[None]:
+    """Turn errors of the enclosed writes into a `UserError`.
 
     Args:
-        name: name of the file, with the key that names it.
-        remedy: what the user can do instead.
-        also: exception that the writer raises besides OSError if the disk fails.
+        name: path of the file or folder, with the key or flag that sets it.
+        remedy: the action that the user can take.
+        other_error: an exception other than OSError that the writer raises when the disk refuses a write.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: if the file or folder cannot be written.
     """
     try:
         yield
-    except (OSError, also) as error:
+    except (OSError, other_error) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"{name} cannot be written ({reason}); {remedy}") from error
 
 
 def write_result(path: Path, text: str, remedy: str = ANOTHER_RUN_DIR) -> None:
-    """Replace a file atomically. Ctrl-C or a full disk never leaves half of it.
+    """Write a text file atomically: the file holds the old text or the new text, also after Ctrl-C or on a full disk.
 
-    Print the result before the call, so that it is not lost with the file.
+    Print the results before the call, so that a write error does not lose them.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: if the file cannot be written.
     """
     replacement = path.with_name(path.name + ".new")
-    with writing(path, remedy):
+    with report_write_errors(path, remedy):
         replacement.write_text(text, encoding="utf-8")
         replacement.replace(path)
 
 
 def write_json(path: Path, content: dict[str, Any], remedy: str = ANOTHER_RUN_DIR) -> None:
-    """Write an object with `write_result`, in standard JSON.
+    """Write an object atomically as strict JSON, without NaN and infinity; see `write_result`.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: if the file cannot be written.
     """
     write_result(path, json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n", remedy)
 
 
 def without_nan(value: Any) -> Any:
-    """Replace NaN and infinity by None, because standard JSON has neither."""
+    """Replace every NaN and infinity in a nested value by None (null).
+
+    JSON does not define them, and readers other than Python's refuse them.
+    """
     if isinstance(value, dict):
-        return {key: without_nan(part) for key, part in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_nan(part) for part in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def check_writable(folder: Path, name: object, remedy: str = ANOTHER_RUN_DIR) -> None:
-    """Create the folder if needed and write a test file, so that a long measurement does not fail at its end.
+    """Create the folder if it is missing and write a temporary file in it.
+
+    Called before a long measurement, so that an error is found before the measurement and not after it.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: if the folder cannot be created or written.
     """
-    with writing(name, remedy):
+    with report_write_errors(name, remedy):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))

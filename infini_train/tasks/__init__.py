@@ -1,4 +1,7 @@
-"""Retrieval tasks: a fact somewhere in a long text, and a question at its end. Generators only; they know no model."""
+"""Retrieval tasks: a fact (needle) in a long text, and a question about it at the end.
+
+This package only generates samples and does not depend on a model.
+"""
 
 from infini_train.tasks.draws import Purpose
 from infini_train.tasks.filler import RepeatedFiller, TextFiller

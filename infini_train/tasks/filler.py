@@ -1,4 +1,4 @@
-"""The text around the needles, at any place of an endless sequence, without building it."""
+"""Filler: the text around the needles. It is an endless sequence that can be read at any position without building it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from infini_train.runtime.errors import UserError
 from infini_train.tokenizers.tokenizer import Tokenizer
 
 SENTENCES = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-"""Mohtashami and Jaggi, Landmark Attention (arXiv 2305.16300), section 4.2; the Infini-attention paper uses the same."""
+"""Filler text of Mohtashami and Jaggi, Landmark Attention (arXiv 2305.16300), section 4.2.
+
+The Infini-attention paper uses the same text.
+"""
 
 
 class TextFiller:
-    """Real text, repeated when a sample is longer than it is.
+    """Filler of real text. It repeats if a sample is longer than the text.
 
     Args:
         tokens: [n] token ids of one or more documents, one after another.
     """
 
     starts_anywhere = True
-    """Whether a sample begins at a random place of the text."""
+    """Whether a sample starts reading the filler at a random position."""
 
     def __init__(self, tokens: np.ndarray | Sequence[int]) -> None:
         self._tokens = np.asarray(tokens)
@@ -30,17 +33,17 @@ class TextFiller:
 
     @property
     def period(self) -> int:
-        """Tokens after which the filler repeats."""
+        """Number of tokens after which the filler repeats."""
         return len(self._tokens)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count - 1 of the endless repetition, [count] int64."""
+        """Return tokens start .. start + count - 1 of the endless repetition, [count] int64."""
         start %= self.period
         return self._tokens[np.arange(start, start + count) % self.period].astype(np.int64)
 
 
 class RepeatedFiller(TextFiller):
-    """The sentences of the passkey task, over and over."""
+    """Filler that repeats the sentences of the passkey task."""
 
     starts_anywhere = False
 

@@ -1,4 +1,4 @@
-"""One sample: a text of an exact length that can be read at any place, so that a million tokens never have to exist."""
+"""A sample: a text of an exact length. It can be read at any position, so a text of a million tokens is never built."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class _Source(Protocol):
     def read(self, start: int, count: int) -> np.ndarray: ...
 
 
-class Fixed:
-    """Tokens that stand in the text as they are."""
+class FixedTokens:
+    """A source of fixed tokens, in contrast to the endless filler."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = np.asarray(tokens, dtype=np.int64)
@@ -23,8 +23,8 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class Part:
-    """`length` tokens of a source, from `first` on."""
+class Span:
+    """`length` tokens of a source, starting at token `first`."""
 
     source: _Source
     first: int
@@ -33,16 +33,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Sample:
-    """A text, [begin] to the last token of the answer.
+    """A text from the begin token to the last token of the answer.
 
     Attributes:
+        spans: consecutive spans of the text.
         answer_start: position of the answer's first token.
         answer: [answer_length] int64.
-        scored: [answer_length] bool; a separator between the parts of an answer is not scored.
-        facts: what the text says and asks, for people: needles with their positions, question, answer.
+        scored: [answer_length] bool, whether the token is scored; separators inside an answer are not scored.
+        facts: description of the sample for records: the task, the needle, the needle positions, the question and the answer.
     """
 
-    parts: tuple[Part, ...]
+    spans: tuple[Span, ...]
     answer_start: int
     answer: np.ndarray
     scored: np.ndarray
@@ -54,7 +55,7 @@ class Sample:
 
     @property
     def length(self) -> int:
-        """Tokens of the text."""
+        """Number of tokens of the text."""
         return self.answer_start + self.answer_length
 
     @property
@@ -63,7 +64,7 @@ class Sample:
         return self.read(0, self.length)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count - 1 in time and memory of `count`, [count] int64.
+        """Return tokens start .. start + count - 1, [count] int64, with time and host memory proportional to `count`.
 
         Raises:
             IndexError: if the text does not have these tokens.
@@ -71,9 +72,9 @@ class Sample:
         if start < 0 or count < 0 or start + count > self.length:
             raise IndexError(f"tokens {start} to {start + count} of a text of {self.length}")
         found, place = [np.empty(0, dtype=np.int64)], 0
-        for part in self.parts:
-            low, high = max(start, place), min(start + count, place + part.length)
+        for span in self.spans:
+            low, high = max(start, place), min(start + count, place + span.length)
             if low < high:
-                found.append(part.source.read(part.first + low - place, high - low))
-            place += part.length
+                found.append(span.source.read(span.first + low - place, high - low))
+            place += span.length
         return np.concatenate(found)

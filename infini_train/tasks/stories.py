@@ -1,4 +1,4 @@
-"""What each task tells and asks, in words; `task.py` turns it into tokens."""
+"""The text of each task: needles, question and answer. `task.py` encodes it into tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEY_INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
     "I will quiz you about the important information there.\n"
 )
-"""The prompt's beginning in Mohtashami and Jaggi's passkey task."""
+"""Start of the prompt in the passkey task of Mohtashami and Jaggi."""
 FACTS_INTRODUCTION = "Remember the facts that are hidden in this text.\n"
 
 
@@ -20,24 +20,25 @@ FACTS_INTRODUCTION = "Remember the facts that are hidden in this text.\n"
 class Story:
     """Needles, a question and its answer.
 
-    The needle that is asked comes after all of `before`, which stand in this order; the needles of `anywhere` are independent.
+    `needle` is the queried needle. It is placed after all needles of `before`, which keep their order. The needles of
+    `anywhere` can be at any position.
     """
 
     introduction: str
     needle: str
     question: str
-    """Ends so that the answer's first token follows at once."""
+    """Question and the start of the reply; the answer's first token follows directly."""
     answer: str
     before: tuple[str, ...] = ()
     anywhere: tuple[str, ...] = ()
     unscored: str = ""
-    """Characters of the answer that separate its parts and count for nothing."""
+    """Separator characters in the answer; their tokens are not scored."""
     further: tuple[tuple[str, str], ...] = ()
-    """Question and answer of each fact that is not asked, for texts that ask several."""
+    """Question and answer of each further fact, for texts that ask several questions."""
 
 
 def passkey(draws: Draws, keys: int, digits: int, words: Sequence[str]) -> Story:
-    """The passkey task as in the Infini-attention paper, from Mohtashami and Jaggi (arXiv 2305.16300); `keys` is 1."""
+    """The passkey task of the Infini-attention paper, from Mohtashami and Jaggi (arXiv 2305.16300). `keys` is 1."""
     key = draws.digits(digits)
     return Story(
         introduction=KEY_INTRODUCTION,
@@ -48,7 +49,7 @@ def passkey(draws: Draws, keys: int, digits: int, words: Sequence[str]) -> Story
 
 
 def multi_key(draws: Draws, keys: int, digits: int, words: Sequence[str]) -> Story:
-    """Several named keys, one of which is asked."""
+    """Several named keys. The question asks for one of them."""
     names = draws.distinct(words, keys)
     pairs = [(name, draws.digits(digits)) for name in names]
     needles = [
@@ -69,7 +70,7 @@ def multi_key(draws: Draws, keys: int, digits: int, words: Sequence[str]) -> Sto
 
 
 def multi_value(draws: Draws, keys: int, digits: int, words: Sequence[str]) -> Story:
-    """Several values of one key, all asked in the order of the text; depth is that of the last."""
+    """Several values of one key. The answer is all values in the order of the text; the depth applies to the last value."""
     values = [draws.digits(digits) for _ in range(keys)]
     needles = tuple(f"\nOne pass key is {value}. Remember it. {value} is a pass key.\n" for value in values)
     return Story(
@@ -83,7 +84,7 @@ def multi_value(draws: Draws, keys: int, digits: int, words: Sequence[str]) -> S
 
 
 def associative_recall(draws: Draws, keys: int, digits: int, words: Sequence[str]) -> Story:
-    """Pairs of random words, one of which is asked."""
+    """Pairs of random words. The question gives the first word of one pair and asks for the second."""
     drawn = draws.distinct(words, 2 * keys)
     pairs = list(zip(drawn[:keys], drawn[keys:], strict=True))
     needles = tuple(f"\nThe word {first} goes with the word {second}.\n" for first, second in pairs)
@@ -101,10 +102,11 @@ def associative_recall(draws: Draws, keys: int, digits: int, words: Sequence[str
 
 
 def babi(draws: Draws, keys: int, digits: int, words: Sequence[str]) -> Story:
-    """Persons move between places, and the last move of one of them is asked: bAbI's first task (Weston et al., arXiv
-    1502.05698), in long text as in BABILong (Kuratov et al., arXiv 2406.10149).
+    """Persons move between places. The question asks for the last place of one person.
 
-    Of the `keys` facts, every second is about the person who is asked, and comes before the last one.
+    This is the first task of bAbI (Weston et al., arXiv 1502.05698) in long text, as in BABILong (Kuratov et al., arXiv
+    2406.10149). keys // 2 of the `keys` facts are earlier moves of the queried person; the other facts except the last move
+    are about other persons.
     """
     person, *others = draws.distinct(PERSONS, len(PERSONS))
     place = draws.one_of(PLACES)

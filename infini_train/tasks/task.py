@@ -1,4 +1,4 @@
-"""A task under one tokenizer: samples of an exact number of tokens."""
+"""A task with a tokenizer: generates samples of an exact number of tokens."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from infini_train.config import TaskConfig
 from infini_train.runtime.errors import UserError
 from infini_train.tasks.draws import Draws, Purpose, sample_seed
 from infini_train.tasks.filler import TextFiller
-from infini_train.tasks.placement import Placement, Room
-from infini_train.tasks.sample import Fixed, Part, Sample
+from infini_train.tasks.placement import Haystack, Placement
+from infini_train.tasks.sample import FixedTokens, Sample, Span
 from infini_train.tasks.stories import STORIES, Story
 from infini_train.tasks.words import OBJECTS
 from infini_train.tokenizers.tokenizer import Tokenizer
 
 
 class EncodedStory(NamedTuple):
-    """The tokens of a story; `Story` says what each is."""
+    """The tokens of a `Story`; see its fields."""
 
     introduction: list[int]
     needle: list[int]
     question: list[int]
     answer: list[int]
-    """With further questions and their answers."""
+    """The answer, followed by further questions and their answers."""
     scored: list[bool]
     before: list[list[int]]
     anywhere: list[list[int]]
@@ -37,15 +37,15 @@ class EncodedStory(NamedTuple):
 
 
 class Task:
-    """Makes samples.
+    """Generator of samples.
 
     Args:
-        config: kind, number of keys and of digits.
-        tokenizer: must encode a number alike wherever it stands.
+        config: kind of the task, number of keys and of digits.
+        tokenizer: tokenizer that gives a number the same tokens in every context.
         filler: the text around the needles.
 
     Raises:
-        UserError: if the tokenizer joins numbers with what is beside them.
+        UserError: if the tokenizer joins a number with the characters around it.
     """
 
     def __init__(self, config: TaskConfig, tokenizer: Tokenizer, filler: TextFiller) -> None:
@@ -53,7 +53,7 @@ class Task:
         self.kind = config.kind or "passkey"
         self.tokenizer = tokenizer
         self.filler = filler
-        check_numbers(tokenizer, config.digits)
+        check_number_tokens(tokenizer, config.digits)
 
     def sample(
         self,
@@ -65,21 +65,22 @@ class Task:
         questions: int = 1,
         keys: Sequence[int] = (),
     ) -> Sample:
-        """The sample that (seed, purpose, index) names.
+        """Return the sample that (seed, purpose, index) identifies.
 
         Args:
-            length: tokens from the begin token to the answer's last.
-            placement: where the asked needle goes.
-            questions: facts that are asked, if there are so many. The further questions follow the first answer, and with
-                theirs they are part of the sample's answer, in which they are not scored.
-            keys: numbers of facts, of which the first takes effect with which the text fits; else the configured number.
+            length: tokens from the begin token to the last token of the answer.
+            placement: chooses the position of the queried needle.
+            questions: maximum number of questions. Further questions and their answers follow the first answer and belong to
+                the sample's answer; the tokens of these questions are not scored.
+            keys: numbers of facts to try in order; the first one that fits into `length` is used. If empty, the configured
+                number is used.
 
         Raises:
-            UserError: if the text without any filler is longer.
+            UserError: if the text is longer than `length` even without filler.
         """
         for count in keys or (self.config.keys,):
             draws = Draws(sample_seed(seed, purpose, *index))
-            story = tell(replace(self.config, keys=count), draws)
+            story = draw_story(replace(self.config, keys=count), draws)
             encoded = self._encode(story, questions)
             if encoded.num_tokens <= length:
                 return self._assemble(story, encoded, draws, length, placement)
@@ -112,7 +113,7 @@ class Task:
         filler = length - encoded.num_tokens
         first = draws.between(0, self.filler.period - 1) if self.filler.starts_anywhere else 0
         free = sorted(draws.between(0, filler) for _ in anywhere)
-        room = Room(
+        haystack = Haystack(
             head=len(head),
             filler=filler,
             needle=len(needle),
@@ -120,9 +121,9 @@ class Task:
             before=sum(map(len, before)),
             others=tuple((offset, len(tokens)) for offset, tokens in zip(free, anywhere, strict=True)),
         )
-        asked = placement(room, draws)
+        asked = placement(haystack, draws)
         earlier = sorted(draws.between(0, asked) for _ in before)
-        # With equal offsets the asked needle comes last, as `Room.start` has it.
+        # At equal offsets the queried needle is last, as in `Haystack.start`.
         placed = sorted(
             [
                 *((offset, 0, tokens) for offset, tokens in zip(earlier + free, before + anywhere, strict=True)),
@@ -130,25 +131,25 @@ class Task:
             ],
             key=lambda entry: entry[:2],
         )
-        parts, done = [Part(Fixed(head), 0, len(head))], 0
+        spans, done = [Span(FixedTokens(head), 0, len(head))], 0
         positions, place = [], len(head)
         for offset, _, tokens in placed:
-            parts.append(Part(self.filler, first + done, offset - done))
-            parts.append(Part(Fixed(tokens), 0, len(tokens)))
+            spans.append(Span(self.filler, first + done, offset - done))
+            spans.append(Span(FixedTokens(tokens), 0, len(tokens)))
             positions.append(place + offset - done)
             place += offset - done + len(tokens)
             done = offset
-        parts.append(Part(self.filler, first + done, filler - done))
-        parts.append(Part(Fixed(question + answer), 0, len(question) + len(answer)))
+        spans.append(Span(self.filler, first + done, filler - done))
+        spans.append(Span(FixedTokens(question + answer), 0, len(question) + len(answer)))
         return Sample(
-            parts=tuple(parts),
+            spans=tuple(spans),
             answer_start=length - len(answer),
             answer=np.array(answer, dtype=np.int64),
             scored=np.array(scored),
             facts={
                 "task": self.kind,
                 "needle": story.needle.strip(),
-                "needle_start": room.start(asked),
+                "needle_start": haystack.start(asked),
                 "needle_tokens": len(needle),
                 "needle_starts": positions,
                 "question": story.question.strip(),
@@ -157,34 +158,37 @@ class Task:
         )
 
     def _answers(self, story: Story, questions: int) -> tuple[list[int], list[bool]]:
-        """The tokens after the first question, and which of them are scored: those of answers, without what separates parts."""
+        """Return the tokens after the first question, and whether each is scored.
+
+        Tokens of answers are scored, except separators inside an answer. Tokens of further questions are not scored.
+        """
         encode = self.tokenizer.encode
         separators = {token for character in story.unscored for token in encode(character)}
         answer = encode(story.answer)
         scored = [token not in separators for token in answer]
         for its_question, its_answer in story.further[: questions - 1]:
-            for text, counts in ((its_question, False), (its_answer, True)):
+            for text, is_scored in ((its_question, False), (its_answer, True)):
                 tokens = encode(text)
-                answer, scored = answer + tokens, scored + [counts] * len(tokens)
+                answer, scored = answer + tokens, scored + [is_scored] * len(tokens)
         return answer, scored
 
 
-def tell(config: TaskConfig, draws: Draws) -> Story:
-    """A story of the configured task."""
+def draw_story(config: TaskConfig, draws: Draws) -> Story:
+    """Draw a random story of the configured task."""
     return STORIES[config.kind or "passkey"](draws, config.keys, config.digits, OBJECTS[: config.words])
 
 
-def check_numbers(tokenizer: Tokenizer, digits: int) -> None:
-    """Refuse a tokenizer under which a number of so many digits has other tokens in a text than as an answer.
+def check_number_tokens(tokenizer: Tokenizer, digits: int) -> None:
+    """Check that a number of `digits` digits has the same tokens inside a text and alone, so that answers can be scored.
 
     Raises:
-        UserError: naming the tokenizer.
+        UserError: if the tokens differ; names the tokenizer.
     """
-    endless = "8105726439" * (digits // 10 + 2)
-    numbers = [endless[start : start + digits] for start in range(10)]
-    parts = ["is", *(part for number in numbers for part in (" ", number)), "."]
-    if tokenizer.encode("".join(parts)) != [token for part in parts for token in tokenizer.encode(part)]:
+    digit_cycle = "8105726439" * (digits // 10 + 2)
+    numbers = [digit_cycle[start : start + digits] for start in range(10)]
+    words = ["is", *(word for number in numbers for word in (" ", number)), "."]
+    if tokenizer.encode("".join(words)) != [token for word in words for token in tokenizer.encode(word)]:
         raise UserError(
-            f"{tokenizer.path} joins a number with what stands before or behind it, so that an answer cannot be scored; use a "
-            "tokenizer trained with split_digits, as `infini-train prepare` trains it"
+            f"{tokenizer.path} joins a number with the characters before or after it, so that an answer cannot be scored; use "
+            "a tokenizer trained with split_digits, as `infini-train prepare` trains it"
         )

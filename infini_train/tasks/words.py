@@ -1,4 +1,4 @@
-"""Words that stories draw from: short, common, and none a part of a filler sentence."""
+"""Words for the stories. They are short and common, and no filler sentence contains them."""
 
 _OBJECTS = """
     anchor apple arrow basket bell bottle bridge bucket button cabin camera candle carpet castle chain chair clock coat coin

@@ -1,4 +1,4 @@
-"""A tokenizer.json of Hugging Face's tokenizers, as Llama 3 has one."""
+"""Tokenizer from a tokenizer.json file of the Hugging Face library tokenizers, such as Llama 3's."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ CONFIG_FILE = "tokenizer_config.json"
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """Its begin and end tokens are what the file itself puts around a text, as those that `copy_to` writes do; or, because
-    published files often put nothing behind it, bos_token and eos_token of the tokenizer_config.json beside it.
+    """A tokenizer of the Hugging Face library tokenizers.
 
-    The library keeps where each token lies: a document takes about 110 bytes of memory a character while it is encoded.
+    The begin and end tokens come from the file's own post-processor if it puts one token before a text and one after it, as in
+    files that `copy_to` writes. Published files often add no end token. For them, bos_token and eos_token are read from the
+    tokenizer_config.json in the same folder.
+
+    The library records the position of each token, so encoding takes about 110 bytes of host memory per character.
 
     Args:
         path: the .json file.
 
     Raises:
-        UserError: the file cannot be read, names no such tokens, or cannot give every text back; or there is no tokenizers.
+        UserError: if the file cannot be read, if no begin or end token is defined, if encoding is not lossless, or if the
+            package tokenizers is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +42,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             content = self.path.read_text(encoding="utf-8")
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library raises nothing more special
+        except Exception as error:  # the library raises plain Exception
             raise UserError(
                 f"{path} cannot be read as a tokenizer of Hugging Face ({one_line(error)}); set data.tokenizer to a "
                 "tokenizer.json, or to a SentencePiece .model file"
@@ -46,14 +50,14 @@ class HuggingFaceTokenizer(Tokenizer):
         around: list[int] = self._tokenizer.encode("").ids
         complete = len(around) == 2
         self.bos_id, self.eos_id = around if complete else self._configured_ids()
-        # Then a document that spells <|end_of_text|> has these characters, not its end.
+        # Encode the text "<|end_of_text|>" inside a document as characters and not as the special token.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._content = content if complete else self._with_around([self.bos_id, "$A", self.eos_id])
+        self._content = content if complete else self._json_with_template([self.bos_id, "$A", self.eos_id])
         self.fingerprint = hashlib.sha256(self._content.encode("utf-8")).hexdigest()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        probe = LOSSLESS_PROBE + self._spelled(self.bos_id) + self._spelled(self.eos_id)
+        probe = LOSSLESS_PROBE + self._token_text(self.bos_id) + self._token_text(self.eos_id)
         if self.decode(self.encode(probe)) != probe:
             raise UserError(
                 f"{path} changes the text that it encodes (a normalizer, a space before it, or unknown characters); use one "
@@ -81,18 +85,18 @@ class HuggingFaceTokenizer(Tokenizer):
             found.append(number)
         return found[0], found[1]
 
-    def _spelled(self, number: int) -> str:
+    def _token_text(self, number: int) -> str:
         return str(self._tokenizer.id_to_token(number))
 
-    def _with_around(self, parts: Sequence[int | str]) -> str:
-        """The file, with these tokens around a text ($A)."""
+    def _json_with_template(self, template: Sequence[int | str]) -> str:
+        """Return the content of tokenizer.json with a post-processor that puts these token ids around a text ("$A")."""
         from tokenizers import Tokenizer as Library
         from tokenizers.processors import TemplateProcessing
 
-        special = [(self._spelled(part), part) for part in parts if isinstance(part, int)]
-        template = [self._spelled(part) if isinstance(part, int) else part for part in parts]
+        special = [(self._token_text(item), item) for item in template if isinstance(item, int)]
+        single = [self._token_text(item) if isinstance(item, int) else item for item in template]
         changed = Library.from_str(self._tokenizer.to_str())
-        changed.post_processor = TemplateProcessing(single=template, special_tokens=special)
+        changed.post_processor = TemplateProcessing(single=single, special_tokens=special)
         return changed.to_str(pretty=True)
 
     def encode_batch(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
@@ -109,11 +113,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return target
 
     def write_for_transformers(self, folder: Path) -> None:
-        (folder / HUGGING_FACE_FILE).write_text(self._with_around([self.bos_id, "$A"]), encoding="utf-8")
+        (folder / HUGGING_FACE_FILE).write_text(self._json_with_template([self.bos_id, "$A"]), encoding="utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": self._spelled(self.bos_id),
-            "eos_token": self._spelled(self.eos_id),
+            "bos_token": self._token_text(self.bos_id),
+            "eos_token": self._token_text(self.eos_id),
             "clean_up_tokenization_spaces": False,
         }
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""SentencePiece without loss: what is encoded comes back character by character."""
+"""Lossless SentencePiece tokenizer: decoding returns exactly the text that was encoded."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from infini_train.runtime.errors import UserError, one_line
 from infini_train.tokenizers.tokenizer import LOSSLESS_PROBE, SENTENCEPIECE_FILE, Tokenizer
 
 SPACE_MARK = "\u2581"
-"""SentencePiece writes a space as this character, so the character itself must never reach it."""
+"""Character that SentencePiece uses for a space. In a text it is encoded as its three UTF-8 bytes and not by SentencePiece."""
 GUARD = "\0"
-"""No trained piece can hold NUL (SentencePiece's trainer refuses it), so nothing merges with it."""
+"""Prefix of texts for models that add a space before a text.
+
+SentencePiece's trainer refuses NUL in pieces, so NUL never merges with the characters after it.
+"""
 USER_SYMBOLS = ["\n", "\n\n", "\t"]
-"""SentencePiece's trainer drops line ends and tabs; as symbols they cost a token, not a byte piece each."""
+"""SentencePiece's trainer drops line ends and tabs. As user-defined symbols they take one token instead of byte pieces."""
 SAMPLE_CHARACTERS = 20_000_000
 CHUNK_CHARACTERS = 16_384
 LINE_CHARACTERS = 4_096
 TRAINING_THREADS = 16
-"""A constant, because SentencePiece stores it in the model file and so in the fingerprint."""
+"""A constant, because SentencePiece stores the number in the model file, which determines the fingerprint."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -35,14 +38,14 @@ class SentencePieceTokenizer(Tokenizer):
         path: a SentencePiece .model file.
 
     Raises:
-        UserError: if the file cannot be read as a model, or the model cannot give every text back.
+        UserError: if the file cannot be read as a model, or if encoding is not lossless.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         try:
             model = self.path.read_bytes()
-            if not model:  # SentencePiece takes no bytes for no model, without complaint
+            if not model:  # SentencePiece accepts an empty model without an error
                 raise RuntimeError("the file is empty")
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (OSError, RuntimeError) as error:
@@ -62,7 +65,8 @@ class SentencePieceTokenizer(Tokenizer):
                 "byte_fallback"
             )
         self._space_mark_ids = [self._byte_ids[byte] for byte in SPACE_MARK.encode("utf-8")]
-        # A model may put a space before each text (add_dummy_prefix). Behind a guard there is none to take away again.
+        # A model with add_dummy_prefix puts a space before each text. With a guard, the space is before the guard, whose
+        # tokens `encode_batch` removes.
         adds_space = self._model.encode("a", out_type=str)[0].startswith(SPACE_MARK)
         self._guard = GUARD if adds_space else ""
         self._guard_tokens = len(self._model.encode(self._guard))
@@ -83,15 +87,15 @@ class SentencePieceTokenizer(Tokenizer):
         return text.replace(SPACE_MARK, " ").encode("utf-8")
 
     def encode_batch(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
-        parts_of = [text.split(SPACE_MARK) for text in texts]
-        parts = [self._guard + part for parts in parts_of for part in parts]
-        # For a list the model starts threads, even a single one, and waits: much longer than a short text takes.
-        one_by_one = num_threads == 1 or not parts
-        encoded = map(self._model.encode, parts) if one_by_one else iter(self._model.encode(parts, num_threads=num_threads))
+        split_texts = [text.split(SPACE_MARK) for text in texts]
+        guarded = [self._guard + fragment for fragments in split_texts for fragment in fragments]
+        # For a list the model starts threads, even if only one. For a short text this takes much longer than encoding.
+        one_by_one = num_threads == 1 or not guarded
+        encoded = map(self._model.encode, guarded) if one_by_one else iter(self._model.encode(guarded, num_threads=num_threads))
         result = []
-        for parts in parts_of:
+        for fragments in split_texts:
             ids = next(encoded)[self._guard_tokens :]
-            for _ in parts[1:]:
+            for _ in fragments[1:]:
                 ids += self._space_mark_ids
                 ids += next(encoded)[self._guard_tokens :]
             result.append(ids)
@@ -107,7 +111,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.copy_to(folder)
         config = {
             "tokenizer_class": "LlamaTokenizer",
-            "add_bos_token": True,  # a document begins with it
+            "add_bos_token": True,  # every training document begins with this token
             "add_eos_token": False,
             "bos_token": self._model.id_to_piece(self.bos_id),
             "eos_token": self._model.id_to_piece(self.eos_id),
@@ -119,17 +123,17 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
-    """Train a byte-pair model with byte fallback on a sample of at most 20 million characters and write it to `path`.
+    """Train a byte-pair model with byte fallback on a sample of at most 20 million characters, and write it to `path`.
 
     The same texts give the same file on every machine.
 
     Args:
         texts: the corpus, read once.
         path: the .model file to write.
-        vocab_size: token ids, among them 3 control tokens, 3 white space symbols and 256 bytes.
+        vocab_size: number of token ids, including 3 control tokens, 3 white space symbols and 256 bytes.
 
     Raises:
-        UserError: if the texts cannot fill or do not fit the vocabulary; names data.vocab_size and the bound.
+        UserError: if vocab_size is too large or too small for the texts; names data.vocab_size and the bound.
     """
     sample = _sample(texts)
     model = io.BytesIO()
@@ -144,10 +148,10 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             split_digits=True,
-            # Without it an indentation costs a token per space.
+            # Without this option, indentation takes one token per space.
             allow_whitespace_only_pieces=True,
             user_defined_symbols=USER_SYMBOLS,
-            # In bytes; lines above the limit would be dropped. A character has at most 4 bytes.
+            # In bytes. The trainer drops longer lines. A character has at most 4 bytes.
             max_sentence_length=4 * LINE_CHARACTERS,
             num_threads=TRAINING_THREADS,
             minloglevel=2,
@@ -158,9 +162,9 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
 
 
 def _sample(texts: Iterable[str]) -> list[str]:
-    """At most SAMPLE_CHARACTERS of the corpus, spread evenly over it, in one pass and without chance.
+    """Return at most SAMPLE_CHARACTERS of the corpus, spread evenly over it. One pass; deterministic.
 
-    Every stride-th chunk is kept; whenever the sample grows too big, every second one goes and the stride doubles.
+    Keep every stride-th chunk. When the sample exceeds the limit, drop every second chunk and double the stride.
     """
     kept: list[str] = []
     size, stride, number = 0, 1, 0
@@ -180,7 +184,7 @@ def _sample(texts: Iterable[str]) -> list[str]:
 def _training_lines(sample: list[str]) -> Iterator[str]:
     for chunk in sample:
         for line in chunk.split("\n"):
-            # The mark would be taken for a space; NUL makes the trainer drop the whole line.
+            # The trainer treats SPACE_MARK as a space, and drops a line that contains NUL.
             line = line.replace(SPACE_MARK, " ").replace("\0", " ")
             for start in range(0, len(line), LINE_CHARACTERS):
                 yield line[start : start + LINE_CHARACTERS]

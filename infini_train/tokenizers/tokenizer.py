@@ -1,4 +1,4 @@
-"""What a tokenizer gives: token ids for a text, and the text back, character by character."""
+"""Interface of the tokenizers. All are lossless: decoding returns exactly the text that was encoded."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LOSSLESS_PROBE = "  a \t b\r\n\n\n <s></s> <unk><0x0A> \0 \u2581 \u2581x\ufeff ï
 
 
 class Tokenizer(ABC):
-    """`decode(encode(text)) == text` for every text that UTF-8 can spell.
+    """A lossless tokenizer: `decode(encode(text)) == text` for every text that can be encoded in UTF-8.
 
     Attributes:
-        path: the file that it was read from.
+        path: the file that the tokenizer was read from.
         vocab_size: number of token ids.
         bos_id: id that begins a document.
         eos_id: id that ends a document.
@@ -32,33 +32,33 @@ class Tokenizer(ABC):
     fingerprint: str
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without begin and end tokens."""
+        """Return the token ids of a text, without begin and end tokens."""
         return self.encode_batch([text], num_threads=1)[0]
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], num_threads: int) -> list[list[int]]:
-        """Token ids of each text, without begin and end tokens.
+        """Return the token ids of each text, without begin and end tokens.
 
         Args:
-            texts: any strings that UTF-8 can spell.
-            num_threads: threads that share the texts; more than one may mean all cores.
+            texts: strings that can be encoded in UTF-8.
+            num_threads: number of threads; for values above 1, an implementation may use all cores.
         """
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids; begin and end tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
+        """Return the text of token ids. Begin and end tokens are dropped; bytes that are not UTF-8 become U+FFFD."""
 
     @abstractmethod
     def copy_to(self, folder: Path) -> Path:
-        """Write the tokenizer into a folder, for shards or weights that lie there; the file."""
+        """Write the tokenizer into a folder of shards or weights, and return the path of the file."""
 
     @abstractmethod
     def write_for_transformers(self, folder: Path) -> None:
-        """Write what transformers' AutoTokenizer reads: the same ids, and the begin token before a text."""
+        """Write files for transformers' AutoTokenizer. It gives the same ids and puts the begin token before a text."""
 
 
 def usable_cores() -> int:
-    """Processor cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,4 +1,4 @@
-"""A tokenizer from its file, of whichever kind it is."""
+"""Loading of a tokenizer file of either kind."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from infini_train.tokenizers.tokenizer import Tokenizer, tokenizer_file
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """A SentencePiece .model file, or a Hugging Face tokenizer.json.
+    """Read a SentencePiece .model file or a Hugging Face tokenizer.json.
 
     Raises:
-        UserError: it cannot be read, or cannot give every text back.
+        UserError: if the file cannot be read or the tokenizer is not lossless.
     """
     return HuggingFaceTokenizer(path) if Path(path).suffix == ".json" else SentencePieceTokenizer(path)
 
 
 def tokenizer_of(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a prepared folder.
+    """Read the tokenizer of a prepared folder.
 
     Raises:
-        UserError: it has none, or one that cannot be read.
+        UserError: if the folder has no tokenizer, or it cannot be read.
     """
     return read_tokenizer(tokenizer_file(Path(folder)))

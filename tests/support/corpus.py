@@ -1,4 +1,4 @@
-"""A small corpus of made-up documents of many lengths, and a tiny run on it."""
+"""A small corpus of generated documents of many lengths, and a configuration of a tiny run on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from infini_train.config import (
 
 
 def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> None:
-    """Text files of 20 to 400 words over a vocabulary of made-up words."""
+    """Write text files of 20 to 400 words, drawn from a vocabulary of 300 random words."""
     folder.mkdir(parents=True)
     rng = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -31,7 +31,7 @@ def write_corpus(folder: Path, documents: int = 60, seed: int = 0) -> None:
 
 
 def small_run(folder: Path) -> RunConfig:
-    """A tiny model under `folder`: text/ is its source, data/ its shards, run/ its run directory. Clipping is active."""
+    """Return a run of a tiny model under `folder`: source text/, shards data/, run directory run/. Clipping is active."""
     return RunConfig(
         run_dir=str(folder / "run"),
         model=ModelConfig(
@@ -46,7 +46,8 @@ def small_run(folder: Path) -> RunConfig:
         data=DataConfig(source=str(folder / "text"), path=str(folder / "data"), vocab_size=512, held_out_fraction=0.15),
         layout=LayoutConfig(),
         training=TrainingConfig(steps=8, rows=4, micro_batches_per_window=4, windows_per_step=2),
-        # A large ε: otherwise Adam turns a rounding difference in a gradient near zero into a step of the learning rate's size.
+        # A large ε. With a small one, Adam turns a rounding difference in a gradient near zero into a step as large as the
+        # learning rate.
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2, clip_grad_norm=0.5, eps=1e-5),
         evaluation=EvaluationConfig(every=0, micro_batches=4),
         checkpoint=CheckpointConfig(every=100),

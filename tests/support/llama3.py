@@ -1,4 +1,4 @@
-"""A small tokenizer as Llama 3 publishes one: tokenizer.json and tokenizer_config.json."""
+"""A small tokenizer in the format of Llama 3: tokenizer.json and tokenizer_config.json."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from tokenizers.trainers import BpeTrainer
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 SPECIAL = [BEGIN, END, "<|reserved_special_token_0|>", "<|eot_id|>"]
-"""The last ids, behind those of the text."""
+"""Special tokens. They have the last ids of the vocabulary."""
 
 
 def write_llama_3_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> Path:
-    """Bytes, merges learned of the texts, and special tokens: `vocab_size` ids together; the .json file."""
+    """Train and write a tokenizer with `vocab_size` ids: bytes, merges learned from the texts and special tokens.
+
+    Returns:
+        Path of the tokenizer.json file.
+    """
     tokenizer = Tokenizer(BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -34,7 +38,7 @@ def write_llama_3_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int)
     begin = (BEGIN, tokenizer.token_to_id(BEGIN))
     template = processors.TemplateProcessing(single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN}:1 $B:1", special_tokens=[begin])
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
-    assert tokenizer.get_vocab_size() == vocab_size, "too little text for so many tokens"
+    assert tokenizer.get_vocab_size() == vocab_size, "the texts are too short for this vocab_size"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END}

@@ -1,4 +1,4 @@
-"""Documents of a bad shard are passed over, and nothing else changes its place."""
+"""Documents of a bad shard are skipped, and the order of the other documents does not change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS, SEGMENT = 4, 16
 
 @pytest.fixture
 def run(tmp_path):
-    """A corpus in several shards."""
+    """A run on a corpus of several shards."""
     write_corpus(tmp_path / "text")
     run = small_run(tmp_path)
     run = replace(run, data=replace(run.data, shard_size_mb=0.03))
@@ -30,7 +30,7 @@ def run(tmp_path):
 
 
 def documents_read(reader: StreamReader, batches: int) -> list[list[int]]:
-    """First tokens of the segments that each row reads, as far as they identify what was read."""
+    """Return the tokens of each segment that each row reads, over `batches` batches of one segment."""
     rows: list[list[list[int]]] = [[] for _ in reader.rows]
     for _ in range(batches):
         batch = reader.next(1)
@@ -47,7 +47,7 @@ def segments_of(dataset: TokenDataset, documents: np.ndarray) -> list[list[int]]
     return found
 
 
-def test_rows_read_what_they_would_have_read_without_the_documents_of_the_bad_shard(run):
+def test_rows_skip_only_documents_of_the_bad_shard(run):
     path = Path(run.data.path)
     whole = TokenDataset(path, "train")
     bad = whole._files[1].name
@@ -57,7 +57,7 @@ def test_rows_read_what_they_would_have_read_without_the_documents_of_the_bad_sh
     damaged = TokenDataset(path, "train", frozenset([bad]))
     assert np.flatnonzero(~damaged.available).tolist() == lost.tolist()
     order = StreamReader(damaged, range(ROWS), ROWS, SEGMENT, seed=7)._order(0)
-    assert sorted(order.tolist()) == list(range(whole.num_documents)), "the order is that of all documents"
+    assert sorted(order.tolist()) == list(range(whole.num_documents)), "the order includes unavailable documents"
     together = documents_read(StreamReader(damaged, range(ROWS), ROWS, SEGMENT, seed=7), 60)
     for row in range(ROWS):
         expected = segments_of(damaged, [d for d in order[row::ROWS] if damaged.available[d]])
@@ -65,10 +65,10 @@ def test_rows_read_what_they_would_have_read_without_the_documents_of_the_bad_sh
         assert count > 10
         assert together[row][:count] == expected[:count]
         alone = documents_read(StreamReader(damaged, range(row, row + 1), ROWS, SEGMENT, seed=7), 60)
-        assert alone[0] == together[row], "what a row reads depends on the processes"
+        assert alone[0] == together[row], "the segments of a row depend on the other rows of the reader"
 
 
-def test_a_position_inside_a_lost_document_goes_on_with_the_next(run):
+def test_position_inside_unavailable_document_moves_to_the_next(run):
     path = Path(run.data.path)
     whole = TokenDataset(path, "train")
     reader = StreamReader(whole, range(ROWS), ROWS, SEGMENT, seed=7)
@@ -79,11 +79,11 @@ def test_a_position_inside_a_lost_document_goes_on_with_the_next(run):
     other = StreamReader(TokenDataset(path, "train", frozenset([bad])), range(ROWS), ROWS, SEGMENT, seed=7)
     other.load_state(reader.state())
     assert other.state()[0, 1] > 0 and other.state()[0, 2] == 0
-    assert bool(other.next(1).reset[0, 0]), "the memory of the lost document goes on"
+    assert bool(other.next(1).reset[0, 0]), "the memory of the unavailable document is not reset"
 
 
 @pytest.mark.parametrize("harm", ["flip", "shorten", "remove"])
-def test_damage_is_named(run, harm):
+def test_shard_damage_is_described(run, harm):
     path = Path(run.data.path)
     shard = load_manifest(path).splits["train"].shards[1]
     file = path / shard.file
@@ -107,7 +107,7 @@ def test_damage_is_named(run, harm):
         check_dataset(replace(run, data=replace(run.data, on_bad_shard="skip")))
 
 
-def test_a_dataset_without_a_readable_document_is_refused(run):
+def test_dataset_without_readable_documents_is_refused(run):
     whole = TokenDataset(Path(run.data.path), "train")
     dataset = TokenDataset(Path(run.data.path), "train", frozenset(file.name for file in whole._files))
     with pytest.raises(UserError, match="holds no document"):

@@ -1,4 +1,4 @@
-"""Document sources: the same documents whatever the container, and errors that name file, line and key."""
+"""Document sources: the same documents from every file format, and errors that name file, line and key."""
 
 import errno
 import gzip
@@ -26,7 +26,7 @@ def read(source: Path | str, **options: object) -> list[str]:
 
 
 def write_source(folder: Path, kind: str) -> Path:
-    """The four TEXTS as a source of the given kind."""
+    """Write the four TEXTS as a source of the given kind, and return its path."""
     folder.mkdir(exist_ok=True)
     if kind == "files":
         (folder / "b").mkdir()
@@ -38,8 +38,8 @@ def write_source(folder: Path, kind: str) -> Path:
         datasets.Dataset.from_dict({"text": TEXTS, "other": [1, 2, 3, 4]}).save_to_disk(str(folder / "hf"))
         return folder / "hf"
     if kind == "hf_dict":
-        parts = {"a": TEXTS[:2], "b": TEXTS[2:]}
-        datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in parts.items()}).save_to_disk(
+        splits = {"a": TEXTS[:2], "b": TEXTS[2:]}
+        datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in splits.items()}).save_to_disk(
             str(folder / "hf")
         )
         return folder / "hf"
@@ -59,7 +59,7 @@ def write_source(folder: Path, kind: str) -> Path:
 def test_every_source_gives_the_same_documents(tmp_path: Path, kind: str) -> None:
     source = DocumentSource(str(write_source(tmp_path / "s", kind)))
     assert [d.text for d in source] == TEXTS
-    assert [d.text for d in source] == TEXTS, "a second pass starts again"
+    assert [d.text for d in source] == TEXTS, "a second pass starts from the beginning"
     assert (source.documents, source.text_bytes) == (4, sum(len(t.encode()) for t in TEXTS))
     assert source.fraction_read == 1.0
 
@@ -73,7 +73,7 @@ def test_folder_of_records_and_files_is_read_in_order_with_names(tmp_path: Path)
     assert documents == [("one", "1.jsonl:1"), ("uno", "1.jsonl:2"), ("two", "2.txt"), ("three", "sub/0.md")]
 
 
-def test_progress_grows_with_what_was_read(tmp_path: Path) -> None:
+def test_progress_grows_with_bytes_read(tmp_path: Path) -> None:
     for name in "abcd":
         (tmp_path / f"{name}.txt").write_text("x" * 100)
     source = DocumentSource(str(tmp_path))
@@ -102,11 +102,11 @@ def test_unreadable_text_is_skipped_and_counted(tmp_path: Path) -> None:
     source = DocumentSource(str(tmp_path))
     assert [d.text for d in source] == ["kept"]
     assert (source.skipped_not_utf8, source.skipped_empty) == (3, 3)
-    not_utf8 = ["a.txt", "e.jsonl:1", "f\\xe9.txt"]  # printable, whatever the name is
+    not_utf8 = ["a.txt", "e.jsonl:1", "f\\xe9.txt"]  # names that are not UTF-8 are escaped
     assert source.skipped_names == {"empty": ["b.txt", "c.txt", "e.jsonl:2"], "not in UTF-8": not_utf8}
 
 
-def test_of_many_skipped_texts_the_first_are_named(tmp_path: Path) -> None:
+def test_first_skipped_texts_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 9 + '{"text": "kept"}\n')
     source = DocumentSource(str(tmp_path))
     assert len(list(source)) == len(list(source)) == 1
@@ -147,7 +147,7 @@ def test_bad_record_names_file_line_and_remedy(tmp_path: Path, line: bytes, word
 def test_truncated_or_damaged_compression_is_refused(tmp_path: Path, kind: str) -> None:
     path = write_source(tmp_path / "s", kind)
     whole = path.read_bytes()
-    # A frame without its end, whose lines so far are all good: without the check the rest would be lost silently.
+    # A truncated frame whose lines are all valid. Without the check, the lost remainder would not be noticed.
     good = jsonl(TEXTS)
     compressor = zstandard.ZstdCompressor().compressobj()
     cut = compressor.compress(good) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
@@ -159,7 +159,7 @@ def test_truncated_or_damaged_compression_is_refused(tmp_path: Path, kind: str) 
         read(path)
 
 
-def test_another_text_key(tmp_path: Path) -> None:
+def test_custom_text_key(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(["x"], key="content"))
     assert read(path, text_key="content") == ["x"]
@@ -188,7 +188,7 @@ def test_missing_unknown_and_empty_sources(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_linked_folders_are_read_and_each_once(tmp_path: Path) -> None:
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     source, elsewhere = tmp_path / "s", tmp_path / "elsewhere"
     for folder, text in ((source / "b", "inside"), (elsewhere / "deep", "linked")):
         folder.mkdir(parents=True)
@@ -199,7 +199,7 @@ def test_linked_folders_are_read_and_each_once(tmp_path: Path) -> None:
     assert [d.name for d in DocumentSource(str(source))] == ["a/deep/a.txt", "b/a.txt"]
 
 
-def test_what_cannot_be_read_is_named_and_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_errors_and_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed = tmp_path / "closed"
     closed.mkdir()
     (tmp_path / "a.txt").write_text("kept")
@@ -222,19 +222,19 @@ def test_what_cannot_be_read_is_named_and_not_left_out(tmp_path: Path, monkeypat
         read(tmp_path)
 
 
-def test_a_damaged_or_empty_dataset_is_one_line(tmp_path: Path) -> None:
+def test_damaged_or_empty_dataset_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
     datasets.Dataset.from_dict({"text": ["text " * 100] * 100}).save_to_disk(str(folder))
     [path] = folder.glob("*.arrow")
     path.write_bytes(path.read_bytes().replace(b"text " * 100, b"\xff" * 500))
-    with pytest.raises(UserError, match=r"data\.source .*damaged is damaged behind row 0"):
+    with pytest.raises(UserError, match=r"data\.source .*damaged is damaged after row 0"):
         read(folder)
     datasets.Dataset.from_dict({"text": []}).save_to_disk(str(tmp_path / "empty"))
     with pytest.raises(UserError, match=r"data\.source .*empty cannot be opened"):
         read(tmp_path / "empty")
 
 
-def test_a_record_that_is_nested_too_deep_is_one_line(tmp_path: Path) -> None:
+def test_too_deeply_nested_record_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x", "more": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
     with pytest.raises(UserError, match=r"line 1 is not valid JSON"):
         read(tmp_path)

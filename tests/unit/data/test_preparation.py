@@ -1,4 +1,4 @@
-"""The prepare command: a finished folder or none, honest numbers, one-line refusals."""
+"""The prepare command: atomic writing of the folder, a correct summary, and errors of one line."""
 
 import errno
 import fcntl
@@ -33,7 +33,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_prepare_makes_what_the_rest_reads(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepared_folder_and_summary_match_the_source(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     summary = prepare(config)
     check_dataset(config)
     folder = Path(config.data.path)
@@ -47,7 +47,7 @@ def test_prepare_makes_what_the_rest_reads(config: RunConfig, capsys: pytest.Cap
         assert dataset.tokenizer_fingerprint == tokenizer.fingerprint
         found += [tokenizer.decode(dataset.read(i, 0, int(n)).tolist()) for i, n in enumerate(dataset.document_lengths)]
         assert facts.tokens == dataset.document_lengths.sum()
-        # The padding that the summary predicts is the padding that the streams then have.
+        # The padding in the summary equals the padding in the streams.
         stream, valid, slots = StreamReader(dataset, range(1), 1, 16, seed=0, num_epochs=1), 0, 0
         while (batch := stream.next(1)) is not None:
             valid, slots = valid + batch.num_valid, slots + batch.tokens.numel()
@@ -61,14 +61,14 @@ def test_prepare_makes_what_the_rest_reads(config: RunConfig, capsys: pytest.Cap
     assert "Writing shards" in printed.err and "standard library" not in printed.err
 
 
-def test_the_standard_library_is_named_on_screen(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_standard_library_source_is_announced(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config.data.source, config.data.max_text_mb, config.data.vocab_size = "stdlib", 0.5, 400
     summary = prepare(config)
     assert 0.5e6 <= summary.characters < 1.5e6
     assert "Python's standard library" in capsys.readouterr().err
 
 
-def test_a_given_tokenizer_is_copied(config: RunConfig, tmp_path: Path) -> None:
+def test_given_tokenizer_is_copied(config: RunConfig, tmp_path: Path) -> None:
     prepare(config)
     model = tmp_path / "given.model"
     shutil.copyfile(Path(config.data.path) / "tokenizer.model", model)
@@ -83,7 +83,7 @@ def test_a_given_tokenizer_is_copied(config: RunConfig, tmp_path: Path) -> None:
         prepare(config, overwrite=True)
 
 
-def test_a_finished_folder_is_replaced_only_on_demand(config: RunConfig) -> None:
+def test_finished_folder_is_replaced_only_with_overwrite(config: RunConfig) -> None:
     prepare(config)
     folder = Path(config.data.path)
     before = contents(folder)
@@ -113,7 +113,7 @@ def test_foreign_files_are_never_deleted(config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_a_failure_leaves_the_old_folder(config: RunConfig, monkeypatch: pytest.MonkeyPatch, failure: BaseException) -> None:
+def test_failure_keeps_the_old_folder(config: RunConfig, monkeypatch: pytest.MonkeyPatch, failure: BaseException) -> None:
     prepare(config)
     folder = Path(config.data.path)
     before = contents(folder)
@@ -130,7 +130,7 @@ def test_a_failure_leaves_the_old_folder(config: RunConfig, monkeypatch: pytest.
     assert os.listdir(folder.parent) == ["data"]
 
 
-def test_what_a_killed_run_left_is_cleared(config: RunConfig) -> None:
+def test_leftovers_of_a_killed_process_are_removed(config: RunConfig) -> None:
     folder = Path(config.data.path)
     partial = folder.parent / "data.partial"
     (partial / "sub").mkdir(parents=True)
@@ -138,14 +138,14 @@ def test_what_a_killed_run_left_is_cleared(config: RunConfig) -> None:
     prepare(config)
     check_dataset(config)
     assert "sub" not in contents(folder) and os.listdir(folder.parent) == ["data"]
-    # Killed between moving the old folder away and the new one in: the old one counts.
+    # A process killed between the two renames, of the old folder and of the new one: the old folder is restored.
     folder.rename(folder.parent / "data.replaced")
     with pytest.raises(UserError, match="prepared already"):
         prepare(config)
     check_dataset(config)
 
 
-def test_two_runs_do_not_share_a_folder(config: RunConfig) -> None:
+def test_two_processes_cannot_prepare_one_folder(config: RunConfig) -> None:
     partial = Path(config.data.path + ".partial")
     partial.mkdir(parents=True)
     with open(partial / ".lock", "w") as lock:
@@ -155,7 +155,7 @@ def test_two_runs_do_not_share_a_folder(config: RunConfig) -> None:
     prepare(config)
 
 
-def test_a_linked_folder_stays_a_link(config: RunConfig, tmp_path: Path) -> None:
+def test_symbolic_link_to_the_folder_is_kept(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "big_disk").mkdir()
     link = Path(config.data.path)
     link.parent.mkdir()

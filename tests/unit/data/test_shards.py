@@ -1,4 +1,4 @@
-"""Shards, index and manifest: what is written is read back, by us and by plain webdataset, and damage is named."""
+"""Shards, index and manifest: reading back with TokenDataset and plain webdataset, and errors that name the damage."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from infini_train.data.atomic_folder import atomic_folder
 from infini_train.data.dataset import TokenDataset, check_dataset, shard_damage
 from infini_train.data.documents import Document
 from infini_train.data.manifest import load_manifest, token_format
-from infini_train.data.shards import text_fraction, write_shards
+from infini_train.data.shards import text_hash_fraction, write_shards
 from infini_train.runtime.errors import UserError
 from infini_train.runtime.retries import RETRY_SECONDS
 from infini_train.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
@@ -46,7 +46,7 @@ def written(tokenizer: SentencePieceTokenizer, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def folder(written: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """A copy of the data folder that a test can damage."""
     return shutil.copytree(written, tmp_path / "data")
 
 
@@ -57,7 +57,7 @@ def write(
 
 
 def expected(split: str) -> list[Document]:
-    return [d for d in DOCUMENTS if (text_fraction(d.text) < 0.3) == (split == "held_out")]
+    return [d for d in DOCUMENTS if (text_hash_fraction(d.text) < 0.3) == (split == "held_out")]
 
 
 def configuration(folder: Path, vocab_size: int = 310) -> RunConfig:
@@ -65,7 +65,7 @@ def configuration(folder: Path, vocab_size: int = 310) -> RunConfig:
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_documents_come_back(written: Path, tokenizer: SentencePieceTokenizer, split: str) -> None:
+def test_documents_round_trip(written: Path, tokenizer: SentencePieceTokenizer, split: str) -> None:
     dataset = TokenDataset(written, split)
     assert dataset.num_documents == len(expected(split)) > 5
     assert dataset.document_lengths.dtype == np.int64
@@ -92,7 +92,7 @@ def test_plain_webdataset_reads_the_shards(written: Path, tokenizer: SentencePie
         assert json.loads(sample["json"]) == record
 
 
-def test_shards_respect_their_bound_and_the_manifest_adds_up(written: Path) -> None:
+def test_shard_sizes_and_manifest_totals(written: Path) -> None:
     manifest = load_manifest(written)
     shards = manifest.splits["train"].shards
     assert len(shards) > 3
@@ -105,10 +105,10 @@ def test_shards_respect_their_bound_and_the_manifest_adds_up(written: Path) -> N
     assert (record["format_version"], record["source"], record["token_type"]) == (2, "test", "<u2")
 
 
-def test_a_document_larger_than_a_shard_stays_whole(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
+def test_document_larger_than_a_shard_is_not_split(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
     book = Document("".join(chr(0x4E00 + i % 5000) for i in range(20_000)), "book")
     write(tmp_path, tokenizer, [*DOCUMENTS, book])
-    dataset = TokenDataset(tmp_path, "held_out" if text_fraction(book.text) < 0.3 else "train")
+    dataset = TokenDataset(tmp_path, "held_out" if text_hash_fraction(book.text) < 0.3 else "train")
     length = int(dataset.document_lengths.max())
     assert length == 60_002
     number = int(dataset.document_lengths.argmax())
@@ -121,7 +121,7 @@ def test_the_same_corpus_gives_the_same_bytes(written: Path, tokenizer: Sentence
         assert path.read_bytes() == (written / path.name).read_bytes()
 
 
-def test_the_split_depends_on_the_text_alone(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
+def test_split_depends_only_on_the_text(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
     doubled = [*reversed(DOCUMENTS), *DOCUMENTS]
     write(tmp_path, tokenizer, doubled)
     splits = {split: {d.text for d in expected(split)} for split in ("train", "held_out")}
@@ -130,12 +130,12 @@ def test_the_split_depends_on_the_text_alone(tokenizer: SentencePieceTokenizer, 
         assert dataset.num_documents == 2 * len(texts)
         found = {tokenizer.decode(dataset.read(i, 0, int(n)).tolist()) for i, n in enumerate(dataset.document_lengths)}
         assert found == texts
-    share = np.mean([text_fraction(str(i)) < 0.3 for i in range(2000)])
+    share = np.mean([text_hash_fraction(str(i)) < 0.3 for i in range(2000)])
     assert abs(share - 0.3) < 0.04
 
 
-def test_an_empty_split_is_refused_with_a_fraction_that_works(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
-    fractions = sorted(text_fraction(d.text) for d in DOCUMENTS)
+def test_empty_split_is_refused_with_a_valid_fraction(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
+    fractions = sorted(text_hash_fraction(d.text) for d in DOCUMENTS)
     for name, bad in (("held_out", fractions[0] / 2), ("train", (fractions[-1] + 1) / 2)):
         with pytest.raises(UserError, match=rf"data\.held_out_fraction.* {name} split") as caught:
             write(tmp_path, tokenizer, fraction=bad)
@@ -163,20 +163,20 @@ def test_reading_outside_a_document_is_an_error(written: Path) -> None:
         TokenDataset(written, "test")
 
 
-def test_only_the_bytes_needed_are_read(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_only_requested_bytes_are_read(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requested = []
     pread = dataset_module.os.pread
 
     def spy(descriptor: int, size: int, offset: int) -> bytes:
-        asked.append(size)
-        return pread(descriptor, min(size, 3), offset)  # and short reads are joined
+        requested.append(size)
+        return pread(descriptor, min(size, 3), offset)  # a short read, which the caller must continue
 
     dataset = TokenDataset(written, "train")
     number = int(dataset.document_lengths.argmax())
     whole = dataset.read(number, 0, int(dataset.document_lengths[number]))
     monkeypatch.setattr(dataset_module.os, "pread", spy)
     assert dataset.read(number, 7, 4).tolist() == whole[7:11].tolist()
-    assert asked == [8, 5, 2]
+    assert requested == [8, 5, 2]
 
 
 def test_open_shards_are_bounded(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_open_shards_are_bounded(written: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("call", ["pread", "open"])
 @pytest.mark.parametrize("failures", [1, len(RETRY_SECONDS), len(RETRY_SECONDS) + 1])
-def test_a_file_system_that_is_away_for_a_while_is_waited_for(written, call, failures, monkeypatch, capsys) -> None:
+def test_transient_read_errors_are_retried(written, call, failures, monkeypatch, capsys) -> None:
     dataset, left, waited = TokenDataset(written, "train"), [failures], []
     expected, real = TokenDataset(written, "train").read(0, 1, 5), getattr(os, call)
 
@@ -218,9 +218,7 @@ def test_a_file_system_that_is_away_for_a_while_is_waited_for(written, call, fai
     assert len(said) == len(waited) and all(".tar cannot be read (Stale file handle); trying again in" in line for line in said)
 
 
-def test_a_shard_is_not_left_out_for_a_moment_in_which_it_cannot_be_read(
-    written: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transient_errors_are_retried_before_a_shard_counts_as_damaged(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard, left, real = load_manifest(written).splits["train"].shards[0], [2], Path.open
 
     def away(path: Path, *arguments: object, **options: object) -> object:
@@ -234,16 +232,16 @@ def test_a_shard_is_not_left_out_for_a_moment_in_which_it_cannot_be_read(
     assert shard_damage(written, shard, checksum=True) is None and left == [0]
 
 
-def test_a_shard_that_is_missing_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_shard_is_not_retried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = TokenDataset(folder, "train")
     for shard in folder.glob("train-*.tar"):
         shard.unlink()
-    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waited"))
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("retry_read waited"))
     with pytest.raises(UserError, match="cannot be opened"):
         dataset.read(0, 1, 5)
 
 
-def test_an_open_dataset_never_reads_what_replaced_it(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
+def test_open_dataset_does_not_read_a_replaced_folder(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     for number in range(2):
         with atomic_folder(folder, overwrite=True) as partial:
@@ -255,7 +253,7 @@ def test_an_open_dataset_never_reads_what_replaced_it(tokenizer: SentencePieceTo
     assert dataset._shard[last] not in dataset._open
     with pytest.raises(UserError, match=r"data\.path .*data was replaced or moved away while it was read"):
         dataset.read(last, 0, 2)
-    assert dataset.read(0, 0, 4).tolist() == first, "an open shard is still there"
+    assert dataset.read(0, 0, 4).tolist() == first, "an open shard can still be read"
 
 
 def flip(path: Path, place: int) -> None:
@@ -288,16 +286,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "short shard": (lambda f: (f / "held_out-000000.tar").write_bytes(b"x"), r"held_out-000000\.tar has 1 bytes"),
     "no index": (lambda f: (f / "held_out.index.npz").unlink(), r"held_out\.index\.npz is missing or damaged"),
     "flipped index": (lambda f: flip(f / "train.index.npz", 300), r"train\.index\.npz is missing or damaged"),
-    "shorter documents": (shorten_documents, r"train\.index\.npz does not belong"),
+    "shorter documents": (shorten_documents, r"train\.index\.npz does not match"),
     "other index": (
         lambda f: shutil.copyfile(f / "held_out.index.npz", f / "train.index.npz"),
-        r"train\.index\.npz does not belong",
+        r"train\.index\.npz does not match",
     ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_check_dataset_names_what_is_wrong(folder: Path, damage: str) -> None:
+def test_check_dataset_names_the_damage(folder: Path, damage: str) -> None:
     check_dataset(configuration(folder))
     harm, message = DAMAGE[damage]
     harm(folder)
@@ -321,7 +319,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(folder: Path) -> None:
         dataset.read(0, 0, 2)
 
 
-def test_checking_needs_no_torch(written: Path) -> None:
+def test_check_dataset_does_not_import_torch(written: Path) -> None:
     program = (
         "import sys; from infini_train.config import *; from infini_train.data.dataset import check_dataset\n"
         f"check_dataset(RunConfig(data=DataConfig(path={str(written)!r}, vocab_size=310)))\n"

@@ -1,4 +1,4 @@
-"""Streams: every document once an epoch, targets inside documents, rows that depend on nothing but themselves."""
+"""Streams: every document is read once per epoch, targets stay inside documents, and rows do not depend on each other."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ S = 4
 
 
 class ArrayDataset(TokenDataset):
-    """Documents held in memory; document d's tokens tell where they are from: 1000 (d + 1) + place."""
+    """Dataset held in host memory. The token at position p of document d is 1000 (d + 1) + p."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.path, self.split = Path("memory"), "train"
@@ -49,7 +49,7 @@ def row_of(batch: Batch, b: int) -> dict[str, torch.Tensor]:
 
 
 def documents_of(batches: list[Batch], b: int) -> list[list[int]]:
-    """Put a row's documents together again, checking every promise about a segment on the way."""
+    """Join a row's segments into documents, and check the properties of each segment."""
     documents: list[list[int]] = []
     places = 0
     for batch in batches:
@@ -65,7 +65,7 @@ def documents_of(batches: list[Batch], b: int) -> list[list[int]]:
                 documents.append([tokens[0]])
                 places = 0
             assert row["segment_index"][n] == places
-            assert tokens[0] == documents[-1][-1], "a segment begins with the last target of the one before"
+            assert tokens[0] == documents[-1][-1], "a segment begins with the last target of the previous segment"
             assert tokens[1:length] == targets[: length - 1]
             documents[-1] += targets[:length]
             places += 1
@@ -82,7 +82,7 @@ def read_all(stream: StreamReader, num_segments: int) -> list[Batch]:
 
 @pytest.mark.parametrize("num_segments", [1, 2, 5])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_every_document_is_read_once_an_epoch(num_segments: int, shuffle: bool) -> None:
+def test_every_document_is_read_once_per_epoch(num_segments: int, shuffle: bool) -> None:
     batches = read_all(reader(num_epochs=1, shuffle=shuffle), num_segments)
     documents = [document for b in range(3) for document in documents_of(batches, b)]
     whole = [DATASET.read(d, 0, n).tolist() for d, n in enumerate(LENGTHS)]
@@ -120,8 +120,8 @@ def test_epochs_differ_in_order_and_rows_drift() -> None:
     assert len(drifting._orders) <= 4, "orders of past epochs are dropped"
 
 
-def test_the_order_is_frozen() -> None:
-    """A run resumed with another numpy reads the same documents: numpy promises the stream of PCG64.
+def test_document_order_is_stable_between_numpy_versions() -> None:
+    """A run resumed with another numpy version reads the same documents, because numpy keeps the stream of PCG64 stable.
 
     The order is np.argsort(np.random.PCG64(np.random.SeedSequence([7, 0])).random_raw(13), kind="stable").
     """
@@ -154,34 +154,34 @@ def test_shapes_and_types() -> None:
     cut=st.integers(0, 8),
     seed=st.integers(0, 2**63),
 )
-def test_resume_and_partition_change_nothing(lengths: list[int], sizes: list[int], cut: int, seed: int) -> None:
+def test_batches_do_not_depend_on_resume_and_partition(lengths: list[int], sizes: list[int], cut: int, seed: int) -> None:
     dataset = ArrayDataset(lengths)
     whole = reader(range(6), 6, dataset=dataset, seed=seed)
     first, second = (reader(rows, 6, dataset=dataset, seed=seed) for rows in (range(2), range(2, 6)))
     for step, size in enumerate(sizes):
         if step == cut:
-            # Other readers hold other rows from here on, as after a resume on more processes.
+            # From here on, the readers hold other rows, as after a resume in another layout.
             state = torch.cat([first.state(), second.state()])
             assert torch.equal(state, whole.state())
             first, second = (reader(rows, 6, dataset=dataset, seed=seed) for rows in (range(5), range(5, 6)))
             first.load_state(state[:5])
             second.load_state(state[5:])
-        expected, *parts = (r.next(size) for r in (whole, first, second))
-        joined = {name: torch.cat([vars(part)[name] for part in parts]) for name in vars(expected)}
+        expected, *batches = (r.next(size) for r in (whole, first, second))
+        joined = {name: torch.cat([vars(batch)[name] for batch in batches]) for name in vars(expected)}
         assert same(expected, Batch(**joined))
 
 
-def test_the_size_of_a_step_changes_nothing() -> None:
+def test_batches_do_not_depend_on_num_segments() -> None:
     small, big = reader(), reader()
-    parts = [small.next(1) for _ in range(12)]
+    batches = [small.next(1) for _ in range(12)]
     whole = big.next(12)
     assert whole is not None
     for name, value in vars(whole).items():
-        assert torch.equal(torch.cat([vars(part)[name] for part in parts], dim=1), value), name
+        assert torch.equal(torch.cat([vars(batch)[name] for batch in batches], dim=1), value), name
     assert torch.equal(small.state(), big.state())
 
 
-def test_state_is_a_copy_and_says_where_it_is() -> None:
+def test_state_is_a_copy_of_the_position() -> None:
     stream = reader(range(1), 1, dataset=ArrayDataset([10, 4]), shuffle=False)
     before = stream.state()
     stream.next(2)
@@ -229,33 +229,33 @@ def test_impossible_readers_are_refused() -> None:
 
 
 @pytest.mark.parametrize("bad", [[-1, 0, 0], [0, 5, 0], [0, -1, 0], [0, 0, 3], [0, 0, 4000], [0, 0, -4]])
-def test_a_position_that_does_not_exist_is_refused(bad: list[int]) -> None:
+def test_invalid_position_is_refused(bad: list[int]) -> None:
     stream = reader()
     stream.next(3)
     before = stream.state()
-    with pytest.raises(UserError, match=r"row 1 cannot go on.*training\.rows"):
+    with pytest.raises(UserError, match=r"row 1 cannot continue.*training\.rows"):
         stream.load_state(torch.tensor([[0, 0, 0], bad, [0, 0, 0]]))
     assert torch.equal(stream.state(), before)
 
 
-def test_a_state_of_another_shape_is_refused() -> None:
+def test_state_of_wrong_shape_or_type_is_refused() -> None:
     for state in (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3, 3)):
         with pytest.raises(ValueError, match="state is torch"):
             reader().load_state(state)
     ended = reader(num_epochs=1)
-    with pytest.raises(UserError, match="cannot go on"):
+    with pytest.raises(UserError, match="cannot continue"):
         ended.load_state(torch.tensor([[2, 0, 0]] * 3))
     ended.load_state(torch.tensor([[1, 0, 0]] * 3))
     assert ended.next(1) is None
 
 
-def test_longest_first_reads_by_falling_length():
+def test_longest_first_reads_by_decreasing_length():
     lengths = lengths_read(reader(range(1), 1, shuffle=False, num_epochs=1, longest_first=True))
     assert lengths == sorted((length - 1 for length in LENGTHS), reverse=True)
 
 
 def lengths_read(source: StreamReader) -> list[int]:
-    """Targets of a single row's documents, in the order of reading."""
+    """Return the number of targets of each document of a single row, in reading order."""
     lengths: list[int] = []
     while (batch := source.next(1)) is not None:
         if bool(batch.reset[0, 0]):
@@ -264,7 +264,7 @@ def lengths_read(source: StreamReader) -> list[int]:
     return lengths
 
 
-def test_a_curriculum_sorts_a_share_of_the_first_epoch_and_nothing_else() -> None:
+def test_curriculum_sorts_only_a_fraction_of_the_first_epoch() -> None:
     def epochs(**options: float) -> tuple[list[int], list[int]]:
         both = lengths_read(reader(range(1), 1, num_epochs=2, **options))
         return both[: len(both) // 2], both[len(both) // 2 :]
@@ -276,8 +276,8 @@ def test_a_curriculum_sorts_a_share_of_the_first_epoch_and_nothing_else() -> Non
     assert half[0] == sorted(plain[0][:middle]) + plain[0][middle:] != plain[0]
 
 
-def test_random_numbers_belong_to_segments() -> None:
-    """What they do not depend on is seen above, like that of everything in a batch; no two segments have the same."""
+def test_random_numbers_differ_between_segments() -> None:
+    """No two segments have equal draws. The tests above compare the draws like all tensors of a batch."""
     whole = reader().next(12)
     assert whole is not None
     assert float(whole.draws.min()) >= 0 and float(whole.draws.max()) < 1

@@ -1,4 +1,4 @@
-"""A task's shards: samples as documents, weights beside the tokens, and nothing changed for ordinary text."""
+"""Shards of a task: samples as documents with loss weights, and unchanged shards for ordinary text."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_documents_are_samples_with_weights(run: RunConfig) -> None:
     ("distribution", "octaves"),
     [("uniform", [1 / 7, 2 / 7, 4 / 7]), ("log_uniform", [1 / 3, 1 / 3, 1 / 3]), ("equal_tokens", [4 / 7, 2 / 7, 1 / 7])],
 )
-def test_lengths_are_distributed_as_asked(distribution: str, octaves: list[float]) -> None:
+def test_lengths_follow_the_configured_distribution(distribution: str, octaves: list[float]) -> None:
     task = TaskConfig(min_tokens=256, max_tokens=2048, length_distribution=distribution)  # type: ignore[arg-type]
     lengths = np.array([task_length(task, (number + 0.5) / 7000) for number in range(7000)])
     counts, _ = np.histogram(lengths, bins=[256, 512, 1024, 2049])
@@ -76,8 +76,8 @@ def test_lengths_are_distributed_as_asked(distribution: str, octaves: list[float
     assert (task_length(task, 0.0), task_length(task, 1 - 2**-53)) == (256, 2048)
 
 
-def test_texts_have_from_the_fewest_to_all_facts(tmp_path: Path) -> None:
-    """Short texts have as many as fit; every number is there, and about as often where all fit."""
+def test_number_of_facts_varies_between_min_keys_and_keys(tmp_path: Path) -> None:
+    """Short texts have as many facts as fit. In long texts every number of facts is about equally frequent."""
     run = task_run(tmp_path, kind="multi_key", keys=3, min_keys=1, questions=3, samples=90, min_tokens=200, max_tokens=600)
     prepare(run)
     dataset = TokenDataset(Path(run.data.path), "train")
@@ -94,7 +94,7 @@ def test_texts_have_from_the_fewest_to_all_facts(tmp_path: Path) -> None:
     assert np.mean(short) < np.mean(long)
 
 
-def test_the_manifest_tells_what_the_weights_are(run: RunConfig) -> None:
+def test_manifest_records_weight_levels_and_task(run: RunConfig) -> None:
     folder = Path(run.data.path)
     record = json.loads((folder / "dataset.json").read_text())
     assert record["weight_levels"] == [float(np.float32(0.2)), 1.0]
@@ -104,7 +104,7 @@ def test_the_manifest_tells_what_the_weights_are(run: RunConfig) -> None:
     assert names[:3] == ["0000000000.json", "0000000000.u16", "0000000000.weights.u8"]
 
 
-def test_streams_give_a_target_its_weight(run: RunConfig) -> None:
+def test_loss_mask_holds_the_weights(run: RunConfig) -> None:
     dataset = TokenDataset(Path(run.data.path), "held_out")
     stream = StreamReader(dataset, range(2), 2, 16, seed=0, num_epochs=1)
     heavy = positions = 0
@@ -120,7 +120,7 @@ def test_streams_give_a_target_its_weight(run: RunConfig) -> None:
     assert total == pytest.approx(30 + 0.2 * (positions - 30), rel=1e-6)
 
 
-def test_a_targets_weight_is_at_its_place_in_a_segment(run: RunConfig) -> None:
+def test_weights_are_aligned_with_targets(run: RunConfig) -> None:
     dataset = TokenDataset(Path(run.data.path), "train")
     batch = StreamReader(dataset, range(1), 1, 16, seed=0, num_epochs=1, shuffle=False).next(20)
     assert batch is not None
@@ -139,7 +139,7 @@ def test_the_same_configuration_gives_the_same_bytes(run: RunConfig, tmp_path: P
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_text_filler_never_crosses_the_splits(tmp_path: Path) -> None:
+def test_text_filler_keeps_splits_separate(tmp_path: Path) -> None:
     source = tmp_path / "text"
     write_corpus(source, documents=40)
     run = task_run(tmp_path, kind="babi", keys=4, filler="text")
@@ -159,8 +159,8 @@ def test_text_filler_never_crosses_the_splits(tmp_path: Path) -> None:
     assert not lines["train"] & lines["held_out"] & written
 
 
-def test_ordinary_data_is_what_it_was(tmp_path: Path) -> None:
-    """No weights, no new keys, and the loss mask of ones whose sum is the count, exactly."""
+def test_ordinary_data_has_no_weights(tmp_path: Path) -> None:
+    """Without a task there are no weights and no task keys, and the sum of the loss mask is exactly the number of targets."""
     write_corpus(tmp_path / "text", documents=20)
     run = small_run(tmp_path)
     run = replace(run, data=replace(run.data, vocab_size=400))
@@ -179,7 +179,7 @@ def test_ordinary_data_is_what_it_was(tmp_path: Path) -> None:
     assert batch.loss_weight == batch.num_valid and isinstance(batch.loss_weight, float)
 
 
-def test_unigram_entropy_counts_by_weight(run: RunConfig) -> None:
+def test_unigram_entropy_is_weighted(run: RunConfig) -> None:
     dataset = TokenDataset(Path(run.data.path), "held_out")
     counts = np.zeros(dataset.vocab_size)
     for number, size in enumerate(dataset.document_lengths):
@@ -188,7 +188,7 @@ def test_unigram_entropy_counts_by_weight(run: RunConfig) -> None:
     assert unigram_entropy(dataset) == pytest.approx(-(shares * np.log(shares)).sum(), rel=1e-6)
 
 
-def test_a_damaged_weight_is_named(run: RunConfig, tmp_path: Path) -> None:
+def test_damaged_weight_is_refused(run: RunConfig, tmp_path: Path) -> None:
     damaged = task_run(tmp_path)
     prepare(damaged)
     folder = Path(damaged.data.path)
@@ -202,10 +202,10 @@ def test_a_damaged_weight_is_named(run: RunConfig, tmp_path: Path) -> None:
         dataset.read_weights(2, 0, 5)
 
 
-def test_task_is_short_for_its_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert expand_aliases(["prepare", "--task", "passkey"]) == ["prepare", "--task.kind", "passkey"]
-    assert expand_aliases(["prepare", "--task=babi", "--run_dir", "x"]) == ["prepare", "--task.kind=babi", "--run_dir", "x"]
-    assert expand_aliases(["--task", "task.yaml", "--run_dir", "babi"]) == ["--task", "task.yaml", "--run_dir", "babi"]
+def test_task_flag_is_short_for_task_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert spelled_out(["prepare", "--task", "passkey"]) == ["prepare", "--task.kind", "passkey"]
+    assert spelled_out(["prepare", "--task=babi", "--run_dir", "x"]) == ["prepare", "--task.kind=babi", "--run_dir", "x"]
+    assert spelled_out(["--task", "task.yaml", "--run_dir", "babi"]) == ["--task", "task.yaml", "--run_dir", "babi"]
     arguments = ["--task.samples", "5", "--task.held_out_samples", "2", "--data.vocab_size", "384"]
     assert main(["prepare", "--task", "passkey", "--data.path", str(tmp_path / "data"), *arguments]) == 0
     assert "train: 5 documents" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What was measured is on the screen, and in a file where one can be written; where not, one line says why."""
+"""Result files: results are printed before they are written, and a write error is reported in one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "write_text", refuse)
 
 
-def test_a_file_that_cannot_be_written_is_one_line_and_leaves_the_old_one(tmp_path: Path) -> None:
+def test_write_error_keeps_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "evaluation.json"
     target.write_text("old")
     (tmp_path / "evaluation.json.new").symlink_to("/dev/full")
@@ -38,7 +38,7 @@ def test_a_file_that_cannot_be_written_is_one_line_and_leaves_the_old_one(tmp_pa
     assert target.read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
-def test_a_folder_that_cannot_be_written_is_found_before(tmp_path: Path) -> None:
+def test_check_writable_refuses_an_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^run_dir x cannot be written \(Not a directory\); .*--run_dir"):
         check_writable(tmp_path / "file" / "run", "run_dir x")
@@ -48,7 +48,7 @@ def test_a_folder_that_cannot_be_written_is_found_before(tmp_path: Path) -> None
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_the_report_says_the_numbers_before_it_cannot_write_the_page(tmp_path, full_disk, capsys) -> None:
+def test_report_prints_numbers_before_a_write_error(tmp_path, full_disk, capsys) -> None:
     with (tmp_path / "metrics.jsonl").open("w") as file:
         file.write(json.dumps({"step": 1, "loss": 3.0}) + "\n")
     assert main(["report", "--run_dir", str(tmp_path)]) == 2
@@ -57,13 +57,13 @@ def test_the_report_says_the_numbers_before_it_cannot_write_the_page(tmp_path, f
     assert "report.html cannot be written (No space left on device)" in printed.err and printed.err.count("\n") == 1
 
 
-def test_a_cell_that_cannot_be_written_does_not_end_the_measurement(tmp_path: Path, full_disk: None) -> None:
-    error = retrieval_command._try_write(tmp_path / "passkey.json", {"cells": []})
+def test_write_error_of_a_cell_does_not_stop_the_measurement(tmp_path: Path, full_disk: None) -> None:
+    error = retrieval_command._unwritten(tmp_path / "passkey.json", {"cells": []})
     assert isinstance(error, UserError) and "passkey.json cannot be written" in str(error)
 
 
-def test_weights_on_a_full_disk_are_one_line_and_leave_nothing(tmp_path, monkeypatch) -> None:
-    """safetensors has an exception of its own for it."""
+def test_weights_on_a_full_disk_are_one_error_line_and_leave_no_file(tmp_path, monkeypatch) -> None:
+    """safetensors raises its own exception when the disk is full."""
     weights = {"a": torch.ones(1 << 18)}
     monkeypatch.setattr(checkpoint_commands, "read_model", lambda *_, **__: weights)
     facts = {"step": 1, "config": {}, "tokenizer_fingerprint": "f00d"}

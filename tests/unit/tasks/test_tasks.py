@@ -1,4 +1,4 @@
-"""Retrieval samples: exact lengths and places, numbers alike everywhere, seeds never shared, any length in little memory."""
+"""Retrieval samples: exact lengths and positions, context-independent number tokens, separate seeds, low host memory."""
 
 import re
 import tracemalloc
@@ -18,8 +18,8 @@ from infini_train.runtime.errors import UserError
 from infini_train.tasks import STORIES, Purpose, RepeatedFiller, Sample, Task, TextFiller, at_depth, training_placement
 from infini_train.tasks.draws import Draws, sample_seed
 from infini_train.tasks.filler import SENTENCES
-from infini_train.tasks.placement import Placement, Room
-from infini_train.tasks.task import tell
+from infini_train.tasks.placement import Haystack, Placement
+from infini_train.tasks.task import draw_story
 from infini_train.tasks.words import OBJECTS
 from infini_train.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from infini_train.tokenizers.tokenizer_file import read_tokenizer
@@ -53,7 +53,7 @@ def text_of(tokenizer: SentencePieceTokenizer, sample: Sample) -> str:
 
 @pytest.mark.parametrize("kind,depth", product(TASK_KINDS, [0.0, 0.37, 1.0]))
 @pytest.mark.parametrize("length", [400, 401, 4097])
-def test_length_place_and_answer_are_exact(
+def test_length_position_and_answer_are_exact(
     make: Make, tokenizer: SentencePieceTokenizer, kind: str, depth: float, length: int
 ) -> None:
     for number in range(5):
@@ -68,25 +68,25 @@ def test_length_place_and_answer_are_exact(
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.1, 0.5, 0.93, 1.0])
-def test_depth_is_the_share_of_filler_before_the_needle(make: Make, depth: float) -> None:
+def test_depth_is_the_fraction_of_filler_before_the_needle(make: Make, depth: float) -> None:
     first, last, between = (make("passkey", place=d).facts["needle_start"] for d in (0.0, 1.0, depth))
     assert between == first + round(depth * (last - first)) and last - first > 500
 
 
-def test_the_passkey_is_the_papers(make: Make, tokenizer: SentencePieceTokenizer) -> None:
+def test_passkey_text_matches_the_paper(make: Make, tokenizer: SentencePieceTokenizer) -> None:
     sample = make("passkey", length=700, place=1.0)
     key = sample.facts["answer"]
     text = text_of(tokenizer, sample)
     assert len(key) == 5 and key.isdigit() and sample.answer_length == 5 and sample.scored.all()
     assert f"The pass key is {key}. Remember it. {key} is the pass key." in text and text.count(key) == 3
     assert f"{SENTENCES} {SENTENCES}" in text
-    # At depth 1 nothing but a line end is between needle and question.
+    # At depth 1, only a line end is between needle and question.
     assert f"{key} is the pass key.\n\nWhat is the pass key? The pass key is {key}" in text
     assert tokenizer.decode(make("passkey", place=0.0).tokens.tolist()).index("The pass key is") < 200
 
 
 @pytest.mark.parametrize("kind", ["multi_key", "associative_recall"])
-def test_several_facts_are_asked_one_after_the_other(tokenizer: SentencePieceTokenizer, kind: str) -> None:
+def test_several_questions_follow_each_other(tokenizer: SentencePieceTokenizer, kind: str) -> None:
     task = Task(TaskConfig(kind=kind, keys=5), tokenizer, RepeatedFiller(tokenizer))
     one, three = (task.sample(3, Purpose.TRAIN, (0,), 700, at_depth(0.5), questions) for questions in (1, 3))
     assert three.length == 700 and three.facts["question"] == one.facts["question"]
@@ -113,7 +113,7 @@ def test_digits_are_single_tokens(make: Make, tokenizer: SentencePieceTokenizer)
     assert set(sample.answer[sample.scored].tolist()) <= digits and not set(sample.answer[~sample.scored].tolist()) & digits
 
 
-def test_a_tokenizer_of_several_digits_a_token_has_the_answer_in_the_text(tmp_path: Path) -> None:
+def test_multi_digit_tokens_of_the_answer_are_in_the_text(tmp_path: Path) -> None:
     tokenizer = read_tokenizer(write_llama_3_tokenizer(tmp_path, [f"{SENTENCES} {n}" for n in range(100, 999, 7)], 480))
     task = Task(TaskConfig(kind="multi_value", keys=3), tokenizer, RepeatedFiller(tokenizer))
     sample = task.sample(0, Purpose.EVALUATION, (0,), 500, at_depth(0.5))
@@ -122,10 +122,10 @@ def test_a_tokenizer_of_several_digits_a_token_has_the_answer_in_the_text(tmp_pa
     for number, starts in zip(found, sample.facts["needle_starts"], strict=True):
         alone = tokenizer.encode(number)
         needle = tokens[starts : starts + 40]
-        assert sum(needle[at : at + len(alone)] == alone for at in range(40)) == 2, "both times that it is told"
+        assert sum(needle[at : at + len(alone)] == alone for at in range(40)) == 2, "the needle states the number twice"
 
 
-def test_a_tokenizer_that_joins_numbers_with_spaces_is_refused(tmp_path: Path) -> None:
+def test_tokenizer_that_joins_numbers_with_spaces_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "joined.model"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([f"{SENTENCES} is {n}" for n in range(1000, 9999, 7)]),
@@ -140,12 +140,12 @@ def test_a_tokenizer_that_joins_numbers_with_spaces_is_refused(tmp_path: Path) -
         minloglevel=2,
     )
     joined = SentencePieceTokenizer(path)
-    with pytest.raises(UserError, match=r"joined\.model joins a number with what stands before.*split_digits"):
+    with pytest.raises(UserError, match=r"joined\.model joins a number with the characters before.*split_digits"):
         Task(TaskConfig(kind="passkey"), joined, RepeatedFiller(joined))
 
 
 def test_stories_can_be_answered_from_their_text(make: Make, tokenizer: SentencePieceTokenizer) -> None:
-    """An independent reader of the text finds the answer by the rules of the task."""
+    """An independent parser finds the answer in the text by the rules of the task."""
     for number in range(20):
         place = training_placement(0.2, 0.2, 0.1, 64)
         text = text_of(tokenizer, make("multi_key", number, 900, place))
@@ -170,7 +170,7 @@ def test_stories_can_be_answered_from_their_text(make: Make, tokenizer: Sentence
         assert moves[0].split(" the ")[1] != moves[-1].split(" the ")[1], "an earlier fact must mislead"
 
 
-def test_what_is_read_is_the_text(make: Make) -> None:
+def test_read_matches_the_whole_text(make: Make) -> None:
     sample = make("multi_key", length=3001)
     whole = sample.tokens
     for start, count in [(0, 1), (0, 3001), (17, 900), (2990, 11), (1500, 0)]:
@@ -182,7 +182,7 @@ def test_what_is_read_is_the_text(make: Make) -> None:
             sample.read(start, count)
 
 
-def test_ten_million_tokens_are_read_in_little_memory(make: Make) -> None:
+def test_ten_million_tokens_are_read_with_little_host_memory(make: Make) -> None:
     tracemalloc.start()
     sample = make("passkey", length=10_000_000, place=0.5)
     total = sum(len(sample.read(at, min(65_536, sample.length - at))) for at in range(0, sample.length, 65_536))
@@ -192,7 +192,7 @@ def test_ten_million_tokens_are_read_in_little_memory(make: Make) -> None:
     assert peak < 8_000_000, f"{peak:,} bytes for chunks of half a megabyte"
 
 
-def test_text_filler_is_the_text_and_starts_anywhere(make: Make) -> None:
+def test_text_filler_starts_at_random_positions(make: Make) -> None:
     filler = TextFiller(np.arange(1000, 1300, dtype=np.int32))
     starts = set()
     for number in range(20):
@@ -205,7 +205,7 @@ def test_text_filler_is_the_text_and_starts_anywhere(make: Make) -> None:
         TextFiller(np.empty(0, dtype=np.int64))
 
 
-def test_equal_seeds_give_equal_bytes_and_purposes_never_share_one(make: Make) -> None:
+def test_seeds_are_deterministic_and_separate_per_purpose(make: Make) -> None:
     assert make("babi", 5).tokens.tobytes() == make("babi", 5).tokens.tobytes()
     assert make("babi", 5).tokens.tobytes() != make("babi", 6).tokens.tobytes()
     seen = {}
@@ -216,8 +216,8 @@ def test_equal_seeds_give_equal_bytes_and_purposes_never_share_one(make: Make) -
             seen[state] = (purpose, index)
 
 
-def test_choices_are_frozen() -> None:
-    """Data made with another numpy is the same: numpy promises the raw bits of PCG64."""
+def test_choices_are_stable_between_numpy_versions() -> None:
+    """Data generated with another numpy version is the same, because numpy keeps the raw bits of PCG64 stable."""
     draws = Draws(sample_seed(0, Purpose.TRAIN, 0))
     assert (draws.digits(8), draws.between(5, 9), draws.distinct("abcde", 3)) == FROZEN
     values = [draws.fraction() for _ in range(2000)]
@@ -227,13 +227,13 @@ def test_choices_are_frozen() -> None:
 FROZEN = ("00504239", 8, ["b", "a", "c"])
 
 
-def test_training_places_are_late_and_across_borders_as_often_as_asked(make: Make) -> None:
+def test_training_placement_follows_late_and_border_shares(make: Make) -> None:
     samples = [make("multi_key", n, 1000, training_placement(0.2, 0.4, 0.0, 64)) for n in range(600)]
     facts = [sample.facts for sample in samples]
     crossing = [f["needle_start"] // 64 != (f["needle_start"] + f["needle_tokens"] - 1) // 64 for f in facts]
     question = 1000 - 64  # about
     near = np.array([f["needle_start"] > question - 4 * 64 - 40 for f in facts])
-    assert 0.5 < near.mean() < 0.75, "40% near the question, a part of the last 15%, and of the rest"
+    assert 0.5 < near.mean() < 0.75, "40% near the question, plus some of the late and some of the uniform needles"
     only_border = [make("multi_key", n, 1000, training_placement(0.0, 1.0, 0.0, 64)).facts for n in range(300)]
     crossed = np.mean([f["needle_start"] // 64 != (f["needle_start"] + f["needle_tokens"] - 1) // 64 for f in only_border])
     assert crossed > np.mean(crossing)
@@ -241,7 +241,7 @@ def test_training_places_are_late_and_across_borders_as_often_as_asked(make: Mak
     assert np.mean([f["needle_start"] for f in facts]) < np.mean([f["needle_start"] for f in only_border])
 
 
-def test_needles_in_the_answers_own_segment_wherever_they_fit(make: Make) -> None:
+def test_needles_are_in_the_answers_segment_if_they_fit(make: Make) -> None:
     fitted = 0
     for length in range(900, 1000):
         sample = make("passkey", length, length, training_placement(0.0, 0.0, 1.0, 64))
@@ -249,20 +249,21 @@ def test_needles_in_the_answers_own_segment_wherever_they_fit(make: Make) -> Non
         border = (sample.answer_start - 1) // 64 * 64
         latest = make("passkey", length, length, at_depth(1.0)).facts["needle_start"]
         if latest < border:
-            assert start == latest, "it does not fit: right before the question"
+            assert start == latest, "a needle that does not fit is directly before the question"
         else:
             fitted += 1
             assert border <= start <= latest and start + tokens <= sample.answer_start
     assert 10 < fitted < 90
 
 
-def test_room_finds_offsets_for_positions() -> None:
-    room = Room(head=10, filler=100, needle=7, before=3, others=((20, 5), (60, 9)))
-    assert room.start(0) == 13 and room.start(19) == 32 and room.start(20) == 38 and room.last_start == room.start(100) == 127
+def test_haystack_finds_offsets_for_positions() -> None:
+    haystack = Haystack(head=10, filler=100, needle=7, before=3, others=((20, 5), (60, 9)))
+    assert [haystack.start(offset) for offset in (0, 19, 20, 100)] == [13, 32, 38, 127]
+    assert haystack.last_start == 127
     for offset in range(101):
-        assert room.offset(room.start(offset)) == offset
-    assert room.offset(35) == 19, "inside another needle: before it"
-    assert room.offset(0) == 0 and room.offset(500) == 100
+        assert haystack.offset(haystack.start(offset)) == offset
+    assert haystack.offset(35) == 19, "a position inside another needle gives the offset before that needle"
+    assert haystack.offset(0) == 0 and haystack.offset(500) == 100
 
 
 def test_too_short_texts_are_refused(make: Make) -> None:
@@ -270,13 +271,13 @@ def test_too_short_texts_are_refused(make: Make) -> None:
         make("multi_key", length=60)
 
 
-def test_too_short_texts_for_the_fewest_keys_name_that_option(tokenizer: SentencePieceTokenizer) -> None:
+def test_too_short_texts_name_min_keys_if_set(tokenizer: SentencePieceTokenizer) -> None:
     task = Task(TaskConfig(kind="multi_key", keys=5, min_keys=2), tokenizer, RepeatedFiller(tokenizer))
     with pytest.raises(UserError, match=r"a text of 60 tokens .* or a smaller task\.min_keys$"):
         task.sample(3, Purpose.TRAIN, (0,), 60, at_depth(0.5), 1, range(5, 1, -1))
 
 
-def test_a_text_has_as_many_facts_as_fit(tokenizer: SentencePieceTokenizer) -> None:
+def test_text_has_as_many_facts_as_fit(tokenizer: SentencePieceTokenizer) -> None:
     task = Task(TaskConfig(kind="multi_key", keys=8), tokenizer, RepeatedFiller(tokenizer))
 
     def sample(length: int, keys: Sequence[int]) -> Sample:
@@ -290,11 +291,11 @@ def test_a_text_has_as_many_facts_as_fit(tokenizer: SentencePieceTokenizer) -> N
         sample(350, (8,))
 
 
-def test_validation_knows_the_words() -> None:
+def test_validation_constants_match_the_stories() -> None:
     assert set(STORIES) == set(TASK_KINDS)
     assert len(OBJECTS) == MOST_WORDS == TaskConfig().words
     for kind, words in WORDS_OF_A_FACT.items():
-        story = tell(TaskConfig(kind=kind, keys=3, words=3 * words), Draws(sample_seed(0, Purpose.TRAIN, 0)))
+        story = draw_story(TaskConfig(kind=kind, keys=3, words=3 * words), Draws(sample_seed(0, Purpose.TRAIN, 0)))
         told = "".join([story.needle, *story.anywhere])
         found = re.findall(r"The pass key of the (\w+) is|The word (\w+) goes with the word (\w+)", told)
         assert {word for words_of_one in found for word in words_of_one if word} == set(OBJECTS[: 3 * words])

@@ -1,4 +1,4 @@
-"""A tokenizer.json gives every text back, its ids are those of transformers, and one file holds all of it."""
+"""The tokenizer.json tokenizer: lossless encoding, the same ids as transformers, and a copy that is a single file."""
 
 import hashlib
 import json
@@ -52,7 +52,7 @@ def test_batch_equals_one_by_one(tokenizer: HuggingFaceTokenizer, texts: list[st
     assert tokenizer.encode_batch(texts, num_threads=2) == [tokenizer.encode(text) for text in texts]
 
 
-def test_ids_are_those_of_transformers(folder: Path, tokenizer: HuggingFaceTokenizer) -> None:
+def test_ids_equal_those_of_transformers(folder: Path, tokenizer: HuggingFaceTokenizer) -> None:
     theirs = AutoTokenizer.from_pretrained(folder)
     for text in (CODE, PROSE, *TRICKY):
         assert tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids
@@ -61,8 +61,8 @@ def test_ids_are_those_of_transformers(folder: Path, tokenizer: HuggingFaceToken
     assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode(" x"), tokenizer.eos_id]) == " x"
 
 
-def test_the_copy_is_whole_and_another_copy_the_same(tokenizer: HuggingFaceTokenizer, tmp_path: Path) -> None:
-    """It needs no tokenizer_config.json, and its fingerprint, of the file alone, is known before it is written."""
+def test_copy_is_self_contained_and_reproducible(tokenizer: HuggingFaceTokenizer, tmp_path: Path) -> None:
+    """A copy needs no tokenizer_config.json. Its fingerprint depends only on the file and is known before writing."""
     written = tokenizer.copy_to(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
     assert hashlib.sha256(written.read_bytes()).hexdigest() == tokenizer.fingerprint
@@ -74,7 +74,7 @@ def test_the_copy_is_whole_and_another_copy_the_same(tokenizer: HuggingFaceToken
     assert copy.copy_to(again).read_bytes() == written.read_bytes()
 
 
-def test_transformers_begins_a_text_as_a_document_begins(tokenizer: HuggingFaceTokenizer, tmp_path: Path) -> None:
+def test_transformers_adds_the_begin_token(tokenizer: HuggingFaceTokenizer, tmp_path: Path) -> None:
     tokenizer.write_for_transformers(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in ("a", PROSE):
@@ -82,8 +82,8 @@ def test_transformers_begins_a_text_as_a_document_begins(tokenizer: HuggingFaceT
     assert theirs.eos_token_id == tokenizer.eos_id and len(theirs) == 800
 
 
-def test_names_with_properties_are_read(folder: Path, tmp_path: Path) -> None:
-    """Older versions of transformers wrote a token as an object."""
+def test_special_tokens_written_as_objects_are_read(folder: Path, tmp_path: Path) -> None:
+    """Older versions of transformers wrote a special token as a JSON object."""
     shutil.copy(folder / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": BEGIN}, "eos_token": SPECIAL[3]}))
     assert read_tokenizer(tmp_path / "tokenizer.json").eos_id == 799
@@ -99,7 +99,7 @@ def test_names_with_properties_are_read(folder: Path, tmp_path: Path) -> None:
         ('{"bos_token": "<s>", "eos_token": "<|eot_id|>"}', r"bos_token is '<s>', which is no token"),
     ],
 )
-def test_unknown_ends_are_refused(config: str | None, words: str, folder: Path, tmp_path: Path) -> None:
+def test_missing_begin_or_end_tokens_are_refused(config: str | None, words: str, folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "tokenizer.json", tmp_path)
     if config is not None:
         (tmp_path / "tokenizer_config.json").write_text(config)

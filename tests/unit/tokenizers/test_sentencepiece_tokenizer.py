@@ -1,4 +1,4 @@
-"""The tokenizer gives every text back, costs little for code, and is trained the same way everywhere."""
+"""The SentencePiece tokenizer: lossless encoding, few tokens for code, deterministic training."""
 
 import hashlib
 import io
@@ -34,14 +34,14 @@ TRICKY = [
     "\u2580\u2581\u2582\u2585 ⁇ ",
 ]
 
-# Pieces of what goes wrong, mixed with arbitrary characters that UTF-8 can spell.
+# Texts that mix the tricky fragments with arbitrary characters that UTF-8 can encode.
 any_text = st.lists(
     st.one_of(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from([*TRICKY, " ", "\n", "self", "12"]))
 ).map("".join)
 
 
 def foreign_model(**options: object) -> bytes:
-    """A SentencePiece model with other settings than ours."""
+    """Train a SentencePiece model with settings other than those of `train_tokenizer`."""
     model = io.BytesIO()
     settings = {"vocab_size": 400, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2} | options
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter((CODE + PROSE).split("\n")), model_writer=model, **settings)
@@ -86,18 +86,18 @@ def test_batch_equals_one_by_one(ours: SentencePieceTokenizer, texts: list[str])
 def test_begin_and_end_tokens_decode_to_nothing(ours: SentencePieceTokenizer) -> None:
     assert ours.decode([ours.bos_id, *ours.encode(" x"), ours.eos_id]) == " x"
     assert len({ours.bos_id, ours.eos_id}) == 2 and max(ours.bos_id, ours.eos_id) < ours.vocab_size == 800
-    # Literal spellings are text, never the control tokens.
+    # The literal text "<s></s>" is encoded as text and not as the control tokens.
     assert not {ours.bos_id, ours.eos_id} & set(ours.encode("<s></s>"))
 
 
-def test_bytes_that_are_no_text_decode_to_replacement(ours: SentencePieceTokenizer) -> None:
+def test_invalid_utf8_decodes_to_replacement_character(ours: SentencePieceTokenizer) -> None:
     assert ours.decode(ours.encode("\u2581")[:2] + ours.encode("a")) == "\ufffda"
 
 
-def test_code_is_cheap(ours: SentencePieceTokenizer) -> None:
+def test_code_takes_few_tokens(ours: SentencePieceTokenizer) -> None:
     assert len(ours.encode("\n")) == len(ours.encode("\n\n")) == len(ours.encode("\t")) == 1
     assert len(ours.encode(" " * 8)) == 1
-    assert len(ours.encode("2024")) == 4, "digits stay apart"
+    assert len(ours.encode("2024")) == 4, "each digit is one token"
     assert len(ours.encode(CODE)) < len(CODE) / 2
 
 
@@ -126,7 +126,7 @@ def test_sample_is_bounded_and_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     places = [int(chunk[:4]) for chunk in sample]
     gaps = {b - a for a, b in itertools.pairwise(places)}
     assert places[0] == 0 and places[-1] > 980 and len(gaps) == 1
-    assert sum(map(len, tokenizer_module._sample(["y" * 5000]))) <= 1000, "one long document is sampled inside"
+    assert sum(map(len, tokenizer_module._sample(["y" * 5000]))) <= 1000, "a single long document is also sampled"
 
 
 def test_vocabulary_too_big_names_key_and_maximum(tmp_path: Path) -> None:
