@@ -14,8 +14,6 @@ ROOT = Path(__file__).parents[3]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 LAUNCHER = re.compile(r"(\S*python )?launch/local\.py \d+ (?P<command>.*)")
 OUR_COMMAND = re.compile(r"(\$ )?(\.venv/bin/)?infini-train +(?P<command>.*)")
-LONG_PAGES = {"retrieval-trials.md"}
-"""Pages over 200 lines: diaries that are kept as they are."""
 
 
 def commands(text: str) -> list[list[str]]:
@@ -48,7 +46,7 @@ def test_lines_and_pages_are_short(path):
         code ^= line.startswith("```")
         assert code or len(line) <= 100 or line.startswith(("|", "    ", "![", "```")) or "](" in line, line
     limit = 180 if path.name == "README.md" else 200
-    assert len(lines) <= limit or path.name in LONG_PAGES
+    assert len(lines) <= limit
 
 
 def test_commands_of_the_documents_are_found():
