@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from infini_train.runtime.errors import UserError
+from infini_train.runtime.files import file_digest
 from infini_train.runtime.retries import retry_read
 
 FORMAT_VERSION = 2
@@ -59,20 +60,14 @@ def is_committed(path: Path) -> bool:
         return (path / COMMIT_FILE).read_text(encoding="ascii").strip() == file_digest(path / MANIFEST_FILE)
 
     try:
-        return retry_read(fits, path)
+        return retry_read(marker_matches, path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
     except OSError:
         return True
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     return retry_read(lambda: path.read_text(encoding="utf-8"), path)
 
 

@@ -14,7 +14,9 @@ import numpy as np
 from infini_train.config import RunConfig
 from infini_train.data.manifest import REMEDY, SPLITS, Shard, SplitFacts, index_file, load_manifest
 from infini_train.runtime.errors import UserError
+from infini_train.runtime.files import file_digest
 from infini_train.runtime.retries import TRANSIENT_ERRORS, retry_read
+from infini_train.tokenizers.tokenizer import tokenizer_file
 
 MAX_OPEN_SHARDS = 64
 """Shards that a process keeps open; a large corpus has more shards than the limit of open files."""

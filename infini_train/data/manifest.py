@@ -16,10 +16,6 @@ from infini_train.runtime.errors import UserError
 FORMAT_VERSION = 2
 SPLITS = ("train", "held_out")
 MANIFEST_FILE = "dataset.json"
-SENTENCEPIECE_FILE = "tokenizer.model"
-HUGGING_FACE_FILE = "tokenizer.json"
-TOKENIZER_FILES = SENTENCEPIECE_FILE, HUGGING_FACE_FILE
-"""Possible names of the tokenizer file; a prepared folder holds exactly one."""
 WEIGHT_MEMBER = "weights.u8"
 """Extension of the optional tar member that holds a document's loss weights."""
 REMEDY = "run `infini-train prepare --config FILE --overwrite` again"
@@ -30,11 +26,6 @@ def token_format(vocab_size: int) -> tuple[str, str]:
     return ("<u2", "u16") if vocab_size <= 1 << 16 else ("<u4", "u32")
 
 
-def tokenizer_file(folder: Path) -> Path:
-    """Return the path of a folder's tokenizer file; the SentencePiece path if the folder has none."""
-    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), folder / SENTENCEPIECE_FILE)
-
-
 def index_file(split: str) -> str:
     """Return the name of a split's index.
 
@@ -42,12 +33,6 @@ def index_file(split: str) -> str:
     A split with loss weights also has `weight_offset`.
     """
     return f"{split}.index.npz"
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass

@@ -203,9 +203,9 @@ def test_damaged_weight_is_refused(run: RunConfig, tmp_path: Path) -> None:
 
 
 def test_task_flag_is_short_for_task_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert spelled_out(["prepare", "--task", "passkey"]) == ["prepare", "--task.kind", "passkey"]
-    assert spelled_out(["prepare", "--task=babi", "--run_dir", "x"]) == ["prepare", "--task.kind=babi", "--run_dir", "x"]
-    assert spelled_out(["--task", "task.yaml", "--run_dir", "babi"]) == ["--task", "task.yaml", "--run_dir", "babi"]
+    assert expand_aliases(["prepare", "--task", "passkey"]) == ["prepare", "--task.kind", "passkey"]
+    assert expand_aliases(["prepare", "--task=babi", "--run_dir", "x"]) == ["prepare", "--task.kind=babi", "--run_dir", "x"]
+    assert expand_aliases(["--task", "task.yaml", "--run_dir", "babi"]) == ["--task", "task.yaml", "--run_dir", "babi"]
     arguments = ["--task.samples", "5", "--task.held_out_samples", "2", "--data.vocab_size", "384"]
     assert main(["prepare", "--task", "passkey", "--data.path", str(tmp_path / "data"), *arguments]) == 0
     assert "train: 5 documents" in capsys.readouterr().out

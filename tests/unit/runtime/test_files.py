@@ -58,7 +58,7 @@ def test_report_prints_numbers_before_a_write_error(tmp_path, full_disk, capsys)
 
 
 def test_write_error_of_a_cell_does_not_stop_the_measurement(tmp_path: Path, full_disk: None) -> None:
-    error = retrieval_command._unwritten(tmp_path / "passkey.json", {"cells": []})
+    error = retrieval_command._try_write(tmp_path / "passkey.json", {"cells": []})
     assert isinstance(error, UserError) and "passkey.json cannot be written" in str(error)
 
 
