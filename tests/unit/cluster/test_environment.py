@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from infini_train.cluster.environment import PRESETS, is_secret, read_environment
 from infini_train.runtime.errors import UserError
+
+LAUNCHING = Path(__file__).parents[3] / "docs" / "launching.md"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.env")))
@@ -18,7 +21,7 @@ def test_every_preset_has_the_common_variables_and_only_those_of_its_network(nam
     assert {key: variables[key] for key in common} == common
     assert (name == "efa") == ("FI_PROVIDER" in variables)
     assert (name == "infiniband") == ("NCCL_NET" in variables)
-    assert all(f"`{key}`" in (PRESETS.parent / "README.md").read_text(encoding="utf-8") for key in variables)
+    assert all(f"`{key}`" in LAUNCHING.read_text(encoding="utf-8") for key in variables)
 
 
 def test_the_list_of_presets():
