@@ -38,8 +38,10 @@ def draw(record: dict[str, Any], output: Path) -> None:
     axes.imshow(grid, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
     for row, values in enumerate(grid):
         for column, value in enumerate(values):
-            text = "not measured" if isnan(value) else f"{value:.0%}"
-            axes.text(column, row, text, ha="center", va="center", color="white" if value > 0.9 else "black")
+            if isnan(value):
+                axes.text(column, row, "not measured", ha="center", va="center", color="gray", fontsize=8)
+            else:
+                axes.text(column, row, f"{value:.0%}", ha="center", va="center", color="white" if value > 0.9 else "black")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     longest = record["settings"]["task"]["max_tokens"]
