@@ -1,4 +1,7 @@
-"""Attention variants behind one interface: Infini-attention (the paper) and its rivals. They do not use process groups."""
+"""Attention variants behind one interface: Infini-attention (the paper) and its baselines.
+
+No variant creates a process group. Under context parallelism the caller passes one to `Attention.forward`.
+"""
 
 from infini_train.attention.base import Attention
 from infini_train.attention.full import FullAttention
@@ -26,14 +29,14 @@ ATTENTION_VARIANTS: dict[str, type[Attention]] = {
 
 
 def attention_class(model: ModelConfig, layer_number: int) -> type[Attention]:
-    """Return the class of a layer's attention. Layers are counted from 1."""
+    """Return the attention class of one layer (counted from 1) for `model.attention`."""
     if model.attention == "memorizing" and layer_number != model.bank_layer:
         return TransformerXLAttention
     return ATTENTION_VARIANTS[model.attention]
 
 
 def carried_fields(model: ModelConfig, layer_number: int) -> dict[str, CarriedTensor]:
-    """Return the fields of a layer's memory in the order of `memory_type`; empty for a layer without memory."""
+    """Return the memory fields of a layer (counted from 1) in the order of `memory_type`; empty if it carries nothing."""
     fields = attention_class(model, layer_number).carried(model, layer_number)
     if _carries_tail(model):
         fields["tail"] = ShortConvolution.carried(model)
@@ -41,7 +44,7 @@ def carried_fields(model: ModelConfig, layer_number: int) -> dict[str, CarriedTe
 
 
 def memory_type(model: ModelConfig, layer_number: int) -> type[LayerMemory] | None:
-    """Return the type of a layer's memory, a named tuple; None for a layer without memory."""
+    """Return the named tuple type that a layer takes and returns; None if it carries nothing."""
     return MemoryWithTail if _carries_tail(model) else attention_class(model, layer_number).memory_type
 
 
@@ -50,17 +53,17 @@ def _carries_tail(model: ModelConfig) -> bool:
 
 
 def state_numbers(model: ModelConfig) -> int:
-    """Return how many numbers one stream carries over all layers: the memory size of the paper's Table 2."""
+    """Count the values that one stream carries between segments over all layers: the memory size in Table 2 of the paper."""
     return sum(numbers_carried(carried_fields(model, layer)) for layer in range(1, model.num_layers + 1))
 
 
 def build_attention(model: ModelConfig, layer_number: int, num_heads: int, num_groups: int, context_tokens: int) -> Attention:
-    """Build the attention of a layer for the heads of this process.
+    """Build the attention of one layer for the heads of this rank.
 
     Args:
         layer_number: counted from 1 over the whole model.
-        num_heads: query heads of this process.
-        num_groups: key/value heads of this process.
+        num_heads: query heads on this rank.
+        num_groups: key/value heads on this rank.
         context_tokens: tokens of one micro-batch row, the longest context of `full`.
     """
     return attention_class(model, layer_number)(model, num_heads, num_groups, context_tokens)

@@ -19,24 +19,24 @@ from infini_train.config import ModelConfig
 
 @dataclass(frozen=True)
 class StreamCache:
-    """State of a layer between two calls of `step`."""
+    """State of one layer between two calls of `step`."""
 
-    memory: LayerMemory | None  # of the finished segments
+    memory: LayerMemory | None  # after the finished segments
     keys: Tensor  # [B, S, G, D]: the unfinished segment
     values: Tensor  # [B, S, G, D]
-    length: int = 0  # number of its tokens
+    length: int = 0  # tokens held in the unfinished segment
 
     @property
     def remaining(self) -> int:
-        """Number of tokens until the segment ends: the longest chunk that the next step accepts."""
+        """Tokens until the current segment ends: the longest chunk that the next step accepts."""
         return self.keys.shape[1] - self.length
 
 
 class Attention(nn.Module):
-    """Interface of an attention variant. The caller owns projections and normalisation."""
+    """Base class of the attention variants. The caller does projections and normalisation."""
 
     memory_type: type[LayerMemory] | None = None
-    """Type of the memory, a named tuple; None for a variant without memory."""
+    """The named tuple type that `forward` takes and returns; None for a variant that carries nothing."""
 
     def __init__(self, model: ModelConfig, num_heads: int, num_groups: int, context_tokens: int) -> None:
         super().__init__()
@@ -48,13 +48,14 @@ class Attention(nn.Module):
 
     @classmethod
     def carried(cls, model: ModelConfig, layer_number: int) -> dict[str, CarriedTensor]:
-        """Return the fields of the memory of a layer (counted from 1), in the order of `memory_type`."""
+        """Return the memory fields of a layer (counted from 1) in the order of `memory_type`; empty if it carries nothing."""
         return {}
 
     def rotary(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return (cos, sin), each [num_positions, D/2] float32.
 
-        The tables are not buffers of the module, so that a cast of the module to bfloat16 leaves them in float32.
+        The tables are cached outside the module's buffers: they are not state, and a cast of the module to bfloat16 must not
+        change them.
         """
         key = (num_positions, device)
         if key not in self._rotary:
@@ -74,38 +75,38 @@ class Attention(nn.Module):
         group: ProcessGroup | None = None,
         repeats: Tensor | None = None,
     ) -> tuple[Tensor, LayerMemory | None]:
-        """Compute the attention of one micro-batch.
+        """Compute attention for one micro-batch.
 
         Args:
             q: [B, T, H, D], not rotated.
             k: [B, T, G, D], not rotated.
             v: [B, T, G, D].
             reset: [B, N] bool, True where a document begins in that segment.
-            lengths: [B, N] valid tokens of each segment.
-            group: processes that share the segments of a micro-batch in contiguous runs; None for one process.
-            repeats: [B, N] number of times that each segment's memory update counts; None means once.
-            memory: memory after the stream's previous micro-batch; None at the stream's start.
+            lengths: [B, N] number of valid tokens in each segment.
+            group: context-parallel group; each rank holds a contiguous run of the segments. None if this rank holds them all.
+            repeats: [B, N] number of times that each segment's memory update is applied; None means once.
+            memory: the memory returned for the stream's previous micro-batch; None at the stream's start.
 
         Returns:
-            [B, T, H, D] and the memory after the micro-batch.
+            The output [B, T, H, D] and the memory after the last segment.
         """
         raise NotImplementedError
 
     def new_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> Any:
-        """Return the cache of `step` at the start of a document."""
+        """Create an empty cache for `step`, as at the start of a document."""
         shape = batch_size, self.model.segment_length, self.num_groups, self.model.head_dim
         return StreamCache(None, torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Compute the next t tokens of a document. They must not cross the end of a segment.
+        """Run streaming inference on the next t tokens of a document. The chunk must not cross the end of a segment.
 
-        This default recomputes the unfinished segment.
+        This default recomputes the whole unfinished segment at each step; a variant may override it with a faster one.
 
         Args:
             q: [B, t, H, D]; k, v: [B, t, G, D].
 
         Returns:
-            [B, t, H, D] and the cache for the following tokens.
+            The output [B, t, H, D] and the cache for the next tokens.
         """
         assert isinstance(cache, StreamCache)
         start, end, device = cache.length, cache.length + q.shape[1], q.device
@@ -121,6 +122,6 @@ class Attention(nn.Module):
             memory=cache.memory,
         )
         if end == self.model.segment_length:
-            # The memory may share these tensors, so allocate new ones for the next segment.
+            # The memory may alias these key and value buffers, so the next segment gets new ones.
             return out[:, start:end], StreamCache(memory, torch.zeros_like(cache.keys), torch.zeros_like(cache.values))
         return out[:, start:end], replace(cache, length=end)

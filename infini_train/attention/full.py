@@ -1,6 +1,6 @@
-"""Full causal attention over a whole micro-batch, inside each document.
+"""Baseline: full causal attention within each document of a micro-batch.
 
-Its context is the micro-batch: to compare with Infini-attention on N segments, give it segments_per_micro_batch = N.
+Its context is one micro-batch: to compare it with Infini-attention on N segments, set segments_per_micro_batch to N.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from infini_train.attention.segment_cache import SegmentCached
 
 
 class FullAttention(SegmentCached):
-    """Causal attention over the micro-batch. Its cost is quadratic in the length; documents do not see each other."""
+    """Causal attention over a micro-batch that does not cross document boundaries; its cost is quadratic in the length."""
 
     @property
     def stream_segment_length(self) -> int:

@@ -13,9 +13,9 @@ from infini_train.config import ModelConfig
 
 
 class InfiniAttention(SegmentCached):
-    """Infini-attention of the heads of this process.
+    """Infini-attention for the heads of this rank.
 
-    It owns the gate β [H] and, with `write_strength: learned`, the write gate u [G, D].
+    Parameters: the gate β [H] and, with `write_strength: learned`, the write gate u [G, D].
     """
 
     memory_type = MemoryState

@@ -1,4 +1,4 @@
-"""Memory that a layer carries from micro-batch to micro-batch: a named tuple of tensors, each with one entry per row.
+"""The state that a layer carries between micro-batches: for every variant a named tuple of tensors with a row dimension first.
 
 Shapes: B rows.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 LayerMemory = tuple[Tensor, ...]
-"""A NamedTuple of tensors, each [B, ...]: `infini_kernels.MemoryState` for Infini-attention."""
+"""A NamedTuple of tensors, each [B, ...]: `infini_kernels.MemoryState` for Infini-attention, other fields for the baselines."""
 Carried = TypeVar("Carried", bound=LayerMemory)
 
 
@@ -23,9 +23,9 @@ class CarriedTensor:
     """One field of a layer's memory.
 
     Attributes:
-        shape: of one row, over all heads.
-        by_head: whether the first dimension is key/value heads, which tensor parallelism splits.
-        counter: whether it is an int64 counter; other fields are float32.
+        shape: shape for one row, over all heads.
+        by_head: True if the first dimension of `shape` is key/value heads, which tensor parallelism splits.
+        counter: True for an int64 counter; all other fields are float32.
     """
 
     shape: tuple[int, ...]
@@ -33,7 +33,7 @@ class CarriedTensor:
     counter: bool = False
 
     def zeros(self, rows: int, tensor_processes: int, device: torch.device | str | None) -> Tensor:
-        """Return the empty field of some rows, on one of the processes that share its heads."""
+        """Return the zero-filled field for `rows` rows on one of the `tensor_processes` ranks that share its heads."""
         shape = list(self.shape)
         if self.by_head:
             shape[0] //= tensor_processes
@@ -41,12 +41,12 @@ class CarriedTensor:
 
 
 def numbers_carried(fields: dict[str, CarriedTensor]) -> int:
-    """Return how many numbers one row carries over all heads, without counters."""
+    """Count the values in one row's state over all heads, without counters."""
     return sum(prod(each.shape) for each in fields.values() if not each.counter)
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], memory: Carried) -> Carried:
-    """Return the named tuple with a function applied to every tensor."""
+    """Apply `change` to every tensor of a memory and return a named tuple of the same type."""
     return type(memory)(*map(change, memory))
 
 

@@ -1,4 +1,4 @@
-"""Causal attention inside each segment, without memory."""
+"""Baseline: causal attention within each segment, without any link between segments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from infini_train.attention.segment_cache import SegmentCached
 
 
 class LocalAttention(SegmentCached):
-    """Infini-attention without the memory: a window of one segment."""
+    """Infini-attention without the memory: the context is one segment."""
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Measure memory writes and reads: compare each value with the read of its own key."""
+"""Diagnostics of memory reads and writes: retrieval accuracy of a written value, and write strength per token."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from infini_kernels.variants import read_state, write_strength
 def read_back_cosine(
     k: Tensor, v: Tensor, memory: MemoryState, eps: float, normaliser: str = "paper", feature_map: str = "elu"
 ) -> Tensor:
-    """Return the cosine between each value and σ(K) M / (σ(K) z + ε): Eq. 3 of the paper with the key as query.
+    """Compare each value with the memory's answer to its own key.
+
+    The result is the cosine between the value and σ(K) M / (σ(K) z + ε): Eq. 3 of the paper with the key as query.
 
     Args:
-        k: [B, T, G, D], as the memory receives it (not rotated).
+        k: [B, T, G, D], not rotated, as written to the memory.
         v: [B, T, G, Dv].
         memory: M [B, G, D, Dv], z [B, G, D]; M [B, G, D, Dv + 1] for a corrected normaliser.
 
     Returns:
-        [B, T, G] in the memory's type; 0 where the memory is empty.
+        [B, T, G] in the memory's dtype; 0 where the memory is empty.
     """
     memory = read_state(memory, normaliser)
     sigma_k = sigma(k, memory.M.dtype, feature_map)

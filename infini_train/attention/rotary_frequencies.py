@@ -1,4 +1,4 @@
-"""Frequencies of rotary embedding."""
+"""Rotary embedding frequencies, with optional Llama 3.1 context scaling."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from infini_train.config import ModelConfig
 
 SCALED_CONTEXT = 8192
-"""Context length of Llama 3's pretraining, in tokens. The bounds below refer to it."""
+"""Context length in tokens of Llama 3's pretraining; the turn counts below refer to it."""
 SLOW_TURNS, FAST_TURNS = 1.0, 4.0
-"""Pairs that turn less often than the first within SCALED_CONTEXT are slowed down by the whole factor, those that turn more
-often than the second not at all."""
+"""Scaling bounds, in turns within SCALED_CONTEXT tokens. A channel pair with fewer than SLOW_TURNS turns is slowed down by the
+whole factor; a pair with more than FAST_TURNS turns is not slowed down."""
 
 
 def rotary_frequencies(model: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
-    """Return the radians per position of each pair of channels, [D/2] float64.
+    """Return the frequency of each channel pair in radians per position, [D/2] float64.
 
-    base^(-2 i / D); with `rotary_scaling` slowed down as Llama 3.1 does it (transformers' rope_type llama3).
+    The frequencies are base^(-2 i / D). `rotary_scaling` slows them down as Llama 3.1 does (rope_type llama3 in transformers).
     """
     half = model.head_dim // 2
     exponent = torch.arange(half, dtype=torch.float64, device=device) / half

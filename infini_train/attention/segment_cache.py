@@ -1,4 +1,4 @@
-"""Streaming with `infini_kernels.SegmentCache`, for the variants with a step of their own in infini_kernels."""
+"""Streaming with the caches of `infini_kernels`, for the variants that have a streaming step there."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from infini_train.attention.base import Attention
 
 
 class SegmentCached(Attention):
-    """An attention whose cache holds the keys and values of one unfinished segment."""
+    """Base class of variants that cache keys and values of one unfinished segment."""
 
     @property
     def stream_segment_length(self) -> int:
-        """Number of tokens after which the keys and values of a stream are dropped."""
+        """Number of tokens after which a stream's cached keys and values are dropped."""
         return self.model.segment_length
 
     def new_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> SegmentCache:

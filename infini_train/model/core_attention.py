@@ -1,6 +1,6 @@
 """The adapter between Megatron-core's attention layer and an attention variant.
 
-Shapes: T tokens, B rows, H query heads and G key/value heads of this process, D head width.
+Shapes: T tokens, B rows, H query heads and G key/value heads of this rank, D head width.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from infini_train.model.layer_context import LayerContext
 
 @dataclass(frozen=True)
 class LayerCache:
-    """State of a layer between two chunks of a stream."""
+    """State of one layer between two chunks of a stream."""
 
-    attention: Any  # from `Attention.step`
+    attention: Any  # the cache that `Attention.step` returned
     tail: ConvolutionTail | None  # None without a convolution
-    remaining: int  # longest chunk that the next step accepts
+    remaining: int  # tokens in the longest chunk that the next step accepts
 
 
 class CoreAttention(MegatronModule):
-    """Megatron-core's `core_attention`, computed by an attention variant.
+    """Megatron-core's `core_attention`, implemented by an attention variant.
 
-    The model is built with `position_embedding_type="none"`, so queries and keys arrive unrotated, as the memory needs them.
+    The model is built with `position_embedding_type="none"`, so queries and keys arrive unrotated, as the memory requires.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, run: RunConfig, **_: Any) -> None:
@@ -49,7 +49,7 @@ class CoreAttention(MegatronModule):
         self.memory_type = memory_type(run.model, layer_number)
 
     def new_cache(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
-        """Return the cache at a document's start."""
+        """Create the cache at a document's start."""
         tail = None
         if self.short_convolution is not None:
             tail = self.short_convolution.empty_tail(batch_size, self.attention.num_heads, dtype, device)
@@ -57,7 +57,7 @@ class CoreAttention(MegatronModule):
 
     def _cache(self, attention: Any, tail: ConvolutionTail | None) -> LayerCache:
         remaining = attention.remaining
-        if tail is not None:  # `full` sees more than a segment
+        if tail is not None:  # the cache of `full` spans more than one segment, the convolution does not
             remaining = min(remaining, self.attention.model.segment_length - tail.length)
         return LayerCache(attention, tail, remaining)
 
@@ -80,7 +80,10 @@ class CoreAttention(MegatronModule):
         packed_seq_params: LayerContext,
         **_: Any,
     ) -> Tensor:
-        """query [T, B, H, D], key and value [T, B, G, D] -> [T, B, H × D]."""
+        """Compute attention: query [T, B, H, D], key and value [T, B, G, D] -> [T, B, H × D].
+
+        Memory and streaming caches are read from and written to `packed_seq_params`.
+        """
         context = packed_seq_params
         q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))
         if context.caches is not None:

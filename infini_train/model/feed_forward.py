@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward layer (arXiv 2002.05202) on Megatron-core's parallel linear layers."""
+"""The SwiGLU feed-forward layer (arXiv 2002.05202) with Megatron-core's parallel linear layers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn import functional
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up for the halves of x [..., 2 f] -> [..., f].
+    """Compute silu(gate) * up, where gate and up are the halves of x: [..., 2 f] -> [..., f].
 
-    Only x is saved for the backward: silu(gate) is as wide as the output and cheap to recompute.
+    Only x is saved for the backward: silu(gate) is as large as the output and cheap to recompute.
     """
 
     @staticmethod
@@ -30,7 +30,7 @@ class SwiGLU(torch.autograd.Function):
         gate, up = x.chunk(2, dim=-1)
         input_gradient = torch.empty_like(x)
         gate_gradient, up_gradient = input_gradient.chunk(2, dim=-1)
-        # Write each step into the result: a temporary would be as wide as the layer's widest tensors.
+        # Each step writes into the result: a temporary would be as large as the layer's largest activations.
         torch.mul(gradient, up, out=gate_gradient)
         torch.ops.aten.silu_backward.grad_input(gate_gradient, gate, grad_input=gate_gradient)
         torch.ops.aten.silu.out(gate, out=up_gradient)
@@ -39,15 +39,15 @@ class SwiGLU(torch.autograd.Function):
 
 
 class FeedForward(MLP):
-    """Megatron-core's MLP with the two halves of fc1 joined by `SwiGLU`; no biases."""
+    """Megatron-core's MLP with `SwiGLU` between fc1 and fc2, without biases."""
 
     @staticmethod
     def join(halves: Tensor) -> Tensor:
-        """[..., 2 f] -> [..., f]"""
+        """Apply SwiGLU: [..., 2 f] -> [..., f]."""
         return SwiGLU.apply(halves)
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [T, B, h] -> the same shape, and no bias."""
+        """Return the output for hidden_states [T, B, h] in the same shape, and None for the bias."""
         assert per_token_scale is None, "only experts scale tokens"
         halves, _bias = self.linear_fc1(hidden_states)
         return self.linear_fc2(self.join(halves))

@@ -1,9 +1,11 @@
-"""Fused norm, SwiGLU and cross entropy for `training.fused_layers: fused` on CUDA.
+"""Fused norm, SwiGLU and cross entropy kernels for CUDA, selected by `training.fused_layers: fused`.
 
-The norm is PyTorch's. Before PyTorch 2.9, which has none, it is Liger's (https://github.com/linkedin/Liger-Kernel), whose call
-takes the host a third of a millisecond. SwiGLU is our own kernel. The loss is our own code, compiled by torch.compile. Liger's
-SwiGLU copies the two halves of fc1, and its cross entropy synchronises with the device, as a profile on an H100 showed. On a
-CPU all layers are plain.
+- Norm: PyTorch's fused norm. Versions before 2.9 have none; they use Liger's (https://github.com/linkedin/Liger-Kernel), whose
+  call takes a third of a millisecond of host time.
+- SwiGLU: a kernel of `infini_kernels`. Liger's reads the two halves of fc1 from copies.
+- Cross entropy: compiled by torch.compile. Liger's waits for the device.
+
+Both observations about Liger come from the profile of a training step on an H100. On a CPU all layers are plain.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ from infini_train.runtime.errors import UserError
 NORM_IN_TORCH = hasattr(torch, "_fused_rms_norm")
 
 
-def takes_fused(run: RunConfig) -> bool:
-    """Return whether the model uses fused layers on this device.
+def uses_fused_layers(run: RunConfig) -> bool:
+    """Return whether the model is built with fused layers on this machine.
 
     Raises:
-        UserError: if they are asked for on CUDA, and Liger is needed and not installed.
+        UserError: the run asks for fused layers on CUDA, but PyTorch has no fused norm and Liger is not installed.
     """
     if run.training.fused_layers != "fused" or not platform.has_cuda():
         return False
@@ -42,10 +44,10 @@ def takes_fused(run: RunConfig) -> bool:
 
 
 class FusedRMSNorm(RMSNorm):
-    """Fused RMSNorm, computed in float32 as the plain norm."""
+    """RMSNorm in one kernel, computed in float32 like the plain norm."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., h] -> [..., h]"""
+        """Normalise x [..., h] over its last dimension."""
         if NORM_IN_TORCH:
             return super().forward(x)
         from liger_kernel.transformers.functional import liger_rms_norm
@@ -54,7 +56,7 @@ class FusedRMSNorm(RMSNorm):
 
 
 class FusedFeedForward(FeedForward):
-    """Feed-forward layer with SwiGLU in one pass for each direction."""
+    """Feed-forward layer whose SwiGLU is one kernel in the forward and one in the backward."""
 
     @staticmethod
     def join(halves: Tensor) -> Tensor:
@@ -63,27 +65,27 @@ class FusedFeedForward(FeedForward):
         return swiglu(halves)
 
 
-# Imported at the first call, so that a CPU does not wait for the compiler's import.
+# Compile at the first call, so that runs on a CPU do not import the compiler.
 _compiled = cache(torch.compile)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return losses and log-normalisers, each [N] float32, of logits [N, V] and targets [N]."""
+    """Return the losses and the log-normalisers, each [N] float32, for logits [N, V] and targets [N]."""
     log_sum = logits.float().logsumexp(dim=1)
     return log_sum - logits.gather(1, targets[:, None]).squeeze(1).float(), log_sum
 
 
 def _gradient(logits: Tensor, targets: Tensor, log_sum: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient of `_losses` with respect to the logits, in their type."""
+    """Return the gradient of `_losses` with respect to the logits, in their dtype."""
     probability = (logits.float() - log_sum[:, None]).exp()
     hit = targets[:, None] == torch.arange(logits.shape[1], device=logits.device)
     return ((probability - hit.float()) * gradient[:, None]).to(logits.dtype)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross entropy that holds float32 logits in registers only.
+    """Cross entropy that reads logits in their own dtype and converts them to float32 only in registers.
 
-    PyTorch would compute the gradient of a gather as a scatter, which is slow when it must be deterministic.
+    Autograd would compute the gradient of the gather as a scatter, which is slow with deterministic algorithms.
     """
 
     @staticmethod
@@ -100,9 +102,14 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def fused_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Compute the cross entropy of each token in float32. The vocabulary must not be split over processes.
+    """Compute the cross entropy of each token for a vocabulary that is not split over ranks.
 
-    logits [T, B, V], targets [B, T] -> [B, T] float32
+    Args:
+        logits: [T, B, V].
+        targets: [B, T].
+
+    Returns:
+        Losses [B, T], float32.
     """
-    # Transpose the targets instead of the logits, which are thousands of times as large.
+    # Transpose the targets rather than the logits, which are thousands of times larger.
     return _CrossEntropy.apply(logits.flatten(0, 1), targets.t().flatten()).view(logits.shape[:2]).t()

@@ -1,4 +1,4 @@
-"""Build Megatron-core's GPTModel with RMSNorm, SwiGLU, grouped queries and our core attention."""
+"""Construction of Megatron-core's GPTModel with RMSNorm, SwiGLU, grouped-query attention and `CoreAttention`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.nn import functional
 from infini_train.config import RunConfig
 from infini_train.model.core_attention import CoreAttention
 from infini_train.model.feed_forward import FeedForward
-from infini_train.model.fused_layers import FusedFeedForward, FusedRMSNorm, fused_cross_entropy, takes_fused
+from infini_train.model.fused_layers import FusedFeedForward, FusedRMSNorm, fused_cross_entropy, uses_fused_layers
 from infini_train.model.linear_layers import ColumnLinear, RowLinear
 from infini_train.model.loss import ChunkedLossGPTModel
 from infini_train.model.memory_token_layers import FeedbackLayer, RecurrentMemoryModel
@@ -32,13 +32,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def layer_spec(run: RunConfig, recomputed: bool) -> ModuleSpec:
-    """Return the spec of a transformer layer: norm, attention, norm, SwiGLU.
+    """Return the spec of one transformer layer: norm, attention, norm, SwiGLU.
 
     Args:
-        recomputed: whether the backward recomputes the layer's activations.
+        recomputed: recompute the layer's activations in the backward.
     """
     module, parameters = TransformerLayer, {}
-    norm, feed_forward = (FusedRMSNorm, FusedFeedForward) if takes_fused(run) else (RMSNorm, FeedForward)
+    norm, feed_forward = (FusedRMSNorm, FusedFeedForward) if uses_fused_layers(run) else (RMSNorm, FeedForward)
     if run.model.attention == "feedback":
         module, parameters = FeedbackLayer, {"model": run.model}
     elif recomputed:
@@ -66,9 +66,9 @@ def layer_spec(run: RunConfig, recomputed: bool) -> ModuleSpec:
 
 
 def transformer_config(run: RunConfig) -> TransformerConfig:
-    """Return Megatron-core's configuration of the run.
+    """Return Megatron-core's configuration for the run.
 
-    Its fusions stay off: on a CPU they need a compiler, and on CUDA `training.fused_layers` has its own.
+    Megatron-core's fusions stay off: on a CPU they need a compiler, and on CUDA `model.fused_layers` replaces them.
     """
     model, layout = run.model, run.layout
     dtype = DTYPES[run.training.precision]
@@ -98,26 +98,26 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        # `initialize_parameters` draws the weights from their global names, so that they are the same in every layout.
+        # `initialize_parameters` draws the weights from their global names, so that they do not depend on the layout.
         perform_initialization=False,
-        # Our own recompute handles the memory; Megatron's would drop its gradient.
+        # `RecomputedLayer` recomputes layers; Megatron-core's recompute would lose the gradient of the memory.
         recompute_granularity=None,
     )
 
 
 def build_stage(run: RunConfig, stage: int) -> StageModel:
-    """Build the layers of one pipeline device on this process's device, with uninitialised weights.
+    """Build the layers of one pipeline stage on this rank's device, with uninitialised weights.
 
-    Megatron-core's process groups must exist. The first chunk of the first device embeds tokens; the last chunk of the last
-    returns the loss per token [B, T] (float32) for given labels, or logits [B, T, V / tp].
+    Megatron-core's process groups must exist. The first chunk of the first stage embeds tokens. The last chunk of the last
+    stage returns the loss per token [B, T] (float32) if labels are given, and logits [B, T, V / tp] otherwise.
 
     Args:
-        stage: this device's number in the pipeline.
+        stage: index of the pipeline stage, from 0.
     """
     layout = run.layout
     config = transformer_config(run)
     chunk_layers = run.model.num_layers // layout.num_virtual_stages
-    fused = takes_fused(run)
+    fused = uses_fused_layers(run)
     layers = [layer_spec(run, number < run.recomputed_layers) for number in range(chunk_layers)]
     block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=FusedRMSNorm if fused else RMSNorm)
     chunks = []
@@ -142,5 +142,5 @@ def build_stage(run: RunConfig, stage: int) -> StageModel:
                 token_losses=fused_cross_entropy if fused and layout.tensor_parallel_size == 1 else None,
             )
         )
-    device = torch.cuda.current_device()  # the CPU if there is no CUDA: see infini_train.runtime.platform
+    device = torch.cuda.current_device()  # the CPU on a machine without CUDA: see infini_train.runtime.platform
     return StageModel(chunks).to(device=device, dtype=DTYPES[run.training.precision])

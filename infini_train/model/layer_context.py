@@ -1,4 +1,4 @@
-"""Input of the layers beside hidden states. Megatron-core passes it unchanged to the core attention of every layer."""
+"""Inputs of the layers besides hidden states. Megatron-core passes this object unchanged to every layer's core attention."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ Memory = dict[int, LayerMemory]
 def empty_memory(
     model: ModelConfig, layers: Iterable[int], rows: int, tensor_processes: int, device: torch.device | str | None
 ) -> Memory:
-    """Return the memory at the start of streams, for the layers that carry one.
+    """Create the memory at the start of streams, for those of the given layers that carry one.
 
     Args:
-        layers: global numbers, counted from 1.
-        tensor_processes: number of processes that share a layer's heads.
+        layers: global layer numbers, counted from 1.
+        rows: number of rows of this rank.
+        tensor_processes: number of ranks that share a layer's heads.
+        device: device of the tensors; None for the default device.
     """
     memory = {}
     for layer in layers:
-        # With `recurrent_memory` all layers see memory tokens, but only the first carries them.
+        # With `recurrent_memory` all layers process memory tokens, but only the first carries them.
         if (of_layer := memory_type(model, layer)) is not None and (fields := carried_fields(model, layer)):
             memory[layer] = of_layer(*(each.zeros(rows, tensor_processes, device) for each in fields.values()))
     return memory
@@ -36,31 +38,31 @@ def empty_memory(
 
 @dataclass
 class LayerContext(PackedSeqParams):
-    """A micro-batch as the layers see it. It carries memory in and out; modules hold no memory.
+    """A micro-batch as the layers receive it. Memory enters and leaves through it, never as hidden module state.
 
-    It subclasses Megatron-core's per-call attention parameters because `GPTModel` passes that argument
-    to `core_attention`. `qkv_format` stays "sbhd", so that no layer in between interprets it.
+    It subclasses Megatron-core's per-call attention parameters because `GPTModel` passes that argument through to
+    `core_attention`. `qkv_format` stays "sbhd", so that no code in between interprets it.
     """
 
     qkv_format: str = "sbhd"
     reset: Tensor | None = None
     """[B, N] bool, True where a document begins in that segment."""
     memory_reset: Tensor | None = None
-    """[B, N] bool, True where the memory is emptied, if this differs from the starts of documents."""
+    """[B, N] bool, True where the memory is emptied before that segment; None means where documents begin."""
     lengths: Tensor | None = None
-    """[B, N] valid tokens of each segment."""
+    """[B, N] number of valid tokens in each segment."""
     repeats: Tensor | None = None
-    """[B, N] number of times that each segment's memory update counts; None means once."""
+    """[B, N] number of times that each segment's memory update is applied; None means once."""
     memory_in: Memory = field(default_factory=dict)
-    """Memory that enters, by layer; a missing layer starts empty."""
+    """Memory before the first segment, by layer; a missing layer starts empty."""
     memory_out: Memory = field(default_factory=dict)
-    """Memory that leaves, by layer; written by the layers."""
+    """Memory after the last segment, by layer; the layers write it."""
     output_positions: slice | None = None
-    """Positions whose logits the last chunk returns if there are no labels; None returns all."""
+    """Positions for which the last chunk returns logits if no labels are given; None means all."""
     caches: dict[int, Any] | None = None
-    """Streaming caches by layer. When set, layers run `Attention.step` and leave the new cache here."""
+    """Streaming caches by layer. If set, layers run `Attention.step` and store the new cache here."""
 
     @property
     def empties_memory(self) -> Tensor | None:
-        """Return the segments before which the memory is emptied, [B, N] bool."""
+        """[B, N] bool, True where the memory is emptied before that segment."""
         return self.reset if self.memory_reset is None else self.memory_reset

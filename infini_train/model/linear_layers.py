@@ -1,7 +1,7 @@
-"""Megatron-core's parallel linear layers, with PyTorch's own product if nothing is split.
+"""Megatron-core's parallel linear layers, with PyTorch's own matrix product when the tensor-parallel size is 1.
 
-Megatron-core's product runs Python in both directions, with autograd functions for exchanges even if there is no exchange. The
-host takes several times as long for it as for PyTorch's product, and with small models a GPU waits for its host.
+Megatron-core's product runs Python code in the forward and the backward, and an autograd function for communication even when
+there is none. It takes the host several times as long as PyTorch's product, and with small models the GPU waits for the host.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class ColumnLinear(ColumnParallelLinear):
     """Linear layer whose output features are split over the tensor-parallel group."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[T, B, h] -> [T, B, features of this process], and no bias."""
+        """Multiply [T, B, h] -> [T, B, features of this rank]; the second result is None for no bias."""
         if self.tp_group.size() > 1 or self.bias is not None:
             return super().forward(input_)
         return functional.linear(input_, self.weight), None
@@ -25,7 +25,7 @@ class RowLinear(RowParallelLinear):
     """Linear layer whose input features are split over the tensor-parallel group."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[T, B, features of this process] -> [T, B, h], and no bias."""
+        """Multiply [T, B, features of this rank] -> [T, B, h]; the second result is None for no bias."""
         if self.tp_group.size() > 1 or self.bias is not None:
             return super().forward(input_)
         return functional.linear(input_, self.weight), None

@@ -1,4 +1,4 @@
-"""Vocabulary-parallel cross entropy over chunks of the sequence, without the logits of a whole micro-batch."""
+"""Vocabulary-parallel cross entropy over sequence chunks, so that the logits of a whole micro-batch never exist at once."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ TokenLosses: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class ChunkedLossGPTModel(GPTModel):
-    """Megatron-core's GPT that computes output matrix and loss together, in chunks.
+    """Megatron-core's GPT with the output layer and the loss computed together, chunk by chunk.
 
     Args:
-        loss_chunk_tokens: positions of a row whose logits exist at one time, in the forward and in the backward.
+        loss_chunk_tokens: number of positions of a row whose logits exist at one time, in the forward and in the backward.
         token_losses: function from logits [T, B, V] and targets [B, T] to losses [B, T] for a vocabulary that is not split;
-            None uses Megatron-core's.
+            None for Megatron-core's loss.
     """
 
     def __init__(self, *args: Any, loss_chunk_tokens: int, token_losses: TokenLosses | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.loss_chunk_tokens, self.token_losses = loss_chunk_tokens, token_losses
         if self.post_process:
-            # A chunk of a sequence-parallel shard would mix positions of several chunks, so the shards are gathered first.
+            # The loss chunks cut the whole sequence, so sequence-parallel shards are gathered in `_postprocess` first.
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = self.output_layer.allreduce_dgrad or self.config.sequence_parallel
 
@@ -43,14 +43,16 @@ class ChunkedLossGPTModel(GPTModel):
         packed_seq_params: Any = None,
         **_: Any,
     ) -> Tensor:
-        """Return hidden states before the last stage, the loss per token [B, T] if there are labels, else logits.
+        """Compute this stage's result from hidden_states [T, B, h].
 
-        Logits are [B, T, V / tp], or of `LayerContext.output_positions` only, if set.
+        Returns:
+            Before the last stage: hidden_states. With labels [B, T]: the loss per token [B, T]. Otherwise: logits
+            [B, T, V / tp], only for the micro-batch's `output_positions` if they are set.
         """
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
-            # The output layer sums gradients over the tensor group, so the backward of this gather takes only a slice.
+            # The output layer sums gradients over the tensor-parallel group, so this gather's backward only takes a slice.
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )

@@ -1,4 +1,4 @@
-"""Layers whose memory is tokens: the Recurrent Memory Transformer and TransformerFAM.
+"""Baselines whose memory is tokens passed from segment to segment: the Recurrent Memory Transformer and TransformerFAM.
 
 Shapes: T tokens, B rows, N segments, S segment length, P memory tokens, h hidden size.
 """
@@ -25,29 +25,30 @@ def by_segment(
     layer_number: int,
     run_segment: Callable[[Tensor, Tensor, LayerContext], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Run a micro-batch segment by segment. The memory after one segment enters the next.
+    """Run a micro-batch segment by segment and pass the memory of each segment to the next.
 
     Args:
         hidden: [T, B, h].
-        initial: [P, h], memory at a document's start.
-        context: holds the memory that enters the first segment; gets the memory after the last.
-        run_segment: maps hidden states [S, B, h], memory [P, B, h] and the segment's context to hidden states and memory.
+        initial: [P, h], the memory at the start of a document.
+        context: `memory_in` of this layer enters the first segment; the memory after the last goes to `memory_out`.
+        run_segment: function from hidden states [S, B, h], memory [P, B, h] and the segment as a micro-batch to new hidden
+            states and memory of the same shapes.
 
     Returns:
-        [T, B, h]
+        Hidden states [T, B, h].
     """
     reset, lengths = context.empties_memory, context.lengths
     assert reset is not None and lengths is not None, "these variants do not stream token by token"
     rows, segments = reset.shape
     memory = begin = initial.unsqueeze(1).expand(-1, rows, -1)  # [P, B, h]
     if (entering := context.memory_in.get(layer_number)) is not None:
-        # A row of zeros was emptied, possibly inside a document: see `resilience.health`.
+        # A row of zeros was emptied, possibly inside a document: see `training.health`.
         written = entering[0].ne(0).flatten(1).any(dim=1)
         memory = torch.where(written[:, None], entering[0].transpose(0, 1).to(hidden.dtype), begin)
     outputs = []
     for segment, tokens in enumerate(hidden.chunk(segments)):
         memory = torch.where(reset[:, segment].to(hidden.device)[None, :, None], begin, memory)
-        # Pass the memory of other layers on unchanged.
+        # This micro-batch carries no memory: the memory of other layers stays in `micro_batch`, unchanged.
         inside = LayerContext(reset=reset[:, segment : segment + 1], lengths=lengths[:, segment : segment + 1])
         out, memory = run_segment(tokens, memory, inside)
         outputs.append(out)
@@ -56,14 +57,14 @@ def by_segment(
 
 
 class FeedbackLayer(TransformerLayer):
-    """A layer of TransformerFAM. Its feedback tokens follow each segment through the layer and enter again with the next."""
+    """A layer of TransformerFAM. Its feedback tokens follow each segment through the layer and enter it again with the next."""
 
     def __init__(self, *args: Any, model: ModelConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.memory_tokens = nn.Parameter(torch.empty(model.memory_tokens, model.hidden_size))
 
     def forward(self, hidden_states: Tensor, *, packed_seq_params: LayerContext, **kwargs: Any) -> tuple[Tensor, None]:
-        """hidden_states [T, B, h] -> the same shape, and None for the context that Megatron-core's layers return."""
+        """Return the output for hidden_states [T, B, h], and None for the context that Megatron-core's layers return."""
 
         def run(tokens: Tensor, memory: Tensor, segment: LayerContext) -> tuple[Tensor, Tensor]:
             extended = torch.cat([tokens, memory])
@@ -74,7 +75,7 @@ class FeedbackLayer(TransformerLayer):
 
 
 class RecurrentMemoryModel(ChunkedLossGPTModel):
-    """The Recurrent Memory Transformer. The last layer's output of the write tokens is the memory of the next segment."""
+    """The Recurrent Memory Transformer: the last layer's output at the write tokens is the next segment's memory."""
 
     def __init__(self, *args: Any, model: ModelConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -90,7 +91,7 @@ class RecurrentMemoryModel(ChunkedLossGPTModel):
         packed_seq_params: LayerContext,
         runtime_gather_output: bool | None = None,
     ) -> Tensor:
-        """See GPTModel."""
+        """Run the model like `GPTModel.forward`, but segment by segment."""
 
         def run(tokens: Tensor, memory: Tensor, segment: LayerContext) -> tuple[Tensor, Tensor]:
             extended = torch.cat([memory, tokens, memory])

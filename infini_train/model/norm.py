@@ -11,10 +11,10 @@ from torch.autograd.function import once_differentiable
 
 
 class RMSNormOnHost(torch.autograd.Function):
-    """x / rms(x) * weight. Saves x and one number per token for the backward.
+    """Compute x / rms(x) * weight and save only x and one value per token for the backward.
 
-    Without a fused operation, as on the CPU, torch computes the norm by five operations and saves the normalised x as well.
-    x [..., h], weight [h] -> [..., h] in x's type, computed in float32 at least.
+    The CPU has no fused norm: torch composes it of five operations and also saves the normalised x.
+    Shapes: x [..., h], weight [h] -> [..., h] in the dtype of x, computed in float32 or wider.
     """
 
     @staticmethod
@@ -28,7 +28,7 @@ class RMSNormOnHost(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """With r = 1 / rms(x), a = Σ_h g w x: dx = r (g w - x r² a / h), dw = Σ_tokens g x r."""
+        """Compute, with r = 1 / rms(x) and a = Σ_h g w x: dx = r (g w - x r² a / h), dw = Σ_tokens g x r."""
         x, weight, inverse_rms = ctx.saved_tensors
         dtype = inverse_rms.dtype
         wide, wide_weight, gradient = x.to(dtype), weight.to(dtype), gradient.to(dtype)
@@ -41,13 +41,13 @@ class RMSNormOnHost(torch.autograd.Function):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm with the constructor that Megatron-core calls (its own wrapper refuses sequence parallelism)."""
+    """torch's RMSNorm with the constructor that Megatron-core calls (Megatron-core's wrapper refuses sequence parallelism)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., h] -> [..., h]"""
-        if x.is_cuda:  # torch has a fused norm on CUDA
+        """Normalise x [..., h] over its last dimension."""
+        if x.is_cuda:  # torch has a fused norm for CUDA
             return super().forward(x)
         return RMSNormOnHost.apply(x, self.weight, self.eps)

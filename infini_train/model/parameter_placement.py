@@ -1,7 +1,7 @@
-"""Global name, slice and initial value of every parameter.
+"""Placement and initial value of every parameter, by its global name.
 
-A weight is drawn from a generator seeded by (seed, global name) and then sliced, so the same run starts from the same weights
-in every layout. Checkpoints use the same names and slices.
+Each weight is drawn whole from a generator seeded by (seed, global name) and then sliced. A run therefore starts from the same
+weights in every layout. Checkpoints use the same names and slices.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from infini_train.config import ModelConfig
 from infini_train.model.stage import StageModel
 
-# Dimension that tensor parallelism splits, and into how many blocks that dimension is divided first (SwiGLU's fc1 holds gate
-# and up, each split over the tensor group).
+# Dimension that tensor parallelism splits, and the number of blocks into which that dimension is divided first: SwiGLU's fc1
+# holds gate and up, and each is split over the tensor-parallel group.
 _SPLITS: dict[str, tuple[int, int]] = {
     "word_embeddings.weight": (0, 1),
     "linear_qkv.weight": (0, 1),
@@ -39,25 +39,26 @@ _WRITES_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 
 @dataclass(frozen=True)
 class ParameterPlacement:
-    """Place of one parameter of this process in the global model."""
+    """Position of one parameter of this rank in the global model."""
 
     name: str
     """Global name: layers counted from 0 over all stages."""
     global_shape: tuple[int, ...]
     dim: int | None
-    """Dimension split over the tensor group; None if replicated."""
+    """Dimension split over the tensor-parallel group; None if replicated."""
     blocks: int
-    """Number of blocks along `dim`; each block is split separately."""
+    """Number of blocks along `dim`, each split separately."""
     rank: int
+    """This process's rank in the tensor-parallel group."""
     size: int
-    """Rank of this process in the tensor group, and the group's size (`rank` and `size`)."""
+    """Size of the tensor-parallel group."""
 
     def slice(self, full: Tensor) -> Tensor:
-        """Return this process's slice of a global tensor."""
+        """Return this rank's slice of the global tensor."""
         if self.dim is None:
             return full
-        parts = [block.chunk(self.size, dim=self.dim)[self.rank] for block in full.chunk(self.blocks, dim=self.dim)]
-        return torch.cat(parts, dim=self.dim)
+        slices = [block.chunk(self.size, dim=self.dim)[self.rank] for block in full.chunk(self.blocks, dim=self.dim)]
+        return torch.cat(slices, dim=self.dim)
 
 
 def _global_name(name: str, layer_offsets: Sequence[int]) -> str:
@@ -66,13 +67,13 @@ def _global_name(name: str, layer_offsets: Sequence[int]) -> str:
 
 
 def parameter_placements(module: StageModel, layer_offsets: Sequence[int]) -> dict[str, ParameterPlacement]:
-    """Return the placement of every parameter by its name in `module`.
+    """Return the placement of every parameter, by its name in `module`.
 
     Args:
         layer_offsets: for each chunk of the module, the number of layers before it in the whole model.
 
     Raises:
-        KeyError: a parameter whose split is not declared here.
+        KeyError: a parameter has no declared split in this file.
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
@@ -81,7 +82,7 @@ def parameter_placements(module: StageModel, layer_offsets: Sequence[int]) -> di
         shape = list(getattr(parameter, "ds_shape", parameter.shape))
         split = next((value for suffix, value in _SPLITS.items() if name.endswith(suffix)), None)
         if split is None and not name.endswith(_REPLICATED):
-            raise KeyError(f"parameter {name} has no declared split over the tensor group")
+            raise KeyError(f"parameter {name} has no declared split over the tensor-parallel group")
         dim, blocks = split if split is not None else (None, 1)
         if dim is not None:
             shape[dim] *= size
@@ -90,7 +91,7 @@ def parameter_placements(module: StageModel, layer_offsets: Sequence[int]) -> di
 
 
 def initial_value(placement: ParameterPlacement, model: ModelConfig, seed: int) -> Tensor:
-    """Return the initial value of the whole tensor, float32 on the CPU."""
+    """Return the initial value of the global tensor, float32 on the CPU."""
     name = placement.name
     if name.endswith("layernorm.weight"):
         return torch.ones(placement.global_shape)
@@ -110,13 +111,12 @@ def initial_value(placement: ParameterPlacement, model: ModelConfig, seed: int) 
 
 @torch.no_grad()
 def initialize_parameters(module: nn.Module, placements: dict[str, ParameterPlacement], model: ModelConfig, seed: int) -> None:
-    """Draw every weight and mark which are split over the tensor group.
+    """Draw every weight and set `tensor_model_parallel` on the parameters that are split over the tensor-parallel group.
 
-    Megatron-core and DeepSpeed read the mark `tensor_model_parallel` to count replicated parameters once in the global
-    gradient norm.
+    Megatron-core and DeepSpeed read that attribute to count replicated parameters once in the global gradient norm.
     """
     parameters = list(module.named_parameters())
-    # One thread takes minutes to draw billions of numbers. Draw few tensors at a time, because each is whole here.
+    # One thread needs minutes for billions of values. Draw only a few tensors at a time, because each is drawn whole.
     threads = min(torch.get_num_threads(), 8)
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(parameters), threads):

@@ -1,4 +1,4 @@
-"""A transformer layer that keeps only its inputs for the backward: hidden states and the memory that enters."""
+"""A transformer layer that saves only its inputs for the backward: hidden states and the incoming memory."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from infini_train.model.layer_context import LayerContext
 
 
 class RecomputedLayer(TransformerLayer):
-    """A layer that recomputes its activations in the backward.
+    """Transformer layer that recomputes its activations in the backward.
 
-    Memory is an explicit argument and result of the checkpointed function. If the function read it from the context, its
-    gradient would be lost silently.
+    Memory is an explicit argument and result of the checkpointed function. If the function read it from the micro-batch,
+    its gradient would be lost silently.
     """
 
     def forward(self, hidden_states: Tensor, *, packed_seq_params: LayerContext, **kwargs: Any) -> tuple[Tensor, None]:
-        """hidden_states [T, B, h] -> the same shape, and None for the context that Megatron-core's layers return."""
+        """Return the output for hidden_states [T, B, h], and None for the context that Megatron-core's layers return."""
         context, number = packed_seq_params, self.layer_number
         entering = context.memory_in.get(number)
 

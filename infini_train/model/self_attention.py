@@ -1,6 +1,6 @@
-"""Megatron-core's self-attention that splits queries, keys and values in one operation, forward and backward.
+"""Megatron-core's self-attention with one autograd function for the split into queries, keys and values.
 
-Shapes: T tokens, B rows, H query heads and G key/value heads of this process, R = H / G, D head width.
+Shapes: T tokens, B rows, H query heads and G key/value heads of this rank, R = H / G, D head width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from infini_kernels.backend import uses_triton
 
 
 class SplitHeads(torch.autograd.Function):
-    """mixed [T, B, G (R + 2) D] -> q [T, B, H, D] a copy, k and v [T, B, G, D] views."""
+    """Split mixed [T, B, G (R + 2) D] into q [T, B, H, D], a copy, and k and v [T, B, G, D], views."""
 
     @staticmethod
     def forward(ctx: Any, mixed: Tensor, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,9 +36,9 @@ class SplitHeads(torch.autograd.Function):
 
 
 class SplitSelfAttention(SelfAttention):
-    """Self-attention without norms of queries and keys and without an output gate. Each group's heads are on one process."""
+    """Self-attention without query/key norms and output gate. Validation ensures that a group's heads are all on one rank."""
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """hidden_states [T, B, h] -> q [T, B, H, D], k and v [T, B, G, D]"""
+        """Project hidden_states [T, B, h] to q [T, B, H, D], k and v [T, B, G, D]."""
         mixed, _ = self.linear_qkv(hidden_states)
         return SplitHeads.apply(mixed, self.num_query_groups_per_partition, self.hidden_size_per_attention_head)

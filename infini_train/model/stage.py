@@ -1,4 +1,4 @@
-"""Layers of one pipeline device: one chunk of consecutive layers, or several chunks (virtual stages)."""
+"""The layers of one pipeline stage: one chunk of consecutive layers, or several separate chunks (virtual stages)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 
 class StageModel(nn.Module):
-    """The chunks of one device, in the order in which hidden states visit them.
+    """The chunks of one pipeline stage, in the order in which hidden states pass them.
 
     Args:
-        chunks: each a run of consecutive layers. The first of the first device embeds tokens, the last of the last device has
-            the output layer.
+        chunks: runs of consecutive layers. The first chunk of the first stage embeds tokens; the last chunk of the last stage
+            has the output layer.
     """
 
     def __init__(self, chunks: Sequence[GPTModel]) -> None:
@@ -23,16 +23,17 @@ class StageModel(nn.Module):
         self.chunks = nn.ModuleList(chunks)
 
     def chunk(self, number: int) -> GPTModel:
-        """Return a chunk, counted from 0."""
+        """Return a chunk by its index, from 0."""
         model = self.chunks[number]
         assert isinstance(model, GPTModel)
         return model
 
     def forward(self, *args: Any, chunk: int = 0, hidden: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Compute the output of one chunk.
+        """Run one chunk and return its output.
 
         Args:
-            hidden: [T, B, h] from the chunk before; None for the first, which embeds tokens.
+            chunk: index of the chunk, from 0.
+            hidden: [T, B, h] from the previous chunk; None for the model's first chunk, which embeds tokens.
         """
         model = self.chunk(chunk)
         if hidden is not None:
@@ -40,6 +41,6 @@ class StageModel(nn.Module):
         return model(*args, **kwargs)
 
     def layers(self, chunk: int | None = None) -> Iterator[TransformerLayer]:
-        """Return the layers of one chunk, or of all."""
+        """Iterate over the layers of one chunk, or of all chunks if `chunk` is None."""
         for number in range(len(self.chunks)) if chunk is None else [chunk]:
             yield from self.chunk(number).decoder.layers

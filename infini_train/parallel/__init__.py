@@ -1,1 +1,1 @@
-"""Layout and process groups, the segment schedule, its transport, the pipeline that runs it, and the DeepSpeed engine."""
+"""Distributed execution: layout and process groups, segment schedule, stage transport, pipeline, and DeepSpeed engine."""

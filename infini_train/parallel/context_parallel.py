@@ -1,4 +1,4 @@
-"""Share of a micro-batch that a process of a context group computes."""
+"""Split of a micro-batch's segments over the context-parallel group."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from infini_train.parallel.layout import Layout
 
 
 def context_share(batch: Batch, layout: Layout) -> Batch:
-    """Return this process's contiguous run of the micro-batch's segments; all of them without context parallelism."""
+    """Return this rank's contiguous run of the micro-batch's segments, in rank order.
+
+    Without context parallelism this is the whole micro-batch.
+    """
     if layout.cp_size == 1:
         return batch
     segments = batch.lengths.shape[1] // layout.cp_size

@@ -1,4 +1,4 @@
-"""Process groups of a run, and the ranks of this process in them."""
+"""The process groups of a run and the ranks of this process in them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from infini_train.runtime.errors import AgreedError, UserError
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks and sizes of this process. Neighbouring ranks form a tensor group, then context, data and pipeline."""
+    """Ranks of this process and sizes of its groups.
+
+    Consecutive ranks form a tensor-parallel group; the slower dimensions are context, data and pipeline, in this order.
+    """
 
     world_size: int
     rank: int
@@ -45,30 +48,30 @@ class Layout:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes metrics and prints to the user."""
+        """True for the process that writes metrics and prints messages."""
         return self.rank == 0
 
     def rows(self, total_rows: int) -> range:
-        """Return the global rows whose streams this process reads."""
+        """Return the global rows whose streams this rank reads."""
         share = total_rows // self.dp_size
         return range(self.dp_rank * share, (self.dp_rank + 1) * share)
 
     def layers(self, num_layers: int) -> list[range]:
-        """Return the layers of the model, counted from 0, in each chunk of this stage."""
+        """Return the layers of the model (counted from 0) in each of this stage's chunks."""
         share = num_layers // (self.pp_size * self.virtual_stages)
         starts = [(chunk * self.pp_size + self.pp_rank) * share for chunk in range(self.virtual_stages)]
         return [range(start, start + share) for start in starts]
 
     def layer_offsets(self, num_layers: int) -> list[int]:
-        """Return the number of layers before each chunk of this stage."""
+        """Return the number of layers before each of this stage's chunks."""
         return [layers.start for layers in self.layers(num_layers)]
 
 
 def initialize_process_group(timeout_seconds: float = 1800.0) -> None:
-    """Join the process group of the launcher, or form a group of one process.
+    """Initialise torch.distributed with the launcher's processes, or with this process alone if there is no launcher.
 
     Args:
-        timeout_seconds: how long a collective may take; only the first call counts.
+        timeout_seconds: time limit of a collective. Only the first call has an effect.
     """
     global _timeout
     if dist.is_initialized():
@@ -84,20 +87,22 @@ def initialize_process_group(timeout_seconds: float = 1800.0) -> None:
 
 
 _timeout = timedelta(minutes=30)
-"""Time limit of the process group and its subgroups."""
+"""Timeout of the default process group and of all groups created from it."""
 
 
 def group_timeout() -> timedelta:
-    """Return the time after which NCCL or gloo ends a process in a collective of any group."""
+    """Return the time limit of a collective in any group; after it NCCL or gloo ends the process."""
     return _timeout
 
 
 def initialize_layout(run: RunConfig) -> Layout:
-    """Select Megatron-core's groups for the run's layout, and create them if needed."""
+    """Make Megatron-core use the groups of the run's layout, and return the layout of this process."""
     initialize_process_group()
-    _make_or_recall_groups(run.layout.tensor_parallel_size, run.layout.context_parallel_size, run.layout.pipeline_parallel_size)
+    _initialize_or_reuse_groups(
+        run.layout.tensor_parallel_size, run.layout.context_parallel_size, run.layout.pipeline_parallel_size
+    )
     if platform.has_cuda():
-        # Megatron-core forks this generator around sequence-parallel regions, although no code here draws from it.
+        # Megatron-core forks this generator around sequence-parallel regions. Nothing here draws from it.
         model_parallel_cuda_manual_seed(run.training.seed)
     return Layout(
         world_size=dist.get_world_size(),
@@ -115,15 +120,15 @@ def initialize_layout(run: RunConfig) -> Layout:
 
 
 _known_groups: dict[tuple[int, int, int], dict[str, Any]] = {}
-"""Megatron-core's global groups by (tp, cp, pp)."""
+"""Megatron-core's global groups, by (tp, cp, pp)."""
 
 
-def _make_or_recall_groups(tp: int, cp: int, pp: int) -> None:
+def _initialize_or_reuse_groups(tp: int, cp: int, pp: int) -> None:
     """Create the groups of a layout once per process, and reuse them afterwards.
 
-    Each group holds threads (gloo) or communicators (NCCL). Megatron-core drops them without closing them, and DeepSpeed's
-    engines, which are never freed, refer to them. gloo's threads spin if only one side is closed. So groups are kept, and a
-    layout that is used again (by the self-test and the run) gets the same groups.
+    Each group holds threads (gloo) or communicators (NCCL). Megatron-core drops its groups without closing them, and
+    DeepSpeed's engines, which are never freed, refer to them. gloo's threads spin if only one side of a connection is closed.
+    Groups are therefore kept, and a layout that occurs again (in the self-test and in the run) reuses them.
     """
     if (tp, cp, pp) in _known_groups:
         vars(parallel_state).update(_known_groups[tp, cp, pp])
@@ -142,7 +147,7 @@ def _make_or_recall_groups(tp: int, cp: int, pp: int) -> None:
 
 
 def destroy_process_groups() -> None:
-    """Destroy every group. May be called twice."""
+    """Destroy every process group. It is safe to call this twice."""
     _known_groups.clear()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -157,10 +162,13 @@ def all_reduce_sum(values: list[float]) -> list[float]:
 
 
 def raise_everywhere(error: UserError | None) -> None:
-    """Raise an error of any process on all processes. A collective over all processes.
+    """Raise an error on all processes if any process has one. This is a collective over all processes.
+
+    Args:
+        error: the error of this process, or None.
 
     Raises:
-        AgreedError: the error of the first process that has one.
+        AgreedError: any process has an error; the message is that of the first such rank.
     """
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, None if error is None else str(error))
@@ -170,11 +178,11 @@ def raise_everywhere(error: UserError | None) -> None:
 
 
 class ModelParallelUnit:
-    """The `mpu` that DeepSpeed expects, built on Megatron-core's groups.
+    """DeepSpeed's `mpu` interface on top of Megatron-core's groups.
 
-    DeepSpeed's "model parallel" group is tensor × pipeline, with a rank of its own in it. Its tensor-parallel rank decides
-    which process counts replicated parameters in the gradient norm. It must not have `initialize_sequence_parallel`, because
-    DeepSpeed would then ignore the model-parallel group.
+    DeepSpeed's "model parallel" group is tensor × pipeline, and a process has a rank in it. The tensor-parallel rank decides
+    which process counts replicated parameters in the gradient norm. This class must not define
+    `initialize_sequence_parallel`: DeepSpeed would then ignore the model-parallel group.
     """
 
     def get_model_parallel_group(self) -> Any:
@@ -195,7 +203,7 @@ class ModelParallelUnit:
     def get_tensor_model_parallel_rank(self) -> int:
         return parallel_state.get_tensor_model_parallel_rank()
 
-    # Ranks of a context group hold the same weights and different tokens. DeepSpeed treats this as data parallelism.
+    # Ranks of a context-parallel group hold the same weights and different tokens, which is data parallelism for DeepSpeed.
 
     def get_data_parallel_group(self) -> Any:
         return parallel_state.get_data_parallel_group(with_context_parallel=True)

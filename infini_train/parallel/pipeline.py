@@ -1,6 +1,8 @@
-"""Run the segment schedule on one stage: pass memory between micro-batches, and hidden states between stages.
+"""Execution of the segment schedule on one pipeline stage.
 
-Shapes: B rows of this process, T tokens of a row's micro-batch, h hidden size.
+It passes memory from micro-batch to micro-batch and hidden states from stage to stage.
+
+Shapes: B rows of this rank, T tokens of a row's micro-batch, h hidden size.
 """
 
 from __future__ import annotations
@@ -39,12 +41,13 @@ class _Live:
 
 
 class SegmentPipeline:
-    """One stage of the pipeline. With one stage it is the whole model, with the same code.
+    """One stage of the pipeline. With one stage, the same code runs the whole model.
 
     Args:
         engine: the stage's layers.
-        layout: ranks of this process.
-        rows: rows of this process.
+        run: the run's configuration.
+        layout: ranks and group sizes of this process.
+        rows: rows of this rank.
     """
 
     def __init__(self, engine: Engine | InferenceEngine, run: RunConfig, layout: Layout, rows: int) -> None:
@@ -52,7 +55,7 @@ class SegmentPipeline:
         self.run = run
         self.layout = layout
         self.activity = Activity("starting")
-        """Operation in progress. The training loop replaces it by the watchdog's."""
+        """Operation in progress. A watchdog replaces this object by its own."""
         self.device = platform.device()
         tokens = run.micro_batch_tokens // layout.cp_size
         if run.layout.sequence_parallel:
@@ -61,23 +64,23 @@ class SegmentPipeline:
         self.context_group = parallel_state.get_context_parallel_group() if layout.cp_size > 1 else None
         self.transport = StageTransport(shape, DTYPES[run.training.precision], self.device, layout.virtual_stages)
         self.last_chunk = layout.virtual_stages - 1 if layout.is_last_stage else None
-        """Chunk whose output is the loss; None if it is on another stage."""
+        """Index of the chunk whose output is the loss; None if this stage does not have it."""
         self._memory_gradient_norms: dict[int, list[Tensor]] = {}
         self.chunk_layers = [
             {layer.layer_number for layer in engine.module.layers(chunk)} for chunk in range(layout.virtual_stages)
         ]
 
     def forward_backward(self, batches: Sequence[Batch], memory: Memory, loss_scale: float) -> tuple[Tensor, Memory]:
-        """Run forward and backward of all micro-batches of a step. Gradients accumulate in the engine.
+        """Run forward and backward of all micro-batches of a step. Gradients stay in the engine.
 
         Args:
             batches: the step's micro-batches in stream order, a whole number of windows.
-            memory: memory that enters the first; gradients stop there.
+            memory: memory before the first micro-batch; gradients stop there.
             loss_scale: factor on the summed token losses before back-propagation.
 
         Returns:
-            Loss summed over the tokens of this process's rows by their weights, in nats (0 before the last stage), and the
-            memory after the last micro-batch. The loss stays on the device, because reading it would synchronise.
+            The weighted sum of the token losses of this rank's rows, in nats (0 before the last stage), and the memory after
+            the last micro-batch. The loss stays on the device, because reading it waits for all queued work.
         """
         window = self.run.training.micro_batches_per_window
         recompute = self.run.training.recompute == "stage"
@@ -116,7 +119,7 @@ class SegmentPipeline:
                     current.output = loss * loss_scale if is_last else output
                 entered = self._backward(current, gradient, memory_gradients.pop((chunk, index), {}))
                 memory_gradients[chunk, index - 1] = entered
-                self._keep_norms(entered)
+                self._record_memory_gradient_norms(entered)
                 if current.hidden_in is not None:
                     assert current.hidden_in.grad is not None
                     self.transport.send_backward(current.hidden_in.grad, chunk)
@@ -133,12 +136,13 @@ class SegmentPipeline:
         *,
         empty_memory: bool = False,
     ) -> Memory:
-        """Run the forward of micro-batches.
+        """Run the forward only and report token losses.
 
         Args:
-            memory: memory that enters the first micro-batch.
+            batches: micro-batches in stream order.
+            memory: memory before the first micro-batch.
             on_losses: called on the last stage with each micro-batch and its token losses [B, T] (nats).
-            empty_memory: reset the memory at every segment, to measure its value.
+            empty_memory: reset the memory at every segment, to measure its contribution.
 
         Returns:
             The memory after the last micro-batch.
@@ -163,13 +167,13 @@ class SegmentPipeline:
 
     @torch.no_grad()
     def predict(self, batches: Sequence[Batch], memory: Memory, first: int | None) -> tuple[Memory, Tensor]:
-        """Predict the most likely token after each position, in one pipeline stage.
+        """Predict the most likely token after each position. This runs the forward only and needs a single pipeline stage.
 
         Args:
-            batches: micro-batches whose rows are of equal length, so that only the last may end in padding.
-            memory: memory that enters the first.
-            first: first position to predict from, counted from the first micro-batch's start; None predicts nothing and
-                skips the output layer.
+            batches: micro-batches whose rows have equal lengths, so that only the last micro-batch may end in padding.
+            memory: memory before the first micro-batch.
+            first: first position to predict, counted from the start of the first micro-batch. With None nothing is predicted
+                and the output layer does not run.
 
         Returns:
             The memory after the last micro-batch, and token ids [B, positions from `first` to the last valid one].
@@ -203,9 +207,14 @@ class SegmentPipeline:
     def _forward(
         self, batch: Batch, chunk: int, hidden: Tensor | None, memory: Memory, *, empty_memory: bool = False
     ) -> tuple[Tensor, Memory, Tensor]:
-        """Return a chunk's output (token losses [B, T] of the last), the memory after it, and the weighted sum of losses."""
+        """Run one chunk.
+
+        Returns:
+            The chunk's output (token losses [B, T] for the last chunk), the memory after the micro-batch, and the weighted
+            sum of token losses.
+        """
         is_last = chunk == self.last_chunk
-        # Lengths and resets stay on the host, where the attention decides which operations it can skip.
+        # Lengths and resets stay on the host, where the attention decides which computations it can skip.
         context = LayerContext(
             reset=batch.reset,
             memory_reset=torch.ones_like(batch.reset) if empty_memory else None,
@@ -229,50 +238,50 @@ class SegmentPipeline:
         return output, context.memory_out, loss
 
     def memory_gradient_squares(self) -> dict[int, Tensor]:
-        """Return the summed squares of the memory's gradients at the micro-batch borders of the last step, by layer.
+        """Return, by layer, the summed squares of the memory gradients at the micro-batch boundaries of the last step.
 
-        Gradients are those of the loss times its scale. They train the writing of memory across micro-batches.
+        They are gradients of the scaled loss. They train the memory writes across micro-batch boundaries.
         """
         return {layer: torch.stack(norms).square().sum() for layer, norms in self._memory_gradient_norms.items()}
 
-    def _keep_norms(self, gradients: dict[int, LayerMemory]) -> None:
-        """Record the norms of the memory's gradients with few operations, because a GPU may wait for the host here."""
+    def _record_memory_gradient_norms(self, gradients: dict[int, LayerMemory]) -> None:
+        """Record gradient norms with few operations, because in the backward of small models the GPU waits for the host."""
         for layer, gradient in gradients.items():
             norms = self._memory_gradient_norms.setdefault(layer, [])
-            parts = [part for part in without_tail(gradient) if part.is_floating_point()]
-            norms += [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+            tensors = [tensor for tensor in without_tail(gradient) if tensor.is_floating_point()]
+            norms += [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
 
     def _backward(
         self, live: _Live, gradient: Tensor | None, memory_gradients: dict[int, LayerMemory]
     ) -> dict[int, LayerMemory]:
-        """Back-propagate one micro-batch and return the gradients of the memory that entered it, by layer."""
+        """Back-propagate one micro-batch and return the gradients of its incoming memory, by layer."""
         assert live.output is not None and live.memory_out is not None
         outputs = [live.output]
         gradients = [torch.ones_like(live.output) if gradient is None else gradient]
         for layer, leaving in memory_gradients.items():
             pairs = zip(live.memory_out[layer], leaving, strict=True)
-            # Counters and detached tensors take no gradient.
-            taking = [(part, its_gradient) for part, its_gradient in pairs if part.requires_grad]
-            outputs += [part for part, _ in taking]
-            gradients += [its_gradient for _, its_gradient in taking]
+            # Counters and tensors that a variant detaches take no gradient.
+            differentiable = [(tensor, its_gradient) for tensor, its_gradient in pairs if tensor.requires_grad]
+            outputs += [tensor for tensor, _ in differentiable]
+            gradients += [its_gradient for _, its_gradient in differentiable]
         assert isinstance(self.engine, Engine), "an inference engine has no backward"
         self.engine.backward(outputs, gradients)
         return {
-            layer: map_tensors(lambda part: torch.zeros_like(part) if part.grad is None else part.grad, state)
+            layer: map_tensors(lambda tensor: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad, state)
             for layer, state in live.memory_in.items()
-            if any(part.requires_grad for part in state)
+            if any(tensor.requires_grad for tensor in state)
         }
 
 
 def _entering(memory: Memory, *, window_start: bool) -> Memory:
-    """Return the memory as leaves of a micro-batch's graph. Gradients stop at a window's start."""
+    """Return the memory as leaves of a micro-batch's autograd graph. Gradients stop at the start of a window."""
 
-    def leaf(part: Tensor) -> Tensor:
-        return part.detach().requires_grad_(not window_start and part.is_floating_point())
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_(not window_start and tensor.is_floating_point())
 
     return {layer: map_tensors(leaf, state) for layer, state in memory.items()}
 
 
 def detach_memory(memory: Memory) -> Memory:
-    """Return the memory detached from its graph."""
+    """Return the memory of all layers detached from the autograd graph."""
     return {layer: detached(state) for layer, state in memory.items()}

@@ -1,9 +1,9 @@
-"""Move hidden states and their gradients between neighbouring pipeline stages.
+"""Point-to-point transfers of hidden states and their gradients between neighbouring pipeline stages.
 
-Hidden states, gradients, and transfers from the last stage to the first (virtual stages) have groups of their own. In each
-group all transfers then go one way along a chain without a cycle, and both ends of a link post them
-in the schedule's order, so neither NCCL's per-communicator ordering nor gloo's matching can deadlock. Sends are asynchronous
-and receives are posted when their value is needed.
+Hidden states and gradients use separate groups, and so do the transfers between the last stage and the first (virtual stages).
+Within a group, all transfers then go in one direction along a chain without a cycle. Both ends of a link post them in the
+schedule's order, so neither NCCL's per-communicator ordering nor gloo's matching can deadlock. Sends are asynchronous. Receives
+are posted when their value is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from infini_train.parallel.layout import group_timeout
 
 @dataclass(frozen=True)
 class _Link:
-    """A neighbour, with the groups for hidden states and gradients."""
+    """A neighbouring stage, with the groups for hidden states and for gradients."""
 
     peer: int
     forward_group: Any
@@ -35,9 +35,9 @@ class StageTransport:
 
     Args:
         hidden_shape: [T, B, hidden], the same for every micro-batch.
-        dtype: type of hidden states.
-        device: device of the hidden states.
-        virtual_stages: chunks of layers of each stage.
+        dtype: dtype of hidden states.
+        device: device of hidden states.
+        virtual_stages: number of layer chunks per stage.
     """
 
     def __init__(
@@ -56,19 +56,19 @@ class StageTransport:
             ends = members[0], members[last]
             groups = _group(ends, "forward around"), _group(ends, "backward around")
             around = _Link(ends[0] if stage == last else ends[1], *groups)
-        # By chunk. The model's first chunk has no predecessor, and its last chunk no successor.
+        # Links by chunk: None before the first chunk of the first stage and after the last chunk of the last stage.
         self._before = [previous or (around if chunk > 0 else None) for chunk in range(virtual_stages)]
         self._after = [following or (around if chunk + 1 < virtual_stages else None) for chunk in range(virtual_stages)]
 
         _connect(members, stage, virtual_stages > 1, device)
 
     def receive_forward(self, chunk: int = 0) -> Tensor | None:
-        """Receive hidden states [T, B, hidden] from the chunk before; None for the model's first chunk."""
+        """Receive hidden states [T, B, hidden] from the previous chunk; None for the model's first chunk."""
         link = self._before[chunk]
         return None if link is None else self._receive(link.peer, link.forward_group)
 
     def send_forward(self, hidden: Tensor, chunk: int = 0) -> None:
-        """Send hidden states to the chunk after; nothing for the model's last chunk."""
+        """Send hidden states to the next chunk; do nothing for the model's last chunk."""
         link = self._after[chunk]
         if link is not None:
             self._send(hidden, link.peer, link.forward_group)
@@ -79,13 +79,13 @@ class StageTransport:
         return None if link is None else self._receive(link.peer, link.backward_group)
 
     def send_backward(self, gradient: Tensor, chunk: int = 0) -> None:
-        """Send the gradient of this chunk's input; nothing for the model's first chunk."""
+        """Send the gradient of this chunk's input; do nothing for the model's first chunk."""
         link = self._before[chunk]
         if link is not None:
             self._send(gradient, link.peer, link.backward_group)
 
     def wait_sends(self) -> None:
-        """Wait until all sends are complete, so that buffers may be freed."""
+        """Wait until all sends have completed, so that their buffers may be freed."""
         while self._pending:
             work, _ = self._pending.popleft()
             work.wait()
@@ -101,15 +101,16 @@ class StageTransport:
         while self._pending and self._pending[0][0].is_completed():
             self._pending.popleft()
         payload = tensor.detach().contiguous()
-        # Keep the buffer beside its handle until the transfer is complete.
+        # The buffer must outlive the transfer, so keep it with the handle.
         self._pending.append((dist.isend(payload, dst=peer, group=group), payload))
 
 
 @cache
 def _group(members: tuple[int, ...], purpose: Literal["forward", "backward", "forward around", "backward around"]) -> Any:
-    """Return this pipeline's group for one purpose, created once.
+    """Return this pipeline's group for one purpose, and create it at the first call.
 
-    torch.distributed requires that all processes create all groups together.
+    torch.distributed requires all processes to create all groups together. A process that is not in `members` must therefore
+    call this too, with the `members` of its own pipeline.
     """
     pipelines: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(pipelines, members)
@@ -123,17 +124,17 @@ def _group(members: tuple[int, ...], purpose: Literal["forward", "backward", "fo
 
 @cache
 def _connect(members: tuple[int, ...], stage: int, around: bool, device: torch.device) -> None:
-    """Send one number over every link, while no other operation runs.
+    """Send one value over every link once, while no other transfer is in progress.
 
-    NCCL creates a link's communicator at its first use and may synchronise the device for this. Inside a schedule, a stage
-    would do so while its own send waits for the other stage to receive.
+    NCCL creates a link's communicator at the link's first use, and the device may have to be idle for that. Within a schedule,
+    one stage would do this while one of its own sends waits for the other stage to receive.
     """
     last = len(members) - 1
     if last == 0:
         return
     number = torch.zeros(1, device=device)
 
-    def pass_on(sender: int, receiver: int, group: Any) -> None:
+    def transfer(sender: int, receiver: int, group: Any) -> None:
         if stage == sender:
             dist.send(number, dst=members[receiver], group=group)
         elif stage == receiver:
@@ -141,12 +142,12 @@ def _connect(members: tuple[int, ...], stage: int, around: bool, device: torch.d
 
     forward, backward = _group(members, "forward"), _group(members, "backward")
     for before in range(last):
-        pass_on(before, before + 1, forward)
+        transfer(before, before + 1, forward)
     for before in reversed(range(last)):
-        pass_on(before + 1, before, backward)
+        transfer(before + 1, before, backward)
     if around:
         ends = members[0], members[last]
-        pass_on(last, 0, _group(ends, "forward around"))
-        pass_on(0, last, _group(ends, "backward around"))
+        transfer(last, 0, _group(ends, "forward around"))
+        transfer(0, last, _group(ends, "backward around"))
     if device.type == "cuda":
         torch.cuda.synchronize()

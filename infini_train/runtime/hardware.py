@@ -1,6 +1,6 @@
-"""Known GPUs, from the vendor's data sheets. Torch-free, so that planning costs no import.
+"""Known GPUs, from the vendor's data sheets. This module does not import torch, so that planning starts fast.
 
-Sources (figures without sparsity, NVLink as one direction of the total that the sheet gives):
+Sources (figures without sparsity; NVLink is one direction, half of the total in the data sheet):
     A100  https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
     H100  https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet
     H200  https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446
@@ -17,27 +17,28 @@ from infini_train.runtime.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A GPU, and the links of the nodes that it is usually sold in."""
+    """A GPU model and the interconnect of the nodes that usually contain it."""
 
     name: str
+    """Name in `infini-train plan` and in `GPUS`."""
     cuda_name: str
-    """Part of the name that CUDA gives the device."""
+    """Substring of the device name that CUDA reports."""
     memory: float
     """Bytes; the data sheet's gigabytes are taken as 10^9 bytes."""
     bfloat16_flops: float
     """Dense tensor-core peak in FLOP/s."""
     float32_flops: float
-    """Peak in FLOP/s without tensor cores: float32 products are exact here, TF32 stays off."""
+    """Peak in FLOP/s without tensor cores, because training keeps TF32 off."""
     memory_bandwidth: float
-    """Bytes a second."""
+    """Bytes per second."""
     nvlink_bandwidth: float
-    """Bytes a second of one GPU to the others of its node, one direction."""
+    """Bytes per second from one GPU to the others of its node, one direction."""
     network_bandwidth: float
-    """Bytes a second of one GPU's network adapter, one direction."""
+    """Bytes per second of one GPU's network adapter, one direction."""
     gpus_per_node: int = 8
 
     def peak(self, precision: str) -> float:
-        """FLOP/s of matrix products in `training.precision`."""
+        """Return the peak FLOP/s of matrix products in the given `training.precision`."""
         return self.bfloat16_flops if precision == "bfloat16" else self.float32_flops
 
 
@@ -88,14 +89,14 @@ GPUS = {
 }
 
 _OTHER_PEAKS = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H200 NVL": 835e12}
-"""Bfloat16 peaks of variants that no plan uses, by their CUDA name."""
+"""bfloat16 peak in FLOP/s of variants that differ from `GPUS`, by CUDA's device name. Planning does not offer them."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """Return a GPU by name.
+    """Return a GPU by its name in `GPUS`.
 
     Raises:
-        UserError: no such GPU is known.
+        UserError: the name is not in `GPUS`.
     """
     try:
         return GPUS[name]
@@ -104,8 +105,8 @@ def find_gpu(name: str) -> Gpu:
 
 
 def bfloat16_peak(cuda_name: str) -> float | None:
-    """Return the dense bfloat16 peak in FLOP/s of a device by its CUDA name; None if unknown."""
-    for part, peak in [*_OTHER_PEAKS.items(), *((gpu.cuda_name, gpu.bfloat16_flops) for gpu in GPUS.values())]:
-        if re.search(rf"{part}(?!\d)", cuda_name):  # an RTX A1000 is no A100
+    """Return the dense bfloat16 peak in FLOP/s of the device with this CUDA name; None if it is not known."""
+    for name, peak in [*_OTHER_PEAKS.items(), *((gpu.cuda_name, gpu.bfloat16_flops) for gpu in GPUS.values())]:
+        if re.search(rf"{name}(?!\d)", cuda_name):  # "A100" must not match an RTX A1000
             return peak
     return None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from infini_train.attention import state_numbers
-from infini_train.attention.kernel_choice import kernels_in_words
+from infini_train.attention.kernel_choice import describe_kernels
 from infini_train.checkpoint.checkpointer import newest_checkpoint
 from infini_train.checkpoint.folder import list_checkpoints
 from infini_train.checkpoint.weights import load_initial_weights
@@ -65,7 +65,7 @@ def pretrain(run: RunConfig) -> int:
             MetricsWriter(run, state.step, enabled=main) as metrics,
             TrainingProgress(run.training.steps, state.step, enabled=main) as progress,
         ):
-            progress.say(kernels_in_words(run.model, DTYPES[run.training.precision], platform.device()))
+            progress.say(describe_kernels(run.model, DTYPES[run.training.precision], platform.device()))
             for line in warnings:
                 progress.say(line)
             if resumed_from is not None:

@@ -38,7 +38,8 @@ def test_evaluation_warns_if_the_data_was_prepared_again(trained, tmp_path):
     warning = next(line for line in output.splitlines() if line.startswith("warning: data.path"))
     assert "holds other training documents" in warning and "--data.path" in warning
     assert json.loads((trained / "run" / "evaluation.json").read_text())["same_data"] is False
-    assert "of other data than its own" in (Path(call("report", *config).split("report: ")[1].strip())).read_text()
+    report = call("report", "--run_dir", str(trained / "run")).split("report: ")[1].strip()
+    assert "of other data than its own" in Path(report).read_text()
     weights = str(tmp_path / "weights.safetensors")
     call("checkpoint", "consolidate", "--run_dir", str(trained / "run"), "--output", weights)
     assert "warning: data.path" not in call("evaluate", *config, "--from_checkpoint", weights)

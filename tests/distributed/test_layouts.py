@@ -1,4 +1,4 @@
-"""Every layout computes the same run: loss, global gradient norm, every weight and every memory against one process."""
+"""Every layout computes the same run: loss, global gradient norm, all weights and all memory against one process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.distributed.cases import Case, pairwise_cases
 STEPS = 4
 RELATIVE = 1e-5
 
-# The layouts that issue reports and documents name, each with the default options.
+# The layouts that the documents name, each with the default options.
 NAMED = [
     Case(tp=2),
     Case(pp=2),
@@ -68,7 +68,7 @@ def assert_same_run(results: list[dict[str, Any]], reference: list[dict[str, Any
 
 @pytest.fixture(scope="module")
 def reference(pool, run_config):
-    """Results of one process (ZeRO-1, no recomputation), by window and update rule."""
+    """Return a cached function from a case to the results of one process (ZeRO-1, no recomputation)."""
 
     @cache
     def compute(case: Case) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def reference(pool, run_config):
 
 
 def test_clipping_and_resets_are_active(reference, run_config):
-    """The comparison below is worth something only if gradients are clipped and documents end inside windows."""
+    """The comparisons below need clipped gradients and documents that end inside windows."""
     result = reference(Case().reference())[0]
     assert min(result["grad_norm"]) > run_config.optimizer.clip_grad_norm
     _, positions = result["positions"]
@@ -86,7 +86,7 @@ def test_clipping_and_resets_are_active(reference, run_config):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_way_of_computing_equals_one_process(case, pool, reference, run_config):
+def test_every_layout_equals_one_process(case, pool, reference, run_config):
     results = pool(case.processes).run("tests.support.distributed.jobs", "train", case.apply(run_config), STEPS)
     assert_same_run(results, reference(case.reference()))
 
@@ -103,7 +103,7 @@ def test_every_way_of_computing_equals_one_process(case, pool, reference, run_co
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
-def test_what_is_beyond_the_paper_in_every_kind_of_layout(case, reach, pool, run_config):
+def test_options_beyond_the_paper_in_every_kind_of_layout(case, reach, pool, run_config):
     beyond = replace(
         run_config.model,
         write_strength="learned",
@@ -124,9 +124,9 @@ RIVALS = sorted(set(ATTENTION_VARIANTS) - {"infini"})
 
 @pytest.mark.parametrize("attention", RIVALS)
 def test_rivals_train_in_the_same_pipeline(attention, pool, run_config):
-    """One process equals plain torch, and tensor and pipeline parallelism with recomputation equal one process."""
+    """One process equals plain torch; tensor and pipeline parallelism with recomputation equal one process."""
     training = replace(run_config.training, segments_per_micro_batch=2, micro_batches_per_window=2)
-    # A bank that documents overflow.
+    # The bank is smaller than the documents.
     model = replace(run_config.model, attention=attention, bank_tokens=40, bank_top_k=5, memory_tokens=5, initial_gate=0.3)
     run = replace(run_config, model=model, training=training)
     one = pool(1).run("tests.support.distributed.jobs", "train", run, STEPS)
@@ -144,7 +144,7 @@ def test_rivals_train_in_the_same_pipeline(attention, pool, run_config):
 
 @pytest.mark.parametrize("stages,virtual,window", [(4, 2, (1, 4)), (2, 4, (1, 2)), (4, 2, (1, 3))])
 def test_virtual_stages_of_a_deeper_model(stages, virtual, window, pool, run_config):
-    """Middle stages, several rounds, and windows that the number of stages does not divide."""
+    """The cases cover middle stages, several rounds, and windows that are not a multiple of the number of stages."""
     run = replace(run_config, model=replace(run_config.model, num_layers=8))
     one = pool(1).run("tests.support.distributed.jobs", "train", Case(window=window).apply(run), STEPS)
     case = Case(pp=stages, virtual=virtual, window=window)
@@ -153,7 +153,7 @@ def test_virtual_stages_of_a_deeper_model(stages, virtual, window, pool, run_con
 
 @pytest.mark.parametrize("rule", ["linear", "delta"])
 def test_window_of_micro_batches_equals_one_large_micro_batch(rule, pool, run_config):
-    """Gradients through the memory between micro-batches are exact: splitting a window does not change a step."""
+    """Gradients through the memory between micro-batches are exact, so splitting a window does not change a step."""
     run = replace(run_config, model=replace(run_config.model, update_rule=rule))
     whole = replace(run.training, segments_per_micro_batch=4, micro_batches_per_window=1)
     split = pool(1).run("tests.support.distributed.jobs", "train", run, STEPS)
@@ -162,7 +162,7 @@ def test_window_of_micro_batches_equals_one_large_micro_batch(rule, pool, run_co
 
 
 def test_truncation_matters(pool, run_config):
-    """Half the window gives other gradients, so the test above would notice a memory gradient that is lost."""
+    """Half the window gives different gradients, so the test above would detect a lost memory gradient."""
     shorter = replace(run_config.training, micro_batches_per_window=2, windows_per_step=4)
     one = pool(1).run("tests.support.distributed.jobs", "train", run_config, 1)[0]
     two = pool(1).run("tests.support.distributed.jobs", "train", replace(run_config, training=shorter), 1)[0]
@@ -192,8 +192,11 @@ BFLOAT16 = [
 
 @pytest.mark.parametrize("case", BFLOAT16, ids=lambda case: case.name)
 def test_bfloat16_stays_near_bfloat16_in_one_process(case, pool, run_config):
-    """Gradients accumulate in float32, so only the rounding of activations differs. Adam makes much of it where gradients are
-    small; a gradient that is counted twice or not at all would still change a weight's whole course."""
+    """Gradients accumulate in float32, so only the rounding of activations differs.
+
+    Adam amplifies these differences where gradients are small, so the tolerance is large. A gradient that is counted twice or
+    not at all would still exceed it.
+    """
     run = replace(run_config, training=replace(run_config.training, precision="bfloat16"))
     one = pool(1).run("tests.support.distributed.jobs", "train", case.reference().apply(run), STEPS)
     results = pool(case.processes).run("tests.support.distributed.jobs", "train", case.apply(run), STEPS)
@@ -211,7 +214,7 @@ def test_bfloat16_stays_near_bfloat16_in_one_process(case, pool, run_config):
 
 
 def test_bfloat16_stays_near_float32(pool, reference, run_config):
-    """The bfloat16 path computes the same thing, not merely the same thing everywhere."""
+    """The bfloat16 path agrees with float32, and not only with itself in other layouts."""
     run = replace(run_config, training=replace(run_config.training, precision="bfloat16"))
     result = pool(1).run("tests.support.distributed.jobs", "train", run, STEPS)[0]
     assert result["loss"] == pytest.approx(reference(Case(window=(1, 4)))[0]["loss"], rel=5e-3)
@@ -221,7 +224,7 @@ def test_bfloat16_stays_near_float32(pool, reference, run_config):
 
 
 def test_flop_formula_counts_the_models_own_matrices(pool, run_config):
-    """Linear parameters of the MFU formula against the parameters of the built model."""
+    """The linear parameters of the MFU formula equal those of the built model."""
     weights = global_weights(pool(1).run("tests.support.distributed.jobs", "train", run_config, 1))
     matrices = {name: value.numel() for name, value in weights.items() if value.ndim == 2}
     embedding = matrices.pop("embedding.word_embeddings.weight")
@@ -230,7 +233,7 @@ def test_flop_formula_counts_the_models_own_matrices(pool, run_config):
 
 
 def test_logits_never_exist_for_a_whole_micro_batch(pool, run_config):
-    """The output layer sees at most loss_chunk_tokens positions of a row at a time, in the forward and in the backward."""
+    """The output layer processes at most loss_chunk_tokens positions of a row at a time, in forward and backward."""
     run = Case(tp=2, loss_chunk=13).apply(run_config)
     for positions in pool(2).run("tests.support.distributed.jobs", "output_layer_positions", run):
         assert set(positions) == {13, 32 - 2 * 13}

@@ -1,4 +1,4 @@
-"""Loss weights: every layout computes Σ w·loss / Σ w of the global batch, and weights of one change no bit."""
+"""Loss weights: every layout computes Σ w·loss / Σ w of the global batch, and weights of 1 give bitwise equal results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 2
 
 @pytest.fixture(scope="module")
 def weighted(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A passkey task whose few heavy tokens are spread unevenly over rows and segments."""
+    """A passkey task whose few tokens with a large weight are spread unevenly over rows and segments."""
     folder = tmp_path_factory.mktemp("weighted")
     run = small_run(folder)
     task = TaskConfig(kind="passkey", samples=24, held_out_samples=4, min_tokens=140, max_tokens=200, other_weight=0.05)
@@ -45,8 +45,8 @@ def test_layouts_equal_one_process_and_plain_torch(weighted, pool):
         assert_same_run(results, reference)
 
 
-def test_weights_of_one_change_no_bit(weighted, pool, tmp_path):
-    """The same tokens, once with weights of 1 and once without any: loss, gradient norm and every weight are equal in bits."""
+def test_weights_of_one_are_bitwise_equal_to_no_weights(weighted, pool, tmp_path):
+    """Train on the same tokens with weights of 1 and without weights: loss, gradient norm and all parameters are equal."""
     run = replace(weighted, run_dir=str(tmp_path / "run"), data=replace(weighted.data, path=str(tmp_path / "ones")))
     run = replace(run, task=replace(run.task, other_weight=1.0))
     prepare(run)
@@ -61,4 +61,5 @@ def test_weights_of_one_change_no_bit(weighted, pool, tmp_path):
     for name, (*_, value) in ones["weights"].items():
         assert np.array_equal(value.numpy(), without["weights"][name][-1].numpy()), name
     weighted_loss = pool(1).run("tests.support.distributed.jobs", "train", weighted, STEPS)[0]["loss"]
-    assert abs(weighted_loss[1] / ones["loss"][1] - 1) > 1e-5, "the second step reads answers: other weights, another loss"
+    # The second step reads answers, whose weights differ between the two data sets.
+    assert abs(weighted_loss[1] / ones["loss"][1] - 1) > 1e-5, "other weights must change the second loss"

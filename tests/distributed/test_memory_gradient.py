@@ -1,4 +1,4 @@
-"""The gradient that reaches memory between micro-batches: every layout reports what autograd finds in plain torch."""
+"""The gradient of the memory between micro-batches: every layout reports the norms that plain torch computes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JOB = ("tests.support.distributed.jobs", "memory_gradient_norms")
 
 
 def expected_norms(run, initial):
-    """Micro-batch after micro-batch through one graph a window, with the gradient of the memory between them kept."""
+    """Compute the norms in plain torch, with one graph per window that retains the gradients of the memory inside it."""
     weights = {name: value.clone().requires_grad_() for name, value in initial.items()}
     training = run.training
     dataset = TokenDataset(Path(run.data.path), "train")
@@ -42,7 +42,7 @@ def expected_norms(run, initial):
             loss = loss + (token_losses(run, weights, batch, memory) * batch.loss_mask).sum() / weight
         loss.backward()
     return [
-        sum(float(part.grad.double().square().sum()) for state in between for part in (state[layer].M, state[layer].z)) ** 0.5
+        sum(float(field.grad.double().square().sum()) for state in between for field in (state[layer].M, state[layer].z)) ** 0.5
         for layer in range(run.model.num_layers)
     ]
 
@@ -69,5 +69,5 @@ def test_every_layout_reports_the_same(case, pool, run_config):
         assert found["norms"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_nothing_is_reported_where_no_memory_passes_inside_a_window(pool, run_config):
+def test_no_norm_is_reported_if_a_window_is_one_micro_batch(pool, run_config):
     assert pool(1).run(*JOB, Case(window=(4, 1)).apply(run_config))[0]["norms"] is None

@@ -1,4 +1,4 @@
-"""The systems together equal the plain specification of a run, so that an error which every layout shares is seen too."""
+"""A run equals its plain torch specification, so that errors common to all layouts are detected too."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_run_equals_plain_torch(rule, first_segment, ageing, more, pool, run_c
     expected = train_plainly(run, dataset, global_weights(results, "initial"), STEPS)
     assert results[0]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert results[0]["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
-    assert min(expected["grad_norm"]) > run.optimizer.clip_grad_norm, "clipping should be part of the comparison"
+    assert min(expected["grad_norm"]) > run.optimizer.clip_grad_norm, "the comparison should include clipping"
     weights = global_weights(results)
     for name, value in expected["weights"].items():
         torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

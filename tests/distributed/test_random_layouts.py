@@ -1,6 +1,6 @@
-"""Random runs in random layouts, stopped and resumed in another, against one process and plain torch.
+"""Random runs in a random layout, resumed in another one, against one process and plain torch.
 
-INFINI_TRAIN_RANDOM_CASES=200 tries more than the few that are always tried.
+Set INFINI_TRAIN_RANDOM_CASES, for example to 200, to test more cases than the default of 4.
 """
 
 from __future__ import annotations

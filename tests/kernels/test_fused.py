@@ -26,12 +26,12 @@ def test_agrees_with_the_plain_layer(agrees: Callable[[torch.dtype, str], None],
 def test_fused_layers_are_used_only_on_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = small_run(tmp_path)
     asked = replace(run, training=replace(run.training, fused_layers="fused"))
-    assert not fused.takes_fused(asked)
+    assert not fused.uses_fused_layers(asked)
     monkeypatch.setattr(platform, "has_cuda", lambda: True)
-    assert fused.takes_fused(asked) and not fused.takes_fused(run)
+    assert fused.uses_fused_layers(asked) and not fused.uses_fused_layers(run)
     monkeypatch.setattr(fused, "find_spec", lambda name: None)
-    assert fused.takes_fused(asked), "PyTorch has the norm"
+    assert fused.uses_fused_layers(asked), "PyTorch has the norm"
     monkeypatch.setattr(fused, "NORM_IN_TORCH", False)
-    assert not fused.takes_fused(run)
+    assert not fused.uses_fused_layers(run)
     with pytest.raises(UserError, match=r"has no fused norm and the package liger-kernel is not installed"):
-        fused.takes_fused(asked)
+        fused.uses_fused_layers(asked)

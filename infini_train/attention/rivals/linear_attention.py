@@ -1,8 +1,8 @@
-"""The linear transformer (Katharopoulos et al., arXiv 2006.16236), with the same state as Infini-attention.
+"""Baseline: the linear transformer (Katharopoulos et al., arXiv 2006.16236), with the same state as Infini-attention.
 
-It has no softmax and no gate: every token reads the writes of all tokens before it. Order comes from the rotary embedding
-of φ(Q) and φ(K) in the numerator (RoFormer, arXiv 2104.09864, Section 3.3), by position in the document. Without it the
-variant does not see order.
+It has no softmax and no gate: every token reads the sums over itself and all tokens before it. Token order enters through the
+rotary embedding of φ(Q) and φ(K) in the numerator (RoFormer, arXiv 2104.09864, Section 3.3), by position in the document.
+Without it the output would not depend on the order of the tokens.
 
 Shapes: B rows, N segments, S segment length, T = N S tokens, H query heads, G key/value heads, R = H / G, D head width.
 """
@@ -26,13 +26,13 @@ from infini_train.config import ModelConfig
 class LinearState(NamedTuple):
     """Sums over the tokens of a document so far."""
 
-    M: Tensor  # [B, G, D, D]: rotated φ(k) v^T
-    z: Tensor  # [B, G, D]: φ(k)
-    tokens: Tensor  # [B] int64: how many
+    M: Tensor  # [B, G, D, D]: sum of rotated φ(k) v^T
+    z: Tensor  # [B, G, D]: sum of φ(k)
+    tokens: Tensor  # [B] int64: number of tokens summed
 
 
 class LinearAttention(Attention):
-    """Causal linear attention over whole documents, computed by segments; the segment length does not change the result."""
+    """Causal linear attention over whole documents, computed segment by segment. The result is exact at any segment length."""
 
     memory_type = LinearState
 
@@ -72,7 +72,7 @@ class LinearAttention(Attention):
         phi_k = (torch.nn.functional.elu(k.to(dtype)) + 1) * valid.flatten(1)[..., None, None]
 
         def by_segment(x: Tensor) -> Tensor:
-            """[B, T, heads, D] -> [B, N, G, R, S, D]; R is 1 for keys and values."""
+            """Reshape [B, T, heads, D] to [B, N, G, R, S, D]; R is 1 for keys and values."""
             return x.unflatten(1, (N, S)).unflatten(3, (G, -1)).permute(0, 1, 3, 4, 2, 5)
 
         phi_q, phi_k, rotated_q, rotated_k, values = map(
@@ -90,7 +90,10 @@ class LinearAttention(Attention):
         return out, LinearState(leaving_M, leaving_z, tokens)
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (cos, sin) of positions [B, T], each [B, T, D/2] float32. Angles are computed in float64."""
+        """Return (cos, sin) for positions [B, T], each [B, T, D/2] float32.
+
+        Angles are computed in float64, because float32 is too coarse for positions beyond a million.
+        """
         angle = positions.unsqueeze(-1) * rotary_frequencies(self.model, positions.device)
         return angle.cos().float(), angle.sin().float()
 
@@ -99,7 +102,8 @@ def running_sum(x: Tensor, same_bits: bool) -> Tensor:
     """Return the cumulative sum of x [..., S, D] over tokens.
 
     Args:
-        same_bits: use a matrix product: PyTorch's cumsum on CUDA is not deterministic and raises if determinism is required.
+        same_bits: compute it as a matrix product. PyTorch's cumsum on CUDA is not deterministic, and raises an error when
+            deterministic algorithms are required.
     """
     if not same_bits:
         return x.cumsum(dim=-2)
@@ -107,7 +111,7 @@ def running_sum(x: Tensor, same_bits: bool) -> Tensor:
 
 
 def _positions(tokens: Tensor, lengths: Tensor, reset: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the position in its document of each segment's first token [B, N], and of the token after the last [B]."""
+    """Return the document position of each segment's first token [B, N] and of the token after the last segment [B]."""
     starts = []
     for segment in range(reset.shape[1]):
         tokens = tokens.masked_fill(reset[:, segment], 0)

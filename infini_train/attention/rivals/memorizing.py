@@ -1,8 +1,8 @@
-"""The Memorizing Transformer (Wu et al., arXiv 2203.08913), Transformer-XL with a key-value bank in one layer.
+"""Baseline: the Memorizing Transformer (Wu et al., arXiv 2203.08913), Transformer-XL with a key-value bank in one layer.
 
-Retrieval is exact: the top_k largest scores over the whole bank, no approximate index. As in the paper the bank takes no
-gradient, and a gate per head mixes its output with attention over this segment and the one before. Scores use the layer's own
-unrotated queries and keys. The paper normalises both, which needs a learned scale.
+Retrieval is exact: it takes the top_k largest scores over the whole bank, without an approximate index. As in the paper, the
+bank takes no gradient, and a gate per head mixes the bank's output with attention over the current and the previous segment.
+Scores are products of the layer's unrotated queries and keys. The paper normalises both, which needs a learned scale.
 
 Shapes: B rows, N segments, S segment length, H query heads, G key/value heads, R = H / G, D head width, C bank_tokens, K top_k.
 """
@@ -21,18 +21,18 @@ from infini_train.config import ModelConfig
 
 
 class KeyValueBank(NamedTuple):
-    """The newest segment, and the newest C tokens of the document up to it."""
+    """Keys and values of the newest segment and of the document's newest C tokens."""
 
     keys: Tensor  # [B, G, S, D], as in PreviousSegment
     values: Tensor  # [B, G, S, D]
     filled: Tensor  # [B] int64
-    bank_keys: Tensor  # [B, G, C, D], token t of the document at t mod C
+    bank_keys: Tensor  # [B, G, C, D]; token t of the document is at index t mod C
     bank_values: Tensor  # [B, G, C, D]
-    written: Tensor  # [B] int64: tokens of the document that were written, more than C if some were overwritten
+    written: Tensor  # [B] int64: tokens of the document written so far; above C, the oldest were overwritten
 
 
 class MemorizingAttention(TransformerXLAttention):
-    """The layer with the bank."""
+    """Transformer-XL attention with the key-value bank and a gate β [H]: the layer `model.bank_layer`."""
 
     memory_type = KeyValueBank
 
@@ -85,19 +85,23 @@ class MemorizingAttention(TransformerXLAttention):
 
 
 class _Bank:
-    """Bank during a micro-batch. It owns its tensors."""
+    """The bank during one micro-batch. It modifies its tensors in place, so the caller passes copies."""
 
     def __init__(self, keys: Tensor, values: Tensor, written: Tensor) -> None:
         self.keys, self.values, self.written = keys, values, written
 
     def forget(self, rows: Tensor) -> None:
-        """Empty the bank of the rows [B] bool in which a document begins."""
+        """Empty the bank in the given rows [B] bool, where a document begins."""
         self.written = self.written.masked_fill(rows, 0)
 
     def read(self, queries: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """Compute softmax attention over the top_k best matches.
+        """Attend to the top_k best matches.
 
-        queries [B, S, H, D] -> [B, S, H, D]; and [B], 0 for a row with an empty bank.
+        Args:
+            queries: [B, S, H, D].
+
+        Returns:
+            The output [B, S, H, D], and a float mask [B] that is 0 where the bank is empty.
         """
         S, H, D = queries.shape[1:]
         G, C = self.keys.shape[1:3]
@@ -108,24 +112,24 @@ class _Bank:
         grouped = queries.unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4).to(self.keys.dtype).flatten(2, 3)  # [B, G, R S, D]
         with torch.no_grad():
             place = torch.zeros(*grouped.shape[:3], most, dtype=torch.int64, device=queries.device)  # [B, G, R S, K]
-            for row, count in enumerate(held.tolist()):  # each row over its own count, which may be much smaller than another's
+            for row, count in enumerate(held.tolist()):  # rows may hold very different numbers of tokens
                 scores = grouped[row] @ self.keys[row, :, :count].transpose(-1, -2)  # [G, R S, count]
                 place[row, :, :, :count] = scores.topk(min(most, count), dim=-1).indices
             there = (torch.arange(most, device=queries.device) < held.unsqueeze(-1))[:, None, None]  # [B, 1, 1, K]
             taken = place.flatten(2).unsqueeze(-1).expand(-1, -1, -1, D)
             keys, values = (x.gather(2, taken).unflatten(2, place.shape[2:]) for x in (self.keys, self.values))
-        # Recompute the scores for the gradient of the queries.
+        # Compute the chosen scores again, for the gradient of the queries.
         scores = torch.einsum("bgsd,bgskd->bgsk", grouped, keys) / D**0.5
-        # A row with an empty bank gets finite values here; its share of 0 removes them.
+        # A row with an empty bank gets meaningless but finite weights; the caller multiplies its output by 0.
         weights = scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(dim=-1)
         out = torch.einsum("bgsk,bgskd->bgsd", weights, values).unflatten(2, (H // G, S))
         return out.permute(0, 3, 1, 2, 4).flatten(2, 3), (held > 0).to(queries.dtype)
 
     def write(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
-        """Append each row's valid tokens of a segment, keys and values [B, S, G, D], over the oldest ones."""
+        """Write the valid tokens of a segment, keys and values [B, S, G, D], over the oldest tokens of each row."""
         S, C = keys.shape[1], self.keys.shape[2]
         offset = torch.arange(S, device=keys.device)
-        # Of a segment longer than the bank only the newest tokens stay.
+        # If a segment is longer than the bank, only its newest tokens are written.
         rows, tokens = ((offset < lengths.unsqueeze(1)) & (offset >= lengths.unsqueeze(1) - C)).nonzero(as_tuple=True)
         place = (self.written[rows] + tokens) % C
         self.keys[rows, :, place] = keys[rows, tokens].to(self.keys.dtype)

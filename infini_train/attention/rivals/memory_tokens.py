@@ -1,7 +1,7 @@
-"""Attentions whose memory is tokens: attention inside one segment that memory tokens extend.
+"""Attention of the baselines whose memory is tokens, within one segment extended by memory tokens.
 
-`infini_train.model.memory_token_layers` produces and passes on the memory tokens. Each call here computes one segment, whose
-hidden states stand before or between the memory tokens.
+`infini_train.model.memory_token_layers` creates the memory tokens and passes them between segments. Each call here takes
+one segment, whose hidden states are placed before or between the memory tokens.
 
 Shapes: B rows, S segment length, P memory tokens, T = S + P or S + 2 P, H query heads, G key/value heads, D head width.
 """
@@ -23,18 +23,22 @@ from infini_train.runtime.errors import UserError
 
 
 class MemoryTokens(NamedTuple):
-    """Hidden states of memory tokens. A row of zeros is empty and continues with the tokens of a document's start."""
+    """Hidden states of memory tokens. A row of zeros is empty: it continues with the tokens of a document's start."""
 
     tokens: Tensor  # [B, P, h] float32
 
 
 class _MemoryTokenAttention(Attention):
-    """Softmax attention where `sees` allows it, with rotary embedding by the position in the extended segment."""
+    """Softmax attention under `attention_mask`, with rotary embedding by the position in the extended segment."""
 
     memory_type = MemoryTokens
 
-    def sees(self, lengths: Tensor) -> Tensor:
-        """Return which keys each query attends to, [B, 1, T, T] bool, from the valid tokens [B] of the segment."""
+    def attention_mask(self, lengths: Tensor) -> Tensor:
+        """Return the mask [B, 1, T, T] bool, True where a query attends to a key.
+
+        Args:
+            lengths: [B] number of valid tokens of the segment.
+        """
         raise NotImplementedError
 
     def forward(
@@ -55,7 +59,7 @@ class _MemoryTokenAttention(Attention):
             queries.transpose(1, 2),
             keys.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=self.sees(lengths[:, 0].to(q.device)),
+            attn_mask=self.attention_mask(lengths[:, 0].to(q.device)),
             enable_gqa=q.shape[2] != k.shape[2],
         )
         return out.transpose(1, 2), None
@@ -67,41 +71,41 @@ class _MemoryTokenAttention(Attention):
 
 
 class RecurrentMemoryAttention(_MemoryTokenAttention):
-    """Recurrent Memory Transformer (Bulatov et al., arXiv 2207.06881): read tokens, segment, write tokens; causal.
+    """Recurrent Memory Transformer (Bulatov et al., arXiv 2207.06881): causal over read tokens, segment and write tokens.
 
-    The write tokens stand behind the segment, so they see all of it; the read tokens see themselves.
+    The write tokens follow the segment, so they attend to all of it. The read tokens attend causally to each other only.
     """
 
     @classmethod
     def carried(cls, model: ModelConfig, layer_number: int) -> dict[str, CarriedTensor]:
-        if layer_number != 1:  # one memory for the whole stack
+        if layer_number != 1:  # the model has one memory, which layer 1 carries
             return {}
         return {"tokens": CarriedTensor((model.memory_tokens, model.hidden_size), by_head=False)}
 
-    def sees(self, lengths: Tensor) -> Tensor:
+    def attention_mask(self, lengths: Tensor) -> Tensor:
         S, P = self.model.segment_length, self.model.memory_tokens
         place = torch.arange(S + 2 * P, device=lengths.device)
         there = (place < P + lengths[:, None]) | (place >= P + S)  # [B, T]
-        # A padding token sees itself, so that no row of the softmax is empty.
+        # A padding token attends to itself, so that no row of the softmax is empty.
         return ((place <= place[:, None]) & (there[:, None] | (place == place[:, None]))).unsqueeze(1)
 
 
 class FeedbackAttention(_MemoryTokenAttention):
-    """TransformerFAM (Hwang et al., arXiv 2404.09173): the segment, then feedback tokens, in every layer.
+    """TransformerFAM (Hwang et al., arXiv 2404.09173): the segment followed by feedback tokens, in every layer.
 
-    The segment's tokens see the feedback of the segments before and, causally, themselves; the feedback tokens see themselves
-    and the whole segment. Without the paper's further sliding window over earlier blocks.
+    The segment's tokens attend to the feedback of earlier segments and, causally, to each other. The feedback tokens attend to
+    each other and to the whole segment. The paper's additional sliding window over earlier blocks is not implemented.
     """
 
     @classmethod
     def carried(cls, model: ModelConfig, layer_number: int) -> dict[str, CarriedTensor]:
         return {"tokens": CarriedTensor((model.memory_tokens, model.hidden_size), by_head=False)}
 
-    def sees(self, lengths: Tensor) -> Tensor:
+    def attention_mask(self, lengths: Tensor) -> Tensor:
         S, P = self.model.segment_length, self.model.memory_tokens
         place = torch.arange(S + P, device=lengths.device)
         feedback = place >= S
         there = (place < lengths[:, None]) | feedback  # [B, T]
-        # The feedback tokens stand last, so causal they see the whole segment already.
+        # The feedback tokens come last, so the causal mask already lets them attend to the whole segment.
         seen = feedback | (place <= place[:, None])  # [T, T]
         return (seen & (there[:, None] | (place == place[:, None]))).unsqueeze(1)

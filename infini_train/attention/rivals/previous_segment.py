@@ -1,4 +1,4 @@
-"""Attentions that see the segment before: Transformer-XL (arXiv 1901.02860) and a sliding window.
+"""Baselines that also attend to the previous segment: Transformer-XL (arXiv 1901.02860) and a sliding window.
 
 Shapes: B rows, N segments, S segment length, H query heads, G key/value heads, D head width.
 """
@@ -23,23 +23,23 @@ class PreviousSegment(NamedTuple):
 
     keys: Tensor  # [B, G, S, D], not rotated
     values: Tensor  # [B, G, S, D]
-    filled: Tensor  # [B] int64: how many of them are tokens of the document; 0 before its first segment
+    filled: Tensor  # [B] int64: number of positions that hold tokens of the document; 0 before its first segment
 
 
 class PreviousSegmentAttention(Attention):
-    """Softmax attention over the tokens of this segment and the one before it, by their distance (rotary embedding)."""
+    """Softmax attention over the current and the previous segment, with rotary embedding by token distance."""
 
     memory_type: type[LayerMemory] | None = PreviousSegment
     gradient_enters_previous = True
-    """Whether gradients flow into the keys and values of the segment before."""
+    """True if gradients flow from a segment to the keys and values of the previous one."""
 
     @classmethod
     def carried(cls, model: ModelConfig, layer_number: int) -> dict[str, CarriedTensor]:
         cache = CarriedTensor((model.num_query_groups, model.segment_length, model.head_dim))
         return {"keys": cache, "values": cache, "filled": CarriedTensor((), by_head=False, counter=True)}
 
-    def sees_previous(self, segment_length: int, device: torch.device) -> Tensor:
-        """Return which tokens of the segment before each token attends to, [S, S] bool."""
+    def previous_segment_mask(self, segment_length: int, device: torch.device) -> Tensor:
+        """Return the mask [S, S] bool, True where a token of this segment attends to a token of the previous one."""
         raise NotImplementedError
 
     def forward(
@@ -72,7 +72,7 @@ class PreviousSegmentAttention(Attention):
         there = position < before[..., None, None]  # [B, N, 1, S]
         seen = torch.cat(
             [
-                there & self.sees_previous(S, device),
+                there & self.previous_segment_mask(S, device),
                 torch.ones(S, S, dtype=torch.bool, device=device).tril().expand(B, N, S, S),
             ],
             dim=-1,
@@ -92,27 +92,27 @@ class PreviousSegmentAttention(Attention):
         return out.masked_fill(~valid, 0), leaving
 
     def _with_previous(self, carried: Tensor, x: Tensor) -> Tensor:
-        """[B, G, S, D] and [B, N, G, S, D] -> [B, N, G, 2 S, D], the segment before in front of each."""
+        """Put the previous segment before each segment: [B, G, S, D] and [B, N, G, S, D] -> [B, N, G, 2 S, D]."""
         previous = torch.cat([carried.to(x.dtype).unsqueeze(1), x[:, :-1]], dim=1)
         return torch.cat([previous if self.gradient_enters_previous else previous.detach(), x], dim=3)
 
 
 class TransformerXLAttention(PreviousSegmentAttention):
-    """Attention over the whole segment before, as a cache without gradient (Transformer-XL, Section 3.2).
+    """Attention to the whole previous segment, as a cache without gradient (Transformer-XL, Section 3.2).
 
-    The cache holds keys and values, as that of Memorizing Transformers (arXiv 2203.08913) does and as Table 2 of the
-    Infini-attention paper counts it. Transformer-XL's holds the layer's input, through which a gradient still reaches the
-    projections to keys and values.
+    The cache holds keys and values, as in Memorizing Transformers (arXiv 2203.08913) and as counted in Table 2 of the
+    Infini-attention paper. The cache of Transformer-XL itself holds the layer's input, so that a gradient still reaches the
+    key and value projections.
     """
 
     gradient_enters_previous = False
 
-    def sees_previous(self, segment_length: int, device: torch.device) -> Tensor:
+    def previous_segment_mask(self, segment_length: int, device: torch.device) -> Tensor:
         return torch.ones(segment_length, segment_length, dtype=torch.bool, device=device)
 
 
 class WindowAttention(PreviousSegmentAttention):
-    """Attention over the segment_length newest tokens, itself included. Gradients reach all of them."""
+    """Sliding window: a token attends to the newest `segment_length` tokens, itself included, with gradients to all of them."""
 
-    def sees_previous(self, segment_length: int, device: torch.device) -> Tensor:
+    def previous_segment_mask(self, segment_length: int, device: torch.device) -> Tensor:
         return torch.ones(segment_length, segment_length, dtype=torch.bool, device=device).triu(1)

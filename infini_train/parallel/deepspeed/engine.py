@@ -1,8 +1,8 @@
-"""DeepSpeed engine: reduce gradients over the data-parallel group, clip them, and step the optimizer.
+"""The model of a stage under DeepSpeed, which reduces gradients over the data-parallel group, clips them and steps AdamW.
 
-The segment pipeline decides when a backward runs; DeepSpeed must neither divide gradients by an accumulation count nor reduce
-before the step. That is `gradient_accumulation_steps` 1 with `managed_gradient_accumulation` false. `overlap_comm` stays off:
-with more than one pipeline stage it gave silently wrong gradients.
+The segment pipeline decides when a backward runs. DeepSpeed must neither divide gradients by an accumulation count nor reduce
+them before the step. This requires `gradient_accumulation_steps` 1 with `managed_gradient_accumulation` false. `overlap_comm`
+stays off: with more than one pipeline stage it silently gave wrong gradients.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from infini_train.config import OptimizerConfig, RunConfig
 from infini_train.model.stage import StageModel
 from infini_train.parallel.deepspeed.gradient_sums import sum_gradients_without_copies
 from infini_train.parallel.deepspeed.learning_rate import learning_rate_factor
-from infini_train.parallel.deepspeed.nonfinite_gradients import UncountedGradients, invalid_norm
+from infini_train.parallel.deepspeed.nonfinite_gradients import UncountedGradients, force_invalid_norm
 from infini_train.parallel.layout import ModelParallelUnit
 from infini_train.runtime import platform
 
 
 def parameter_groups(module: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Return AdamW's groups: matrices with weight decay, norms without, and gates with their own learning rate.
+    """Return AdamW's groups: matrices with weight decay, norms without, and memory gates with their own rate and decay.
 
-    Every stage has the same groups in the same order, because DeepSpeed runs a collective for each.
+    Every stage has the same groups in the same order, because DeepSpeed runs one collective per group.
     """
     matrices, norms, gates = [], [], []
     for name, parameter in module.named_parameters():
@@ -70,22 +70,22 @@ def deepspeed_config(run: RunConfig, rows_per_process: int) -> dict[str, Any]:
         "gradient_clipping": run.optimizer.clip_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        # Otherwise offload requires an Adam that is compiled at the first start. torch's Adam steps on the host too.
+        # Otherwise offload requires DeepSpeed's Adam, which is compiled at the first start. torch's AdamW runs on the host too.
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bfloat16, "immediate_grad_update": bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
-        # In bfloat16 DeepSpeed would round the float32 sums of each process to bfloat16 before it adds them.
+        # In bfloat16 DeepSpeed would round the float32 sums of each process to bfloat16 before reducing them.
         "communication_data_type": "fp32",
         "steps_per_print": None,
-        # Its timer makes the host wait for the device at every forward and step, and nothing reads it.
+        # The throughput timer synchronises host and device before every forward and after every step, and is not used.
         "timers": {"throughput": {"enabled": False}},
     }
 
 
 class GradientCarrier(torch.autograd.Function):
-    """A scalar whose backward hands each output its gradient.
+    """A scalar whose backward passes each output its given gradient.
 
-    DeepSpeed's `backward` takes one scalar; a micro-batch has several outputs (hidden states or loss, and the memory of every
+    DeepSpeed's `backward` takes one scalar. A micro-batch has several outputs (hidden states or loss, and the memory of every
     layer), each with a known gradient.
     """
 
@@ -101,12 +101,11 @@ class GradientCarrier(torch.autograd.Function):
 
 
 def _sum_gradients_over_tensor_group(module: nn.Module) -> None:
-    """Sum gradients of replicated parameters over the tensor group under sequence parallelism.
+    """Register hooks that sum the gradients of replicated parameters over the tensor-parallel group.
 
-    Each tensor rank sees only some positions, so its gradients are partial.
-
-    Megatron-core sums them in `finalize_model_grads`, which DeepSpeed never calls. Hooks on the parameters work under every
-    ZeRO stage, even if a gradient is reduced and freed inside the backward.
+    Under sequence parallelism each tensor-parallel rank processes only some positions, so these gradients are partial.
+    Megatron-core sums them when it finalises gradients, which DeepSpeed never calls. Parameter hooks work with every ZeRO
+    stage, even if a gradient is reduced and freed during the backward.
     """
     group = parallel_state.get_tensor_model_parallel_group()
 
@@ -121,10 +120,12 @@ def _sum_gradients_over_tensor_group(module: nn.Module) -> None:
 
 
 class Engine:
-    """The model of this stage under DeepSpeed's optimizer.
+    """The model of one pipeline stage with DeepSpeed's optimizer.
 
     Args:
-        module: the stage's layers, initialised.
+        module: the stage's layers, with initialised weights.
+        run: the run's configuration.
+        rows_per_process: rows of a micro-batch on this rank.
     """
 
     def __init__(self, module: StageModel, run: RunConfig, rows_per_process: int) -> None:
@@ -145,44 +146,49 @@ class Engine:
         self._clips_itself = run.layout.zero_stage == 0
         self._own_grad_norm = 0.0
         if self._clips_itself:
-            # Without ZeRO, DeepSpeed's clipping ignores replicated parameters of all pipeline stages but the first.
+            # Without ZeRO, DeepSpeed's clipping ignores the replicated parameters of every pipeline stage but the first.
             config["gradient_clipping"] = 0.0
             self.adamw.register_step_pre_hook(self._clip_before_step)
-        with redirect_stdout(StringIO()):  # its bfloat16 optimizer prints the memory use of each parameter group
+        with redirect_stdout(StringIO()):  # DeepSpeed's bfloat16 optimizer prints the memory use of each parameter group
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, optimizer=self.adamw, config=config, mpu=ModelParallelUnit(), dist_init_required=False
             )
         sum_gradients_without_copies(self.deepspeed.optimizer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the module with DeepSpeed's hooks."""
+        """Run the module with DeepSpeed's hooks and return its output."""
         return self.deepspeed(*args, **kwargs)
 
     def backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
         """Back-propagate one micro-batch from all of its outputs at once. Gradients accumulate until `step`."""
         clear = getattr(self.deepspeed.optimizer, "clear_backward_seen_flag", None)
         if clear is not None:
-            # DeepSpeed clears it at each forward, but under a schedule several backwards follow one another. Outputs back-
-            # propagated by torch alone were seen to go wrong without it; through the carrier below they do not.
+            # DeepSpeed clears this flag at each forward, but the schedule runs several backwards in a row. Without clearing,
+            # outputs back-propagated by torch alone gave wrong gradients; with GradientCarrier below they do not.
             clear()
         self.deepspeed.backward(GradientCarrier.apply(gradients, *outputs), scale_wrt_gas=False)
 
     def step(self, step: int) -> float:
-        """Reduce, clip and update.
+        """Reduce and clip gradients and update the weights.
 
-        If a gradient of any process is not finite, weights, moments and Adam's step count stay unchanged on all processes.
+        If any process has a gradient that is not finite, all processes skip the update: weights, moments and Adam's step
+        count stay unchanged.
 
         Args:
-            step: 0-based number of this step, which decides the learning rates.
+            step: 0-based number of this step; it determines the learning rates.
 
         Returns:
-            The global gradient norm before clipping; infinity on all processes if the step was skipped.
+            The global gradient norm before clipping; infinite on all processes if the step was skipped.
         """
         factor = learning_rate_factor(self.run.optimizer, self.run.training.steps, step)
         for group in self.adamw.param_groups:
             group["lr"] = group["peak"] * factor
         self._uncounted_not_finite = self._uncounted.not_finite_anywhere()
-        with invalid_norm(self.deepspeed.optimizer) if self._uncounted_not_finite and not self._clips_itself else nullcontext():
+        with (
+            force_invalid_norm(self.deepspeed.optimizer)
+            if self._uncounted_not_finite and not self._clips_itself
+            else nullcontext()
+        ):
             self.deepspeed.step()
         norm = self._own_grad_norm if self._clips_itself else self.deepspeed.get_global_grad_norm()
         return float(norm)
@@ -206,7 +212,7 @@ class Engine:
         norm = total.sqrt()
         self._own_grad_norm = float(norm)
         if not isfinite(self._own_grad_norm) or self._uncounted_not_finite:
-            # AdamW skips parameters without a gradient: weight, moments and step count stay.
+            # AdamW does not change the weight, moments and step count of a parameter without gradient.
             self._own_grad_norm = inf
             for parameter in self.module.parameters():
                 parameter.grad = None
@@ -218,7 +224,7 @@ class Engine:
 
 
 class InferenceEngine:
-    """The model of this stage without an optimizer, for evaluation and generation."""
+    """The model of one pipeline stage without an optimizer, for evaluation and generation."""
 
     def __init__(self, module: StageModel) -> None:
         self.module = module.eval()

@@ -1,4 +1,4 @@
-"""Float32 sums of gradients over the micro-batches of a window, kept by DeepSpeed."""
+"""Float32 accumulation of gradients over the micro-batches of a step, in DeepSpeed's buffers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from infini_kernels.gradient_sum import add_to_sum
 
 
 def sum_gradients_without_copies(zero: Any) -> None:
-    """Make DeepSpeed's ZeRO optimizer add each micro-batch's gradient to its float32 sum without a copy.
+    """Make DeepSpeed's ZeRO optimizer add bfloat16 gradients to their float32 sums without a float32 copy.
 
-    The result is bit-equal to DeepSpeed's, which first copies the gradient to float32. On an H200, copy and sum took 6% of a
-    training step, because every micro-batch of a window adds to all sums.
+    The result is bitwise equal to DeepSpeed's, which first copies the gradient to float32. On an H200 copy and sum took 6% of
+    a training step, because every micro-batch of a window adds to all sums.
 
     Args:
-        zero: optimizer from `deepspeed.initialize`. Stage 1 in bfloat16 has a class of its own, and another class with an
-            offloaded optimizer. All others sum in the type of the gradients and are left unchanged.
+        zero: the optimizer from `deepspeed.initialize`. Two classes are changed: that of stage 1 in bfloat16, and that of
+            stage 1 in bfloat16 with an offloaded optimizer. All others sum in the dtype of the gradients and stay unchanged.
     """
     if isinstance(zero, BF16_Optimizer):
 

@@ -1,4 +1,4 @@
-"""Learning rate over the steps of a run."""
+"""Learning rate schedule of a run."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from infini_train.config import OptimizerConfig
 def learning_rate_factor(optimizer: OptimizerConfig, total_steps: int, step: int) -> float:
     """Return the learning rate of a step as a fraction of the peak.
 
-    Linear warm-up over `warmup_steps`, then cosine decay to `final_learning_rate_fraction`; or, for `wsd`, the peak until the
-    last `decay_steps` and a linear decay over them. Both reach the final rate with the last step.
+    The rate rises linearly over `warmup_steps`. With `cosine` it then decays to `final_learning_rate_fraction`. With `wsd`
+    (warm-up, stable, decay) it stays at the peak and decays linearly over the last `decay_steps`. Both reach the final rate at
+    the last step.
 
     Args:
-        step: 0-based number of the step that is about to be taken.
+        step: 0-based number of the step.
     """
     final = optimizer.final_learning_rate_fraction
     if step < optimizer.warmup_steps:
         return (step + 1) / optimizer.warmup_steps
     if optimizer.schedule == "wsd":
-        remaining = total_steps - 1 - step  # after this one
+        remaining = total_steps - 1 - step  # steps after this one
         if remaining >= optimizer.decay_steps:
             return 1.0
         return final + (1.0 - final) * remaining / optimizer.decay_steps

@@ -1,8 +1,8 @@
-"""Skip steps whose gradients are not finite.
+"""Detection of gradients that are not finite, so that their step is skipped.
 
-DeepSpeed skips a step whose gradient norm is not finite and clears what that ZeRO stage has accumulated; the norm is reduced
-over all processes, so they skip together. One thing escapes the norm: a parameter that every tensor rank holds is counted on
-the first one only, and a NaN in another rank's copy would reach its weights. This module watches those few vectors.
+DeepSpeed skips a step whose gradient norm is not finite and clears the gradients that its ZeRO stage has accumulated. The norm
+is reduced over all processes, so they skip together. It does not cover one case: a replicated parameter is counted on the first
+tensor-parallel rank only, so a NaN in another rank's copy would enter that rank's weights. This module checks those vectors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from infini_train.runtime import platform
 
 
 class UncountedGradients:
-    """Detect non-finite gradients that this process holds but the gradient norm does not count."""
+    """Check for values that are not finite in the gradients that this rank holds but the gradient norm does not count."""
 
     def __init__(self, module: nn.Module) -> None:
         self.split = parallel_state.get_tensor_model_parallel_world_size() > 1
@@ -28,13 +28,16 @@ class UncountedGradients:
         if parallel_state.get_tensor_model_parallel_rank() > 0:
             for parameter in module.parameters():
                 if not parameter.tensor_model_parallel:  # type: ignore[attr-defined]
-                    parameter.register_hook(self._look)
+                    parameter.register_hook(self._check)
 
-    def _look(self, gradient: Tensor) -> None:
+    def _check(self, gradient: Tensor) -> None:
         self._found += (~torch.isfinite(gradient)).any()
 
     def not_finite_anywhere(self) -> bool:
-        """Return whether any process saw one since the last call. A collective over all processes if tensors are split."""
+        """Return whether any process found such a gradient since the last call.
+
+        This is a collective over all processes if the tensor-parallel size is above 1.
+        """
         if not self.split:
             return False
         dist.all_reduce(self._found)
@@ -44,11 +47,13 @@ class UncountedGradients:
 
 
 @contextmanager
-def invalid_norm(zero_optimizer: Any) -> Iterator[None]:
-    """Make DeepSpeed's optimizer see a gradient norm that is not finite, so that it skips the step.
+def force_invalid_norm(zero_optimizer: Any) -> Iterator[None]:
+    """Make DeepSpeed's optimizer compute a NaN gradient norm within the context, so that it skips the step.
+
+    All processes must enter together, because the norm is not reduced over processes.
 
     Args:
-        zero_optimizer: optimizer of ZeRO stage 1 to 3, or of bfloat16. All processes must enter: it skips the reduction.
+        zero_optimizer: DeepSpeed's optimizer of ZeRO stage 1 to 3, or its bfloat16 optimizer.
     """
     nan = torch.tensor(float("nan"), device=platform.device())
     norms = {"_get_norm_groups": [nan], "scaled_global_norm": nan, "get_grads_for_norm": ([nan], {})}

@@ -1,7 +1,8 @@
 """Float32 master weights and Adam moments by parameter, for every ZeRO stage.
 
-ZeRO keeps them as flat partitions over the data-parallel group. This module converts them to tensors of this process's
-tensor-parallel slice. A checkpoint then names them as the model does, and any stage and data-parallel size can read them.
+ZeRO stores them as flat partitions over the data-parallel group. This module converts them to whole tensors of this rank's
+tensor-parallel slice. A checkpoint can then use the model's parameter names, and a run with another ZeRO stage or
+data-parallel size can load it.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def stepped_tensors(engine: Engine) -> list[Tensor]:
-    """Return the tensors that AdamW steps: parameters, or ZeRO's flat partitions of them."""
+    """Return the tensors that AdamW updates: parameters, or ZeRO's flat partitions of them."""
     if engine.run.layout.zero_stage == 3:
         return list(engine.deepspeed.optimizer.fp32_partitioned_groups_flat)
     return [parameter for group in engine.adamw.param_groups for parameter in group["params"]]
 
 
 def initialize_moments(engine: Engine) -> None:
-    """Create the state that AdamW's first step would create.
+    """Create the AdamW state that its first step would create.
 
-    ZeRO links parameters to the optimizer's state inside the first step, after the first parameter group alone has one; the
-    moments of the other groups would then never be found.
+    ZeRO links parameters to the optimizer state during the first step, when only the first parameter group has a state. It
+    would never find the moments of the other groups.
     """
     for tensor in stepped_tensors(engine):
         device = tensor.device if engine.adamw.defaults["fused"] else torch.device("cpu")
@@ -48,14 +49,13 @@ def initialize_moments(engine: Engine) -> None:
 
 @torch.no_grad()
 def read_optimizer_state(engine: Engine, keep: Container[str] | None = None) -> dict[str, dict[str, Tensor]]:
-    """Return copies of this process's slices in host memory, by kind and parameter name.
-
-    The kinds are "model", "exp_avg" and "exp_avg_sq".
-
-    A collective over the data-parallel group.
+    """Copy this rank's slice of the optimizer state to host memory. This is a collective over the data-parallel group.
 
     Args:
-        keep: names to return; None returns all. The others are gathered too, and freed one by one.
+        keep: parameter names to return; None returns all. Other parameters are gathered too, and freed one by one.
+
+    Returns:
+        Tensors by kind ("model", "exp_avg", "exp_avg_sq") and by parameter name in the module.
     """
     state: dict[str, dict[str, Tensor]] = {"model": {}, **{moment: {} for moment in MOMENTS}}
     for name, parameter in engine.module.named_parameters():
@@ -76,11 +76,11 @@ def _whole(engine: Engine, parameter: torch.nn.Parameter, kind: str) -> Tensor:
 
 @torch.no_grad()
 def write_optimizer_state(engine: Engine, state: dict[str, dict[str, Tensor]], steps_taken: int) -> None:
-    """Write what `read_optimizer_state` returns.
+    """Write an optimizer state in the format of `read_optimizer_state`.
 
     Args:
-        state: the kinds to write; the other kinds stay unchanged.
-        steps_taken: optimizer steps that led to this state; Adam's bias correction counts them.
+        state: the kinds to write, of the three; the others stay unchanged.
+        steps_taken: number of optimizer steps that led to this state, for Adam's bias correction.
     """
     for tensor in stepped_tensors(engine):
         engine.adamw.state[tensor]["step"].fill_(steps_taken)
@@ -101,7 +101,7 @@ def write_optimizer_state(engine: Engine, state: dict[str, dict[str, Tensor]], s
 
 
 def _write_zero3(zero: Any, parameter: Any, values: dict[str, Tensor]) -> None:
-    """ZeRO-3 holds a slice of every parameter; DeepSpeed's own setter fails where the last slice is padded."""
+    """Write this rank's slice of a ZeRO-3 parameter. DeepSpeed's own setter fails if the last slice is padded."""
     for kind, value in values.items():
         key = None if kind == "model" else kind
         partition, _ = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)

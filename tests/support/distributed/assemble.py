@@ -1,4 +1,4 @@
-"""Global tensors from the slices that the ranks of a test return."""
+"""Assembly of global tensors from the slices that the ranks of a test return."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def global_weights(results: list[dict[str, Any]], key: str = "weights") -> dict[str, Tensor]:
-    """Every parameter whole; replicas that should be equal are checked to be."""
+    """Assemble every parameter, and check that its replicas are equal."""
     slices: dict[str, dict[int, Tensor]] = {}
     splits: dict[str, tuple[int | None, int]] = {}
     for result in results:
@@ -23,24 +23,27 @@ def global_weights(results: list[dict[str, Any]], key: str = "weights") -> dict[
             seen[where] = value
             splits[name] = (dim, blocks)
     whole = {}
-    for name, parts in slices.items():
+    for name, by_rank in slices.items():
         dim, blocks = splits[name]
         if dim is None:
-            whole[name] = parts[0]
+            whole[name] = by_rank[0]
             continue
-        chunks = [parts[rank].chunk(blocks, dim=dim) for rank in sorted(parts)]
+        chunks = [by_rank[rank].chunk(blocks, dim=dim) for rank in sorted(by_rank)]
         whole[name] = torch.cat([chunk[block] for block in range(blocks) for chunk in chunks], dim=dim)
     return whole
 
 
 def global_memory(results: list[dict[str, Any]]) -> dict[int, tuple[Tensor, ...]]:
-    """Layer -> (M [rows, G, D, D], z [rows, G, D]), or a rival's fields; counters and memory tokens are no head's."""
-    parts: dict[int, dict[tuple[int, int], tuple[Tensor, ...]]] = {}
+    """Assemble the memory of every layer: (M [rows, G, D, D], z [rows, G, D]), or the fields of a baseline.
+
+    Counters and memory tokens have no head dimension, so every rank returns them whole.
+    """
+    grids: dict[int, dict[tuple[int, int], tuple[Tensor, ...]]] = {}
     for result in results:
         for layer, (row, head, *fields) in result["memory"].items():
-            parts.setdefault(layer, {})[row, head] = tuple(fields)
+            grids.setdefault(layer, {})[row, head] = tuple(fields)
     whole = {}
-    for layer, grid in parts.items():
+    for layer, grid in grids.items():
         rows, heads = max(row for row, _ in grid) + 1, max(head for _, head in grid) + 1
 
         def of_row(row: int, field: int, grid: Any = grid, heads: int = heads, layer: int = layer) -> Tensor:

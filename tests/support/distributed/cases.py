@@ -1,4 +1,4 @@
-"""Layouts and options under which a run must not change, chosen so that every pair of option values meets at least once."""
+"""Layouts and options that must not change a run, chosen so that every pair of option values occurs at least once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from infini_train.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Case:
-    """One way to compute a run."""
+    """A layout and the options that must not change a run."""
 
     tp: int = 1
     cp: int = 1
@@ -22,14 +22,14 @@ class Case:
     zero: int = 1
     sequence_parallel: bool = False
     window: tuple[int, int] = (2, 2)
-    """Segments a micro-batch, micro-batches a window."""
+    """Segments per micro-batch, micro-batches per window."""
     recompute: str = "none"
-    """With a number: so many layers of each chunk."""
+    """`training.recompute`, optionally followed by the number of recomputed layers per chunk."""
     rule: str = "linear"
     ageing: int = 1
-    """Bound of how often an update of the memory counts."""
+    """`training.memory_ageing`: upper bound of the number of times that a memory update is applied."""
     loss_chunk: int = 1024
-    """Positions whose logits exist at one time."""
+    """Number of positions whose logits exist at one time."""
 
     @property
     def processes(self) -> int:
@@ -46,7 +46,7 @@ class Case:
         )
 
     def apply(self, run: RunConfig) -> RunConfig:
-        """The run computed this way."""
+        """Return the run with this layout and these options."""
         segments, micro_batches = self.window
         recompute, _, recomputed = self.recompute.partition(" ")
         return replace(
@@ -73,7 +73,7 @@ class Case:
         )
 
     def reference(self) -> Case:
-        """The same run in one process."""
+        """Return the case that computes the same run in one process."""
         return Case(window=self.window, rule=self.rule, ageing=self.ageing)
 
 
@@ -95,7 +95,7 @@ MAX_PROCESSES = 8
 
 
 def allowed_cases(run: RunConfig) -> list[Case]:
-    """Every combination that the configuration accepts on at most eight processes."""
+    """Return every combination that validation accepts on at most MAX_PROCESSES processes."""
     cases = []
     for values in product(*VALUES.values()):
         case = Case(**dict(zip(VALUES, values, strict=True)))
@@ -114,7 +114,7 @@ def _pairs(case: Case) -> set[tuple[tuple[str, object], ...]]:
 
 
 def pairwise_cases(run: RunConfig) -> list[Case]:
-    """A small list in which every pair of values that some allowed case has appears; smaller process counts are preferred."""
+    """Choose few cases that cover every pair of values of the allowed cases. Smaller process counts are preferred."""
     candidates = sorted(allowed_cases(run), key=lambda case: case.processes)
     missing = set().union(*(_pairs(case) for case in candidates))
     pairs = {case: _pairs(case) for case in candidates}

@@ -1,4 +1,4 @@
-"""Watches a context group's exchange: its bytes, and when it starts and is waited for beside the local attention."""
+"""Recorder of the context-parallel exchange: bytes sent, and the order of its starts and waits and of the local attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from infini_kernels import context_parallel, reference
 @dataclass
 class Record:
     bytes: int = 0
-    """Sent to each process by this one."""
+    """Bytes that this process sends to the others."""
     events: list[str] = field(default_factory=list)
 
 
@@ -30,7 +30,7 @@ class _Work:
 
 
 class _Marked(torch.autograd.Function):
-    """Identity whose backward leaves a mark."""
+    """Identity whose backward records an event."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, record: Record) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random models, batches and layouts that the configuration accepts: what the chosen cases of `cases.py` do not think of."""
+"""Random valid models, batches and layouts, to cover combinations that `cases.py` does not list."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ RIVALS = sorted(set(ATTENTION_VARIANTS) - {"infini"})
 
 @dataclass(frozen=True)
 class RandomCase:
-    """A run on one process, and the same in two layouts, the second of which goes on from the first one's checkpoint."""
+    """A run on one process and in two layouts; the second resumes from the checkpoint of the first."""
 
     one: RunConfig
     first: tuple[RunConfig, int]
-    """With the number of processes."""
+    """The run in the first layout, and its number of processes."""
     second: tuple[RunConfig, int]
+    """The run in the second layout, and its number of processes."""
 
 
 def random_case(base: RunConfig, seed: int) -> RandomCase:
-    """The same case for the same seed."""
+    """Draw a case. The same seed gives the same case."""
     rng = random.Random(seed)
     while True:
         one = _random_run(base, rng)
@@ -44,7 +45,7 @@ def _is_accepted(run: RunConfig, processes: int) -> bool:
 
 
 def _random_run(base: RunConfig, rng: random.Random) -> RunConfig:
-    """A model, a batch and an optimizer; not always one that makes sense."""
+    """Draw a model, a batch and an optimizer. The result may be invalid."""
     any_of = rng.choice
     infini = rng.random() < 0.7
     groups, rule = any_of([1, 2, 2, 3, 4, 4]), any_of(["linear", "delta"])
@@ -91,14 +92,14 @@ def _random_run(base: RunConfig, rng: random.Random) -> RunConfig:
         clip_grad_norm=any_of([0.0, 0.05, 0.5]),
         weight_decay=any_of([0.0, 0.1]),
         gate_weight_decay=any_of([0.0, 0.1]),
-        # Without clipping gradients and their rounding are larger than in the base, and so must ε be.
+        # Without clipping, gradients and their rounding errors are larger than in the base run, so ε must be larger too.
         eps=1e-3,
     )
     return replace(base, model=model, training=training, optimizer=optimizer)
 
 
 def _random_layout(one: RunConfig, rng: random.Random) -> tuple[RunConfig, int]:
-    """The run in one of all layouts that are accepted on a few processes, and on how many."""
+    """Draw a valid layout for the run, and return the run and its number of processes."""
     while True:
         training = replace(
             one.training,
@@ -109,7 +110,7 @@ def _random_layout(one: RunConfig, rng: random.Random) -> tuple[RunConfig, int]:
         candidates = [(replace(one, layout=layout, training=training), processes) for layout, processes in LAYOUTS]
         accepted = [candidate for candidate in candidates if _is_accepted(*candidate)]
         if accepted:
-            # Each split of the model as often as any other, with however many ZeRO stages and rows it goes.
+            # Draw the model split first, so that a split's frequency does not depend on its number of ZeRO stages and rows.
             split = rng.choice(sorted({_split(run.layout) for run, _ in accepted}))
             return rng.choice([candidate for candidate in accepted if _split(candidate[0].layout) == split])
 
@@ -120,7 +121,7 @@ def _split(layout: LayoutConfig) -> tuple[int, ...]:
 
 
 def _layouts() -> Iterator[tuple[LayoutConfig, int]]:
-    """On two processes and more: what is drawn among all would else be the simplest most often."""
+    """Iterate over layouts with at least two processes; otherwise the simplest layouts would be drawn most often."""
     values = product((1, 2, 4), (False, True), (1, 2, 3), (1, 2, 3, 4), (1, 2), range(4), (False, True), (1, 2, 3))
     for tp, sequence_parallel, cp, pp, virtual, zero, offload, dp in values:
         layout = LayoutConfig(

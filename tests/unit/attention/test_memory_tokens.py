@@ -1,4 +1,4 @@
-"""Rivals whose memory is tokens: which key a query sees, and which earlier token reaches which loss."""
+"""Baselines whose memory is tokens: their attention masks, and which earlier tokens influence which loss."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(attention: str) -> RunConfig:
 
 @pytest.mark.parametrize("valid", [1, 3, 4])
 def test_recurrent_memory_is_causal_around_the_segment(valid):
-    seen = build_attention(run("recurrent_memory").model, 1, 2, 1, S).sees(torch.tensor([valid]))[0, 0]
+    seen = build_attention(run("recurrent_memory").model, 1, 2, 1, S).attention_mask(torch.tensor([valid]))[0, 0]
     kinds = ["read"] * P + ["token"] * valid + ["padding"] * (S - valid) + ["write"] * P
     for i, query in enumerate(kinds):
         for j, key in enumerate(kinds):
@@ -46,8 +46,8 @@ def test_recurrent_memory_is_causal_around_the_segment(valid):
 
 
 @pytest.mark.parametrize("valid", [1, 3, 4])
-def test_feedback_sees_the_whole_segment_and_is_seen_by_all(valid):
-    seen = build_attention(run("feedback").model, 1, 2, 1, S).sees(torch.tensor([valid]))[0, 0]
+def test_feedback_attends_to_the_whole_segment_and_all_tokens_attend_to_it(valid):
+    seen = build_attention(run("feedback").model, 1, 2, 1, S).attention_mask(torch.tensor([valid]))[0, 0]
     kinds = ["token"] * valid + ["padding"] * (S - valid) + ["feedback"] * P
     for i, query in enumerate(kinds):
         for j, key in enumerate(kinds):
@@ -83,8 +83,8 @@ def weights_of(config: RunConfig) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("attention", ["recurrent_memory", "feedback"])
-def test_a_token_reaches_the_later_tokens_of_its_document_and_no_other(attention):
-    """Every position has a token id of its own, so the gradient of its embedding says whether it reached a loss."""
+def test_a_token_influences_only_later_tokens_of_its_document(attention):
+    """Every position has a unique token id, so the gradient of its embedding shows whether it influenced a loss."""
     config = run(attention)
     weights = weights_of(config)
     embedding = weights["embedding.word_embeddings.weight"].requires_grad_()
@@ -108,8 +108,8 @@ def test_a_token_reaches_the_later_tokens_of_its_document_and_no_other(attention
             assert bool(reached[earlier]) == expected, (t, earlier)
 
 
-def test_a_row_that_was_emptied_inside_a_document_goes_on_as_one_begins():
-    """As after a skipped step or a rollback, which empty memories of all kinds with zeros."""
+def test_a_row_emptied_inside_a_document_continues_from_the_initial_memory():
+    """A skipped step and a rollback empty memories of all kinds with zeros."""
     initial = torch.randn(P, 8)
     carried = torch.stack([torch.zeros(P, 8), torch.randn(P, 8)])
     seen = []
@@ -127,8 +127,8 @@ def test_a_row_that_was_emptied_inside_a_document_goes_on_as_one_begins():
 
 
 @pytest.mark.parametrize("attention,triangle", [("recurrent_memory", S + 2 * P), ("feedback", S)])
-def test_flops_are_those_of_the_memory_tokens_too(attention, triangle):
-    """Products of matrices are counted while they are computed, and pairs of query and key in the mask."""
+def test_flops_include_the_memory_tokens(attention, triangle):
+    """Matrix products are counted during execution, and query-key pairs in the mask."""
     config = run(attention)
     tokens = torch.zeros(1, N * S, dtype=torch.int64)
     batch = SimpleNamespace(
@@ -138,7 +138,7 @@ def test_flops_are_those_of_the_memory_tokens_too(attention, triangle):
         token_losses(config, weights_of(config), batch, {})
     matrices = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
     model = config.model
-    seen = int(build_attention(model, 1, 2, 1, S).sees(torch.tensor([S])).sum())
-    pairs = seen - triangle / 2  # where attention is causal a token counts itself half
+    seen = int(build_attention(model, 1, 2, 1, S).attention_mask(torch.tensor([S])).sum())
+    pairs = seen - triangle / 2  # under causal attention, a token's pair with itself counts half
     attended = 2 * 2 * model.num_attention_heads * model.head_dim * pairs * N * model.num_layers
     assert training_flops_per_token(config) * N * S == pytest.approx(3 * (matrices + attended))

@@ -1,4 +1,4 @@
-"""Rival attentions against loops over row, head and token in float64: outputs, every gradient, and what is carried on."""
+"""Baseline attentions against loops over row, head and token in float64: outputs, every gradient, and the carried state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from infini_train.model.layer_context import empty_memory
 B, N, S, H, G, D = 2, 5, 3, 4, 2, 6
 T = N * S
 RIVALS = ["window", "transformer_xl", "memorizing", "linear"]
-# Row 0: a document of 7 tokens, one of 5; row 1: goes on, then begins anew at the second segment.
+# Row 0: a document of 7 tokens, then one of 5. Row 1: continues a document; a new one begins at the second segment.
 RESET = torch.tensor([[True, False, False, True, False], [False, True, False, False, False]])
 LENGTHS = torch.tensor([[3, 3, 1, 3, 2], [2, 3, 3, 3, 3]])
 
@@ -49,7 +49,7 @@ def rotated(x: Tensor, position: int, base: float) -> Tensor:
 
 
 def documents(row: int) -> list[list[int]]:
-    """Places in the call of the tokens of each document."""
+    """Return the token positions of each document in a row."""
     found: list[list[int]] = [[]]
     for segment in range(N):
         if RESET[row, segment]:
@@ -67,7 +67,7 @@ def segments_of(document: list[int]) -> list[int]:
 
 
 def near(q: Tensor, k: Tensor, v: Tensor, document: list[int], t: int, base: float, *, window: bool) -> Tensor:
-    """A token's attention over its own and the previous segment; t counts the document's tokens."""
+    """Compute a token's attention over its own and the previous segment; t is the token's index in its document."""
     segment, keys, values = document[t] // S, [], []
     for s in range(t + 1):
         other = document[s] // S
@@ -134,7 +134,7 @@ def leaves(rival, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     return [q, k, v, *rival.parameters()]
 
 
-def test_outputs_and_gradients_are_the_oracles(rival):
+def test_outputs_and_gradients_equal_the_oracle(rival):
     q, k, v = drawn()
     out, _ = rival(q, k, v, reset=RESET, lengths=LENGTHS, memory=None)
     expected = oracle(rival.model, q, k, v, getattr(rival, "gate", None))
@@ -147,28 +147,28 @@ def test_outputs_and_gradients_are_the_oracles(rival):
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
-def test_micro_batches_carry_on_what_one_call_computes(rival, cut):
+def test_two_micro_batches_equal_one_call(rival, cut):
     q, k, v = drawn(2)
     whole, leaving = rival(q, k, v, reset=RESET, lengths=LENGTHS, memory=None)
-    parts, memory = [], None
+    outputs, memory = [], None
     for start, end in ((0, cut), (cut, N)):
         token = slice(start * S, end * S)
         segment = slice(start, end)
         out, memory = rival(
             q[:, token], k[:, token], v[:, token], reset=RESET[:, segment], lengths=LENGTHS[:, segment], memory=memory
         )
-        parts.append(out)
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+        outputs.append(out)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
     for mine, other in zip(memory, leaving, strict=True):
         torch.testing.assert_close(mine, other)
-    # Gradients through what is carried are those of the one call.
-    ours = gradients(torch.cat(parts, dim=1).square().sum(), leaves(rival, q, k, v))
+    # Gradients through the carried state equal those of the single call.
+    ours = gradients(torch.cat(outputs, dim=1).square().sum(), leaves(rival, q, k, v))
     theirs = gradients(whole.square().sum(), leaves(rival, q, k, v))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
 
 
-def test_a_call_leaves_the_memory_that_it_was_given_alone(rival):
+def test_forward_does_not_modify_its_incoming_memory(rival):
     q, k, v = drawn(3)
     _, memory = rival(q, k, v, reset=RESET, lengths=LENGTHS, memory=None)
     memory = detached(memory)
@@ -178,7 +178,7 @@ def test_a_call_leaves_the_memory_that_it_was_given_alone(rival):
         assert torch.equal(mine, other)
 
 
-def test_streaming_gives_the_same(rival):
+def test_streaming_equals_one_call(rival):
     q, k, v = (x.detach() for x in drawn(4))
     none = torch.zeros(B, N, dtype=torch.bool)
     expected, _ = rival(q, k, v, reset=none, lengths=torch.full((B, N), S), memory=None)
@@ -192,7 +192,7 @@ def test_streaming_gives_the_same(rival):
     torch.testing.assert_close(torch.cat(got, dim=1), expected.detach())
 
 
-def test_what_is_carried_has_the_declared_shape_and_size(rival):
+def test_carried_state_has_the_declared_shape_and_size(rival):
     q, k, v = (x.float().detach() for x in drawn(5))
     single = build_attention(rival.model, 1, H, G, T)
     _, memory = single(q, k, v, reset=RESET, lengths=LENGTHS, memory=None)
@@ -200,7 +200,7 @@ def test_what_is_carried_has_the_declared_shape_and_size(rival):
     assert type(memory) is type(empty)
     for mine, declared in zip(memory, empty, strict=True):
         assert mine.shape == declared.shape and mine.dtype == declared.dtype
-    numbers = sum(part[0].numel() for part in memory if part.is_floating_point())
+    numbers = sum(field[0].numel() for field in memory if field.is_floating_point())
     assert state_numbers(rival.model) == numbers
 
 
@@ -219,18 +219,18 @@ SIZES: dict[str, Callable[[int], int]] = {
 
 @pytest.mark.parametrize("attention", SIZES)
 @pytest.mark.parametrize("layers", [1, 4])
-def test_state_sizes_are_those_of_the_papers_table(attention, layers):
+def test_state_sizes_equal_the_papers_table(attention, layers):
     assert state_numbers(model(attention, num_layers=layers)) == SIZES[attention](layers)
 
 
-def test_running_sums_with_the_same_bits_are_the_same_sums() -> None:
+def test_deterministic_running_sum_equals_cumsum() -> None:
     x = torch.randn(2, 3, 37, 5, dtype=torch.float64)
     torch.testing.assert_close(running_sum(x, same_bits=True), running_sum(x, same_bits=False), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("attention", ATTENTION_VARIANTS)
-def test_a_run_names_fast_attention_where_it_takes_it(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_description_names_the_attention_kernel_in_use(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "local_attention_choice", lambda *_: "flash_attn 2.8.3")
-    words = kernels.kernels_in_words(ModelConfig(attention=attention), torch.bfloat16, torch.device("cpu"))
-    takes = attention in ("infini", "local", "full")
-    assert words.startswith("attention: flash_attn 2.8.3" if takes else f"attention: PyTorch {torch.__version__}")
+    description = kernels.describe_kernels(ModelConfig(attention=attention), torch.bfloat16, torch.device("cpu"))
+    uses_kernel = attention in ("infini", "local", "full")
+    assert description.startswith("attention: flash_attn 2.8.3" if uses_kernel else f"attention: PyTorch {torch.__version__}")

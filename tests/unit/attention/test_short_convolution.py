@@ -1,4 +1,4 @@
-"""The convolution over queries and keys against its definition, in float64 at odd sizes."""
+"""The convolution over queries and keys against its definition, in float64 and at odd sizes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def drawn(heads: int, seed: int = 1) -> torch.Tensor:
 
 
 def filtered(x: torch.Tensor, weight: torch.Tensor, delay: int, reset: torch.Tensor, reach: str) -> torch.Tensor:
-    """Number by number: out[t] = Σ_i weight[i] x[t - delay - (W - 1 - i)], over tokens of the same segment or document."""
+    """Compute out[t] = Σ_i weight[i] x[t - delay - (W - 1 - i)] over tokens of the same segment or document, in plain loops."""
     width = weight.shape[-1]
     rows = []
     for row in range(x.shape[0]):
@@ -76,7 +76,7 @@ def test_outputs_and_gradients(convolution, reach, heads, resets):
         torch.testing.assert_close(mine, other)
 
 
-def test_a_last_segment_that_is_short(convolution):
+def test_a_short_last_segment(convolution):
     q, k = drawn(2 * G).detach(), drawn(G, seed=2).detach()
     tokens = 2 * S + 3
     short, whole = convolution(q[:, :tokens], k[:, :tokens], NO_RESET), convolution(q, k, NO_RESET)
@@ -85,31 +85,31 @@ def test_a_last_segment_that_is_short(convolution):
 
 
 @pytest.mark.parametrize("reset_between", [False, True])
-def test_micro_batches_give_what_one_call_does(convolution, reach, reset_between):
-    """Outputs, the tail that leaves and, through the tail between them, every gradient."""
+def test_two_micro_batches_equal_one_call(convolution, reach, reset_between):
+    """Outputs, the final tail and, through the tail between the micro-batches, every gradient are equal."""
     q, k, cut = drawn(2 * G), drawn(G, seed=2), 2 * S
     reset = NO_RESET.clone()
     reset[0, 2] = reset_between
     whole = convolution(q, k, reset)
     first = convolution(q[:, :cut], k[:, :cut], reset[:, :2])
     second = convolution(q[:, cut:], k[:, cut:], reset[:, 2:], first[2])
-    parts = [torch.cat(both, dim=1) for both in zip(first[:2], second[:2], strict=True)]
+    joined = [torch.cat(both, dim=1) for both in zip(first[:2], second[:2], strict=True)]
     if reach == "document":
         assert whole[2].shape == (B, *ShortConvolution.carried(replace(MODEL, short_convolution=convolution.width)).shape)
-        parts.append(second[2])
+        joined.append(second[2])
     whole = [each for each in whole if each is not None]
-    for mine, other in zip(parts, whole, strict=True):
+    for mine, other in zip(joined, whole, strict=True):
         torch.testing.assert_close(mine, other)
 
     def gradients(outputs):
         return torch.autograd.grad(sum((out * out.sin()).sum() for out in outputs), (q, k, convolution.weight))
 
-    for mine, other in zip(gradients(parts), gradients(whole), strict=True):
+    for mine, other in zip(gradients(joined), gradients(whole), strict=True):
         torch.testing.assert_close(mine, other)
 
 
 @pytest.mark.parametrize("sizes", [(1,) * S, (3, 1, 3), (S,), (2, 5)], ids=str)
-def test_chunks_of_a_stream_give_the_same(convolution, sizes):
+def test_streaming_in_chunks_equals_one_call(convolution, sizes):
     q, k = drawn(2 * G).detach(), drawn(G, seed=2).detach()
     expected = convolution(q, k, NO_RESET)[:2]
     tail, got, start = convolution.empty_tail(B, 2 * G, torch.float64, torch.device("cpu")), [], 0
@@ -118,12 +118,12 @@ def test_chunks_of_a_stream_give_the_same(convolution, sizes):
         mixed_q, mixed_k, tail = convolution.step(q[:, chunk], k[:, chunk], tail)
         got.append((mixed_q, mixed_k))
         start += size
-    for mine, other in zip((torch.cat(parts, dim=1) for parts in zip(*got, strict=True)), expected, strict=True):
+    for mine, other in zip((torch.cat(chunks, dim=1) for chunks in zip(*got, strict=True)), expected, strict=True):
         torch.testing.assert_close(mine, other.detach())
 
 
 def test_equal_words_have_equal_queries_and_keys(convolution):
-    """What it is for: where queries and keys are made alike, a token is found by the words before it, wherever they stand."""
+    """With equal inputs for queries and keys, the words before a token retrieve it at every position."""
     width = convolution.width
     words, answer = drawn(G).detach()[:, :width], drawn(G, seed=3).detach()[:, :1]
     x = drawn(G, seed=4).detach()
@@ -132,12 +132,12 @@ def test_equal_words_have_equal_queries_and_keys(convolution):
     torch.testing.assert_close(q[:, S + width - 1], k[:, width])
 
 
-def test_queries_and_keys_keep_their_size_at_the_start():
+def test_initial_filters_keep_the_scale_of_queries_and_keys():
     name = "decoder.layers.0.self_attention.core_attention.short_convolution.weight"
     drawn = initial_value(ParameterPlacement(name, (4, 64, 9), 0, 1, 0, 1), ModelConfig(init_std=0.02), seed=0)
     assert float(drawn.std()) == pytest.approx(1 / 3, rel=0.05)
 
 
 @pytest.mark.parametrize("width", [0, 8])
-def test_a_runs_self_test_has_one_if_the_run_does(width):
+def test_the_self_test_uses_a_convolution_if_the_run_does(width):
     assert (tiny_run(RunConfig(model=ModelConfig(short_convolution=width)), 1).model.short_convolution > 0) == (width > 0)

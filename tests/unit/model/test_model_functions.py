@@ -1,4 +1,4 @@
-"""The model's own backward passes against those of plain torch, and what they keep."""
+"""The model's custom backward passes against plain torch, and the tensors that they save."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ def plain_swiglu(x: Tensor) -> Tensor:
 
 
 def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    """The output, and the gradient of each input for a fixed gradient of the output."""
+    """Return the output, and the gradient of each input for a fixed gradient of the output."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     out = function(*leaves)
     towards = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
@@ -40,7 +40,7 @@ def our_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_norm_and_its_gradients_are_torchs(dtype: torch.dtype, tolerance: float) -> None:
+def test_norm_and_its_gradients_equal_torch(dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(3, 2, 65, dtype=dtype), torch.rand(65, dtype=dtype) + 0.5
     x[0, 0] = 0
@@ -52,7 +52,7 @@ def test_norm_and_its_gradients_are_torchs(dtype: torch.dtype, tolerance: float)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_swiglu_and_its_gradient_are_torchs(dtype: torch.dtype, tolerance: float) -> None:
+def test_swiglu_and_its_gradient_equal_torch(dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 2, 130, dtype=dtype)
     expected = gradients(plain_swiglu, x.to(torch.promote_types(dtype, torch.float32)))
@@ -62,14 +62,14 @@ def test_swiglu_and_its_gradient_are_torchs(dtype: torch.dtype, tolerance: float
 
 
 @pytest.mark.parametrize("strided", [False, True])
-def test_swiglu_takes_parts_of_larger_tensors(strided: bool) -> None:
+def test_swiglu_accepts_views_of_larger_tensors(strided: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 4, 12, dtype=torch.float64)
     x = x.transpose(0, 1) if strided else x[..., 2:]
     assert torch.autograd.gradcheck(SwiGLU.apply, x.detach().requires_grad_())
 
 
-def test_their_backward_keeps_what_came_in_and_little_else() -> None:
+def test_backward_saves_the_input_and_little_else() -> None:
     kept: list[Tensor] = []
 
     def keep(x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def test_their_backward_keeps_what_came_in_and_little_else() -> None:
 
 
 def bfloat16_optimizer(parameter: nn.Parameter) -> BF16_Optimizer:
-    """As much of DeepSpeed's optimizer of stage 1 as a sum takes."""
+    """Return DeepSpeed's stage 1 optimizer with only the fields that gradient sums need."""
     zero = BF16_Optimizer.__new__(BF16_Optimizer)
     zero.autoep_folding_tp_group = None
     zero.fp32_groups_gradients = [[torch.zeros(parameter.numel())]]
@@ -93,7 +93,7 @@ def bfloat16_optimizer(parameter: nn.Parameter) -> BF16_Optimizer:
     return zero
 
 
-def test_gradients_are_summed_to_the_bit_as_deepspeed_sums_them() -> None:
+def test_gradient_sums_equal_deepspeed_bitwise() -> None:
     torch.manual_seed(3)
     parameters = [nn.Parameter(torch.zeros(7, 5, dtype=torch.bfloat16)) for _ in range(2)]
     ours, theirs = (bfloat16_optimizer(parameter) for parameter in parameters)
@@ -105,13 +105,13 @@ def test_gradients_are_summed_to_the_bit_as_deepspeed_sums_them() -> None:
             zero._update_hp_grad(parameter, 0, 0, clear_lp_grads=number == 3)
             assert zero.fp32_groups_has_gradients == [[True]] and parameter._hp_grad is zero.fp32_groups_gradients[0][0]
             assert not parameter.grad.any() if number == 3 else torch.equal(parameter.grad, gradient)
-    parameters[0].grad = None  # as where a parameter took no part
+    parameters[0].grad = None  # as for a parameter that the micro-batch did not use
     ours._update_hp_grad(parameters[0], 0, 0, clear_lp_grads=False)
     assert theirs.fp32_groups_gradients[0][0].any()
     torch.testing.assert_close(ours.fp32_groups_gradients, theirs.fp32_groups_gradients, rtol=0, atol=0)
 
 
-def test_gradients_of_an_offloaded_optimizer_are_summed_to_the_bit_as_deepspeed_sums_them() -> None:
+def test_gradient_sums_of_an_offloaded_optimizer_equal_deepspeed_bitwise() -> None:
     torch.manual_seed(3)
     parameters = [nn.Parameter(torch.zeros(7, 5, dtype=torch.bfloat16)) for _ in range(2)]
     zeros = [DeepSpeedZeroOptimizer.__new__(DeepSpeedZeroOptimizer) for _ in parameters]
@@ -125,19 +125,19 @@ def test_gradients_of_an_offloaded_optimizer_are_summed_to_the_bit_as_deepspeed_
             parameter.grad = gradient.clone()
             zero._fill_param_grad_accum_attribute(parameter)
             assert parameter.grad is None
-    zeros[0]._fill_param_grad_accum_attribute(parameters[0])  # no gradient this time
+    zeros[0]._fill_param_grad_accum_attribute(parameters[0])  # this call has no gradient
     sums = [parameter.grad_accum for parameter in parameters]  # type: ignore[attr-defined]
     assert sums[0].dtype == torch.float32 and sums[1].any()
     torch.testing.assert_close(sums[0], sums[1], rtol=0, atol=0)
 
 
-def test_no_other_optimizer_is_touched() -> None:
+def test_other_optimizers_are_not_changed() -> None:
     other = SimpleNamespace()
     sum_gradients_without_copies(other)
     assert not vars(other)
 
 
-def test_weights_drawn_by_several_threads_are_those_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_drawn_by_several_threads_depend_on_their_names_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     module = nn.ModuleDict({name: nn.Linear(5, 7 + number, bias=False) for number, name in enumerate("abcdefg")})
     placements = {
@@ -150,8 +150,8 @@ def test_weights_drawn_by_several_threads_are_those_of_their_names(monkeypatch: 
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(6, 2), (3, 3), (4, 1)])
-def test_heads_are_split_as_by_megatron(heads: int, groups: int) -> None:
-    """Of each group its query heads, then a key head and a value head."""
+def test_heads_are_split_as_in_megatron(heads: int, groups: int) -> None:
+    """Each group holds its query heads, then one key head and one value head."""
     T, B, D, share = 5, 2, 4, heads // groups
     mixed = torch.randn(T, B, (heads + 2 * groups) * D, generator=torch.Generator().manual_seed(0))
 
@@ -166,5 +166,5 @@ def test_heads_are_split_as_by_megatron(heads: int, groups: int) -> None:
         generator = torch.Generator().manual_seed(1)
         towards = [torch.randn(x.shape, generator=generator) for x in outputs]
         results.append([*outputs, *torch.autograd.grad(outputs, leaf, towards)])
-        results[-1] += torch.autograd.grad(split(leaf)[1].sum(), leaf)  # of keys alone
+        results[-1] += torch.autograd.grad(split(leaf)[1].sum(), leaf)  # gradient through the keys only
     torch.testing.assert_close(*results, rtol=0, atol=0)

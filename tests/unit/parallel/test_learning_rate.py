@@ -1,4 +1,4 @@
-"""Learning-rate schedules."""
+"""Learning rate schedules."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def test_no_warm_up():
 
 
 @pytest.mark.parametrize("total,warmup", [(100, 99), (100, 98), (1, 0)])
-def test_the_last_step_has_the_final_rate_however_late_the_decay_begins(total, warmup):
+def test_the_last_step_has_the_final_rate_even_if_the_decay_starts_late(total, warmup):
     optimizer = OptimizerConfig(warmup_steps=warmup, final_learning_rate_fraction=0.1)
     assert learning_rate_factor(optimizer, total, total - 1) == pytest.approx(0.1)

@@ -1,4 +1,4 @@
-"""The segment schedule as a pure function: order, dependencies and links between devices, live micro-batches, bubble."""
+"""The segment schedule: order, dependencies, links between devices, live micro-batches, and bubble."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from infini_train.parallel.schedule import Operation, backward_order, pipeline_bubble, segment_schedule
 
 SIZES = [(1, 1, 1), (1, 8, 4), (2, 8, 8), (2, 5, 2), (3, 7, 3), (4, 16, 4), (4, 3, 8), (8, 64, 16), (16, 40, 1)]
-"""(P devices, N micro-batches, W micro-batches a window)"""
+"""(P devices, N micro-batches, W micro-batches per window)"""
 
 CHUNKED_SIZES = [
     *SIZES,
@@ -18,7 +18,7 @@ CHUNKED_SIZES = [
     (4, 16, 16),  # a window as long as the stream
     (4, 24, 6),  # P does not divide W
     (4, 24, 3),  # W does not divide P
-    (4, 22, 6),  # the last window is a block of its own
+    (4, 22, 6),  # the last window forms its own block
     (4, 21, 6),  # the last window is shorter than P and joins a block
     (4, 23, 3),  # several windows join blocks
     (2, 7, 5),
@@ -31,17 +31,19 @@ CHUNKED_SIZES = [
 class Run:
     time: int
     most_live: list[int]
-    """By device: the most pairs of micro-batch and chunk between their forward and their backward."""
+    """By device: the maximum number of pairs of micro-batch and chunk between their forward and their backward."""
 
 
 def simulate(
     devices: int, micro_batches: int, window: int, chunks: int = 1, forward_time: int = 1, backward_time: int = 1
 ) -> Run:
-    """Run every device's list strictly in order. Sends are buffered, receives block, and the hidden states from one device to
-    another travel through one queue, the gradients through another: what comes out must be what the operation needs.
+    """Simulate all devices, each running its operations strictly in order.
 
-    Fails on a deadlock, on a queue whose ends disagree, on a backward before its forward, on a forward without the memory and
-    on a backward without the memory's gradient.
+    Sends are buffered and receives block. Between two devices there is one queue for hidden states and one for gradients. The
+    next message in the queue must be the input of the operation.
+
+    The simulation fails on a deadlock, on a queue whose two ends use different orders, on a backward before its forward, on a
+    forward before its memory and on a backward before its memory gradient.
     """
     lists = [segment_schedule(devices, device, micro_batches, window, virtual_stages=chunks) for device in range(devices)]
     last = devices * chunks - 1
@@ -64,16 +66,16 @@ def simulate(
                 if not queue:
                     break
                 *message, arrival = queue.popleft()
-                assert message == [virtual, index], "the ends of a link disagree"
+                assert message == [virtual, index], "the two ends of a link use different orders"
                 clock[device] = max(clock[device], arrival)
             if forward:
-                assert index == 0 or forward_done[virtual][index - 1], "the memory is not there"
+                assert index == 0 or forward_done[virtual][index - 1], "a forward before its memory"
                 forward_done[virtual][index] += 1
             else:
                 assert forward_done[virtual][index], "a backward before its forward"
                 following = index + 1
                 if following % window and following < micro_batches:
-                    assert backward_done[virtual][following], "the memory's gradient is not there"
+                    assert backward_done[virtual][following], "a backward before its memory gradient"
                 backward_done[virtual][index] += 1
             clock[device] += forward_time if forward else backward_time
             live[device] += step
@@ -83,19 +85,21 @@ def simulate(
                 queues[operation.kind, device].append((virtual + step, index, clock[device]))
                 runnable.append((device + step) % devices)
     assert position == [len(operations) for operations in lists], "deadlock"
-    assert not any(queues.values()), "a message that nobody takes"
-    assert all(set(done) == {1} for done in forward_done + backward_done), "not each micro-batch once"
+    assert not any(queues.values()), "a message was never received"
+    assert all(set(done) == {1} for done in forward_done + backward_done), "a micro-batch did not run exactly once"
     return Run(max(clock), most_live)
 
 
 def ideal_time(devices: int, micro_batches: int, chunks: int = 1) -> int:
-    """In operations of one chunk, forward and backward alike: from below, by the work of the last device and the way to it and
-    back, and by the work of the last virtual stage and the way to it and back."""
+    """Return a lower bound of the time in chunk operations, if forward and backward take equal time.
+
+    It is the larger of two bounds: the work of the last device, or of the last virtual stage, plus the path to it and back.
+    """
     return 2 * max(chunks * micro_batches + devices - 1, chunks * devices + micro_batches - 1)
 
 
 def parse(text: str) -> list[Operation]:
-    """`F3.1` is the forward of micro-batch 3 on chunk 1, `B3` the backward of micro-batch 3 on chunk 0."""
+    """Parse operations: `F3.1` is the forward of micro-batch 3 on chunk 1, `B3` the backward of micro-batch 3 on chunk 0."""
     operations = []
     for word in text.split():
         micro_batch, _, chunk = word[1:].partition(".")
@@ -120,17 +124,21 @@ def test_each_micro_batch_once_in_the_documented_order_on_every_virtual_stage(de
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 @pytest.mark.parametrize("devices,micro_batches,window", CHUNKED_SIZES)
 def test_both_ends_of_every_link_transfer_in_the_same_order(devices, micro_batches, window, chunks):
-    """The link from the last device back to the first is one of them; one device has a link to itself."""
+    """The links include the one from the last device back to the first. A single device has a link to itself."""
     lists = [segment_schedule(devices, device, micro_batches, window, virtual_stages=chunks) for device in range(devices)]
 
     def transfers(device: int, kind: str, step: int) -> list[tuple[int, int]]:
-        """(virtual stage that takes it, micro-batch); step: from the operation's virtual stage to the one that takes it."""
+        """Return pairs (receiving virtual stage, micro-batch).
+
+        Args:
+            step: difference between the receiving virtual stage and the operation's virtual stage.
+        """
         taken = [
             (operation.chunk * devices + device + step, operation.micro_batch)
             for operation in lists[device]
             if operation.kind == kind
         ]
-        ends = (0,) if kind == "forward" else (devices * chunks - 1,)  # take their input from no link
+        ends = (0,) if kind == "forward" else (devices * chunks - 1,)  # these receive nothing over a link
         return [pair for pair in taken if 0 <= pair[0] < devices * chunks and not (step == 0 and pair[0] in ends)]
 
     messages = 0
@@ -143,7 +151,7 @@ def test_both_ends_of_every_link_transfer_in_the_same_order(devices, micro_batch
     assert messages == (devices * chunks - 1) * micro_batches
 
 
-def test_backwards_ascend_by_window_and_descend_inside():
+def test_backwards_run_in_window_order_and_in_reverse_within_a_window():
     assert backward_order(8, 4) == [3, 2, 1, 0, 7, 6, 5, 4]
     assert backward_order(5, 3) == [2, 1, 0, 4, 3]
 
@@ -157,7 +165,7 @@ def test_the_lists_of_two_devices_in_full():
     assert segment_schedule(2, 1, 4, 2, virtual_stages=2) == parse(
         "F0.0 F1.0 F0.1 F1.1 B1.1 F2.0 B0.1 F3.0 B1.0 F2.1 B0.0 F3.1 B3.1 B2.1 B3.0 B2.0"
     )
-    # Groups stay small in a long window: a hidden state that goes from the last device to the first is soon taken.
+    # Groups stay small in a long window, so the first device soon receives the hidden states of the last device.
     assert segment_schedule(2, 1, 4, 4, virtual_stages=2) == parse(
         "F0.0 F1.0 F0.1 F1.1 F2.0 F3.0 F2.1 F3.1 B3.1 B2.1 B3.0 B2.0 B1.1 B0.1 B1.0 B0.0"
     )
@@ -165,7 +173,7 @@ def test_the_lists_of_two_devices_in_full():
 
 @pytest.mark.parametrize("devices,micro_batches,window", CHUNKED_SIZES)
 def test_one_chunk_is_the_plain_schedule(devices, micro_batches, window):
-    """Written as the paper's figures are: a count of forwards, then pairs, then backwards."""
+    """The expected order is warm-up forwards, then pairs of forward and backward, then the remaining backwards."""
     for device in range(devices):
         warmup = min(micro_batches, devices - device - 1 + min(window, micro_batches) - 1)
         backwards = [Operation("backward", index) for index in backward_order(micro_batches, window)]
@@ -195,11 +203,11 @@ def test_live_micro_batches_do_not_depend_on_the_streams_length(devices, micro_b
         (4, 160, 160, 160),
         (4, 24, 6, 6),
         (4, 24, 3, 6),
-        (4, 22, 6, 6),  # 4 are left over: a block
-        (4, 21, 6, 9),  # 3 are left over: with the window before
+        (4, 22, 6, 6),  # the 4 remaining micro-batches form a block
+        (4, 21, 6, 9),  # the 3 remaining micro-batches join the previous window
         (4, 201, 6, 9),
-        (4, 20, 3, 8),  # 2 are left over
-        (8, 23, 2, 12),  # 7 are left over: windows shared out over blocks of 12 and 11
+        (4, 20, 3, 8),  # 2 micro-batches remain
+        (8, 23, 2, 12),  # 7 micro-batches remain: the windows form blocks of 12 and 11
         (4, 3, 2, 3),
         (1, 9, 2, 2),
     ],
@@ -212,7 +220,7 @@ def test_live_chunks_are_bounded_by_the_largest_block(devices, micro_batches, wi
 
 @pytest.mark.parametrize("devices,micro_batches", [(2, 8), (4, 16), (8, 64), (16, 40)])
 def test_bubble_equals_the_formula_for_windows_of_one(devices, micro_batches):
-    """With equal forwards and backwards, the time is 2 N plus a bubble of 2 (P - 1)."""
+    """If forwards and backwards take equal time, the total time is 2 N plus a bubble of 2 (P - 1)."""
     assert simulate(devices, micro_batches, 1).time == 2 * (micro_batches + devices - 1)
 
 
@@ -226,21 +234,19 @@ def test_a_window_adds_no_bubble(window):
     "devices,micro_batches,window", [(2, 8, 4), (4, 16, 1), (4, 16, 5), (4, 17, 6), (4, 4, 4), (8, 40, 40)]
 )
 def test_chunks_divide_the_bubble(devices, micro_batches, window, chunks):
-    """A chunk's operation is 1/v of a stage's: in chunk operations, 2 v N of work and still a bubble of 2 (P - 1)."""
+    """A chunk operation takes 1/v of a stage's. In chunk operations, the work is 2 v N and the bubble is still 2 (P - 1)."""
     assert simulate(devices, micro_batches, window, chunks).time == 2 * (chunks * micro_batches + devices - 1)
 
 
 @pytest.mark.parametrize("forward_time,backward_time", [(1, 1), (1, 2)])
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 @pytest.mark.parametrize("devices,micro_batches,window", CHUNKED_SIZES)
-def test_runs_without_deadlock_with_every_gradient_and_as_fast_as_can_be(
-    devices, micro_batches, window, chunks, forward_time, backward_time
-):
+def test_runs_without_deadlock_and_reaches_the_ideal_time(devices, micro_batches, window, chunks, forward_time, backward_time):
     time = simulate(devices, micro_batches, window, chunks, forward_time, backward_time).time
     assert 2 * time == (forward_time + backward_time) * ideal_time(devices, micro_batches, chunks)
 
 
-def test_every_small_size_is_as_fast_as_can_be_and_bounded():
+def test_every_small_size_reaches_the_ideal_time_within_the_memory_bound():
     for devices in range(1, 6):
         for micro_batches in range(1, 14):
             for window in range(1, micro_batches + 2):
@@ -259,7 +265,7 @@ def test_every_small_size_is_as_fast_as_can_be_and_bounded():
 
 
 def test_a_large_run_has_the_documented_bubble_and_memory():
-    """A stream of 8 million tokens in micro-batches of 2048 on 64 devices."""
+    """Simulate a stream of 8 million tokens in micro-batches of 2048 tokens on 64 devices."""
     devices, micro_batches, window = 64, 4096, 512
     run = simulate(devices, micro_batches, window)
     assert run.time == 2 * (micro_batches + devices - 1)

@@ -1,4 +1,4 @@
-"""What is decided before anything else starts."""
+"""Platform set-up: device selection, determinism settings and the kernel cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_more_processes_than_gpus_are_refused(rank, processes, fits, monkeypatch
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     if fits:
-        for setting in ("allow_tf32", "deterministic"):  # given back at the end
+        for setting in ("allow_tf32", "deterministic"):  # monkeypatch restores them
             monkeypatch.setattr(torch.backends.cudnn, setting, getattr(torch.backends.cudnn, setting))
         platform.install()
         assert chosen == [0]
@@ -35,10 +35,10 @@ def test_more_processes_than_gpus_are_refused(rank, processes, fits, monkeypatch
 
 
 @pytest.mark.parametrize("cuda", [True, False])
-def test_equal_bits_are_asked_for_on_cuda_alone(cuda, monkeypatch):
+def test_deterministic_algorithms_are_required_on_cuda_only(cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # given back at the end
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # monkeypatch restores it
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
         platform.set_deterministic(True)
@@ -46,7 +46,7 @@ def test_equal_bits_are_asked_for_on_cuda_alone(cuda, monkeypatch):
         assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ, "it costs the host time at every matrix product"
         monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.10.1+cu128"))
         platform.set_deterministic(True)
-        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is cuda, "which PyTorch 2.10 asks for"
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is cuda, "PyTorch 2.10 requires it"
         platform.set_deterministic(False)
         assert not torch.are_deterministic_algorithms_enabled()
     finally:
@@ -56,49 +56,47 @@ def test_equal_bits_are_asked_for_on_cuda_alone(cuda, monkeypatch):
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # given back at the end
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # monkeypatch restores it
     monkeypatch.delenv("TRITON_CACHE_DIR")
     return tmp_path / f"triton-{os.getuid()}"
 
 
 def test_compiled_kernels_stay_on_this_machine(temporary, monkeypatch):
-    for _ in range(2):  # the second time it is there
-        platform.cache_kernels_on_this_machine()
+    for _ in range(2):  # at the second call the folder exists
+        platform.use_local_kernel_cache()
         assert os.environ.pop("TRITON_CACHE_DIR") == str(temporary)
     assert temporary.stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
-    platform.cache_kernels_on_this_machine()
+    platform.use_local_kernel_cache()
     assert os.environ["TRITON_CACHE_DIR"] == "/mine"
 
 
-def make_others_can_write(folder):
+def make_world_writable(folder):
     folder.mkdir()
     folder.chmod(0o777)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda folder: folder.symlink_to("/tmp"), lambda folder: folder.touch(), make_others_can_write]
-)
-def test_kernels_that_others_may_have_put_there_are_not_run(make, temporary):
+@pytest.mark.parametrize("make", [lambda folder: folder.symlink_to("/tmp"), lambda folder: folder.touch(), make_world_writable])
+def test_a_cache_folder_that_others_can_write_is_not_used(make, temporary):
     make(temporary)
-    platform.cache_kernels_on_this_machine()
+    platform.use_local_kernel_cache()
     assert "TRITON_CACHE_DIR" not in os.environ
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
-def test_kernels_of_another_user_are_not_run(temporary):
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can change a folder's owner")
+def test_a_cache_folder_of_another_user_is_not_used(temporary):
     temporary.mkdir(mode=0o700)
     os.chown(temporary, 65534, 65534)
-    platform.cache_kernels_on_this_machine()
+    platform.use_local_kernel_cache()
     assert "TRITON_CACHE_DIR" not in os.environ
 
 
 @pytest.mark.parametrize("processes,kept", [("1", False), ("2", True)])
-def test_one_process_leaves_the_cache_where_it_is(processes, kept, temporary, monkeypatch):
+def test_a_single_process_does_not_move_the_cache(processes, kept, temporary, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    for setting in ("allow_tf32", "deterministic"):  # given back at the end
+    for setting in ("allow_tf32", "deterministic"):  # monkeypatch restores them
         monkeypatch.setattr(torch.backends.cudnn, setting, getattr(torch.backends.cudnn, setting))
     monkeypatch.setenv("WORLD_SIZE", processes)
     platform.install()
