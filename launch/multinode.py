@@ -5,7 +5,7 @@
 
 Each launcher finds its host in the list by the addresses of the machine, or by --node_rank. The launchers connect to the
 first host, start the ranks together, and exit with the same code: that of the rank that failed first. The command `preflight`
-checks the hosts (launch/preflight.py). See launch/README.md.
+checks the hosts (launch/preflight.py). See docs/launching.md.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 """Check every node before training: GPUs, folders, clocks, bandwidth.
 
 Start it on every rank, with torch.distributed's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT). All ranks return the same verdict; launch/README.md explains it. Exit codes: 0 no problem, 3 bad nodes
+MASTER_PORT). All ranks return the same verdict; docs/launching.md explains it. Exit codes: 0 no problem, 3 bad nodes
 (FOLDER/job/bad_nodes names them), 4 a problem that cannot be attributed to single nodes, 2 wrong usage.
 """
 

@@ -65,7 +65,7 @@ class ClusterProfile:
     """Mounts for --container-mounts. They must include the run directory, the data, this project and the folder in which
     `submit` is called, each under the same path as on the host."""
     environment_preset: str = "single_node"
-    """NCCL and torch settings: a preset of launch/environments/ (see launch/README.md), or the path of a file."""
+    """NCCL and torch settings: a preset of launch/environments/ (see docs/launching.md), or the path of a file."""
     environment: dict[str, str] = field(default_factory=dict)
     """Additional variables, which override those of the preset."""
 

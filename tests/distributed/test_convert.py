@@ -52,12 +52,6 @@ def pretrained(folder: Path, run: RunConfig, model_class: Any, config_class: Any
     return model
 
 
-def started(run: RunConfig, folder: Path) -> RunConfig:
-    """The configuration that `convert` wrote, on the data of the tests, with segments of 16 tokens."""
-    written = read_config(folder / "config.yaml")
-    return replace(run, model=replace(written.model, segment_length=16), training=replace(run.training), data=run.data)
-
-
 @torch.no_grad()
 def by_segment(model: Any, tokens: Tensor, length: int) -> Tensor:
     """Return the logits of a transformers model that processes each segment as a separate text."""
